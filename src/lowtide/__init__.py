@@ -1,0 +1,64 @@
+"""Lowtide: diffusion models in the memory you have.
+
+The public names are imported on first use, so that `import lowtide` brings in neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lowtide.models.safety_checker import StableDiffusionSafetyChecker
+    from lowtide.models.unet import UNet2DConditionModel
+    from lowtide.models.vae import AutoencoderKL
+    from lowtide.pipelines.base import DiffusionPipeline
+    from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
+    from lowtide.schedulers import (
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerDiscreteScheduler,
+        PNDMScheduler,
+        UniPCMultistepScheduler,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoencoderKL",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DiffusionPipeline",
+    "EulerDiscreteScheduler",
+    "PNDMScheduler",
+    "StableDiffusionPipeline",
+    "StableDiffusionSafetyChecker",
+    "UNet2DConditionModel",
+    "UniPCMultistepScheduler",
+    "__version__",
+]
+
+_HOME = {
+    "AutoencoderKL": "lowtide.models.vae",
+    "DDIMScheduler": "lowtide.schedulers",
+    "DPMSolverMultistepScheduler": "lowtide.schedulers",
+    "DiffusionPipeline": "lowtide.pipelines.base",
+    "EulerDiscreteScheduler": "lowtide.schedulers",
+    "PNDMScheduler": "lowtide.schedulers",
+    "StableDiffusionPipeline": "lowtide.pipelines.stable_diffusion",
+    "StableDiffusionSafetyChecker": "lowtide.models.safety_checker",
+    "UNet2DConditionModel": "lowtide.models.unet",
+    "UniPCMultistepScheduler": "lowtide.schedulers",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,1 @@
+"""The command `lowtide`: parse, call the library, print. Nothing here imports torch at the top."""

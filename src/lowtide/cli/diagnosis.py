@@ -1,0 +1,195 @@
+"""What `lowtide doctor` finds out: this machine's parts, their rates, and advice drawn from them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import lowtide
+from lowtide.cli import probes
+
+_PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "pillow")
+# Optional package -> what it is for.
+_OPTIONAL = {
+    "hf_xet": "faster downloads from the Hugging Face Hub",
+    "diffusers": "the comparisons in tests/parity and benchmarks",
+}
+_CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimd", "bf16")
+_FLOAT16_TOO_SLOW = 0.5
+
+
+@dataclass(frozen=True)
+class Processor:
+    """The CPU: its name, the processors we may use, the features that matter, and FLOP/s of a matrix product."""
+
+    name: str
+    usable: float
+    features: tuple[str, ...]
+    matmul: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Host memory in bytes and the rate of a copy within it in bytes per second."""
+
+    total: int
+    available: int
+    limited_by_container: bool
+    copy_rate: float
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device: memory in bytes, link rates from and to pinned host memory in bytes per second."""
+
+    index: int
+    name: str
+    capability: str
+    total: int
+    free: int
+    to_device: float
+    to_host: float
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Where models are read from: free bytes and the rate of a sequential read in bytes per second."""
+
+    folder: str
+    free: int
+    read_rate: float | None
+    note: str
+    hub_cache: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that `lowtide doctor` finds; `--json` prints these fields."""
+
+    lowtide: str
+    python: str
+    system: str
+    packages: dict[str, str | None]
+    optional: dict[str, str | None]
+    processor: Processor
+    memory: Memory
+    gpus: tuple[Gpu, ...]
+    disk: Disk
+    advice: tuple[str, ...]
+
+
+def diagnose(folder: Path) -> Diagnosis:
+    """Look at this machine and measure it; `folder` is where the disk is measured."""
+    processor, gpus = _processor(), _gpus()
+    optional = {name: _version(name) for name in _OPTIONAL}
+    return Diagnosis(
+        lowtide=lowtide.__version__,
+        python=f"{platform.python_version()} ({sys.executable})",
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        packages={name: _version(name) for name in _PACKAGES},
+        optional=optional,
+        processor=processor,
+        memory=_memory(),
+        gpus=gpus,
+        disk=_disk(folder),
+        advice=(_dtype_advice(processor, gpus), *_gpu_advice(gpus), *_install_advice(optional)),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> Processor:
+    import torch
+
+    from lowtide.memory.host import usable_cpus
+
+    sizes = {torch.float32: 1024, torch.bfloat16: 1024, torch.float16: 256}
+    rates = {str(dtype).removeprefix("torch."): probes.matmul_rate(dtype, size) for dtype, size in sizes.items()}
+    name, features = _cpu_name_and_features()
+    return Processor(name, usable_cpus(), features, rates)
+
+
+def _cpu_name_and_features() -> tuple[str, tuple[str, ...]]:
+    """From Linux's `/proc/cpuinfo`; elsewhere the name that Python knows, and no features."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
+    entries = dict(_entry(line) for line in reversed(text.splitlines()) if ":" in line)
+    flags = set(entries.get("flags", entries.get("Features", "")).split())
+    name = entries.get("model name") or platform.processor() or platform.machine()
+    return name, tuple(feature for feature in _CPU_FEATURES if feature in flags)
+
+
+def _entry(line: str) -> tuple[str, str]:
+    key, _, value = line.partition(":")
+    return key.strip(), value.strip()
+
+
+def _memory() -> Memory:
+    from lowtide.memory.host import host_memory
+
+    host = host_memory()
+    return Memory(host.total, host.available, host.limited, probes.memory_copy_rate())
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    import torch
+
+    return tuple(_gpu(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))
+
+
+def _gpu(index: int) -> Gpu:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(index)
+    free, total = torch.cuda.mem_get_info(index)
+    name = torch.cuda.get_device_name(index)
+    return Gpu(index, name, f"{major}.{minor}", total, free, *probes.link_rates(index))
+
+
+def _disk(folder: Path) -> Disk:
+    from huggingface_hub import constants
+
+    free = shutil.disk_usage(folder).free
+    if not os.access(folder, os.W_OK):
+        rate = probes.DiskRate(None, "not measured: cannot write here")
+    elif free < 2**30:
+        rate = probes.DiskRate(None, "not measured: less than 1 GiB is free")
+    else:
+        rate = probes.disk_read_rate(folder)
+    return Disk(str(folder.resolve()), free, rate.read, rate.note, constants.HF_HUB_CACHE)
+
+
+def _dtype_advice(processor: Processor, gpus: tuple[Gpu, ...]) -> str:
+    if gpus:
+        return "On the GPU use float16 (the default there) or bfloat16: half the memory of float32, and faster."
+    float32 = processor.matmul["float32"]
+    bfloat16, float16 = processor.matmul["bfloat16"] / float32, processor.matmul["float16"] / float32
+    if bfloat16 >= 1:
+        advice = f"On this CPU bfloat16 takes half the memory of float32 and computes {bfloat16:.1f}× as fast: "
+        advice += "use --dtype bfloat16 for large models."
+    else:
+        advice = f"On this CPU use float32; bfloat16 takes half the memory but computes at {bfloat16:.2f}× the rate."
+    slow = f" Do not use float16 here: it is emulated, at {float16:.2f}× the rate of float32."
+    return advice + (slow if float16 < _FLOAT16_TOO_SLOW else "")
+
+
+def _gpu_advice(gpus: tuple[Gpu, ...]) -> list[str]:
+    if gpus or not (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists()):
+        return []
+    text = f"There seems to be an NVIDIA GPU, but PyTorch {_version('torch')} cannot use it. "
+    return [text + "Install a CUDA build and a driver to match: see pytorch.org/get-started."]
+
+
+def _install_advice(optional: dict[str, str | None]) -> list[str]:
+    missing = [name for name, version in optional.items() if version is None]
+    return [f"For {_OPTIONAL[name]}: {sys.executable} -m pip install {name}" for name in missing]

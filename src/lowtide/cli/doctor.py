@@ -1,0 +1,118 @@
+"""`lowtide doctor`: what this machine has, how fast it is, and what to use or install."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lowtide.cli.errors import InputError, reported, tell
+from lowtide.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lowtide.cli.diagnosis import Diagnosis, Disk, Gpu, Memory, Processor
+
+Rows = list[tuple[str, str]]
+
+
+def doctor(
+    folder: Annotated[Path, typer.Option(help="Where to measure the disk: put the folder of your models.")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, bytes per second, FLOP/s.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="LOWTIDE_DEBUG", help="Show tracebacks.", show_envvar=False)
+    ] = False,
+) -> None:
+    """Show devices, memory, link and disk rates, versions, and what to install."""
+    from lowtide.cli.diagnosis import diagnose
+
+    with reported(debug=debug):
+        if not folder.is_dir():
+            raise InputError(f"--folder {folder}: there is no such folder.")
+        if not as_json:
+            tell("Measuring; this takes a few seconds.")
+        diagnosis = diagnose(folder)
+        if as_json:
+            typer.echo(json.dumps(asdict(diagnosis), indent=2))
+        else:
+            _print(diagnosis)
+
+
+def _print(found: Diagnosis) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for title, rows in _sections(found).items():
+        console.print(title, style="bold")
+        console.print(_grid([(f"  {name}", value) for name, value in rows], width=19))
+    console.print("Advice", style="bold")
+    console.print(_grid([("  •", advice) for advice in found.advice], width=3))
+
+
+def _grid(rows: Rows, *, width: int) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True, min_width=width)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def _sections(found: Diagnosis) -> dict[str, Rows]:
+    software = [("lowtide", found.lowtide), ("Python", found.python), ("system", found.system)]
+    packages = {**found.packages, **found.optional}
+    return {
+        "Software": software + [(name, version or "not installed") for name, version in packages.items()],
+        "CPU": _processor_rows(found.processor),
+        "Memory": _memory_rows(found.memory),
+        "GPU": [row for gpu in found.gpus for row in _gpu_rows(gpu)] or [("CUDA", "no device that PyTorch can use")],
+        "Disk": _disk_rows(found.disk),
+    }
+
+
+def _processor_rows(cpu: Processor) -> Rows:
+    rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in cpu.matmul.items())
+    return [
+        ("model", cpu.name),
+        ("usable processors", f"{cpu.usable:g}"),
+        ("features", ", ".join(cpu.features) or "none that we look for"),
+        ("matrix product", f"{rates} GFLOP/s"),
+    ]
+
+
+def _memory_rows(memory: Memory) -> Rows:
+    limit = " (the container's limit)" if memory.limited_by_container else ""
+    return [
+        ("total", format_bytes(memory.total) + limit),
+        ("available", format_bytes(memory.available)),
+        ("copy rate", _rate(memory.copy_rate)),
+    ]
+
+
+def _gpu_rows(gpu: Gpu) -> Rows:
+    return [
+        (f"cuda:{gpu.index}", f"{gpu.name}, capability {gpu.capability}"),
+        ("  memory", f"{format_bytes(gpu.total)}, {format_bytes(gpu.free)} free"),
+        ("  link", f"{_rate(gpu.to_device)} to the device, {_rate(gpu.to_host)} back"),
+    ]
+
+
+def _disk_rows(disk: Disk) -> Rows:
+    measured = [] if disk.read_rate is None else [_rate(disk.read_rate)]
+    return [
+        ("folder", disk.folder),
+        ("free", format_bytes(disk.free)),
+        ("read rate", "; ".join([*measured, *([disk.note] if disk.note else [])])),
+        ("Hub cache", disk.hub_cache),
+    ]
+
+
+def _rate(bytes_per_second: float) -> str:
+    return f"{bytes_per_second / 1e9:.2f} GB/s"

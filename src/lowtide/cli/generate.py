@@ -1,0 +1,199 @@
+"""`lowtide generate`: a text prompt becomes pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import lowtide
+from lowtide.cli.errors import InputError, reported, tell
+from lowtide.cli.pictures import picture_paths, prepare_folders, save_png
+from lowtide.cli.request import DType, Request, SchedulerName, parse_size, resolve_model, seeds_from
+from lowtide.stages import Stages
+
+if TYPE_CHECKING:
+    import torch
+
+    from lowtide.memory.meter import Meter
+    from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
+
+_SCHEDULERS = {
+    SchedulerName.DDIM: "DDIMScheduler",
+    SchedulerName.PNDM: "PNDMScheduler",
+    SchedulerName.UNIPC: "UniPCMultistepScheduler",
+    SchedulerName.EULER: "EulerDiscreteScheduler",
+    SchedulerName.DPM: "DPMSolverMultistepScheduler",
+}
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_ID", help="Model folder or Hub id.", show_default="the shipped model")
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N", help="Denoising steps.")] = 25,
+    size: Annotated[
+        str | None, typer.Option(metavar="N|WxH", help="Pixels, as 512 or 768x512.", show_default="the model's own")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Picture i is drawn from N + i.", show_default="random, printed")
+    ] = None,
+    negative: Annotated[str, typer.Option(metavar="TEXT", help="What not to draw.", show_default=False)] = "",
+    guidance: Annotated[float, typer.Option(metavar="X", help="How closely to follow the prompt; 1 is off.")] = 7.5,
+    count: Annotated[int, typer.Option(metavar="N", help="How many pictures.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="A .png file (replaced) or a folder.", show_default="a new file here"),
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        DType,
+        typer.Option(metavar="NAME", help="float32, bfloat16, float16; auto: float32 on a CPU, float16 on a GPU."),
+    ] = DType.AUTO,
+    scheduler: Annotated[
+        SchedulerName | None,
+        typer.Option(metavar="NAME", help="ddim, pndm, unipc, euler or dpm.", show_default="the model's own"),
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Weight files to take, such as fp16.", show_default=False)
+    ] = None,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="LOWTIDE_DEBUG", help="Show tracebacks.", show_envvar=False)
+    ] = False,
+) -> None:
+    """Make pictures from a text prompt.
+
+    For example: lowtide generate "a red sailboat on a calm sea at sunset"
+
+    Pictures are made one at a time, each from its own seed, so that any of them can be made again alone.
+    """
+    with reported(debug=debug):
+        request = Request(
+            prompt=prompt,
+            negative=negative,
+            steps=steps,
+            size=parse_size(size) if size is not None else None,
+            seeds=seeds_from(seed, count),
+            guidance=guidance,
+            out=out,
+            device=device,
+            dtype=dtype,
+            scheduler=scheduler,
+            variant=variant,
+            model=resolve_model(model),
+        )
+        run(request)
+
+
+def run(request: Request) -> None:
+    """Load the model, make the pictures and save each as soon as it is made; then say what it took."""
+    from lowtide.memory import Meter, steady_malloc
+    from lowtide.progress import ProgressBar
+
+    paths = picture_paths(request.out, request.prompt, list(request.seeds))
+    prepare_folders(paths)
+    tell(_headline(request))
+    steady_malloc()
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype, device)
+    meter = Meter()
+    observers = (ProgressBar(), meter)
+    with Stages(observers).stage("load"):
+        pipe = load_pipeline(request, device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    settings = _settings(request, pipe, dtype)
+    with pipe.stages.observed(*observers):
+        for seed, path, picture in zip(request.seeds, paths, pictures(pipe, request), strict=True):
+            save_png(picture, path, {**settings, "seed": str(seed), "size": f"{picture.width}x{picture.height}"})
+            typer.echo(path)
+    _print_table(meter)
+
+
+def load_pipeline(request: Request, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
+    """The pipeline that `request` asks for, on `device`, with the scheduler asked for."""
+    pipe = lowtide.StableDiffusionPipeline.from_pretrained(request.model, torch_dtype=dtype, variant=request.variant)
+    if request.scheduler is not None:
+        pipe.scheduler = getattr(lowtide, _SCHEDULERS[request.scheduler]).from_config(pipe.scheduler.config)
+    return pipe.to(device)
+
+
+def pictures(pipe: StableDiffusionPipeline, request: Request) -> Iterator[Any]:
+    """Draw one PIL picture for each seed; the noise is drawn on the CPU, so it is the same on every device."""
+    import torch
+
+    width, height = request.size or (None, None)
+    for seed in request.seeds:
+        output = pipe(
+            prompt=[request.prompt],
+            negative_prompt=[request.negative],
+            width=width,
+            height=height,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            generator=[torch.Generator("cpu").manual_seed(seed)],
+        )
+        if output.nsfw_content_detected and output.nsfw_content_detected[0]:
+            tell(f"The model's safety checker blacked out the picture of seed {seed}. Another --seed may pass.")
+        yield output.images[0]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is a GPU where there is one. Raises `InputError` for one that is not here."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = (
+            f"PyTorch sees {count} CUDA device{'s' if count != 1 else ''}" if count else "PyTorch sees no CUDA device"
+        )
+        raise InputError(f"--device {name}: {found} here. Use --device cpu; `lowtide doctor` tells more.")
+    return device
+
+
+def resolve_dtype(name: DType, device: torch.device) -> torch.dtype:
+    """The dtype called `name`; "auto" is float32 on a CPU and float16 on a GPU."""
+    import torch
+
+    if name is DType.AUTO:
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if name is DType.FLOAT16 and device.type == "cpu":
+        tell("Warning: float16 is emulated on a CPU and very slow. Use --dtype bfloat16 or float32.")
+    return getattr(torch, name.value)
+
+
+def _settings(request: Request, pipe: StableDiffusionPipeline, dtype: torch.dtype) -> dict[str, str]:
+    """The PNG metadata that all pictures of one call share."""
+    return {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative,
+        "steps": str(request.steps),
+        "guidance_scale": str(request.guidance),
+        "scheduler": type(pipe.scheduler).__name__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "model": _model_name(request),
+        "Software": f"lowtide {lowtide.__version__}",
+    }
+
+
+def _model_name(request: Request) -> str:
+    """A Hub id as it is; of a folder the last name alone, since pictures are passed on and paths are private."""
+    folder = Path(request.model)
+    return folder.resolve().name if folder.is_dir() else request.model
+
+
+def _headline(request: Request) -> str:
+    first, last = request.seeds[0], request.seeds[-1]
+    seeds = f"seed {first}" if first == last else f"seeds {first} to {last}"
+    return f"lowtide {lowtide.__version__}: {_model_name(request)}, {request.steps} steps, {seeds}"
+
+
+def _print_table(meter: Meter) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(meter.table())

@@ -1,0 +1,127 @@
+"""What `lowtide generate` is asked for, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import resources
+from pathlib import Path
+
+from lowtide.cli.errors import InputError
+
+SHIPPED_MODEL = "seascapes"
+_SIZE_STEP = 8
+_LARGEST_SIDE = 16384
+_LARGEST_SEED = 2**64 - 1
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+
+
+class DType(StrEnum):
+    """The number formats that `--dtype` knows."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class SchedulerName(StrEnum):
+    """The schedulers that `--scheduler` knows."""
+
+    DDIM = "ddim"
+    PNDM = "pndm"
+    UNIPC = "unipc"
+    EULER = "euler"
+    DPM = "dpm"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `lowtide generate`; `size` is (width, height) in pixels, `None` for what the model was made for."""
+
+    prompt: str
+    negative: str
+    model: str
+    steps: int
+    size: tuple[int, int] | None
+    seeds: tuple[int, ...]
+    guidance: float
+    out: Path | None
+    device: str
+    dtype: DType
+    scheduler: SchedulerName | None
+    variant: str | None
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise InputError('The prompt is empty. Say what to draw, for example "a red sailboat at sunset".')
+        for text in (self.prompt, self.negative):
+            _check_text(text)
+        if self.steps < 1:
+            raise InputError(f"--steps {self.steps}: at least one step is needed. 20 to 50 are usual.")
+        if not math.isfinite(self.guidance) or self.guidance < 0:
+            raise InputError(f"--guidance {self.guidance}: give a number from 0 up. 7.5 is usual, 1 turns it off.")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device, re.ASCII):
+            raise InputError(f"--device {self.device}: possible are auto, cpu, cuda and cuda:N (the N-th GPU, from 0).")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) in pixels from "512" or "768x512". Raises `InputError` that names the nearest possible sizes."""
+    match = re.fullmatch(r"(\d{1,9})(?:[xX×](\d{1,9}))?", text.strip(), re.ASCII)
+    if match is None:
+        raise InputError(f"--size {text}: write one number for a square, or WIDTHxHEIGHT, for example 512 or 768x512.")
+    width, height = int(match[1]), int(match[2] or match[1])
+    if not all(_SIZE_STEP <= side <= _LARGEST_SIDE for side in (width, height)):
+        raise InputError(f"--size {text}: each side must be from {_SIZE_STEP} to {_LARGEST_SIDE} pixels.")
+    if width % _SIZE_STEP or height % _SIZE_STEP:
+        nearest = f"{_nearest(width)}x{_nearest(height)}"
+        raise InputError(f"--size {text}: both sides must be multiples of {_SIZE_STEP}. The nearest is {nearest}.")
+    return width, height
+
+
+def seeds_from(seed: int | None, count: int) -> tuple[int, ...]:
+    """One seed a picture: `seed`, `seed` + 1 and so on; a random start where none is given."""
+    if count < 1:
+        raise InputError(f"--count {count}: at least one picture must be asked for.")
+    first = secrets.randbelow(2**32) if seed is None else seed
+    if first < 0 or first + count - 1 > _LARGEST_SEED:
+        raise InputError(f"--seed {first} with --count {count}: seeds must be from 0 to {_LARGEST_SEED} (2**64 - 1).")
+    return tuple(range(first, first + count))
+
+
+def resolve_model(model: str | None) -> str:
+    """The folder or Hub id to load: the shipped model where none is given."""
+    if model is None:
+        return str(shipped_model())
+    if not model.strip():
+        raise InputError("--model is empty. Give a model folder or a Hub id, or leave it out for the shipped model.")
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.is_file():
+        raise InputError(f"--model {model}: this is a file. Give the folder that holds model_index.json, or a Hub id.")
+    if not _HUB_ID.fullmatch(model):
+        raise InputError(f"--model {model}: there is no such folder, and it is no Hub id (those look like owner/name).")
+    return model
+
+
+def shipped_model() -> Path:
+    """The folder of the model that comes with Lowtide. Raises `InputError` if this installation lacks it."""
+    folder = Path(str(resources.files("lowtide"))) / "assets" / SHIPPED_MODEL
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"The shipped model is missing at {folder}. Install Lowtide again, or give another --model.")
+    return folder
+
+
+def _nearest(side: int) -> int:
+    return max(_SIZE_STEP, round(side / _SIZE_STEP) * _SIZE_STEP)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"The prompt is not valid text in this terminal's encoding: {error.reason}.") from error

@@ -1,0 +1,70 @@
+"""Frozen configurations, read from and written to the `config.json` files of published checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of every configuration: a frozen dataclass that reads like a mapping.
+
+    `unused` holds the entries of the source that the class does not know; they are written back by `to_dict`, so a
+    scheduler's configuration survives a round trip through another class.
+    """
+
+    unused: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_dict(cls, source: Mapping[str, Any]) -> Self:
+        """Read the known fields of `source` (JSON lists become tuples); the rest is kept in `unused`."""
+        known = {field.name for field in dataclasses.fields(cls)} - {"unused"}
+        values = {k: _frozen(v) for k, v in source.items() if k in known}
+        unused = {k: v for k, v in source.items() if k not in known and not k.startswith("_")}
+        return cls(**values, unused=unused)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: every field, then the unknown entries of the source."""
+        own = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "unused"}
+        return {**self.unused, **own}
+
+    def __getitem__(self, key: str) -> Any:
+        entries = self.to_dict()
+        if key not in entries:
+            raise KeyError(f"{type(self).__name__} has no entry {key!r}; it has {sorted(entries)}")
+        return entries[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The entry `key`, or `default` where there is none."""
+        return self.to_dict().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.to_dict()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object. Raises `ValueError` that names the file if it is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write one JSON object, sorted and indented as the published checkpoints are."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value

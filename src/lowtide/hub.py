@@ -1,0 +1,87 @@
+"""From a folder's path or a Hub id to a local folder that holds the files needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint is: a folder's path, or a Hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
+
+    `revision` is a branch, tag or commit on the Hub; `local_files_only` never asks the network.
+    """
+
+    name: str
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+    def fetch(self, patterns: Iterable[str]) -> Path:
+        """A local folder with the checkpoint's files that match one of the `patterns` (`fnmatch`).
+
+        A local folder is taken as it is; from the Hub only those files come, into its cache, and offline the cache is
+        used. Raises `FileNotFoundError` if the name is neither a folder nor an id whose files can be had.
+        """
+        folder = Path(self.name).expanduser()
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise FileNotFoundError(
+                f"{self.name} is a file. Give the folder of a checkpoint, the one that holds its model_index.json or "
+                "config.json; single-file checkpoints are not read."
+            )
+        if not HUB_ID.fullmatch(self.name):
+            raise FileNotFoundError(
+                f"No model at {self.name!r}: there is no such folder here, and it is not a Hub id ('owner/name'). "
+                "Give a folder that holds a model_index.json or config.json, or a Hub id."
+            )
+        return self._from_hub(list(patterns))
+
+    def _from_hub(self, patterns: list[str]) -> Path:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            folder = snapshot_download(
+                self.name,
+                revision=self.revision,
+                cache_dir=self.cache_dir,
+                token=self.token,
+                local_files_only=self.local_files_only,
+                allow_patterns=patterns,
+            )
+        except LocalEntryNotFoundError as error:
+            raise FileNotFoundError(
+                f"No model at {self.name!r}: there is no such folder here, the Hub could not be asked, and its cache on "
+                "this machine does not have it. Check the connection (and HF_HUB_OFFLINE, local_files_only), or give "
+                "the path of a downloaded folder."
+            ) from error
+        except HfHubHTTPError as error:
+            raise FileNotFoundError(
+                f"The Hub does not give {self.name!r} (revision {self.revision or 'main'}): {error}. Check the id; for a "
+                "private or gated model log in with `hf auth login` or pass token=."
+            ) from error
+        return Path(folder)
+
+
+def weight_patterns(base_name: str, variant: str | None) -> list[str]:
+    """File patterns of the weights called `base_name`, whole or in shards, of one variant only."""
+    if variant is None:
+        return [
+            f"{base_name}.safetensors",
+            f"{base_name}-?????-of-?????.safetensors",
+            f"{base_name}.safetensors.index.json",
+        ]
+    return [
+        f"{base_name}.{variant}.safetensors",
+        f"{base_name}.{variant}-?????-of-?????.safetensors",
+        f"{base_name}-?????-of-?????.{variant}.safetensors",
+        f"{base_name}.safetensors.index.{variant}.json",
+    ]

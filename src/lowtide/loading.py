@@ -1,0 +1,185 @@
+"""From a checkpoint's folder to its components, and back: every class that a component can be is in the tables here."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from lowtide.configs import read_json, write_json
+from lowtide.hub import Source, weight_patterns
+from lowtide.models.mixin import WEIGHTS_NAME, ModelMixin
+from lowtide.models.safety_checker import StableDiffusionSafetyChecker, position_ids
+from lowtide.models.unet import UNet2DConditionModel
+from lowtide.models.vae import AutoencoderKL
+from lowtide.schedulers import SCHEDULERS
+from lowtide.weights.fill import fill, state_names
+from lowtide.weights.index import CheckpointError, find_weights
+from lowtide.weights.names import CLIP_TEXT_NAMES, NameTable, apply_names
+from lowtide.weights.save import save_tensors
+
+MODEL_INDEX = "model_index.json"
+
+MODELS: dict[str, type[ModelMixin]] = {"UNet2DConditionModel": UNet2DConditionModel, "AutoencoderKL": AutoencoderKL}
+TEXT_ENCODERS: dict[str, NameTable] = {"CLIPTextModel": CLIP_TEXT_NAMES}
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor")
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """One line of `model_index.json`: the component's name, the library that defines its class, and the class."""
+
+    name: str
+    library: str
+    class_name: str
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How weights are read: `dtype` None keeps the file's own."""
+
+    dtype: torch.dtype | None
+    variant: str | None = None
+
+
+def read_model_index(folder: Path) -> tuple[str, dict[str, ComponentSpec | None], dict[str, Any]]:
+    """The pipeline's class name, its components (None where the entry is null), and its other settings."""
+    file = folder / MODEL_INDEX
+    if not file.is_file():
+        found = sorted(path.name for path in folder.iterdir())[:20]
+        raise FileNotFoundError(
+            f"{folder} has no {MODEL_INDEX}, so it is not a pipeline's folder; it holds {found or 'nothing'}. "
+            "A single model is loaded with its own class, such as UNet2DConditionModel.from_pretrained."
+        )
+    content = read_json(file)
+    components: dict[str, ComponentSpec | None] = {}
+    settings: dict[str, Any] = {}
+    for name, entry in content.items():
+        if name.startswith("_"):
+            continue
+        if isinstance(entry, list):
+            components[name] = _component_spec(file, name, entry)
+        else:
+            settings[name] = entry
+    return str(content.get("_class_name", "")), components, settings
+
+
+def component_patterns(specs: Mapping[str, ComponentSpec | None], variant: str | None) -> Iterator[str]:
+    """File patterns of the components to be loaded: configurations, vocabularies, and weights of one variant."""
+    for name, spec in specs.items():
+        if spec is not None:
+            yield from (f"{name}/{pattern}" for pattern in ("*.json", "*.txt", "*.model"))
+            base = WEIGHTS_NAME if spec.class_name in MODELS else "model"
+            yield from (f"{name}/{pattern}" for pattern in weight_patterns(base, variant))
+
+
+def load_components(source: Source, specs: Mapping[str, ComponentSpec | None], options: LoadOptions) -> dict[str, Any]:
+    """Load every component that has a spec; weights are built on meta and filled from the mapped files.
+
+    Raises `ValueError` for a class that we do not have, before anything is read; otherwise as
+    `ModelMixin.from_pretrained`.
+    """
+    loaders = {name: None if spec is None else _loader(spec) for name, spec in specs.items()}
+    folder = source.fetch(component_patterns(specs, options.variant))
+    for name, loader in loaders.items():
+        if loader is not None and not (folder / name).is_dir():
+            raise FileNotFoundError(f"{folder} has no folder {name!r}, which its {MODEL_INDEX} names as a component.")
+    return {name: None if loader is None else loader(folder / name, options) for name, loader in loaders.items()}
+
+
+def save_component(component: Any, folder: Path, *, variant: str | None, max_shard_size: int | str | None) -> None:
+    """Write one component's files into `folder`, which is made."""
+    folder.mkdir(parents=True)
+    if isinstance(component, (ModelMixin, StableDiffusionSafetyChecker)):
+        component.write_to(folder, variant=variant, max_shard_size=max_shard_size)
+    elif isinstance(component, transformers.PreTrainedModel):
+        write_json(folder / "config.json", component.config.to_dict())
+        tensors = {_published(component, name): tensor for name, tensor in component.state_dict().items()}
+        save_tensors(tensors, folder, "model", variant=variant, max_shard_size=max_shard_size)
+    else:
+        component.save_pretrained(folder)
+
+
+def spec_of(name: str, component: Any) -> ComponentSpec:
+    """The line of `model_index.json` under which a component is saved."""
+    cls = type(component)
+    if isinstance(component, StableDiffusionSafetyChecker):
+        return ComponentSpec(name, "stable_diffusion", cls.__name__)
+    library = "transformers" if cls.__module__.startswith("transformers.") else "diffusers"
+    return ComponentSpec(name, library, cls.__name__.removesuffix("Pil"))
+
+
+def load_text_encoder(folder: Path, class_name: str, options: LoadOptions) -> nn.Module:
+    """Build a text encoder of `transformers` on meta and fill it from the mapped weights in `folder`."""
+    cls: Any = getattr(transformers, class_name)
+    config = cls.config_class.from_dict(read_json(folder / "config.json"))
+    config.dtype = options.dtype
+    index = find_weights(folder, "model", options.variant)
+    with torch.device("meta"):
+        model = cls(config)
+    index = apply_names(index, TEXT_ENCODERS[class_name], state_names(model))
+    fill(model, index, dtype=options.dtype, buffers=position_ids(model))
+    return model.eval()
+
+
+def load_tokenizer(folder: Path, class_name: str, options: LoadOptions) -> Any:
+    """Read a tokenizer of `transformers` from its files."""
+    del options
+    try:
+        return getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder}: no {class_name} can be read from it: {error}") from error
+
+
+def _loader(spec: ComponentSpec) -> Callable[[Path, LoadOptions], Any]:
+    """The function that loads a component's folder."""
+    name = spec.class_name
+    if name in MODELS:
+        return lambda folder, options: MODELS[name].from_folder(folder, dtype=options.dtype, variant=options.variant)
+    if name in SCHEDULERS:
+        return lambda folder, _: SCHEDULERS[name].from_pretrained(folder)
+    if name == "StableDiffusionSafetyChecker":
+        return lambda folder, options: StableDiffusionSafetyChecker.from_folder(
+            folder, dtype=options.dtype, variant=options.variant
+        )
+    if name in TEXT_ENCODERS:
+        return lambda folder, options: load_text_encoder(folder, name, options)
+    if name in TOKENIZERS:
+        return lambda folder, options: load_tokenizer(folder, name, options)
+    if name in IMAGE_PROCESSORS:
+        return lambda folder, _: load_image_processor(folder)
+    possible = [*MODELS, *SCHEDULERS, *TEXT_ENCODERS, *TOKENIZERS, *IMAGE_PROCESSORS, "StableDiffusionSafetyChecker"]
+    raise ValueError(
+        f"Component {spec.name!r} is a {spec.class_name!r} of {spec.library!r}, which Lowtide does not have; it has "
+        f"{', '.join(possible)}. Load it yourself and pass it in: from_pretrained(..., {spec.name}=...)."
+    )
+
+
+def load_image_processor(folder: Path) -> Any:
+    """CLIP's image processor, the one on Pillow: the other needs torchvision, which we do not."""
+    cls = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return cls.from_pretrained(folder, local_files_only=True)
+
+
+def _published(component: nn.Module, name: str) -> str:
+    """Checkpoints of CLIP's text model are published with a prefix that transformers 5 dropped from the class."""
+    prefixed = type(component).__name__ == "CLIPTextModel" and not name.startswith("text_model.")
+    return f"text_model.{name}" if prefixed else name
+
+
+def _component_spec(file: Path, name: str, entry: list[Any]) -> ComponentSpec | None:
+    if len(entry) != 2 or not all(part is None or isinstance(part, str) for part in entry):
+        raise CheckpointError(f"{file}: entry {name!r} must be [library, class], not {entry!r:.200}.")
+    if not name.isidentifier():
+        raise CheckpointError(f"{file}: {name[:80]!r} cannot be the name of a component.")
+    library, class_name = entry
+    return None if library is None or class_name is None else ComponentSpec(name, library, class_name)

@@ -1,0 +1,135 @@
+"""Peak memory of this process and its CUDA devices over consecutive intervals.
+
+Exact: the peak of resident memory on Linux (`VmHWM`, reset by writing 5 to `/proc/self/clear_refs`; the kernel's
+counters may lag by some 100 KiB) and the peak of PyTorch's CUDA allocator.
+Sampled, so lower bounds: the split into anonymous and file-backed memory, for which the kernel keeps no high-water
+mark; and resident memory where `clear_refs` is missing. A thread samples every `interval` seconds.
+File-backed counts the touched pages of mapped files and shared memory: both can be dropped or are shared.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Peak bytes of one interval; `None` where this machine cannot tell."""
+
+    rss: int
+    anonymous: int | None = None
+    file: int | None = None
+    cuda: int | None = None
+    cuda_reserved: int | None = None
+
+    def merged(self, other: Peaks) -> Peaks:
+        """The peaks of both intervals together: the larger of each pair."""
+        return Peaks(
+            max(self.rss, other.rss),
+            _larger(self.anonymous, other.anonymous),
+            _larger(self.file, other.file),
+            _larger(self.cuda, other.cuda),
+            _larger(self.cuda_reserved, other.cuda_reserved),
+        )
+
+
+class PeakSource:
+    """Hands out the peaks since the last `take`; `start` and `stop` run the sampling thread.
+
+    `interval` is in seconds; `None` means no thread: only calls of `sample` and `take` are seen.
+    """
+
+    def __init__(self, interval: float | None = 0.01) -> None:
+        self.exact_rss = _can_reset_high_water_mark()
+        self._interval = interval
+        self._lock = threading.Lock()
+        self._sampled: Peaks | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin a first interval now."""
+        self._stop.clear()
+        if self._interval is not None:
+            self._thread = threading.Thread(target=self._sample_until_stopped, name="lowtide-meter", daemon=True)
+            self._thread.start()
+        self.take()
+
+    def stop(self) -> None:
+        """End the sampling thread."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def sample(self) -> None:
+        """Look once at the memory in use."""
+        now = _in_use()
+        with self._lock:
+            self._sampled = now if self._sampled is None else self._sampled.merged(now)
+
+    def take(self) -> Peaks:
+        """The peaks since the last call; a new interval begins."""
+        self.sample()
+        with self._lock:
+            sampled, self._sampled = self._sampled, None
+        assert sampled is not None
+        cuda, reserved = _take_cuda()
+        rss = _take_high_water_mark() if self.exact_rss else sampled.rss
+        return Peaks(max(rss, sampled.rss), sampled.anonymous, sampled.file, cuda, reserved)
+
+    def _sample_until_stopped(self) -> None:
+        while not self._stop.wait(self._interval):
+            self.sample()
+
+
+def _can_reset_high_water_mark() -> bool:
+    return sys.platform == "linux" and os.access(_CLEAR_REFS, os.W_OK)
+
+
+def _take_high_water_mark() -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    kibibytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    _CLEAR_REFS.write_text("5", encoding="ascii")
+    return int(kibibytes) * 1024
+
+
+def _in_use() -> Peaks:
+    """Resident memory now; on Linux from `statm`: pages in all and those of files and shared memory."""
+    if sys.platform != "linux":
+        return Peaks(psutil.Process().memory_info().rss)
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        resident, shared = (int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in statm.read().split()[1:3])
+    return Peaks(resident, resident - shared, shared)
+
+
+def cuda_in_use() -> Any | None:
+    """The module `torch.cuda` if this process has already begun to use a CUDA device; imports nothing."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def _take_cuda() -> tuple[int | None, int | None]:
+    """Peak allocated and reserved bytes, summed over the devices, since the last call."""
+    cuda = cuda_in_use()
+    if cuda is None:
+        return None, None
+    devices = range(cuda.device_count())
+    allocated = sum(cuda.max_memory_allocated(device) for device in devices)
+    reserved = sum(cuda.max_memory_reserved(device) for device in devices)
+    for device in devices:
+        cuda.reset_peak_memory_stats(device)
+    return allocated, reserved
+
+
+def _larger(first: int | None, second: int | None) -> int | None:
+    return max((x for x in (first, second) if x is not None), default=None)

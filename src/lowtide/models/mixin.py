@@ -1,0 +1,130 @@
+"""What every model of ours can do besides computing: load, save, say where it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from lowtide.configs import Config, read_json, write_json
+from lowtide.hub import Source, weight_patterns
+from lowtide.weights.fill import fill, state_names
+from lowtide.weights.index import find_weights
+from lowtide.weights.names import NameTable, apply_names
+from lowtide.weights.save import atomic_folder, save_tensors
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model"
+PEER_VERSION = "0.42.1"
+"""Version of the layout we write, as its `_diffusers_version` entries say it."""
+
+
+class ModelMixin(nn.Module):
+    """Base of the models: a configuration, loading and saving, dtype and device."""
+
+    config_class: ClassVar[type[Config]]
+    names: ClassVar[NameTable] = NameTable()
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_config(cls, config: Config | Mapping[str, Any]) -> Self:
+        """Build with fresh random weights from a configuration or the contents of a `config.json`."""
+        return cls(config if isinstance(config, cls.config_class) else cls.config_class.from_dict(config))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = True,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Load from a folder or a Hub id: a `config.json` and safetensors weights, in `subfolder` if given.
+
+        `dtype` (or `torch_dtype`, the older name) is the dtype to compute in, float32 if None, the file's own if
+        "auto". Where it is the file's, the weights are views of the mapped file, not copies of it.
+        Raises `FileNotFoundError` for a missing model or variant, `CheckpointError` for files that are malformed or do
+        not match the model, `ValueError` for configurations that are not supported.
+        """
+        if use_safetensors is False:
+            raise ValueError(
+                "use_safetensors=False is not possible: pickled weights can run code, so they are refused."
+            )
+        source = Source(os.fspath(pretrained), revision, _path(cache_dir), token, local_files_only)
+        prefix = f"{subfolder}/" if subfolder else ""
+        folder = source.fetch(prefix + name for name in [CONFIG_NAME, *weight_patterns(WEIGHTS_NAME, variant)])
+        return cls.from_folder(folder / (subfolder or ""), dtype=chosen_dtype(torch_dtype, dtype), variant=variant)
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, dtype: torch.dtype | None, variant: str | None = None) -> Self:
+        """Load from a local folder; `dtype` None keeps the file's. Raises as `from_pretrained`."""
+        if not (folder / CONFIG_NAME).is_file():
+            raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}, so it is not a {cls.__name__} checkpoint.")
+        config = read_json(folder / CONFIG_NAME)
+        saved_as = config.get("_class_name", cls.__name__)
+        if saved_as != cls.__name__:
+            raise ValueError(f"{folder} holds a {saved_as}, not a {cls.__name__}: load it with that class.")
+        index = find_weights(folder, WEIGHTS_NAME, variant)
+        with torch.device("meta"):
+            model = cls.from_config(config)
+        fill(model, apply_names(index, cls.names, state_names(model)), dtype=dtype)
+        return model.eval()
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, variant: str | None = None, max_shard_size: int | str | None = None
+    ) -> None:
+        """Write `config.json` and the weights, all or nothing: a killed save leaves what was there before."""
+        with atomic_folder(Path(folder)) as target:
+            self.write_to(target, variant=variant, max_shard_size=max_shard_size)
+
+    def write_to(self, folder: Path, *, variant: str | None, max_shard_size: int | str | None) -> None:
+        """Write the files of `save_pretrained` straight into an existing folder."""
+        own = {"_class_name": type(self).__name__, "_diffusers_version": PEER_VERSION}
+        write_json(folder / CONFIG_NAME, {**self.config.to_dict(), **own})
+        save_tensors(self.state_dict(), folder, WEIGHTS_NAME, variant=variant, max_shard_size=max_shard_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the model computes in."""
+        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """The device the model computes on."""
+        return next(self.parameters()).device
+
+
+def chosen_dtype(torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The one dtype asked for under either name: float32 where none is, None ("keep the file's") for "auto"."""
+    if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+        raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} differ; give one of them.")
+    asked = torch_dtype if dtype is None else dtype
+    if asked is None:
+        return torch.float32
+    if asked == "auto":
+        return None
+    found = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f"dtype={asked!r} is not possible: give torch.float32, torch.bfloat16, torch.float16 or 'auto'."
+        )
+    return found
+
+
+def _path(path: str | os.PathLike[str] | None) -> Path | None:
+    return None if path is None else Path(path)

@@ -1,0 +1,80 @@
+"""The published safety checker: a CLIP vision tower whose embedding is compared with those of unwanted concepts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers import CLIPConfig, CLIPVisionModel
+
+from lowtide.configs import read_json, write_json
+from lowtide.weights.fill import fill, state_names
+from lowtide.weights.index import find_weights
+from lowtide.weights.names import SAFETY_CHECKER_NAMES, apply_names
+from lowtide.weights.save import save_tensors
+
+CONCEPTS, SPECIAL_CONCEPTS = 17, 3
+SPECIAL_MARGIN = 0.01
+
+
+class StableDiffusionSafetyChecker(nn.Module):
+    """Find pictures near an unwanted concept (Rando et al. 2022, sec. 2 describe the published checker).
+
+    Layout: `config.json` of a CLIP model, `model.safetensors`. Embeddings are `[concepts, projection_dim]`, and the
+    weights beside them are the cosine similarities above which a concept counts as seen.
+    """
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        vision: Any = config.vision_config
+        self.vision_model = CLIPVisionModel(vision)
+        self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
+        self.concept_embeds = nn.Parameter(torch.ones(CONCEPTS, config.projection_dim))
+        self.special_care_embeds = nn.Parameter(torch.ones(SPECIAL_CONCEPTS, config.projection_dim))
+        self.concept_embeds_weights = nn.Parameter(torch.ones(CONCEPTS))
+        self.special_care_embeds_weights = nn.Parameter(torch.ones(SPECIAL_CONCEPTS))
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, dtype: torch.dtype | None, variant: str | None = None) -> Self:
+        """Load from a local folder; `dtype` None keeps the file's. Raises as `ModelMixin.from_pretrained`."""
+        config = CLIPConfig.from_dict(read_json(folder / "config.json"))
+        index = find_weights(folder, "model", variant)
+        with torch.device("meta"):
+            model = cls(config)
+        index = apply_names(index, SAFETY_CHECKER_NAMES, state_names(model))
+        fill(model, index, dtype=dtype, buffers=position_ids(model))
+        return model.eval()
+
+    def write_to(self, folder: Path, *, variant: str | None, max_shard_size: int | str | None) -> None:
+        """Write configuration and weights into an existing folder, under the published names."""
+        write_json(folder / "config.json", self.config.to_dict())
+        tensors = {_published(name): tensor for name, tensor in self.state_dict().items()}
+        save_tensors(tensors, folder, "model", variant=variant, max_shard_size=max_shard_size)
+
+    @torch.no_grad()
+    def forward(self, clip_input: torch.Tensor) -> list[bool]:
+        """Whether each picture shows an unwanted concept; `clip_input` is `[B, 3, 224, 224]`, normalised for CLIP."""
+        embeds_BP = self.visual_projection(self.vision_model(clip_input).pooler_output)
+        special = _cosine(embeds_BP, self.special_care_embeds) - self.special_care_embeds_weights.float()
+        # A picture near a special concept is judged more strictly. Scores are rounded as the published checker does.
+        margin = SPECIAL_MARGIN * (special.mul(1000).round() > 0).any(dim=1, keepdim=True)
+        scores = _cosine(embeds_BP, self.concept_embeds) - self.concept_embeds_weights.float() + margin
+        return (scores.mul(1000).round() > 0).any(dim=1).tolist()
+
+
+def position_ids(model: nn.Module) -> dict[str, torch.Tensor]:
+    """CLIP's buffers of token positions `[1, N]`, which no checkpoint holds."""
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("position_ids")]
+    return {name: torch.arange(buffer.shape[-1])[None] for name, buffer in buffers}
+
+
+def _cosine(a_BP: torch.Tensor, b_KP: torch.Tensor) -> torch.Tensor:
+    return (nn.functional.normalize(a_BP) @ nn.functional.normalize(b_KP).T).float()
+
+
+def _published(name: str) -> str:
+    nested = name.startswith("vision_model.") and not name.startswith("vision_model.vision_model.")
+    return f"vision_model.{name}" if nested else name

@@ -1,0 +1,106 @@
+"""Configuration of the conditional U-Net, as published in `unet/config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lowtide.configs import Config
+
+CROSS_ATTENTION_BLOCKS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
+PLAIN_BLOCKS = ("DownBlock2D", "UpBlock2D")
+
+# Entries of published configurations that change the network and of which we build one kind only.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dropout": (0, 0.0),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1, 1.0),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "resnet_out_scale_factor": (1, 1.0),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNet2DConditionConfig(Config):
+    """Shape of a `UNet2DConditionModel`.
+
+    `attention_head_dim` is, as in the published files, the number of heads (of each block, or one for all), unless
+    `num_attention_heads` gives it. `sample_size` is the side of the latents the model was trained on.
+    """
+
+    sample_size: int | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    num_attention_heads: int | tuple[int, ...] | None = None
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse, by name, what we cannot build: it must never be built wrongly in silence."""
+        for key, possible in SUPPORTED.items():
+            if key in self.unused and self.unused[key] not in possible:
+                raise ValueError(f"U-Net config: {key}={self.unused[key]!r} is not supported; possible: {possible}.")
+        known = (*CROSS_ATTENTION_BLOCKS, *PLAIN_BLOCKS)
+        for kind in (*self.down_block_types, *self.up_block_types):
+            if kind not in known:
+                raise ValueError(f"U-Net config: block type {kind!r} is not supported; possible: {known}.")
+        if self.addition_embed_type not in (None, "text_time"):
+            kinds = "None, 'text_time'"
+            raise ValueError(f"U-Net config: addition_embed_type={self.addition_embed_type!r}; possible: {kinds}.")
+        levels = len(self.block_out_channels)
+        if not len(self.down_block_types) == len(self.up_block_types) == levels:
+            raise ValueError(
+                f"U-Net config: {len(self.down_block_types)} down blocks, {len(self.up_block_types)} up blocks and "
+                f"{levels} block_out_channels; the three must be as many."
+            )
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(f"U-Net config: {channels} channels do not split into {self.norm_num_groups} groups.")
+
+    def heads(self, level: int) -> int:
+        """Attention heads at `level` (0 = finest)."""
+        return _at(self.num_attention_heads or self.attention_head_dim, level)
+
+    def layers(self, level: int) -> int:
+        """Transformer blocks in each attention module at `level`."""
+        return _at(self.transformer_layers_per_block, level)
+
+
+def _at(value: int | tuple[int, ...], level: int) -> int:
+    return value[level] if isinstance(value, tuple) else value

@@ -1,0 +1,185 @@
+"""The image autoencoder of Stable Diffusion (Esser et al. 2021; Rombach et al. 2022): pictures to latents and back."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lowtide.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
+from lowtide.models.mixin import ModelMixin
+from lowtide.models.outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
+from lowtide.models.vae_config import AutoencoderKLConfig
+from lowtide.ops.attention import attention
+from lowtide.weights.names import VAE_NAMES
+
+EPS = 1e-6  # of every norm in the published autoencoders
+
+
+def _resnet(config: AutoencoderKLConfig, in_channels: int, out_channels: int) -> ResnetBlock2D:
+    return ResnetBlock2D(in_channels, out_channels, time_channels=None, groups=config.norm_num_groups, eps=EPS)
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all pixels, around a shortcut."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        # The second entry is the training dropout of the published models: it keeps the key "to_out.0".
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Identity()])
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """`[B, C, H, W]` to `[B, C, H, W]`."""
+        h_BLC = self.group_norm(x_BCHW.flatten(2)).transpose(1, 2)
+        q, k, v = (to(h_BLC)[:, None] for to in (self.to_q, self.to_k, self.to_v))
+        h_BLC = self.to_out[0](attention(q, k, v)[:, 0])
+        return h_BLC.transpose(1, 2).reshape(x_BCHW.shape) + x_BCHW
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention (where the model has it), residual block at the latents' resolution."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        channels = config.block_out_channels[-1]
+        attends = [AttentionBlock(channels, config.norm_num_groups)] if config.mid_block_add_attention else []
+        self.attentions = nn.ModuleList(attends)
+        self.resnets = nn.ModuleList(_resnet(config, channels, channels) for _ in range(2))
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """`[B, C, H, W]` to `[B, C, H, W]`."""
+        x_BCHW = self.resnets[0](x_BCHW)
+        for attend in self.attentions:
+            x_BCHW = attend(x_BCHW)
+        return self.resnets[1](x_BCHW)
+
+
+class DownEncoderBlock2D(nn.Module):
+    """Residual blocks, then a downsampling except at the last level."""
+
+    def __init__(self, config: AutoencoderKLConfig, level: int) -> None:
+        super().__init__()
+        channels = config.block_out_channels
+        out, source = channels[level], channels[max(level - 1, 0)]
+        widths = [source] + [out] * config.layers_per_block
+        self.resnets = nn.ModuleList(_resnet(config, a, b) for a, b in zip(widths, widths[1:], strict=False))
+        last = level == len(channels) - 1
+        self.downsamplers = None if last else nn.ModuleList([Downsample2D(out, padding=0)])
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """`[B, C, H, W]` to `[B, C', H/2, W/2]` (`[B, C', H, W]` at the last level)."""
+        for resnet in self.resnets:
+            x_BCHW = resnet(x_BCHW)
+        return x_BCHW if self.downsamplers is None else self.downsamplers[0](x_BCHW)
+
+
+class UpDecoderBlock2D(nn.Module):
+    """Residual blocks, then an upsampling except at the last level."""
+
+    def __init__(self, config: AutoencoderKLConfig, index: int) -> None:
+        super().__init__()
+        channels = config.block_out_channels[::-1]
+        out, source = channels[index], channels[max(index - 1, 0)]
+        widths = [source] + [out] * (config.layers_per_block + 1)
+        self.resnets = nn.ModuleList(_resnet(config, a, b) for a, b in zip(widths, widths[1:], strict=False))
+        last = index == len(channels) - 1
+        self.upsamplers = None if last else nn.ModuleList([Upsample2D(out)])
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """`[B, C, H, W]` to `[B, C', 2H, 2W]` (`[B, C', H, W]` at the last level)."""
+        for resnet in self.resnets:
+            x_BCHW = resnet(x_BCHW)
+        return x_BCHW if self.upsamplers is None else self.upsamplers[0](x_BCHW)
+
+
+class Encoder(nn.Module):
+    """Pictures `[B, 3, H, W]` to the moments of the latents, `[B, 2·latent_channels, H/8, W/8]`."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        channels = config.block_out_channels
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(DownEncoderBlock2D(config, level) for level in range(len(channels)))
+        self.mid_block = MidBlock(config)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Encode; the factor 8 is `config.scale`."""
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Latents `[B, latent_channels, h, w]` to pictures `[B, 3, 8h, 8w]`."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        channels = config.block_out_channels
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
+        self.mid_block = MidBlock(config)
+        self.up_blocks = nn.ModuleList(UpDecoderBlock2D(config, index) for index in range(len(channels)))
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=EPS)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Decode; the factor 8 is `config.scale`."""
+        z = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            z = block(z)
+        return self.conv_out(F.silu(self.conv_norm_out(z)))
+
+
+class AutoencoderKL(ModelMixin):
+    """Encode pictures in [-1, 1] to a normal distribution over latents, and decode latents to pictures.
+
+    Shapes: pictures `[B, 3, H, W]` with H and W multiples of `config.scale` (8), latents `[B, 4, H/8, W/8]`, not yet
+    multiplied by `config.scaling_factor`.
+    """
+
+    config_class = AutoencoderKLConfig
+    names = VAE_NAMES
+    config: AutoencoderKLConfig
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__(config)
+        moments, latents = 2 * config.latent_channels, config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(moments, moments, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(latents, latents, 1) if config.use_post_quant_conv else None
+
+    def encode(
+        self, x: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """The distribution over latents of pictures `x` `[B, 3, H, W]`."""
+        moments = self.encoder(x)
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        posterior = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        """The pictures `[B, 3, H, W]` of latents `z` `[B, 4, H/8, W/8]`."""
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        sample = self.decoder(z)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """Encode and decode pictures `[B, 3, H, W]`."""
+        encoded = self.encode(sample)
+        assert isinstance(encoded, AutoencoderKLOutput)
+        posterior = encoded.latent_dist
+        return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)

@@ -1,0 +1,51 @@
+"""Configuration of the image autoencoder, as published in `vae/config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lowtide.configs import Config
+
+# Entries of published configurations that change the network and of which we build one kind only.
+SUPPORTED: dict[str, tuple[Any, ...]] = {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderKLConfig(Config):
+    """Shape of an `AutoencoderKL`; older files have no `scaling_factor`, which then is 0.18215 (SD 1.x)."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",) * 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 512
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse, by name, what we cannot build: it must never be built wrongly in silence."""
+        for key, possible in SUPPORTED.items():
+            if key in self.unused and self.unused[key] not in possible:
+                raise ValueError(f"VAE config: {key}={self.unused[key]!r} is not supported; possible: {possible}.")
+        for kinds, possible in (
+            (self.down_block_types, "DownEncoderBlock2D"),
+            (self.up_block_types, "UpDecoderBlock2D"),
+        ):
+            if len(kinds) != len(self.block_out_channels):
+                raise ValueError(f"VAE config: {len(kinds)} blocks for {len(self.block_out_channels)} channel widths.")
+            for kind in set(kinds) - {possible}:
+                raise ValueError(f"VAE config: block type {kind!r} is not supported; possible: {possible!r}.")
+
+    @property
+    def scale(self) -> int:
+        """Pixels a latent is wide and high: 8 for Stable Diffusion."""
+        return 2 ** (len(self.block_out_channels) - 1)

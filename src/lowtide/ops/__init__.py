@@ -1,0 +1,1 @@
+"""Operations on plain tensors: no modules, no weights' whereabouts."""

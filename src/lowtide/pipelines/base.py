@@ -1,0 +1,173 @@
+"""What every pipeline can do besides its own call: load, save, move, show progress."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from lowtide.configs import write_json
+from lowtide.hub import Source
+from lowtide.loading import (
+    MODEL_INDEX,
+    ComponentSpec,
+    LoadOptions,
+    load_components,
+    read_model_index,
+    save_component,
+    spec_of,
+)
+from lowtide.models.mixin import PEER_VERSION, chosen_dtype
+from lowtide.progress import ProgressBar
+from lowtide.stages import Stages
+from lowtide.weights.save import atomic_folder
+
+PIPELINES = {"StableDiffusionPipeline": "lowtide.pipelines.stable_diffusion"}
+
+
+class DiffusionPipeline:
+    """Components by name, and the stages that a run goes through.
+
+    `DiffusionPipeline.from_pretrained` gives the pipeline that the checkpoint names. `stages.observers` may hold
+    anything that watches a run, such as `lowtide.memory.Meter`.
+    """
+
+    component_names: ClassVar[tuple[str, ...]] = ()
+    optional_components: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        self.stages = Stages()
+        self._progress_disabled = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained: str | os.PathLike[str],
+        *,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        use_safetensors: bool | None = True,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **components: Any,
+    ) -> Self:
+        """Load from a folder with a `model_index.json`, or a Hub id, of which only the files needed are fetched.
+
+        `dtype` (or `torch_dtype`, the older name) is the dtype to compute in: float32 if None, the files' own if
+        "auto". `variant` takes the weights called so, such as "fp16". A component given by name is used instead of the
+        checkpoint's; None leaves an optional one out.
+        Raises `FileNotFoundError` for a missing model, file or variant, `CheckpointError` for malformed files,
+        `ValueError` for classes, components or settings that are not possible.
+        """
+        if use_safetensors is False:
+            raise ValueError(
+                "use_safetensors=False is not possible: pickled weights can run code, so they are refused."
+            )
+        options = LoadOptions(chosen_dtype(torch_dtype, dtype), variant)
+        cache = None if cache_dir is None else Path(cache_dir)
+        source = Source(os.fspath(pretrained), revision, cache, token, local_files_only)
+        class_name, specs, _ = read_model_index(source.fetch([MODEL_INDEX]))
+        pipeline_class = cls if cls is not DiffusionPipeline else _pipeline_class(class_name)
+        to_load = pipeline_class._to_load(specs, components)
+        return pipeline_class(**components, **load_components(source, to_load, options))
+
+    @classmethod
+    def _to_load(cls, specs: dict[str, ComponentSpec | None], given: dict[str, Any]) -> dict[str, ComponentSpec | None]:
+        """The components to load: those of this pipeline that were not given."""
+        unknown = sorted(set(given) - set(cls.component_names))
+        if unknown:
+            raise ValueError(f"{cls.__name__} takes no {unknown}; its components are {', '.join(cls.component_names)}.")
+        chosen = {name: specs.get(name) for name in cls.component_names if name not in given}
+        missing = [name for name, spec in chosen.items() if spec is None and name not in cls.optional_components]
+        if missing:
+            raise ValueError(
+                f"The checkpoint has no {', '.join(missing)}: pass it in, as in from_pretrained(..., {missing[0]}=...)."
+            )
+        return chosen
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, variant: str | None = None, max_shard_size: int | str | None = None
+    ) -> None:
+        """Write every component and the `model_index.json`, all or nothing: a killed save leaves what was there before.
+
+        `max_shard_size` is in bytes, or text such as "5GB"; None writes each model as one file.
+        """
+        specs = {name: spec_of(name, part) for name, part in self.components.items() if part is not None}
+        index: dict[str, Any] = {"_class_name": type(self).__name__, "_diffusers_version": PEER_VERSION}
+        for name in self.component_names:
+            index[name] = [specs[name].library, specs[name].class_name] if name in specs else [None, None]
+        with atomic_folder(Path(folder)) as target:
+            for name in specs:
+                save_component(self.components[name], target / name, variant=variant, max_shard_size=max_shard_size)
+            write_json(target / MODEL_INDEX, index)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Every component by name; optional ones may be None."""
+        return {name: getattr(self, name) for name in self.component_names}
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The components that are networks."""
+        return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
+
+    def to(
+        self,
+        *targets: torch.device | torch.dtype | str | int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Move the networks to a device and/or dtype, given in any order as for `torch.nn.Module.to`; returns itself."""
+        for target in targets:
+            if isinstance(target, torch.dtype):
+                dtype = target
+            else:
+                device = torch.device(target)
+        if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={str(device)!r} is not possible: PyTorch sees no CUDA device here. Use 'cpu'.")
+        for module in self.modules().values():
+            module.to(device=device, dtype=dtype)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """The device the networks compute on."""
+        return self._a_weight().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the networks compute in."""
+        return self._a_weight().dtype
+
+    def _a_weight(self) -> torch.Tensor:
+        return next(p for module in self.modules().values() for p in module.parameters() if p.is_floating_point())
+
+    def set_progress_bar_config(self, *, disable: bool = False) -> None:
+        """Show a progress bar during calls, or do not."""
+        self._progress_disabled = disable
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Bracket one call: no gradients, a progress bar, and everything put back whatever happens inside."""
+        with torch.no_grad(), self.stages.observed(ProgressBar(disable=self._progress_disabled)):
+            yield
+
+    def __repr__(self) -> str:
+        rows = (f"  {name}: {type(part).__name__}" for name, part in self.components.items())
+        return "\n".join([f"{type(self).__name__}:", *rows])
+
+
+def _pipeline_class(name: str) -> type[Any]:
+    if name not in PIPELINES:
+        raise ValueError(
+            f"The checkpoint is a {name or 'pipeline without a name'}; Lowtide has {', '.join(PIPELINES)}."
+        )
+    return getattr(importlib.import_module(PIPELINES[name]), name)

@@ -1,0 +1,223 @@
+"""Stable Diffusion (Rombach et al. 2022): prompt → tokens → embeddings → latents → denoise → decode → picture."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from lowtide.models.safety_checker import StableDiffusionSafetyChecker
+from lowtide.models.unet_config import UNet2DConditionConfig
+from lowtide.models.vae import AutoencoderKL
+from lowtide.pipelines import checks
+from lowtide.pipelines.base import DiffusionPipeline
+from lowtide.pipelines.outputs import StableDiffusionPipelineOutput, to_output, to_pil, to_unit_range
+from lowtide.schedulers import Generators, Scheduler, draw_noise
+
+StepCallback = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
+CALLBACK_TENSORS = ("latents", "prompt_embeds", "noise_pred")
+
+
+class StableDiffusionPipeline(DiffusionPipeline):
+    """Text to pictures with Stable Diffusion 1.x and 2.x.
+
+    Shapes: `B` pictures, `S` text tokens, `C` their width; latents `[B, 4, H/8, W/8]`. With guidance, embeddings are
+    `[2B, S, C]`: the negative prompts, then the prompts. `unet` may be any callable module that takes latents, a
+    timestep and embeddings in this order and returns an object with `.sample`, or a tuple.
+    """
+
+    component_names: ClassVar[tuple[str, ...]] = (
+        "vae", "text_encoder", "tokenizer", "unet", "scheduler", "safety_checker", "feature_extractor",
+    )  # fmt: skip
+    optional_components: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor")
+
+    def __init__(
+        self,
+        *,
+        vae: AutoencoderKL,
+        text_encoder: Any,
+        tokenizer: Any,
+        unet: Any,
+        scheduler: Scheduler,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: Any = None,
+    ) -> None:
+        super().__init__()
+        if safety_checker is not None and feature_extractor is None:
+            raise ValueError("safety_checker needs feature_extractor (a CLIPImageProcessor): give both or neither.")
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.unet = unet
+        self.scheduler = scheduler
+        self.safety_checker = safety_checker
+        self.feature_extractor = feature_extractor
+        self._unet_config: UNet2DConditionConfig = unet.config
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
+        """Make `num_images_per_prompt` pictures of each prompt, `height` x `width` pixels (default: the model's own).
+
+        Guidance is on above a `guidance_scale` of 1 (Ho & Salimans 2022). A `generator` on the CPU draws the same noise
+        for every device; a list gives each picture its own. `latents` `[B, 4, height/8, width/8]` is noise to start
+        from, of unit variance. `callback_on_step_end(pipe, step, timestep, tensors)` may return changed tensors.
+        Raises `ValueError` for what is not possible, before any work is done.
+        """
+        height, width = self.image_size(height, width)
+        checks.check_prompt(prompt, prompt_embeds, ("prompt", "prompt_embeds"))
+        negatives = ("negative_prompt", "negative_prompt_embeds")
+        checks.check_prompt(negative_prompt, negative_prompt_embeds, negatives, needed=False)
+        checks.check_counts(num_inference_steps, num_images_per_prompt)
+        checks.check_output_type(output_type)
+        checks.check_callback_inputs(callback_on_step_end_tensor_inputs, CALLBACK_TENSORS)
+        guided = guidance_scale > 1
+        with self.running():
+            with self.stages.stage("encode prompt"):
+                embeds = self.encode_prompt(
+                    prompt, num_images_per_prompt, guided, negative_prompt, prompt_embeds, negative_prompt_embeds
+                )
+            batch = len(embeds) // 2 if guided else len(embeds)
+            self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+            latents = self.prepare_latents(batch, height, width, embeds, generator, latents)
+            with self.stages.stage("denoise", steps=len(self.scheduler.timesteps)) as stage:
+                for step, timestep in enumerate(self.scheduler.timesteps):
+                    noise_pred = self.predict_noise(latents, timestep, embeds, guidance_scale)
+                    latents = self.scheduler.step(
+                        noise_pred, timestep, latents, eta=eta, generator=generator
+                    ).prev_sample
+                    if callback_on_step_end is not None:
+                        tensors = {"latents": latents, "prompt_embeds": embeds, "noise_pred": noise_pred}
+                        asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                        tensors |= callback_on_step_end(self, step, timestep, asked) or {}
+                        latents, embeds = tensors["latents"], tensors["prompt_embeds"]
+                    stage.advance()
+            if output_type == "latent":
+                return StableDiffusionPipelineOutput(latents, None) if return_dict else (latents, None)
+            with self.stages.stage("decode"):
+                pixels = self.decode_latents(latents)
+            pixels, unsafe = self.run_safety_checker(pixels)
+        images = to_output(pixels, output_type)
+        return StableDiffusionPipelineOutput(images, unsafe) if return_dict else (images, unsafe)
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str] | None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Text to embeddings `[B, S, C]`, or `[2B, S, C]` with guidance: the negative ones first."""
+        if prompt_embeds is None:
+            assert prompt is not None
+            prompt_embeds = self.embed([prompt] if isinstance(prompt, str) else list(prompt))
+        batch = len(prompt_embeds)
+        positive = prompt_embeds.to(self.device).repeat_interleave(num_images_per_prompt, dim=0)
+        if not do_classifier_free_guidance:
+            return positive
+        if negative_prompt_embeds is None:
+            texts = [negative_prompt or ""] if isinstance(negative_prompt or "", str) else list(negative_prompt or "")
+            negative_prompt_embeds = self.embed(texts)
+        checks.check_same_batch(len(negative_prompt_embeds), batch)
+        one_each = negative_prompt_embeds.to(positive).expand(batch, -1, -1)
+        return torch.cat([one_each.repeat_interleave(num_images_per_prompt, dim=0), positive])
+
+    def embed(self, texts: list[str]) -> torch.Tensor:
+        """The text encoder's last hidden states `[B, S, C]`, of texts padded and cut to the tokenizer's length."""
+        length = self.tokenizer.model_max_length
+        for text in texts:
+            excess = self.tokenizer(text).input_ids[length - 1 : -1]
+            if excess:
+                ignored = self.tokenizer.decode(excess)
+                warnings.warn(
+                    f"The model reads {length - 2} tokens; of this prompt it ignores {ignored!r}.", stacklevel=3
+                )
+        tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(self.device) if masked else None
+        return self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+
+    def prepare_latents(
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        embeds: torch.Tensor,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The noise to start from `[batch, 4, height/8, width/8]`, of the scheduler's first deviation."""
+        shape = (batch, self.unet_config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        if latents is None:
+            latents = draw_noise(shape, generator=generator, device=embeds.device, dtype=embeds.dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents {list(latents.shape)} do not fit: these pictures need {list(shape)}.")
+        return latents.to(embeds) * self.scheduler.init_noise_sigma
+
+    def predict_noise(
+        self, latents: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, guidance_scale: float
+    ) -> torch.Tensor:
+        """One call of the U-Net; with guidance, ε = ε_negative + scale · (ε_prompt - ε_negative)."""
+        guided = guidance_scale > 1
+        model_input = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
+        output = self.unet(model_input, timestep, embeds)
+        noise_pred = output.sample if hasattr(output, "sample") else output[0]
+        if not guided:
+            return noise_pred
+        negative, positive = noise_pred.chunk(2)
+        return negative + guidance_scale * (positive - negative)
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents to pictures `[B, 3, H, W]` in [0, 1]."""
+        (decoded,) = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)
+        return to_unit_range(decoded)
+
+    def run_safety_checker(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
+        """Blacken the pictures in which the safety checker, if there is one, finds an unwanted concept."""
+        if self.safety_checker is None:
+            return pixels, None
+        with self.stages.stage("safety check"):
+            pictures = to_pil(pixels.cpu().permute(0, 2, 3, 1).float().numpy())
+            clip_input = self.feature_extractor(pictures, return_tensors="pt").pixel_values
+            unsafe = self.safety_checker(clip_input.to(pixels))
+        if any(unsafe):
+            warnings.warn("The safety checker blackened a picture; try another prompt or seed.", stacklevel=3)
+        keep = torch.tensor([not one for one in unsafe], device=pixels.device)
+        return pixels * keep[:, None, None, None], unsafe
+
+    def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels, the model's own where None; raises `ValueError` for sizes it cannot make."""
+        own = (self.unet_config.sample_size or 64) * self.vae_scale_factor
+        height, width = (own if height is None else height), (own if width is None else width)
+        checks.check_size(height, width, self.vae_scale_factor)
+        return height, width
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a latent is high and wide."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def unet_config(self) -> UNet2DConditionConfig:
+        """The U-Net's configuration; of a replacement that has none, the original's."""
+        return getattr(self.unet, "config", self._unet_config)

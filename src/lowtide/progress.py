@@ -1,0 +1,87 @@
+"""A progress bar for the stages of a pipeline: an observer of `lowtide.stages`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+@dataclass
+class _Row:
+    task: TaskID
+    start: float
+    steps: int | None
+    step: int = 0
+
+
+class ProgressBar:
+    """Shows the running stages on stderr: name, steps done, seconds per step.
+
+    Where stderr is no terminal, each stage leaves one plain line when it ends. `disable=True` shows nothing.
+    It is drawn at stage boundaries and steps only, so it costs the pipeline no thread.
+    """
+
+    def __init__(self, *, disable: bool = False) -> None:
+        self.disable = disable
+        self._progress: Progress | None = None
+        self._rows: list[_Row] = []
+
+    def stage_started(self, name: str, steps: int | None) -> None:
+        """Open a row for `name`."""
+        if self._progress is None:
+            self._progress = _new_progress(disable=self.disable)
+            self._progress.start()
+        indent = "  " * len(self._rows)
+        task = self._progress.add_task(indent + name, total=steps, steps=f"0/{steps}" if steps else "", pace="")
+        self._rows.append(_Row(task, time.perf_counter(), steps))
+        self._progress.refresh()
+
+    def step_done(self, name: str, step: int) -> None:
+        """Move the innermost row on."""
+        row = self._rows[-1]
+        row.step = step
+        self._show(row, completed=step)
+
+    def stage_finished(self, name: str) -> None:
+        """Close the row; after the outermost one the bar is left as it stands."""
+        row = self._rows.pop()
+        if row.steps is None:
+            done = max(row.step, 1)
+            self._show(row, completed=done, total=done)
+        if not self._rows:
+            self._close()
+
+    def _show(self, row: _Row, *, completed: int, total: int | None = None) -> None:
+        assert self._progress is not None
+        of_all = f"/{row.steps}" if row.steps else ""
+        pace = f"{(time.perf_counter() - row.start) / row.step:.2f} s/it" if row.step else ""
+        steps = f"{row.step}{of_all}" if row.step else ""
+        self._progress.update(row.task, completed=completed, total=total or row.steps, steps=steps, pace=pace)
+        self._progress.refresh()
+
+    def _close(self) -> None:
+        assert self._progress is not None
+        self._progress.stop()
+        self._progress = None
+
+
+def _new_progress(*, disable: bool) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description:<14}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[steps]:>7}", markup=False),
+        TextColumn("{task.fields[pace]:>11}", markup=False),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        auto_refresh=False,
+        redirect_stdout=sys.stdout.isatty(),  # else what a program prints would end up on stderr
+        disable=disable,
+    )

@@ -1,0 +1,272 @@
+"""What all schedulers share: their interface, their configuration, and reading and writing `scheduler_config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from lowtide.configs import Config, read_json, write_json
+from lowtide.schedulers import schedule
+
+CONFIG_NAME = "scheduler_config.json"
+FORMAT_VERSION = "0.42.1"  # the diffusers release whose file format we write
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+Timestep = int | float | Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOutput:
+    """The sample at the next, lower noise level, and where the solver has one its estimate of the clean sample."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+
+
+class Scheduler(Protocol):
+    """What a pipeline needs of a scheduler.
+
+    Call `set_timesteps`, multiply noise by `init_noise_sigma`, then for each of `timesteps` in order: give
+    `scale_model_input(sample, t)` to the model and its output to `step`. Schedules live on the CPU; only `timesteps`
+    are moved to the device asked for. `eta` matters only to DDIM, `generator` only where noise is drawn (DDIM with
+    eta > 0); the others accept and ignore them.
+    """
+
+    @property
+    def config(self) -> SchedulerConfig:
+        """The configuration, as `scheduler_config.json` holds it."""
+        ...
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The timesteps of all model calls, in order; whole numbers, for Euler perhaps fractions."""
+        ...
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The standard deviation of the sample that the first step expects."""
+        ...
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | Config) -> Self:
+        """Build from the entries of a file or from any scheduler's configuration."""
+        ...
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str | None = None) -> Self:
+        """Read `scheduler_config.json` in a local folder."""
+        ...
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `scheduler_config.json` in a local folder."""
+        ...
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Lay out the timesteps of a run and forget the last one."""
+        ...
+
+    def scale_model_input(self, sample: Tensor, timestep: Timestep) -> Tensor:
+        """The model's input at `timestep`."""
+        ...
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        *,
+        eta: float = 0.0,
+        generator: Generators = None,
+    ) -> StepOutput:
+        """From `sample` at `timestep` to what the next model call needs, in the same shape and dtype."""
+        ...
+
+    def add_noise(self, original: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`original` with the noise level of `timesteps`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SchedulerConfig(Config):
+    """The entries that every published `scheduler_config.json` may have, with the ecosystem's defaults.
+
+    `given` names the entries that the source spelled out. Another class's configuration takes over only those, and
+    those that differ from this class's defaults; for the rest it uses its own defaults.
+    Raises `ValueError` for a value that is not supported, naming those that are.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    given: frozenset[str] = dataclasses.field(default=frozenset(), repr=False, compare=False)
+
+    # Entry -> its possible values. Entries of features that we lack are no fields; they may only hold "off".
+    ALLOWED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "beta_schedule": schedule.BETA_SCHEDULES,
+        "prediction_type": ("epsilon", "v_prediction", "sample"),
+        "timestep_spacing": schedule.TIMESTEP_SPACINGS,
+    }
+    # Entry -> values that mean something to another class only: here the default applies, and they are kept.
+    FOREIGN: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    def __post_init__(self) -> None:
+        entries = self.to_dict()
+        for key, allowed in self.ALLOWED.items():
+            if key in entries and entries[key] not in allowed:
+                raise _unsupported(self, key, f"one of {', '.join(map(repr, allowed))}")
+        _check_number(self, "num_train_timesteps", int, 1, 1_000_000)
+        _check_number(self, "steps_offset", int, 0, self.num_train_timesteps - 1)
+        for key in ("beta_start", "beta_end"):
+            _check_number(self, key, (int, float), 1e-12, 1 - 1e-6)
+        betas = self.trained_betas
+        if betas is not None and not (len(betas) == self.num_train_timesteps and all(0 < b < 1 for b in betas)):
+            raise _unsupported(self, "trained_betas", f"null or {self.num_train_timesteps} numbers between 0 and 1")
+
+    @classmethod
+    def from_dict(cls, source: Mapping[str, Any]) -> Self:
+        """Read `source`; entries listed in its `_use_default_values` (as the peer does) count as not given."""
+        defaulted = source.get("_use_default_values", ())
+        entries = {k: v for k, v in source.items() if k not in defaulted and k not in ("given", "unused")}
+        foreign = {k: v for k, v in entries.items() if v in cls.FOREIGN.get(k, ())}
+        config = super().from_dict({k: v for k, v in entries.items() if k not in foreign})
+        fields = {field.name for field in dataclasses.fields(cls)}
+        given = frozenset(fields & entries.keys() - foreign.keys())
+        return dataclasses.replace(config, unused={**config.unused, **foreign}, given=given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: every field, then the unknown entries of the source."""
+        return {key: value for key, value in super().to_dict().items() if key != "given"}
+
+    def carried(self) -> dict[str, Any]:
+        """The entries that another class's configuration takes over: see the class."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name not in ("unused", "given")}
+        changed = {key for key, default in defaults.items() if getattr(self, key) != default}
+        own = {key: value for key, value in self.to_dict().items() if key in changed | self.given}
+        return {**self.unused, **own}
+
+
+ConfigT = TypeVar("ConfigT", bound=SchedulerConfig)
+
+
+class SchedulerBase(Generic[ConfigT]):
+    """Configuration, training schedule (on the CPU) and file format; the subclasses add the solver."""
+
+    config_class: type[ConfigT]
+
+    def __init__(self, config: ConfigT, *, zero_snr: bool = False) -> None:
+        self.config = config
+        self.alphas_cumprod = _training_alphas(config, zero_snr)
+        self.timesteps = torch.arange(config.num_train_timesteps - 1, -1, -1)
+        self.num_inference_steps: int | None = None
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The standard deviation of the sample that the first step expects."""
+        return 1.0
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | Config) -> Self:
+        """Build from the entries of a file or from any scheduler's configuration; entries unknown here are kept."""
+        if isinstance(config, SchedulerConfig):
+            config = config.carried()
+        elif isinstance(config, Config):
+            config = config.to_dict()
+        return cls(cls.config_class.from_dict(config))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str | None = None) -> Self:
+        """Read `scheduler_config.json` in a local `folder`, written by any scheduler class.
+
+        Raises `FileNotFoundError` if it is missing and `ValueError` if it is not valid.
+        """
+        path = Path(folder, subfolder or "", CONFIG_NAME)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist. Name a folder that holds {CONFIG_NAME}, or its subfolder.")
+        return cls.from_config(read_json(path))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `scheduler_config.json` in `folder`, which is made where needed."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        header = {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION}
+        write_json(Path(folder, CONFIG_NAME), {**header, **self.config.to_dict()})
+
+    def scale_model_input(self, sample: Tensor, timestep: Timestep) -> Tensor:
+        """The model's input at `timestep`: here `sample` itself."""
+        return sample
+
+    def add_noise(self, original: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """√ᾱ_t `original` + √(1-ᾱ_t) `noise`; `timesteps` are training timesteps, one a sample or one in all."""
+        alpha, sigma = self._levels_like(timesteps, original)
+        return alpha * original + sigma * noise
+
+    def _levels_like(self, timesteps: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        bar = self.alphas_cumprod.to(timesteps.device)[timesteps.long()]
+        return spread(bar**0.5, sample), spread((1 - bar) ** 0.5, sample)
+
+    def _spaced(self, num_steps: int, least: int = 1) -> schedule.FloatArray:
+        c = self.config
+        schedule.check_num_steps(num_steps, c.num_train_timesteps, least)
+        spaced = schedule.spaced_timesteps(c.timestep_spacing, num_steps, c.num_train_timesteps, c.steps_offset)
+        schedule.check_timesteps(spaced.round(), c.num_train_timesteps, c.timestep_spacing)
+        return spaced
+
+    def _num_inference_steps(self) -> int:
+        if self.num_inference_steps is None:
+            raise ValueError(f"Call {type(self).__name__}.set_timesteps(num_inference_steps) before stepping.")
+        return self.num_inference_steps
+
+
+def spread(values: Tensor, sample: Tensor) -> Tensor:
+    """`values` (B or a single one) with `sample`'s device and dtype, shaped to multiply a `sample` of B items."""
+    values = values.flatten().to(sample.device, sample.dtype)
+    return values.reshape(-1, *[1] * (sample.dim() - 1))
+
+
+def draw_noise(
+    shape: Sequence[int], *, generator: Generators, device: torch.device | str, dtype: torch.dtype
+) -> Tensor:
+    """Standard normal noise of `shape`, drawn where the generator lives (so a CPU seed means the same everywhere).
+
+    A list of generators draws one item of the batch each; raises `ValueError` if their number is not `shape[0]`.
+    """
+    if isinstance(generator, Sequence):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators were given for a batch of {shape[0]}: give one an item.")
+        items = [draw_noise((1, *shape[1:]), generator=g, device=device, dtype=dtype) for g in generator]
+        return torch.cat(items)
+    source = generator.device if generator is not None else device
+    return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)
+
+
+def _training_alphas(config: SchedulerConfig, zero_snr: bool) -> Tensor:
+    if config.trained_betas is not None:
+        betas = torch.tensor(config.trained_betas, dtype=torch.float32)
+    else:
+        count = config.num_train_timesteps
+        betas = schedule.training_betas(config.beta_schedule, config.beta_start, config.beta_end, count)
+    if zero_snr:
+        betas = schedule.rescale_to_zero_snr(betas)
+    return schedule.cumulative_alphas(betas)
+
+
+def _check_number(config: SchedulerConfig, key: str, kind: type | tuple[type, ...], low: float, high: float) -> None:
+    value = getattr(config, key)
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        noun = "a whole number" if kind is int else "a number"
+        raise _unsupported(config, key, f"{noun} from {low:g} to {high:g}")
+
+
+def _unsupported(config: SchedulerConfig, key: str, possible: str) -> ValueError:
+    name = type(config).__name__.removesuffix("Config")
+    return ValueError(f"{name}: {key}={config.get(key)!r} is not supported; it must be {possible}.")

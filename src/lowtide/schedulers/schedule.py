@@ -1,0 +1,149 @@
+"""Noise schedules: betas and their products, the choice of timesteps, and noise levels. Pure functions.
+
+Notation of the papers: ᾱ_t is the product of 1 - β up to t. A sample at noise level t is √ᾱ_t x₀ + √(1-ᾱ_t) ε, which
+is called variance-preserving; divided by √ᾱ_t it is x₀ + σ ε with σ² = (1-ᾱ)/ᾱ, called variance-exploding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+KARRAS_RHO = 7.0
+SMALLEST_ALPHA_BAR = 2.0**-24  # stands for ᾱ = 0 where σ must stay finite: half precision's smallest positive number
+
+FloatArray = NDArray[np.float64]
+
+
+class NoiseLevel(NamedTuple):
+    """One noise level of a variance-preserving process: x = alpha x₀ + sigma ε, and lam = log(alpha / sigma)."""
+
+    alpha: Tensor
+    sigma: Tensor
+    lam: Tensor
+
+
+def training_betas(schedule: str, start: float, end: float, count: int) -> Tensor:
+    """The `count` betas that the model was trained with, float32.
+
+    "linear" is DDPM's (arXiv 2006.11239), "scaled_linear" latent diffusion's (linear in √β, arXiv 2112.10752),
+    "squaredcos_cap_v2" the cosine schedule of Improved DDPM (arXiv 2102.09672, Eq. 17), which takes no end points.
+    """
+    if schedule == "linear":
+        return torch.linspace(start, end, count, dtype=torch.float32)
+    if schedule == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
+    assert schedule == "squaredcos_cap_v2", schedule
+    bar = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
+    return torch.tensor([min(1 - bar[i + 1] / bar[i], 0.999) for i in range(count)], dtype=torch.float32)
+
+
+def cumulative_alphas(betas: Tensor) -> Tensor:
+    """ᾱ_t for every training timestep t, ascending in t."""
+    return torch.cumprod(1.0 - betas, dim=0)
+
+
+def rescale_to_zero_snr(betas: Tensor) -> Tensor:
+    """Shift and stretch √ᾱ so that the last timestep is pure noise (arXiv 2305.08891, Algorithm 1)."""
+    root = cumulative_alphas(betas).sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    root = (root - last) * (first / (first - last))
+    bar = root**2
+    return 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
+
+
+def training_sigmas(alphas_cumprod: Tensor) -> Tensor:
+    """σ_t = √((1-ᾱ_t)/ᾱ_t) for every training timestep, ascending in t."""
+    return ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
+
+
+def noise_level(sigma: Tensor) -> NoiseLevel:
+    """The variance-preserving level of a variance-exploding `sigma`; lam is infinite where sigma is 0."""
+    alpha = 1 / ((sigma**2 + 1) ** 0.5)
+    scaled = sigma * alpha
+    return NoiseLevel(alpha, scaled, torch.log(alpha) - torch.log(scaled))
+
+
+def predict_original(kind: str, model_output: Tensor, sample: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x₀ from what the model predicts: noise, v (arXiv 2202.00512, section 4) or x₀ itself; alpha² + sigma² = 1."""
+    if kind == "sample":
+        return model_output
+    if kind == "v_prediction":
+        return alpha * sample - sigma * model_output
+    return (sample - sigma * model_output) / alpha
+
+
+def predict_noise(kind: str, model_output: Tensor, sample: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """ε from what the model predicts; the counterpart of `predict_original`."""
+    if kind == "sample":
+        return (sample - alpha * model_output) / sigma
+    if kind == "v_prediction":
+        return alpha * model_output + sigma * sample
+    return model_output
+
+
+def spaced_timesteps(spacing: str, num_steps: int, num_train: int, offset: int) -> FloatArray:
+    """`num_steps` falling timesteps below `num_train` (arXiv 2305.08891, Table 2); of "linspace", fractions."""
+    if spacing == "linspace":
+        return np.linspace(0, num_train - 1, num_steps)[::-1].copy()
+    if spacing == "leading":
+        return np.arange(num_steps, dtype=np.float64)[::-1] * (num_train // num_steps) + offset
+    return _trailing(num_train, num_train / num_steps)
+
+
+def solver_timesteps(spacing: str, num_steps: int, num_train: int, offset: int, last: int) -> FloatArray:
+    """Falling whole timesteps for solvers that end at a σ of their own: one more is laid out and the lowest dropped.
+
+    `last` is the number of training timesteps that may be used (all, unless the schedule is clipped).
+    """
+    if spacing == "linspace":
+        return np.linspace(0, last - 1, num_steps + 1).round()[::-1][:-1].copy()
+    if spacing == "leading":
+        return np.arange(num_steps + 1, dtype=np.float64)[::-1][:-1] * (last // (num_steps + 1)) + offset
+    return _trailing(last, num_train / num_steps)
+
+
+def _trailing(last: int, gap: float) -> FloatArray:
+    # Rounding errors in `gap` can add an element just above zero, which would become timestep -1: drop it.
+    edges = np.arange(last, 0, -gap).round()
+    return edges[edges >= 1] - 1
+
+
+def karras_sigmas(sigma_max: float, sigma_min: float, num_steps: int) -> FloatArray:
+    """Falling sigmas, evenly spaced in σ^(1/7) (arXiv 2206.00364, Eq. 5)."""
+    high, low = sigma_max ** (1 / KARRAS_RHO), sigma_min ** (1 / KARRAS_RHO)
+    return (high + np.linspace(0, 1, num_steps) * (low - high)) ** KARRAS_RHO
+
+
+def timesteps_of_sigmas(sigmas: NDArray[np.floating], training: NDArray[np.floating]) -> FloatArray:
+    """The fractional timesteps of `sigmas`, linear in log σ between the `training` sigmas (ascending)."""
+    logs = np.log(np.maximum(sigmas, 1e-10))
+    return np.interp(logs, np.log(training), np.arange(len(training)))
+
+
+def check_num_steps(num_steps: int, num_train: int, least: int = 1) -> None:
+    """Raise `ValueError` unless `num_steps` is from `least` to `num_train`."""
+    if not least <= num_steps <= num_train:
+        raise ValueError(
+            f"num_inference_steps={num_steps} is not possible: choose from {least} to {num_train} "
+            f"(the model was trained with {num_train} timesteps)."
+        )
+
+
+def check_timesteps(timesteps: NDArray[np.floating], num_train: int, spacing: str) -> None:
+    """Raise `ValueError` unless `timesteps` fall strictly and lie in 0…`num_train`-1."""
+    if len(timesteps) and timesteps[0] < num_train and timesteps[-1] >= 0 and np.all(np.diff(timesteps) < 0):
+        return
+    shown = f"{timesteps[0]:g} to {timesteps[-1]:g}" if len(timesteps) else "none"
+    raise ValueError(
+        f"These steps do not fit the training schedule: timestep_spacing={spacing!r} gives {len(timesteps)} timesteps "
+        f"({shown}), which must fall strictly within 0…{num_train - 1}. "
+        "Ask for fewer steps, a smaller steps_offset, or timestep_spacing='trailing'."
+    )

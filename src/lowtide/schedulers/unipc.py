@@ -1,0 +1,206 @@
+"""UniPC (arXiv 2302.04867): a multistep predictor (UniP) whose result the next model call corrects (UniC)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowtide.schedulers import schedule
+from lowtide.schedulers.common import Generators, StepOutput, Timestep
+from lowtide.schedulers.schedule import NoiseLevel, noise_level
+from lowtide.schedulers.sigmas import MultistepConfig, SigmaScheduler
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniPCMultistepConfig(MultistepConfig):
+    """`solver_type` is the paper's B(h), h or exp(h)-1; `disable_corrector` lists steps left as they are."""
+
+    predict_x0: bool = True
+    solver_type: str = "bh2"
+    disable_corrector: tuple[int, ...] = ()
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+
+    ALLOWED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **MultistepConfig.ALLOWED,
+        "solver_type": ("bh1", "bh2"),
+        "solver_p": (None,),
+        "shift_terminal": (None,),
+    }
+    FOREIGN: ClassVar[Mapping[str, tuple[str, ...]]] = {"solver_type": ("midpoint", "heun", "logrho")}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.predict_x0 and self.final_sigmas_type == "zero":
+            raise ValueError(
+                "UniPCMultistep: predict_x0=False cannot end at sigma 0. "
+                "Use final_sigmas_type='sigma_min', or predict_x0=True."
+            )
+
+
+class Prediction(NamedTuple):
+    """What the solver integrates (x₀, or ε where `predict_x0` is off) and the noise level at which it was predicted."""
+
+    level: NoiseLevel
+    value: Tensor
+
+
+class Stretch(NamedTuple):
+    """The parts of a step over h = λ_target - λ_now that predictor and corrector share."""
+
+    base: Tensor  # the first-order step
+    scale: Tensor  # α B(h), or σ B(h) for noise prediction: the factor of all differences
+    ratios: list[Tensor]  # (λ_i - λ_now) / h of the older predictions, newest first
+    differences: list[Tensor]  # (m_i - m_now) / ratio_i
+    hh: Tensor  # -h, or h for noise prediction
+    b_h: Tensor
+
+
+def unipc_stretch(
+    sample: Tensor, target: NoiseLevel, past: Sequence[Prediction], solver_type: str, predict_x0: bool
+) -> Stretch:
+    """First-order step, B(h) and differences of the predictions `past` (newest last; arXiv 2302.04867, section 3)."""
+    now, older = past[-1], past[-2::-1]
+    h = target.lam - now.level.lam
+    ratios = [(p.level.lam - now.level.lam) / h for p in older]
+    differences = [(p.value - now.value) / ratio for p, ratio in zip(older, ratios, strict=True)]
+    hh = -h if predict_x0 else h
+    growth = torch.expm1(hh)
+    b_h = hh if solver_type == "bh1" else growth
+    if predict_x0:
+        kept, factor = target.sigma / now.level.sigma, target.alpha
+    else:
+        kept, factor = target.alpha / now.level.alpha, target.sigma
+    return Stretch(kept * sample - factor * growth * now.value, factor * b_h, ratios, differences, hh, b_h)
+
+
+def unipc_weights(ratios: Sequence[Tensor], hh: Tensor, b_h: Tensor) -> Tensor:
+    """The weights of the differences at `ratios`, which make the step exact to their number (arXiv 2302.04867, Theorem 3.1).
+
+    They solve R a = b with R_ki = ratio_i^(k-1) and b_k = k! h φ_(k+1)(h) / B(h), k from 1.
+    """
+    nodes = torch.stack(list(ratios))
+    phi, factorial = torch.expm1(hh) / hh - 1, 1
+    rows: list[Tensor] = []
+    right: list[Tensor] = []
+    for k in range(1, len(ratios) + 1):
+        rows.append(nodes ** (k - 1))
+        right.append(phi * factorial / b_h)
+        factorial *= k + 1
+        phi = phi / hh - 1 / factorial
+    return torch.linalg.solve(torch.stack(rows), torch.stack(right))  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def unip_step(stretch: Stretch) -> Tensor:
+    """The predictor UniP (arXiv 2302.04867, Algorithm 2); one difference alone has weight 1/2."""
+    if not stretch.differences:
+        return stretch.base
+    if len(stretch.differences) == 1:
+        return stretch.base - stretch.scale * (0.5 * stretch.differences[0])
+    weights = unipc_weights(stretch.ratios, stretch.hh, stretch.b_h)
+    return stretch.base - stretch.scale * _weighted(weights, stretch.differences)
+
+
+def unic_step(stretch: Stretch, difference: Tensor) -> Tensor:
+    """The corrector UniC (arXiv 2302.04867, Algorithm 1), which has the target's own prediction as one more node.
+
+    `difference` is that prediction less the newest one of the past; alone it has weight 1/2.
+    """
+    if not stretch.differences:
+        return stretch.base - stretch.scale * (0.5 * difference)
+    weights = unipc_weights([*stretch.ratios, torch.ones(())], stretch.hh, stretch.b_h)
+    older = _weighted(weights[:-1], stretch.differences)
+    return stretch.base - stretch.scale * (older + weights[-1] * difference)
+
+
+def _weighted(weights: Tensor, differences: Sequence[Tensor]) -> Tensor:
+    total = weights[0] * differences[0]
+    for weight, difference in zip(weights[1:], differences[1:], strict=True):
+        total = total + weight * difference
+    return total
+
+
+class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
+    """UniPC; steps must be taken in the order of `timesteps`."""
+
+    config_class = UniPCMultistepConfig
+
+    def __init__(self, config: UniPCMultistepConfig | None = None) -> None:
+        config = config or UniPCMultistepConfig()
+        super().__init__(config, zero_snr=config.rescale_betas_zero_snr)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._past: tuple[Prediction, ...] = ()
+        self._last_sample: Tensor | None = None  # where the last predictor step set out from
+        self._last_order = 0
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Lay out `num_inference_steps` timesteps. Raises `ValueError` if they do not fit the training schedule."""
+        c = self.config
+        schedule.check_num_steps(num_inference_steps, c.num_train_timesteps)
+        smallest = float(self._training_sigmas[0])
+        if c.use_karras_sigmas:
+            high = float(self._training_sigmas[-1]) if c.sigma_max is None else c.sigma_max
+            smallest = smallest if c.sigma_min is None else c.sigma_min
+            sigmas = schedule.karras_sigmas(high, smallest, num_inference_steps)
+            timesteps = schedule.timesteps_of_sigmas(sigmas, self._training_sigmas).round()
+            smallest = float(sigmas[-1])
+        else:
+            timesteps = schedule.solver_timesteps(
+                c.timestep_spacing, num_inference_steps, c.num_train_timesteps, c.steps_offset, c.num_train_timesteps
+            )
+            schedule.check_timesteps(timesteps, c.num_train_timesteps, c.timestep_spacing)
+            sigmas = self._sigmas_at(timesteps)
+        last = smallest if c.final_sigmas_type == "sigma_min" else 0.0
+        self._lay_out(torch.as_tensor(timesteps, dtype=torch.int64, device=device), sigmas, last)
+        self._forget()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        *,
+        eta: float = 0.0,
+        generator: Generators = None,
+    ) -> StepOutput:
+        """Correct `sample` at `timestep`, then predict the next one; `eta` and `generator` have no effect.
+
+        Raises `ValueError` before `set_timesteps` and after the last step.
+        """
+        place, c = self._enter(timestep), self.config
+        level, target = noise_level(self.sigmas[place]), noise_level(self.sigmas[place + 1])
+        predict = schedule.predict_original if c.predict_x0 else schedule.predict_noise
+        value = predict(c.prediction_type, model_output, sample, level.alpha, level.sigma)
+        sample = self._corrected(sample, level, value, place)
+        past = (*self._past, Prediction(level, value))[-c.solver_order :]
+        order = self._order(place, len(past))
+        stretch = unipc_stretch(sample, target, past[-order:], c.solver_type, c.predict_x0)
+        prev_sample = unip_step(stretch)
+        self._past, self._last_sample, self._last_order, self._place = past, sample, order, place + 1
+        if self._place == len(self.timesteps):
+            self._forget()
+        return StepOutput(prev_sample, value if c.predict_x0 else None)
+
+    def add_noise(self, original: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """α_t `original` + σ_t `noise`; `timesteps` are some of `self.timesteps`, one a sample or a single one."""
+        return self._noised(original, noise, timesteps)
+
+    def _corrected(self, sample: Tensor, level: NoiseLevel, value: Tensor, place: int) -> Tensor:
+        if self._last_sample is None or place - 1 in self.config.disable_corrector:
+            return sample
+        past = self._past[-self._last_order :]
+        stretch = unipc_stretch(self._last_sample, level, past, self.config.solver_type, self.config.predict_x0)
+        return unic_step(stretch, value - past[-1].value)
+
+    def _order(self, place: int, predictions: int) -> int:
+        """The order of the step at `place`: no higher than there are predictions, and lower at the end."""
+        if self.sigmas[place + 1] in (0, self.sigmas[place]):  # an infinite or an empty step in log α/σ
+            return 1
+        return min(predictions, len(self.timesteps) - place) if self.config.lower_order_final else predictions

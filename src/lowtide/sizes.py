@@ -1,0 +1,48 @@
+"""Byte counts and how people write them: "6GiB" to 6442450944 and back."""
+
+from __future__ import annotations
+
+import re
+
+_DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_FACTORS = {"": 1, "B": 1, **_DECIMAL, **_BINARY}
+_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?|\.\d{1,20})\s*([A-Za-z]*)", re.ASCII)
+_STEPS = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+def parse_bytes(size: str | int) -> int:
+    """The number of bytes meant by `size`: an integer, or text such as "6GiB", "4GB", "512MB" or "1.5 GiB".
+
+    GB is 10**9 bytes and GiB is 2**30; case does not matter. Raises `ValueError` for anything else.
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        return _not_negative(size)
+    match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    factor = _FACTORS.get(match[2].upper()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{size!r} is not a size in bytes. Write a number and a unit: 512MB, 4GB, 6GiB or 1.5 GiB.")
+    return _exact_product(match[1], factor)
+
+
+def format_bytes(count: int) -> str:
+    """`count` bytes as people read it, in binary units with two decimals: 1342177280 is "1.25 GiB"."""
+    if abs(count) < 1024:
+        return f"{count} B"
+    unit, factor = next((unit, factor) for unit, factor in _STEPS if _shown(count, factor) >= 1 or unit == "KiB")
+    return f"{count / factor:.2f} {unit}"
+
+
+def _shown(count: int, factor: int) -> float:
+    return round(abs(count) / factor, 2)
+
+
+def _exact_product(digits: str, factor: int) -> int:
+    whole, _, fraction = digits.partition(".")
+    return (int(whole + fraction or "0") * factor) // 10 ** len(fraction)
+
+
+def _not_negative(count: int) -> int:
+    if count < 0:
+        raise ValueError(f"A size cannot be negative, and this one is {count} bytes.")
+    return count

@@ -1,0 +1,78 @@
+"""Named brackets around the stages of a pipeline, and the observers that watch them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+
+class StageObserver(Protocol):
+    """Something that watches stages: a progress bar, the memory meter, later the executor of a plan."""
+
+    def stage_started(self, name: str, steps: int | None) -> None:
+        """The stage `name` begins; it will take `steps` steps, or an unknown number."""
+        ...
+
+    def step_done(self, name: str, step: int) -> None:
+        """Step number `step` of the stage, counted from 1, is done."""
+        ...
+
+    def stage_finished(self, name: str) -> None:
+        """The stage has ended, well or by an exception."""
+        ...
+
+
+class Stage:
+    """One running stage: the code inside calls `advance` after each step."""
+
+    def __init__(self, name: str, steps: int | None, observers: tuple[StageObserver, ...]) -> None:
+        self.name = name
+        self.steps = steps
+        self.step = 0
+        self._observers = observers
+
+    def advance(self) -> None:
+        """Count one step and tell the observers."""
+        self.step += 1
+        for observer in self._observers:
+            observer.step_done(self.name, self.step)
+
+
+class Stages:
+    """The stage brackets of one pipeline; `observers` may change between stages.
+
+    A stage tells the observers that were there when it began, and tells each of them of its end, also after an
+    exception. Stages may be nested.
+    """
+
+    def __init__(self, observers: Iterable[StageObserver] = ()) -> None:
+        self.observers: list[StageObserver] = list(observers)
+
+    @contextmanager
+    def stage(self, name: str, steps: int | None = None) -> Iterator[Stage]:
+        """Bracket one stage, for example `with stages.stage("denoise", steps=25) as stage: ... stage.advance()`."""
+        observers = tuple(self.observers)
+        with ExitStack() as started:
+            for observer in observers:
+                observer.stage_started(name, steps)
+                started.callback(observer.stage_finished, name)
+            yield Stage(name, steps, observers)
+
+    @contextmanager
+    def observed(self, *observers: StageObserver) -> Iterator[None]:
+        """Add `observers` for the length of a `with` block."""
+        self.observers.extend(observers)
+        try:
+            yield
+        finally:
+            for observer in observers:
+                _remove_last(self.observers, observer)
+
+
+def _remove_last(observers: list[StageObserver], observer: StageObserver) -> None:
+    """Drop the last entry that is this very object (two observers may compare equal)."""
+    for index in reversed(range(len(observers))):
+        if observers[index] is observer:
+            del observers[index]
+            return

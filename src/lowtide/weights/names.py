@@ -1,0 +1,89 @@
+"""Older published key names, as tables: how a file's names become the names of the class at hand.
+
+T5 needs no table: `shared.weight` and `encoder.embed_tokens.weight` are one tied parameter, which `fill` knows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from lowtide.weights.index import CheckpointIndex, TensorEntry
+
+
+@dataclass(frozen=True)
+class Rename:
+    """A key matching the regular expression `old` becomes `new` (which may refer to groups).
+
+    With `conv_to_linear`, a 1×1 convolution's weight [O, I, 1, 1] is read as a linear layer's [O, I].
+    """
+
+    old: str
+    new: str
+    conv_to_linear: bool = False
+
+
+@dataclass(frozen=True)
+class NameTable:
+    """Renames, and patterns (`fnmatch`) of keys to leave out where the class has no such key."""
+
+    renames: tuple[Rename, ...] = ()
+    stray: tuple[str, ...] = ()
+
+
+VAE_NAMES = NameTable(
+    renames=(
+        Rename(r"\.query\.(weight|bias)$", r".to_q.\1", conv_to_linear=True),
+        Rename(r"\.key\.(weight|bias)$", r".to_k.\1", conv_to_linear=True),
+        Rename(r"\.value\.(weight|bias)$", r".to_v.\1", conv_to_linear=True),
+        Rename(r"\.proj_attn\.(weight|bias)$", r".to_out.0.\1", conv_to_linear=True),
+    )
+)
+
+# Up to transformers 4, `CLIPTextModel` wrapped everything in `text_model`; since 5 it does not. Both are published.
+CLIP_TEXT_NAMES = NameTable(
+    renames=(Rename(r"^text_model\.", ""), Rename(r"^", "text_model.")),
+    stray=("*embeddings.position_ids",),
+)
+
+# Likewise the vision tower inside the safety checker, which was wrapped twice.
+SAFETY_CHECKER_NAMES = NameTable(
+    renames=(
+        Rename(r"^vision_model\.vision_model\.", "vision_model."),
+        Rename(r"^vision_model\.", "vision_model.vision_model."),
+    ),
+    stray=("*embeddings.position_ids",),
+)
+
+
+def apply_names(index: CheckpointIndex, table: NameTable, expected: Collection[str]) -> CheckpointIndex:
+    """Rename the keys of `index` by `table`, towards the `expected` names of a module (see `fill.state_names`).
+
+    A key is renamed only if the module lacks it, has the result, and the file has no other key for that; one table
+    thus serves old and new files and old and new classes. All else is left as it is, for `fill` to complain about.
+    """
+    entries = {name: entry for name, entry in index.items() if name in expected}
+    for name, entry in index.items():
+        if name in entries:
+            continue
+        new_name, new_entry = _renamed(name, entry, table, expected)
+        if new_name in entries:
+            new_name, new_entry = name, entry
+        if new_name in expected or not any(fnmatchcase(name, pattern) for pattern in table.stray):
+            entries[new_name] = new_entry
+    return CheckpointIndex(entries, index.files, index.metadata)
+
+
+def _renamed(name: str, entry: TensorEntry, table: NameTable, expected: Collection[str]) -> tuple[str, TensorEntry]:
+    for rename in table.renames:
+        new_name, count = re.subn(rename.old, rename.new, name, count=1)
+        if count and new_name in expected:
+            return new_name, _linear(entry) if rename.conv_to_linear else entry
+    return name, entry
+
+
+def _linear(entry: TensorEntry) -> TensorEntry:
+    is_conv = len(entry.shape) == 4 and entry.shape[2:] == (1, 1)
+    return replace(entry, shape=entry.shape[:2]) if is_conv else entry

@@ -1,0 +1,99 @@
+"""`lowtide doctor`: its report, its advice and its measurements (made small)."""
+
+import json
+import os
+
+import pytest
+from typer.testing import CliRunner
+
+from lowtide.cli import diagnosis, probes
+from lowtide.cli.app import app
+from lowtide.cli.diagnosis import Gpu, Processor
+
+
+@pytest.fixture
+def small_probes(monkeypatch):
+    monkeypatch.setattr(probes, "_COPY_BYTES", 2**20)
+    monkeypatch.setattr(probes, "_FILE_BYTES", 2**20)
+    monkeypatch.setattr(probes, "_CHUNK", 2**18)
+    monkeypatch.setattr(probes, "matmul_rate", lambda dtype, size: 1e11)
+
+
+def doctor(*arguments):
+    return CliRunner().invoke(app, ["doctor", *arguments])
+
+
+@pytest.mark.usefixtures("small_probes")
+def test_json_has_every_part_and_leaves_no_file(tmp_path):
+    result = doctor("--json", "--folder", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["packages"]["torch"]
+    assert found["memory"]["total"] >= found["memory"]["available"] > 0
+    assert found["memory"]["copy_rate"] > 0
+    assert found["processor"]["usable"] > 0
+    assert set(found["processor"]["matmul"]) == {"float32", "bfloat16", "float16"}
+    assert found["disk"]["read_rate"] or found["disk"]["note"]
+    assert found["advice"]
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("small_probes")
+def test_the_table_fits_a_narrow_terminal(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = doctor("--folder", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    for word in ("Software", "CPU", "Memory", "GPU", "Disk", "Advice", "GFLOP/s", "GB/s", "GiB"):
+        assert word in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_a_folder_that_is_not_there():
+    result = doctor("--folder", "/no/such/folder")
+    assert result.exit_code == 2
+    assert "no such folder" in result.stderr
+
+
+def cpu(bfloat16, float16):
+    return Processor("x", 2, (), {"float32": 100.0, "bfloat16": bfloat16, "float16": float16})
+
+
+@pytest.mark.parametrize(
+    ("processor", "said", "unsaid"),
+    [
+        (cpu(300.0, 3.0), ["3.0× as fast", "Do not use float16"], []),
+        (cpu(50.0, 3.0), ["use float32", "Do not use float16"], []),
+        (cpu(300.0, 300.0), ["3.0× as fast"], ["Do not use float16"]),
+    ],
+)
+def test_the_dtype_advice_follows_the_measured_rates(processor, said, unsaid):
+    advice = diagnosis._dtype_advice(processor, ())
+    assert all(words in advice for words in said)
+    assert not any(words in advice for words in unsaid)
+
+
+def test_with_a_gpu_the_advice_is_for_the_gpu():
+    gpu = Gpu(0, "GPU", "9.0", 2**34, 2**33, 1e10, 1e10)
+    assert "On the GPU" in diagnosis._dtype_advice(cpu(300.0, 3.0), (gpu,))
+
+
+def test_missing_packages_come_with_their_command(monkeypatch):
+    (advice,) = diagnosis._install_advice({"hf_xet": None, "diffusers": "0.42.1"})
+    assert advice.endswith("-m pip install hf_xet")
+    assert diagnosis._version("no-such-package-at-all") is None
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_noticed(monkeypatch):
+    monkeypatch.setattr(diagnosis.shutil, "which", lambda name: f"/usr/bin/{name}")
+    (advice,) = diagnosis._gpu_advice(())
+    assert "CUDA build" in advice
+
+
+@pytest.mark.usefixtures("small_probes")
+def test_a_file_still_in_memory_is_told(tmp_path, monkeypatch):
+    if not hasattr(os, "posix_fadvise"):
+        pytest.skip("needs posix_fadvise")
+    monkeypatch.setattr(probes.os, "posix_fadvise", lambda *_: None)
+    assert "still in memory" in probes.disk_read_rate(tmp_path).note
+    monkeypatch.delattr(probes.os, "posix_fadvise")
+    assert probes.disk_read_rate(tmp_path).read is None

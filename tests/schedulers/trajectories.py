@@ -1,0 +1,57 @@
+"""A fixed nonlinear "model" and the loop around it, for tests that compare whole trajectories of schedulers.
+
+Only exact arithmetic (no random numbers, no transcendental functions), so that goldens hold on every machine.
+"""
+
+from __future__ import annotations
+
+import torch
+
+SHAPE = (2, 3, 4, 5)
+SD15 = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+
+
+def toy_model(sample, timestep):
+    """A smooth, bounded stand-in for a UNet, which mixes positions and depends on the timestep."""
+    t = float(timestep) / 1000
+    inner, neighbour = sample * (0.5 + t), torch.roll(sample, 1, -1)
+    return 1.6 * inner / (1 + inner * inner) + 0.4 * (1 - t) * neighbour / (1 + neighbour * neighbour)
+
+
+def start(seed=0, dtype=torch.float32, shape=SHAPE):
+    """Values spread over ±1.7, different for each seed."""
+    count = torch.Size(shape).numel()
+    return (((torch.arange(count) * 37 + seed * 17) % 101 - 50) / 29).reshape(shape).to(dtype)
+
+
+def trajectory(scheduler, num_steps, noise, *, model=toy_model, **step_options):
+    """Every sample from the first noise to the last step; the same loop drives the peer's schedulers."""
+    scheduler.set_timesteps(num_steps)
+    sample = noise * scheduler.init_noise_sigma
+    samples = [sample]
+    for t in scheduler.timesteps:
+        output = model(scheduler.scale_model_input(sample, t), t)
+        sample = scheduler.step(output, t, sample, **step_options).prev_sample
+        samples.append(sample)
+    return samples
+
+
+def worst_difference(ours, theirs):
+    """The largest error of any sample on the way, relative to that sample's largest entry."""
+    assert len(ours) == len(theirs)
+    pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True)]
+    errors = torch.stack([(a - b).abs().max() / b.abs().max().clamp(min=1e-12) for a, b in pairs])
+    assert errors.isfinite().all(), "a trajectory holds NaN or infinity"
+    return float(errors.max())

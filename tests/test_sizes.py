@@ -1,0 +1,64 @@
+"""Sizes in bytes, read and written."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowtide.sizes import format_bytes, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("6GiB", 6 * 2**30),
+        ("4GB", 4 * 10**9),
+        ("512MB", 512 * 10**6),
+        ("1.5 GiB", 3 * 2**29),
+        (".5kib", 512),
+        (" 20 tb ", 20 * 10**12),
+        ("7", 7),
+        ("7 B", 7),
+        (12, 12),
+        (0, 0),
+        ("0.1GB", 10**8),
+        ("1.9999999B", 1),
+    ],
+)
+def test_parse(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1", "1 XB", "1e3", "1,5GB", "١GB", "9" * 5000, "1.2.3MB", "G6iB", True, None, 1.5]
+)
+def test_what_is_no_size_is_refused_with_the_forms_that_are(text):
+    with pytest.raises(ValueError, match=r"512MB, 4GB, 6GiB"):
+        parse_bytes(text)
+
+
+def test_a_negative_integer_is_refused():
+    with pytest.raises(ValueError, match="negative"):
+        parse_bytes(-1)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (1342177280, "1.25 GiB"),
+        (2**20 - 1, "1.00 MiB"),
+        (2**30 - 1, "1.00 GiB"),
+        (2**50, "1024.00 TiB"),
+        (-5000, "-4.88 KiB"),
+    ],
+)
+def test_format(count, text):
+    assert format_bytes(count) == text
+
+
+@given(st.integers(min_value=0, max_value=2**50))
+def test_what_is_written_reads_back_within_half_of_the_last_digit(count):
+    unit = parse_bytes("1" + format_bytes(count).split()[1])
+    assert abs(parse_bytes(format_bytes(count)) - count) <= 0.005 * unit + 1

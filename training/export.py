@@ -18,6 +18,7 @@ SCHEDULER = DDIMConfig(
     beta_schedule="scaled_linear",
     prediction_type="v_prediction",
     timestep_spacing="trailing",
+    steps_offset=1,
     clip_sample=False,
     set_alpha_to_one=True,
 )

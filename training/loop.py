@@ -35,7 +35,7 @@ def train(
     checkpoint: Path,
     look: Callable[[nn.Module, int], None],
 ) -> nn.Module:
-    """Train `module` to the end of the schedule and return the averaged copy, continuing from `checkpoint` if it is there.
+    """Train `module` to the end of the schedule, from `checkpoint` if it is there; return the averaged copy.
 
     `loss_of(step)` gives named terms, of which "loss" is minimised; it must draw its randomness from the step alone, so
     that a resumed run goes on as if never stopped. `look(averaged, step)` is called at each checkpoint.

@@ -33,7 +33,9 @@ def main() -> None:
     if options.stage == "autoencoder":
         return
     tokenizer = make_tokenizer(captions, options.out / "tokenizer")
-    data = latents(vae, pictures, tokenize(tokenizer, captions), tokenize(tokenizer, [""]), device)
+    data = latents(
+        vae, pictures, tokenize(tokenizer, captions), tokenize(tokenizer, [""]), device, options.out / "latents.pt"
+    )
     model = denoiser(tokenizer, options, device)
     schedule = Schedule(steps=options.denoiser_steps, rate=6e-4, save_every=1000)
     look = partial(look_at, vae=vae, data=data, out=options.out)
@@ -43,10 +45,17 @@ def main() -> None:
 
 
 def latents(
-    vae: AutoencoderKL, pictures: np.ndarray, ids: torch.Tensor, empty_ids: torch.Tensor, device: torch.device
+    vae: AutoencoderKL,
+    pictures: np.ndarray,
+    ids: torch.Tensor,
+    empty_ids: torch.Tensor,
+    device: torch.device,
+    kept: Path,
 ) -> Latents:
-    """Encode all pictures; the scaling factor makes the latents' deviation 1, as the noise's."""
-    mean, std = encode_all(vae, pictures, device)
+    """Encode all pictures, once; the scaling factor makes the latents' deviation 1, as the noise's."""
+    if not kept.exists():
+        torch.save(encode_all(vae, pictures, device), kept)
+    mean, std = torch.load(kept, weights_only=True)
     spread = float((mean.var() + (std**2).mean()).sqrt())
     print(f"latents: mean {float(mean.mean()):.3f}, deviation {spread:.3f}", flush=True)
     return Latents(mean=mean, std=std, ids=ids, empty_ids=empty_ids, scaling_factor=round(1 / spread, 5))
@@ -55,7 +64,7 @@ def latents(
 def denoiser(tokenizer: CLIPTokenizer, options: argparse.Namespace, device: torch.device) -> TextToLatents:
     torch.manual_seed(options.seed + 1)
     model = TextToLatents(UNet2DConditionModel(CONFIG), make_text_encoder(tokenizer))
-    return model.to(device).to(memory_format=torch.channels_last)
+    return model.to(device)
 
 
 def look_at(model: nn.Module, step: int, *, vae: AutoencoderKL, data: Latents, out: Path) -> None:
@@ -71,7 +80,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=Path("src/lowtide/assets/seascapes"))
     parser.add_argument("--pictures", type=int, default=30000)
     parser.add_argument("--autoencoder-steps", type=int, default=7000)
-    parser.add_argument("--denoiser-steps", type=int, default=20000)
+    parser.add_argument("--denoiser-steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

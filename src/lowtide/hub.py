@@ -46,7 +46,7 @@ class Source:
 
     def _from_hub(self, patterns: list[str]) -> Path:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
             folder = snapshot_download(
@@ -57,16 +57,20 @@ class Source:
                 local_files_only=self.local_files_only,
                 allow_patterns=patterns,
             )
+        except HFValidationError as error:
+            raise FileNotFoundError(
+                f"No model at {self.name!r}: there is no such folder here, and it is not a Hub id: {error}"
+            ) from error
         except LocalEntryNotFoundError as error:
             raise FileNotFoundError(
-                f"No model at {self.name!r}: there is no such folder here, the Hub could not be asked, and its cache on "
-                "this machine does not have it. Check the connection (and HF_HUB_OFFLINE, local_files_only), or give "
-                "the path of a downloaded folder."
+                f"No model at {self.name!r}: there is no such folder here, the Hub could not be asked, and its cache "
+                "on this machine does not have it. Check the connection (and HF_HUB_OFFLINE, local_files_only), or "
+                "give the path of a downloaded folder."
             ) from error
         except HfHubHTTPError as error:
             raise FileNotFoundError(
-                f"The Hub does not give {self.name!r} (revision {self.revision or 'main'}): {error}. Check the id; for a "
-                "private or gated model log in with `hf auth login` or pass token=."
+                f"The Hub does not give {self.name!r} (revision {self.revision or 'main'}): {error}. Check the id; for "
+                "a private or gated model log in with `hf auth login` or pass token=."
             ) from error
         return Path(folder)
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from lowtide.configs import read_json, write_json
 from lowtide.hub import Source, weight_patterns
+from lowtide.models.foreign import read_foreign_config, reading
 from lowtide.models.mixin import WEIGHTS_NAME, ModelMixin
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker, position_ids
 from lowtide.models.unet import UNet2DConditionModel
@@ -29,7 +30,10 @@ MODEL_INDEX = "model_index.json"
 MODELS: dict[str, type[ModelMixin]] = {"UNet2DConditionModel": UNet2DConditionModel, "AutoencoderKL": AutoencoderKL}
 TEXT_ENCODERS: dict[str, NameTable] = {"CLIPTextModel": CLIP_TEXT_NAMES}
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor")
+VOCABULARY = ("vocab.json", "merges.txt")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json")
+MOST_TOKENS = 100_000
+IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,13 @@ def save_component(component: Any, folder: Path, *, variant: str | None, max_sha
         write_json(folder / "config.json", component.config.to_dict())
         tensors = {_published(component, name): tensor for name, tensor in component.state_dict().items()}
         save_tensors(tensors, folder, "model", variant=variant, max_shard_size=max_shard_size)
-    else:
+    elif hasattr(component, "save_pretrained"):
         component.save_pretrained(folder)
+    else:
+        raise ValueError(
+            f"The {folder.name} is a {type(component).__name__}, which cannot be saved: it has no save_pretrained. "
+            "Put the original back before saving."
+        )
 
 
 def spec_of(name: str, component: Any) -> ComponentSpec:
@@ -119,10 +128,10 @@ def spec_of(name: str, component: Any) -> ComponentSpec:
 def load_text_encoder(folder: Path, class_name: str, options: LoadOptions) -> nn.Module:
     """Build a text encoder of `transformers` on meta and fill it from the mapped weights in `folder`."""
     cls: Any = getattr(transformers, class_name)
-    config = cls.config_class.from_dict(read_json(folder / "config.json"))
+    config = read_foreign_config(folder, cls.config_class, class_name)
     config.dtype = options.dtype
     index = find_weights(folder, "model", options.variant)
-    with torch.device("meta"):
+    with reading(folder, class_name), torch.device("meta"):
         model = cls(config)
     index = apply_names(index, TEXT_ENCODERS[class_name], state_names(model))
     fill(model, index, dtype=options.dtype, buffers=position_ids(model))
@@ -130,12 +139,19 @@ def load_text_encoder(folder: Path, class_name: str, options: LoadOptions) -> nn
 
 
 def load_tokenizer(folder: Path, class_name: str, options: LoadOptions) -> Any:
-    """Read a tokenizer of `transformers` from its files."""
+    """Read a tokenizer of `transformers` from its files, which must be there: the class itself would do without."""
     del options
-    try:
-        return getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder}: no {class_name} can be read from it: {error}") from error
+    if not (folder / "tokenizer.json").is_file() and not all((folder / name).is_file() for name in VOCABULARY):
+        raise FileNotFoundError(f"{folder} has neither tokenizer.json nor {' and '.join(VOCABULARY)}: no vocabulary.")
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            read_json(folder / name)
+    with reading(folder, class_name):
+        tokenizer = getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
+    length = tokenizer.model_max_length
+    if not isinstance(length, int) or not 2 < length < MOST_TOKENS:
+        raise CheckpointError(f"{folder}/tokenizer_config.json: model_max_length={length!r:.80} is not possible.")
+    return tokenizer
 
 
 def _loader(spec: ComponentSpec) -> Callable[[Path, LoadOptions], Any]:
@@ -165,7 +181,11 @@ def _loader(spec: ComponentSpec) -> Callable[[Path, LoadOptions], Any]:
 def load_image_processor(folder: Path) -> Any:
     """CLIP's image processor, the one on Pillow: the other needs torchvision, which we do not."""
     cls = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-    with warnings.catch_warnings():
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no {file.name}.")
+    read_json(file)
+    with reading(folder, cls.__name__), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return cls.from_pretrained(folder, local_files_only=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
@@ -50,7 +50,7 @@ class Stages:
         self.observers: list[StageObserver] = list(observers)
 
     @contextmanager
-    def stage(self, name: str, steps: int | None = None) -> Iterator[Stage]:
+    def stage(self, name: str, steps: int | None = None) -> Generator[Stage]:
         """Bracket one stage, for example `with stages.stage("denoise", steps=25) as stage: ... stage.advance()`."""
         observers = tuple(self.observers)
         with ExitStack() as started:
@@ -60,7 +60,7 @@ class Stages:
             yield Stage(name, steps, observers)
 
     @contextmanager
-    def observed(self, *observers: StageObserver) -> Iterator[None]:
+    def observed(self, *observers: StageObserver) -> Generator[None]:
         """Add `observers` for the length of a `with` block."""
         self.observers.extend(observers)
         try:

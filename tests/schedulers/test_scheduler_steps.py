@@ -269,3 +269,17 @@ def test_noise_prediction_cannot_end_at_sigma_zero():
 def test_short_names():
     assert {SCHEDULERS[full].__name__ for full in SHORT_NAMES.values()} == set(SCHEDULERS)
     assert list(SHORT_NAMES) == ["ddim", "pndm", "unipc", "euler", "dpm"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_samples_on_a_gpu_equal_those_on_the_cpu(name):
+    scheduler = build(name)
+    expected = trajectory(scheduler, 7, start())[-1]
+    scheduler.set_timesteps(7, device="cuda")
+    sample = start().cuda() * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        output = toy_model(scheduler.scale_model_input(sample, t), t)
+        sample = scheduler.step(output, t, sample).prev_sample
+    assert sample.device.type == "cuda"
+    assert (sample.cpu() - expected).abs().max() < 1e-5

@@ -5,7 +5,7 @@ Exit codes: 1 the run failed, 2 the input cannot be used, 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import typer
@@ -22,7 +22,7 @@ class InputError(Exception):
 
 
 @contextmanager
-def reported(*, debug: bool) -> Iterator[None]:
+def reported(*, debug: bool) -> Generator[None]:
     """End the command with a message and an exit code when the block raises; with `debug`, let the error through."""
     try:
         yield

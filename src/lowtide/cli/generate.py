@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from lowtide.memory.meter import Meter
+    from lowtide.pipelines.outputs import StableDiffusionPipelineOutput
     from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
 
 _SCHEDULERS = {
@@ -126,7 +127,7 @@ def pictures(pipe: StableDiffusionPipeline, request: Request) -> Iterator[Any]:
 
     width, height = request.size or (None, None)
     for seed in request.seeds:
-        output = pipe(
+        result = pipe(
             prompt=[request.prompt],
             negative_prompt=[request.negative],
             width=width,
@@ -135,6 +136,7 @@ def pictures(pipe: StableDiffusionPipeline, request: Request) -> Iterator[Any]:
             guidance_scale=request.guidance,
             generator=[torch.Generator("cpu").manual_seed(seed)],
         )
+        output = cast("StableDiffusionPipelineOutput", result)
         if output.nsfw_content_detected and output.nsfw_content_detected[0]:
             tell(f"The model's safety checker blacked out the picture of seed {seed}. Another --seed may pass.")
         yield output.images[0]

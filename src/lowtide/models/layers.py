@@ -16,7 +16,7 @@ from lowtide.ops.attention import attention
 def timestep_embedding(
     timesteps_B: torch.Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float
 ) -> torch.Tensor:
-    """Sinusoidal embedding `[B, dim]` in fp32 of `timesteps_B`; Vaswani et al. 2017, sec. 3.5; Ho et al. 2020, app. B."""
+    """Sinusoidal embedding `[B, dim]` of `timesteps_B`, in fp32 (Vaswani et al. 2017, sec. 3.5)."""
     half = dim // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps_B.device)
     frequencies = torch.exp(exponent / (half - freq_shift))

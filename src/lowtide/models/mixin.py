@@ -111,11 +111,15 @@ class ModelMixin(nn.Module):
 
 def chosen_dtype(torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The one dtype asked for under either name: float32 where none is, None ("keep the file's") for "auto"."""
-    if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
-        raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} differ; give one of them.")
-    asked = torch_dtype if dtype is None else dtype
-    if asked is None:
+    if torch_dtype is None and dtype is None:
         return torch.float32
+    asked = {_floating_dtype(one) for one in (torch_dtype, dtype) if one is not None}
+    if len(asked) > 1:
+        raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} differ; give one of them.")
+    return asked.pop()
+
+
+def _floating_dtype(asked: torch.dtype | str) -> torch.dtype | None:
     if asked == "auto":
         return None
     found = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPVisionModel
 
-from lowtide.configs import read_json, write_json
+from lowtide.configs import write_json
+from lowtide.models.foreign import read_foreign_config, reading
 from lowtide.weights.fill import fill, state_names
 from lowtide.weights.index import find_weights
 from lowtide.weights.names import SAFETY_CHECKER_NAMES, apply_names
@@ -30,19 +31,20 @@ class StableDiffusionSafetyChecker(nn.Module):
         super().__init__()
         self.config = config
         vision: Any = config.vision_config
+        projection: Any = config.projection_dim
         self.vision_model = CLIPVisionModel(vision)
-        self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
-        self.concept_embeds = nn.Parameter(torch.ones(CONCEPTS, config.projection_dim))
-        self.special_care_embeds = nn.Parameter(torch.ones(SPECIAL_CONCEPTS, config.projection_dim))
+        self.visual_projection = nn.Linear(vision.hidden_size, projection, bias=False)
+        self.concept_embeds = nn.Parameter(torch.ones(CONCEPTS, projection))
+        self.special_care_embeds = nn.Parameter(torch.ones(SPECIAL_CONCEPTS, projection))
         self.concept_embeds_weights = nn.Parameter(torch.ones(CONCEPTS))
         self.special_care_embeds_weights = nn.Parameter(torch.ones(SPECIAL_CONCEPTS))
 
     @classmethod
     def from_folder(cls, folder: Path, *, dtype: torch.dtype | None, variant: str | None = None) -> Self:
         """Load from a local folder; `dtype` None keeps the file's. Raises as `ModelMixin.from_pretrained`."""
-        config = CLIPConfig.from_dict(read_json(folder / "config.json"))
+        config = read_foreign_config(folder, CLIPConfig, cls.__name__)
         index = find_weights(folder, "model", variant)
-        with torch.device("meta"):
+        with reading(folder, cls.__name__), torch.device("meta"):
             model = cls(config)
         index = apply_names(index, SAFETY_CHECKER_NAMES, state_names(model))
         fill(model, index, dtype=dtype, buffers=position_ids(model))

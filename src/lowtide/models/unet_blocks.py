@@ -28,7 +28,7 @@ def _resnet(config: UNet2DConditionConfig, in_channels: int, out_channels: int) 
 
 
 class DownBlock2D(nn.Module):
-    """Residual blocks, each with attention in the cross-attention kind, then a downsampling except at the last level."""
+    """Residual blocks, each with attention in the cross-attention kind, then a downsampling but at the last level."""
 
     def __init__(self, config: UNet2DConditionConfig, level: int) -> None:
         super().__init__()

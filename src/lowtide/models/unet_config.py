@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.configs import Config
+from lowtide.models.config_checks import check_types
 
 CROSS_ATTENTION_BLOCKS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 PLAIN_BLOCKS = ("DownBlock2D", "UpBlock2D")
@@ -47,10 +48,11 @@ class UNet2DConditionConfig(Config):
     """Shape of a `UNet2DConditionModel`.
 
     `attention_head_dim` is, as in the published files, the number of heads (of each block, or one for all), unless
-    `num_attention_heads` gives it. `sample_size` is the side of the latents the model was trained on.
+    `num_attention_heads` gives it. `sample_size` is the side of the latents the model was trained on,
+    or their height and width.
     """
 
-    sample_size: int | None = None
+    sample_size: int | tuple[int, ...] | None = None
     in_channels: int = 4
     out_channels: int = 4
     flip_sin_to_cos: bool = True
@@ -73,6 +75,7 @@ class UNet2DConditionConfig(Config):
 
     def __post_init__(self) -> None:
         """Refuse, by name, what we cannot build: it must never be built wrongly in silence."""
+        check_types(self, "U-Net")
         for key, possible in SUPPORTED.items():
             if key in self.unused and self.unused[key] not in possible:
                 raise ValueError(f"U-Net config: {key}={self.unused[key]!r} is not supported; possible: {possible}.")
@@ -80,6 +83,10 @@ class UNet2DConditionConfig(Config):
         for kind in (*self.down_block_types, *self.up_block_types):
             if kind not in known:
                 raise ValueError(f"U-Net config: block type {kind!r} is not supported; possible: {known}.")
+        if isinstance(self.sample_size, tuple) and len(self.sample_size) != 2:
+            raise ValueError(
+                f"U-Net config: sample_size={list(self.sample_size)} must be one side, or height and width."
+            )
         if self.addition_embed_type not in (None, "text_time"):
             kinds = "None, 'text_time'"
             raise ValueError(f"U-Net config: addition_embed_type={self.addition_embed_type!r}; possible: {kinds}.")
@@ -89,6 +96,10 @@ class UNet2DConditionConfig(Config):
                 f"U-Net config: {len(self.down_block_types)} down blocks, {len(self.up_block_types)} up blocks and "
                 f"{levels} block_out_channels; the three must be as many."
             )
+        for key in ("attention_head_dim", "num_attention_heads", "transformer_layers_per_block"):
+            value = getattr(self, key)
+            if isinstance(value, tuple) and len(value) != levels:
+                raise ValueError(f"U-Net config: {key}={list(value)} must be one number, or {levels}, one a block.")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(f"U-Net config: {channels} channels do not split into {self.norm_num_groups} groups.")

@@ -1,5 +1,7 @@
 """The image autoencoder of Stable Diffusion (Esser et al. 2021; Rombach et al. 2022): pictures to latents and back."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -64,7 +66,7 @@ class DownEncoderBlock2D(nn.Module):
         channels = config.block_out_channels
         out, source = channels[level], channels[max(level - 1, 0)]
         widths = [source] + [out] * config.layers_per_block
-        self.resnets = nn.ModuleList(_resnet(config, a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.resnets = nn.ModuleList(_resnet(config, a, b) for a, b in pairwise(widths))
         last = level == len(channels) - 1
         self.downsamplers = None if last else nn.ModuleList([Downsample2D(out, padding=0)])
 
@@ -83,7 +85,7 @@ class UpDecoderBlock2D(nn.Module):
         channels = config.block_out_channels[::-1]
         out, source = channels[index], channels[max(index - 1, 0)]
         widths = [source] + [out] * (config.layers_per_block + 1)
-        self.resnets = nn.ModuleList(_resnet(config, a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.resnets = nn.ModuleList(_resnet(config, a, b) for a, b in pairwise(widths))
         last = index == len(channels) - 1
         self.upsamplers = None if last else nn.ModuleList([Upsample2D(out)])
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.configs import Config
+from lowtide.models.config_checks import check_types
 
 # Entries of published configurations that change the network and of which we build one kind only.
 SUPPORTED: dict[str, tuple[Any, ...]] = {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,)}
@@ -23,7 +24,7 @@ class AutoencoderKLConfig(Config):
     layers_per_block: int = 2
     latent_channels: int = 4
     norm_num_groups: int = 32
-    sample_size: int = 512
+    sample_size: int | tuple[int, ...] = 512
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
     force_upcast: bool = True
@@ -33,6 +34,7 @@ class AutoencoderKLConfig(Config):
 
     def __post_init__(self) -> None:
         """Refuse, by name, what we cannot build: it must never be built wrongly in silence."""
+        check_types(self, "VAE")
         for key, possible in SUPPORTED.items():
             if key in self.unused and self.unused[key] not in possible:
                 raise ValueError(f"VAE config: {key}={self.unused[key]!r} is not supported; possible: {possible}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +88,9 @@ class DiffusionPipeline:
         if unknown:
             raise ValueError(f"{cls.__name__} takes no {unknown}; its components are {', '.join(cls.component_names)}.")
         chosen = {name: specs.get(name) for name in cls.component_names if name not in given}
+        strange = [name for name, spec in specs.items() if spec is not None and name not in cls.component_names]
+        if strange:
+            warnings.warn(f"{cls.__name__} has no use for the checkpoint's {', '.join(strange)}.", stacklevel=3)
         missing = [name for name, spec in chosen.items() if spec is None and name not in cls.optional_components]
         if missing:
             raise ValueError(
@@ -125,7 +129,7 @@ class DiffusionPipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Move the networks to a device and/or dtype, given in any order as for `torch.nn.Module.to`; returns itself."""
+        """Move the networks to a device, a dtype, or both, given as for `torch.nn.Module.to`; return the pipeline."""
         for target in targets:
             if isinstance(target, torch.dtype):
                 dtype = target

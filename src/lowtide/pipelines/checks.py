@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lowtide.pipelines.outputs import OUTPUT_TYPES
+from lowtide.schedulers import Generators
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
@@ -43,17 +44,37 @@ def check_prompt(
         raise ValueError(f"{text} and {embeds} are both given; give one of them.")
     if needed and prompt is None and prompt_embeds is None:
         raise ValueError(f"Neither {text} nor {embeds} is given; give one of them.")
-    if prompt is not None and not isinstance(prompt, str):
-        if not isinstance(prompt, (list, tuple)) or not prompt or not all(isinstance(one, str) for one in prompt):
-            raise ValueError(f"{text} must be a text or a list of texts (at least one), not {prompt!r:.200}.")
+    listed = isinstance(prompt, (list, tuple)) and len(prompt) > 0 and all(isinstance(one, str) for one in prompt)
+    if prompt is not None and not isinstance(prompt, str) and not listed:
+        raise ValueError(f"{text} must be a text or a list of texts (at least one), not {prompt!s:.200}.")
     if prompt_embeds is not None and (not isinstance(prompt_embeds, torch.Tensor) or prompt_embeds.ndim != 3):
         raise ValueError(f"{embeds} must be a tensor [batch, tokens, channels].")
 
 
-def check_same_batch(negative: int, batch: int) -> None:
-    """Raise `ValueError` unless there is one negative prompt for all, or one for each."""
-    if negative not in (1, batch):
-        raise ValueError(f"{negative} negative prompts for {batch} prompts; give one for all, or one for each.")
+def check_width(embeds: torch.Tensor | None, name: str, width: int) -> None:
+    """Raise `ValueError` for embeddings that the U-Net cannot read."""
+    if embeds is not None and embeds.shape[2] != width:
+        raise ValueError(f"{name} {list(embeds.shape)} do not fit: the U-Net reads [batch, tokens, {width}].")
+
+
+def check_pair(negative: torch.Tensor, positive: torch.Tensor) -> None:
+    """Raise `ValueError` unless there is one negative prompt for all, or one for each, of as many tokens."""
+    if len(negative) not in (1, len(positive)):
+        raise ValueError(
+            f"{len(negative)} negative prompts for {len(positive)} prompts; give one for all, or one for each."
+        )
+    if negative.shape[1:] != positive.shape[1:]:
+        raise ValueError(
+            f"Negative embeddings {list(negative.shape)} do not fit embeddings {list(positive.shape)}: tokens and "
+            "channels must be as many. Give both prompt_embeds and negative_prompt_embeds, of one length."
+        )
+
+
+def check_generator(generator: Generators) -> None:
+    """Raise `ValueError` unless it is None, a generator, or a list of them."""
+    listed = list(generator) if isinstance(generator, (list, tuple)) else [generator]
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in listed):
+        raise ValueError(f"generator must be a torch.Generator or a list of them, not {generator!r:.80}.")
 
 
 def check_callback_inputs(names: Sequence[str], possible: Sequence[str]) -> None:

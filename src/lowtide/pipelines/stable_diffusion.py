@@ -51,7 +51,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self.unet = unet
-        self.scheduler = scheduler
+        self.scheduler = _with_current_entries(scheduler)
         self.safety_checker = safety_checker
         self.feature_extractor = feature_extractor
         self._unet_config: UNet2DConditionConfig = unet.config
@@ -86,6 +86,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
         checks.check_prompt(prompt, prompt_embeds, ("prompt", "prompt_embeds"))
         negatives = ("negative_prompt", "negative_prompt_embeds")
         checks.check_prompt(negative_prompt, negative_prompt_embeds, negatives, needed=False)
+        for embeds, name in ((prompt_embeds, "prompt_embeds"), (negative_prompt_embeds, "negative_prompt_embeds")):
+            checks.check_width(embeds, name, self.unet_config.cross_attention_dim)
+        checks.check_generator(generator)
         checks.check_counts(num_inference_steps, num_images_per_prompt)
         checks.check_output_type(output_type)
         checks.check_callback_inputs(callback_on_step_end_tensor_inputs, CALLBACK_TENSORS)
@@ -97,23 +100,21 @@ class StableDiffusionPipeline(DiffusionPipeline):
                 )
             batch = len(embeds) // 2 if guided else len(embeds)
             self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-            latents = self.prepare_latents(batch, height, width, embeds, generator, latents)
+            x = self.prepare_latents(batch, height, width, embeds, generator, latents)
             with self.stages.stage("denoise", steps=len(self.scheduler.timesteps)) as stage:
                 for step, timestep in enumerate(self.scheduler.timesteps):
-                    noise_pred = self.predict_noise(latents, timestep, embeds, guidance_scale)
-                    latents = self.scheduler.step(
-                        noise_pred, timestep, latents, eta=eta, generator=generator
-                    ).prev_sample
+                    noise_pred = self.predict_noise(x, timestep, embeds, guidance_scale)
+                    x = self.scheduler.step(noise_pred, timestep, x, eta=eta, generator=generator).prev_sample
                     if callback_on_step_end is not None:
-                        tensors = {"latents": latents, "prompt_embeds": embeds, "noise_pred": noise_pred}
+                        tensors = {"latents": x, "prompt_embeds": embeds, "noise_pred": noise_pred}
                         asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                         tensors |= callback_on_step_end(self, step, timestep, asked) or {}
-                        latents, embeds = tensors["latents"], tensors["prompt_embeds"]
+                        x, embeds = tensors["latents"], tensors["prompt_embeds"]
                     stage.advance()
             if output_type == "latent":
-                return StableDiffusionPipelineOutput(latents, None) if return_dict else (latents, None)
+                return StableDiffusionPipelineOutput(x, None) if return_dict else (x, None)
             with self.stages.stage("decode"):
-                pixels = self.decode_latents(latents)
+                pixels = self.decode_latents(x)
             pixels, unsafe = self.run_safety_checker(pixels)
         images = to_output(pixels, output_type)
         return StableDiffusionPipelineOutput(images, unsafe) if return_dict else (images, unsafe)
@@ -132,13 +133,14 @@ class StableDiffusionPipeline(DiffusionPipeline):
             assert prompt is not None
             prompt_embeds = self.embed([prompt] if isinstance(prompt, str) else list(prompt))
         batch = len(prompt_embeds)
-        positive = prompt_embeds.to(self.device).repeat_interleave(num_images_per_prompt, dim=0)
+        positive = prompt_embeds.to(self.device, self.text_encoder.dtype)
+        positive = positive.repeat_interleave(num_images_per_prompt, dim=0)
         if not do_classifier_free_guidance:
             return positive
         if negative_prompt_embeds is None:
-            texts = [negative_prompt or ""] if isinstance(negative_prompt or "", str) else list(negative_prompt or "")
-            negative_prompt_embeds = self.embed(texts)
-        checks.check_same_batch(len(negative_prompt_embeds), batch)
+            texts = negative_prompt or ""
+            negative_prompt_embeds = self.embed([texts] if isinstance(texts, str) else list(texts))
+        checks.check_pair(negative_prompt_embeds, prompt_embeds)
         one_each = negative_prompt_embeds.to(positive).expand(batch, -1, -1)
         return torch.cat([one_each.repeat_interleave(num_images_per_prompt, dim=0), positive])
 
@@ -189,8 +191,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents to pictures `[B, 3, H, W]` in [0, 1]."""
-        (decoded,) = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)
-        return to_unit_range(decoded)
+        decoded: Any = self.vae.decode(latents / self.vae.config.scaling_factor)
+        return to_unit_range(decoded.sample)
 
     def run_safety_checker(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
         """Blacken the pictures in which the safety checker, if there is one, finds an unwanted concept."""
@@ -207,8 +209,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels, the model's own where None; raises `ValueError` for sizes it cannot make."""
-        own = (self.unet_config.sample_size or 64) * self.vae_scale_factor
-        height, width = (own if height is None else height), (own if width is None else width)
+        size = self.unet_config.sample_size or 64
+        rows, columns = (size, size) if isinstance(size, int) else size
+        height = rows * self.vae_scale_factor if height is None else height
+        width = columns * self.vae_scale_factor if width is None else width
         checks.check_size(height, width, self.vae_scale_factor)
         return height, width
 
@@ -221,3 +225,22 @@ class StableDiffusionPipeline(DiffusionPipeline):
     def unet_config(self) -> UNet2DConditionConfig:
         """The U-Net's configuration; of a replacement that has none, the original's."""
         return getattr(self.unet, "config", self._unet_config)
+
+
+def _with_current_entries(scheduler: Scheduler) -> Scheduler:
+    """Early checkpoints hold two entries that Stable Diffusion was not trained with; everyone corrects them."""
+    entries = scheduler.config.to_dict()
+    corrections = {}
+    if entries.get("clip_sample"):
+        corrections["clip_sample"] = False
+    if entries.get("timestep_spacing") == "leading" and entries.get("steps_offset") != 1:
+        corrections["steps_offset"] = 1
+    if not corrections:
+        return scheduler
+    changes = ", ".join(f"{key}={entries[key]} to {value}" for key, value in corrections.items())
+    warnings.warn(
+        f"The scheduler's configuration is outdated: it is changed from {changes}, as Stable Diffusion was trained. "
+        "Correct its scheduler_config.json, or assign pipe.scheduler to have it otherwise.",
+        stacklevel=3,
+    )
+    return type(scheduler).from_config({**scheduler.config.carried(), **corrections})

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,7 +69,7 @@ def dpm_second_order(sample: Tensor, target: NoiseLevel, past: Sequence[Predicti
 
 
 def dpm_third_order(sample: Tensor, target: NoiseLevel, past: Sequence[Prediction]) -> Tensor:
-    """One step of DPM-Solver++(3M), the multistep form of arXiv 2206.00927's third order; `past` has the newest last."""
+    """One step of DPM-Solver++(3M), the multistep form of DPM-Solver-3 (arXiv 2206.00927); newest last in `past`."""
     now, before, oldest = past[-1], past[-2], past[-3]
     h = target.lam - now.level.lam
     r0, r1 = (now.level.lam - before.level.lam) / h, (before.level.lam - oldest.level.lam) / h
@@ -157,8 +156,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler[DPMSolverMultistepConfig]):
         """The order of the step at `place`: no higher than there are predictions, and lower at the end."""
         c, left = self.config, len(self.timesteps) - place
         short = c.lower_order_final and len(self.timesteps) < SHORT_RUN
-        still = self.sigmas[place + 1] in (0, self.sigmas[place])  # an infinite or an empty step in log α/σ
-        if left == 1 and (short or c.euler_at_final or still):
+        if left == 1 and (short or c.euler_at_final or self._without_span(place)):
             return 1
         return min(predictions, 2) if left == 2 and short else predictions
 

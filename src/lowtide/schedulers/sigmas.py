@@ -77,9 +77,10 @@ class SigmaScheduler(SchedulerBase[ConfigT]):
 
     def _find(self, timestep: Timestep) -> int:
         """The first place of `timestep` in `timesteps`; raises `ValueError` if it is none of them."""
-        matches = (self.timesteps == timestep).nonzero()
+        value = float(timestep)
+        matches = (self.timesteps == value).nonzero()
         if len(matches) == 0:
-            raise ValueError(f"Timestep {float(timestep):g} is none of {type(self).__name__}.timesteps.")
+            raise ValueError(f"Timestep {value:g} is none of {type(self).__name__}.timesteps.")
         return int(matches[0])
 
     def _enter(self, timestep: Timestep) -> int:
@@ -90,6 +91,10 @@ class SigmaScheduler(SchedulerBase[ConfigT]):
         if self._place >= num_steps:
             raise ValueError(f"All {num_steps} steps are done: call set_timesteps before stepping again.")
         return self._place
+
+    def _without_span(self, place: int) -> bool:
+        """Whether the step at `place` is infinite (it ends at σ = 0) or empty in log α/σ, so that no history counts."""
+        return bool(self.sigmas[place + 1] == 0 or self.sigmas[place + 1] == self.sigmas[place])
 
     def _sigmas_like(self, timesteps: Tensor, sample: Tensor) -> Tensor:
         return spread(self.sigmas[[self._find(t) for t in timesteps.flatten()]], sample)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,7 +79,7 @@ def unipc_stretch(
 
 
 def unipc_weights(ratios: Sequence[Tensor], hh: Tensor, b_h: Tensor) -> Tensor:
-    """The weights of the differences at `ratios`, which make the step exact to their number (arXiv 2302.04867, Theorem 3.1).
+    """The weights of the differences at `ratios`, for the highest order they allow (arXiv 2302.04867, Theorem 3.1).
 
     They solve R a = b with R_ki = ratio_i^(k-1) and b_k = k! h φ_(k+1)(h) / B(h), k from 1.
     """
@@ -201,6 +200,6 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
 
     def _order(self, place: int, predictions: int) -> int:
         """The order of the step at `place`: no higher than there are predictions, and lower at the end."""
-        if self.sigmas[place + 1] in (0, self.sigmas[place]):  # an infinite or an empty step in log α/σ
+        if self._without_span(place):
             return 1
         return min(predictions, len(self.timesteps) - place) if self.config.lower_order_final else predictions

@@ -1,0 +1,160 @@
+"""Make one picture with Lowtide or with diffusers in this process, and print what it took as JSON.
+
+    python benchmarks/generate_sd15.py --library lowtide|diffusers [--dtype bfloat16] [--size 256] [--steps 4]
+
+Both libraries get the same checkpoint, scheduler (DDIM), prompt, seed, guidance (7.5) and number of threads, and are
+measured at the same points: the first call of the U-Net begins, each step ends (`callback_on_step_end`), the picture
+is there. `peak_rss` is the kernel's high-water mark of the whole process, imports included; `peak_anonymous` is
+sampled every 10 ms, so it is a lower bound. Times in seconds, sizes in bytes. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("lowtide", "diffusers")
+DTYPES = ("float32", "bfloat16", "float16")
+PACKAGES = ("lowtide", "diffusers", "transformers", "torch")
+PROMPT = "a photo of an astronaut riding a horse on mars"
+GUIDANCE = 7.5
+SEED = 0
+
+
+def main() -> None:
+    options = parse()
+    began = time.perf_counter()
+    with anonymous_memory() as anonymous:
+        pipe = load(options)
+        loaded = time.perf_counter()
+        marks, picture = generate(pipe, options)
+    if options.picture is not None:
+        picture.save(options.picture)
+    print(json.dumps({**describe(options), **marks.seconds(began, loaded), **memory(max(anonymous))}))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", choices=LIBRARIES, required=True)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--size", type=int, default=256, help="pixels, high and wide")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--variant", help="weight files to take, such as fp16")
+    parser.add_argument("--model", type=Path, default=Path("runs/sd15"), help="from make_sd15.py")
+    parser.add_argument("--picture", type=Path, help="save the picture here")
+    return parser.parse_args()
+
+
+@dataclass
+class Marks:
+    """When things happened, in seconds of one clock."""
+
+    calls: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+    end: float = 0.0
+
+    def call_begins(self, *_: Any) -> None:
+        """A forward pre-hook of the U-Net."""
+        self.calls.append(time.perf_counter())
+
+    def step_ended(self, _pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """A `callback_on_step_end`."""
+        self.steps.append(time.perf_counter())
+        return tensors
+
+    def seconds(self, began: float, loaded: float) -> dict[str, float]:
+        """Lengths of the stages. `load` includes importing the library, `decode` all that follows the last step."""
+        return {
+            "load": loaded - began,
+            "encode_prompt": self.calls[0] - loaded,
+            "denoise": self.steps[-1] - self.calls[0],
+            "first_step": self.steps[0] - self.calls[0],
+            "other_steps": self.steps[-1] - self.steps[0],
+            "decode": self.end - self.steps[-1],
+            "total": self.end - began,
+        }
+
+
+def load(options: argparse.Namespace) -> Any:
+    """Import the library and load the pipeline, with the scheduler that both libraries use here."""
+    import torch
+
+    torch.set_num_threads(options.threads)
+    if options.library == "lowtide":
+        from lowtide import DDIMScheduler, StableDiffusionPipeline
+    else:
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+    pipe = StableDiffusionPipeline.from_pretrained(
+        options.model, torch_dtype=getattr(torch, options.dtype), variant=options.variant
+    )
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe: Any, options: argparse.Namespace) -> tuple[Marks, Any]:
+    """One call of the pipeline: when its parts were done, and the picture."""
+    import torch
+
+    marks = Marks()
+    pipe.unet.register_forward_pre_hook(marks.call_begins)
+    picture = pipe(
+        PROMPT,
+        height=options.size,
+        width=options.size,
+        num_inference_steps=options.steps,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator("cpu").manual_seed(SEED),
+        callback_on_step_end=marks.step_ended,
+    ).images[0]
+    marks.end = time.perf_counter()
+    assert len(marks.calls) == len(marks.steps) == options.steps
+    return marks, picture
+
+
+@contextmanager
+def anonymous_memory(interval: float = 0.01) -> Iterator[list[int]]:
+    """A list that a thread fills with the bytes of anonymous memory in use."""
+    done, samples = threading.Event(), [0]
+
+    def watch() -> None:
+        while not done.wait(interval):
+            resident, shared = Path("/proc/self/statm").read_text(encoding="ascii").split()[1:3]
+            samples.append((int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE"))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        watcher.join()
+
+
+def memory(peak_anonymous: int) -> dict[str, int]:
+    """Peaks of this process in bytes."""
+    rows = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    peak_kib = next(int(row.split()[1]) for row in rows if row.startswith("VmHWM:"))
+    return {"peak_rss": peak_kib * 1024, "peak_anonymous": peak_anonymous}
+
+
+def describe(options: argparse.Namespace) -> dict[str, Any]:
+    """What was run, with which versions."""
+    settings = {key: getattr(options, key) for key in ("library", "dtype", "size", "steps", "threads", "variant")}
+    versions = {package: version(package) for package in PACKAGES}
+    return {**settings, "versions": {"python": sys.version.split()[0], **versions}}
+
+
+if __name__ == "__main__":
+    main()

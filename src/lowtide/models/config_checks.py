@@ -1,0 +1,41 @@
+"""Checks of configurations from files, which may hold anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from lowtide.configs import Config
+
+LARGEST = 2**20  # of any size in a configuration
+
+
+def check_types(config: Config, kind: str) -> None:
+    """Raise `ValueError`, naming the entry, unless every field holds its type; whole numbers must be at least 1."""
+    hints = get_type_hints(type(config))
+    for name in (field.name for field in dataclasses.fields(config) if field.name != "unused"):
+        value = getattr(config, name)
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{kind} config: {name}={value!r:.80} is not possible; it must be {_told(hints[name])}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and len(value) > 0 and all(_fits(one, get_args(hint)[0]) for one in value)
+    if hint is int:
+        return type(value) is int and 1 <= value <= LARGEST
+    if hint is float:
+        return type(value) in (int, float)
+    return isinstance(value, hint)
+
+
+def _told(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_told(one) for one in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a list, each {_told(get_args(hint)[0])}"
+    names = {int: f"a whole number from 1 to {LARGEST}", float: "a number", str: "text", bool: "true or false"}
+    return "null" if hint is NoneType else names[hint]

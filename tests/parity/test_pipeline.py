@@ -1,0 +1,195 @@
+"""Whole pictures against the peer's: every scheduler, every way to call; each comparison also with ours broken."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tests import tiny
+from tests.parity import pairs
+
+from lowtide.schedulers import SCHEDULERS
+
+diffusers = pytest.importorskip("diffusers")
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # the peer's own
+]
+
+# The bar is 1/255, one grey level. Measured: 0 with projections by convolution, 2e-5 with linear ones.
+TOLERANCE = 1 / 255 / 16
+PROMPTS = ["a red boat on the sea", "night"]
+
+
+def pair(folder, name="DDIMScheduler", kind="sd1", **schedule):
+    """Our pipeline and the peer's with the same weights; text encoder and tokenizer are shared."""
+    our_unet, their_unet = pairs.unets(kind)
+    our_vae, their_vae = pairs.vaes()
+    ours = tiny.pipeline(folder, unet=our_unet, vae=our_vae, schedule=tiny.scheduler(name, **schedule))
+    theirs = diffusers.StableDiffusionPipeline(
+        vae=their_vae,
+        text_encoder=ours.text_encoder,
+        tokenizer=ours.tokenizer,
+        unet=their_unet,
+        scheduler=getattr(diffusers, name).from_config(ours.scheduler.config.to_dict()),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    theirs.set_progress_bar_config(disable=True)
+    return ours, theirs
+
+
+@pytest.fixture(scope="module", params=SCHEDULERS)
+def both(request, tmp_path_factory):
+    return pair(tmp_path_factory.mktemp("both"), request.param)
+
+
+@pytest.fixture(scope="module")
+def ddim(tmp_path_factory):
+    return pair(tmp_path_factory.mktemp("ddim"))
+
+
+def picture(pipe, **call):
+    """A picture of 16x16 pixels in three steps, unless `call` says otherwise; generators are made from seeds."""
+    seeds = call.pop("seeds", (3,))
+    defaults = {"prompt": PROMPTS[0], "height": 16, "width": 16, "num_inference_steps": 3, "output_type": "np"}
+    images = pipe(**{**defaults, "generator": tiny.seeded(*seeds), **call}).images
+    return images.numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
+
+
+def worst(ours, theirs):
+    """The largest difference of any channel of any pixel, on a scale from 0 to 1."""
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.05, "a flat picture proves nothing"
+    return float(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max())
+
+
+EMBEDS = {"prompt": None, "prompt_embeds": tiny.numbers((2, 16, 24), 7)}
+CALLS = {
+    "guidance": {},
+    "no guidance": {"guidance_scale": 1.0},
+    "weak guidance": {"guidance_scale": 1.5, "negative_prompt": "sea"},
+    "several prompts": {"prompt": PROMPTS, "negative_prompt": ["fog", ""]},
+    "several pictures of each": {"prompt": PROMPTS, "num_images_per_prompt": 2, "negative_prompt": ["fog", "x"]},
+    "a generator for each": {"prompt": PROMPTS, "num_images_per_prompt": 2, "seeds": (5, 6, 7, 8)},
+    "another size": {"height": 24, "width": 40},
+    "latents given": {"latents": tiny.numbers((1, 4, 4, 4), 4) * 1.7, "generator": None},
+    "embeddings given": {**EMBEDS, "negative_prompt_embeds": tiny.numbers((2, 16, 24), 8)},
+    "embeddings given, text to avoid": {**EMBEDS, "negative_prompt": ["fog", "x"], "num_images_per_prompt": 2},
+    "embeddings given, no guidance": {**EMBEDS, "guidance_scale": 0.0},
+    "noise in each step": {"eta": 0.7},
+    "noise in each step, a generator for each": {"prompt": PROMPTS, "eta": 1.0, "seeds": (5, 6)},
+    "one step": {"num_inference_steps": 1},
+    "seven steps": {"num_inference_steps": 7},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_same_picture(both, name):
+    ours, theirs = both
+    assert worst(picture(ours, **CALLS[name]), picture(theirs, **CALLS[name])) <= TOLERANCE
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+def test_same_output_of_each_type(ddim, output_type):
+    ours, theirs = (picture(pipe, output_type=output_type) for pipe in ddim)
+    scale = 255 if output_type == "pil" else 1
+    assert ours.dtype == theirs.dtype
+    assert worst(ours / scale, theirs / scale) <= TOLERANCE
+
+
+V = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+OPTIONS = {
+    "SD 2, v-prediction": ("DDIMScheduler", "sd2", {**V, "rescale_betas_zero_snr": True}),
+    "SD 2, Euler": ("EulerDiscreteScheduler", "sd2", V),
+    "SD 2, PNDM": ("PNDMScheduler", "sd2", {"prediction_type": "v_prediction"}),
+    "Karras": ("DPMSolverMultistepScheduler", "sd1", {"use_karras_sigmas": True}),
+    "Runge-Kutta": ("PNDMScheduler", "sd1", {"skip_prk_steps": False}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_same_picture_with_options(tmp_path, name):
+    scheduler, kind, entries = OPTIONS[name]
+    ours, theirs = pair(tmp_path, scheduler, kind, **entries)
+    assert worst(*(picture(pipe, num_inference_steps=5) for pipe in (ours, theirs))) <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")  # the peer's own
+@pytest.mark.parametrize("outdated", [{"clip_sample": True}, {"steps_offset": 0}])
+def test_same_picture_from_an_outdated_scheduler_file(tmp_path, outdated):
+    """Both pipelines correct these entries; and without that, the picture would be another."""
+    with pytest.warns(UserWarning, match=f"outdated.*{next(iter(outdated))}"):
+        ours = tiny.pipeline(tmp_path, schedule=tiny.scheduler(**outdated))
+    _, theirs = pair(tmp_path)
+    theirs = type(theirs)(
+        **{**theirs.components, "scheduler": diffusers.DDIMScheduler(**{**tiny.SCHEDULE, **outdated})},
+        requires_safety_checker=False,
+    )
+    theirs.set_progress_bar_config(disable=True)
+    assert ours.scheduler.config.to_dict() == tiny.scheduler().config.to_dict()
+    expected = picture(theirs)
+    assert worst(picture(ours), expected) <= TOLERANCE
+    ours.scheduler = tiny.scheduler(**outdated)  # negative control
+    assert worst(picture(ours), expected) > TOLERANCE
+
+
+def swapped_guidance(pipe):
+    whole = type(pipe).encode_prompt
+    return pairs.changed(pipe, "encode_prompt", lambda *args: torch.cat(whole(pipe, *args).chunk(2)[::-1]))
+
+
+def unscaled_latents(pipe):
+    whole = type(pipe).decode_latents
+    return pairs.changed(pipe, "decode_latents", lambda latents: whole(pipe, latents * pipe.vae.config.scaling_factor))
+
+
+def other_first_noise(pipe):
+    whole = type(pipe).prepare_latents
+    return pairs.changed(pipe, "prepare_latents", lambda *args: whole(pipe, *args) * 1.05)
+
+
+def other_offset(pipe):
+    config = {**pipe.scheduler.config.to_dict(), "steps_offset": 0, "timestep_spacing": "leading"}
+    return pairs.changed(pipe, "scheduler", type(pipe.scheduler).from_config(config))
+
+
+def truncated_prompt(pipe):
+    whole = pipe.embed
+    return pairs.changed(pipe, "embed", lambda texts: whole([text[:-1] for text in texts]))
+
+
+BREAKS = {
+    "guidance the wrong way round": swapped_guidance,
+    "latents not divided by the scaling factor": unscaled_latents,
+    "other first noise": other_first_noise,
+    "a letter less": truncated_prompt,
+    "sine and cosine swapped": lambda _: pairs.swapped_halves(),
+    "another scale of attention": lambda _: pairs.unscaled_attention(),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_comparison_sees_a_broken_pipeline(both, name):
+    """Negative control."""
+    ours, theirs = both
+    expected = picture(theirs)
+    with BREAKS[name](ours):
+        assert worst(picture(ours), expected) > TOLERANCE
+
+
+def test_comparison_sees_other_timesteps(ddim):
+    """Negative control: timesteps off by one, of a thousand."""
+    ours, theirs = ddim
+    expected = picture(theirs)
+    with other_offset(ours):
+        assert worst(picture(ours), expected) > TOLERANCE
+
+
+def test_comparison_sees_generators_in_another_order(ddim):
+    """Negative control: pictures and generators are paired prompt by prompt."""
+    ours, theirs = ddim
+    call = {"prompt": PROMPTS, "num_images_per_prompt": 2}
+    expected = picture(theirs, **call, seeds=(5, 6, 7, 8))
+    assert worst(picture(ours, **call, seeds=(5, 7, 6, 8)), expected) > TOLERANCE

@@ -1,0 +1,73 @@
+"""The shipped model does what its prompts say, as an independent reader of its pictures finds."""
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.shipped.picture_reader import Reading, read_picture
+
+from lowtide import StableDiffusionPipeline
+
+MODEL = Path(__file__).parents[2] / "src" / "lowtide" / "assets" / "seascapes"
+COLORS = ("red", "blue", "green", "yellow", "white", "black")
+TIMES = {"day": "in the daytime", "sunset": "at sunset", "night": "at night", "dawn": "at dawn"}
+KINDS = ("sailboat", "fishing boat", "steamship")
+SIDES = ("left", "right")
+PROMPTS = 72
+BATCH = 12
+CHANCE = {"boat_color": 1 / len(COLORS), "time": 1 / len(TIMES), "landmark_side": 1 / len(SIDES)}
+
+
+def scenes() -> list[tuple[str, dict[str, str]]]:
+    """Prompts and what a picture of each must show, every combination of colour, time and side at least once."""
+    chosen = list(product(COLORS, TIMES, SIDES))
+    chosen += chosen[::2]
+    found = []
+    for index, (color, time, side) in enumerate(chosen[:PROMPTS]):
+        kind = KINDS[index % len(KINDS)]
+        prompt = f"a {color} {kind} on a calm sea {TIMES[time]}, a lighthouse on the {side}"
+        found.append((prompt, {"boat_color": color, "time": time, "landmark_side": side}))
+    return found
+
+
+@pytest.fixture(scope="module")
+def readings() -> list[Reading]:
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [prompt for prompt, _ in scenes()]
+    pictures = []
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        seeds = [torch.Generator().manual_seed(1000 + start + i) for i in range(len(batch))]
+        pictures += pipe(batch, num_inference_steps=20, guidance_scale=5.0, generator=seeds).images
+    return [read_picture(np.asarray(picture)) for picture in pictures]
+
+
+def shares(readings: list[Reading], truths: list[dict[str, str]]) -> dict[str, float]:
+    return {
+        name: float(np.mean([getattr(r, name) == truth[name] for r, truth in zip(readings, truths, strict=True)]))
+        for name in CHANCE
+    }
+
+
+def test_pictures_show_what_the_prompts_say(readings):
+    truths = [truth for _, truth in scenes()]
+    for name, share in shares(readings, truths).items():
+        assert share >= 0.9, f"{name}: {share:.0%} right"
+
+
+def test_shuffled_prompts_fall_to_chance(readings):
+    """The negative control: held against other prompts, the same pictures are right as often as chance has it."""
+    truths = [truth for _, truth in scenes()]
+    order = [np.random.default_rng(seed).permutation(len(truths)) for seed in range(20)]
+    shuffled = [shares(readings, [truths[i] for i in permutation]) for permutation in order]
+    for name, chance in CHANCE.items():
+        share = float(np.mean([found[name] for found in shuffled]))
+        assert abs(share - chance) <= 0.08, f"{name}: {share:.0%} right by chance, {chance:.0%} expected"
+
+
+def test_the_model_is_small():
+    files = [path for path in MODEL.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 24_000_000

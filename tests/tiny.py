@@ -136,7 +136,7 @@ def _weight(name, tensor, seed):
         return tensor
     name = name.removeprefix("text_model.").replace("vision_model.vision_model.", "vision_model.")
     values = numbers(tensor.shape, zlib.crc32(name.encode()) % 2**20 + seed)
-    if "embedding.weight" in name or "concept_embeds" == name or "special_care_embeds" == name:
+    if "embedding.weight" in name or name in ("concept_embeds", "special_care_embeds"):
         return values
     if values.ndim > 1:
         return values * (3 / values[0].numel()) ** 0.5  # of variance one over the fan-in
@@ -195,7 +195,11 @@ def text_encoder(vocabulary=518):
 
 def safety_config():
     """The configuration of a tiny safety checker."""
-    return CLIPConfig(vision_config=VISION, text_config={**TEXT, "vocab_size": 518, "bos_token_id": 516, "eos_token_id": 517}, projection_dim=6)
+    return CLIPConfig(
+        vision_config=VISION,
+        text_config={**TEXT, "vocab_size": 518, "bos_token_id": 516, "eos_token_id": 517},
+        projection_dim=6,
+    )
 
 
 def safety_checker(threshold=0.7, cls=StableDiffusionSafetyChecker):

@@ -6,8 +6,6 @@ from tests import tiny
 from typer.testing import CliRunner
 
 from lowtide.cli.app import app
-from lowtide.cli.errors import InputError
-from lowtide.cli.request import shipped_model
 
 PROMPT = "a red sailboat on a calm sea at sunset"
 SHORT = "sea"  # the tiny model reads 16 tokens, about one a letter
@@ -61,14 +59,6 @@ def test_a_variant_that_is_not_there(model, tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def has_shipped_model():
-    try:
-        return shipped_model().is_dir()
-    except InputError:
-        return False
-
-
-@pytest.mark.skipif(not has_shipped_model(), reason="the shipped model is not here")
 def test_the_shipped_model_draws_something(tmp_path):
     result = lowtide(PROMPT, "--steps", "8", "--seed", "1", "--device", "cpu", "--out", str(tmp_path / "x.png"))
     assert result.exit_code == 0, result.output

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 
 import pytest
 from rich.console import Console
@@ -13,16 +14,24 @@ from lowtide.memory import Meter, meter, peaks
 from lowtide.stages import Stages
 
 MIB = 2**20
-BLOCK = 48 * MIB  # over malloc's largest mmap threshold: taken from the system and given back at once
+BLOCK = 48 * MIB
 SLACK = 8 * MIB
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
+@contextmanager
+def memory(size=BLOCK):
+    """Hold `size` bytes of anonymous memory, straight from the system: malloc might reuse what was freed before."""
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
+        block[:: mmap.PAGESIZE] = b"x" * (size // mmap.PAGESIZE)
+        yield
+
+
 def touch(size=BLOCK):
     """Use `size` bytes of anonymous memory for a moment."""
-    block = bytearray(size)
-    block[:: mmap.PAGESIZE] = b"x" * (size // mmap.PAGESIZE)
+    with memory(size):
+        pass
 
 
 def measured(work, **options):
@@ -76,11 +85,8 @@ def test_anonymous_memory_is_told_from_files(tmp_path):
         pass
     with stages.stage("map", steps=1) as stage:
         read_mapping(stage)
-    with stages.stage("allocate", steps=1) as stage:
-        block = bytearray(BLOCK)
-        block[:: mmap.PAGESIZE] = b"x" * (BLOCK // mmap.PAGESIZE)
+    with stages.stage("allocate", steps=1) as stage, memory():
         stage.advance()
-        del block
     before, mapped, allocated = m.report()
     assert mapped.peak_file - before.peak_file > BLOCK - SLACK
     assert mapped.peak_anonymous - before.peak_anonymous < SLACK
@@ -91,9 +97,8 @@ def test_anonymous_memory_is_told_from_files(tmp_path):
 @linux
 def test_the_thread_sees_memory_between_the_steps():
     def slow_touch():
-        block = bytearray(BLOCK)
-        block[:: mmap.PAGESIZE] = b"x" * (BLOCK // mmap.PAGESIZE)
-        threading.Event().wait(0.1)
+        with memory():
+            threading.Event().wait(0.1)
 
     with_thread, _ = measured(slow_touch, interval=0.005)
     without_thread, _ = measured(slow_touch, interval=None)

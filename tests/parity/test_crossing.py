@@ -22,7 +22,13 @@ pytestmark = [
 ]
 
 TOLERANCE = 1 / 255 / 16
-LAYOUTS = [(None, None), ("fp16", None), (None, "200KB"), ("fp16", "100KB")]
+LAYOUTS = [
+    (torch.float32, None, None),
+    (torch.float32, None, "200KB"),
+    (torch.float16, None, None),
+    (torch.float16, "fp16", None),
+    (torch.float16, "fp16", "100KB"),
+]
 NETWORKS = ("unet", "vae", "text_encoder", "safety_checker")
 
 
@@ -66,9 +72,8 @@ def shards_of(folder):
     return [len(list((folder / name).glob("*.safetensors"))) for name in NETWORKS]
 
 
-@pytest.mark.parametrize(("variant", "shard_size"), LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_peer_saves_and_we_load(tmp_path, ours, variant, shard_size, dtype):
+@pytest.mark.parametrize(("dtype", "variant", "shard_size"), LAYOUTS)
+def test_peer_saves_and_we_load(tmp_path, ours, dtype, variant, shard_size):
     source = their_pipeline(ours).to(dtype)
     source.save_pretrained(tmp_path, variant=variant, max_shard_size=shard_size or "5GB")
     assert (max(shards_of(tmp_path)) > 1) == (shard_size is not None)
@@ -84,9 +89,8 @@ def test_peer_saves_and_we_load(tmp_path, ours, variant, shard_size, dtype):
     assert_same_picture(loaded, theirs)
 
 
-@pytest.mark.parametrize(("variant", "shard_size"), LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_we_save_and_peer_loads(tmp_path, variant, shard_size, dtype):
+@pytest.mark.parametrize(("dtype", "variant", "shard_size"), LAYOUTS)
+def test_we_save_and_peer_loads(tmp_path, dtype, variant, shard_size):
     source = tiny.pipeline(tmp_path / "words", checker=True).to(dtype)
     source.save_pretrained(tmp_path, variant=variant, max_shard_size=shard_size)
     assert (max(shards_of(tmp_path)) > 1) == (shard_size is not None)

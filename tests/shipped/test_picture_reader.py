@@ -7,10 +7,10 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import picture_reader
 import pytest
-from picture_reader import Reading, read_picture
 from PIL import Image, ImageFilter
+from tests.shipped import picture_reader
+from tests.shipped.picture_reader import Reading, read_picture
 from training.seascapes import Scene, render, sample_scene
 
 COUNT, DAMAGED = 300, 120

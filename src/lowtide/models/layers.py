@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowtide.ops.attention import attention
+from lowtide.ops.convolution import conv2d
 
 
 def timestep_embedding(
@@ -26,6 +27,12 @@ def timestep_embedding(
     return F.pad(embedding, (0, dim % 2))
 
 
+def silu_of_fresh(x: torch.Tensor) -> torch.Tensor:
+    """SiLU of a tensor that nobody else holds: in place, which spares a whole map, but for gradients and traces."""
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return F.silu(x, inplace=not (tracing or torch.is_grad_enabled()))
+
+
 class TimestepEmbedding(nn.Module):
     """Two linear layers that turn a sinusoidal embedding `[B, C]` into the network's time embedding `[B, T]`."""
 
@@ -39,6 +46,19 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(embedding_BC)))
 
 
+class Conv2d(nn.Conv2d):
+    """A convolution of square kernel, stride and padding that takes the form best suited to the map's size."""
+
+    def __init__(self, in_channels: int, out_channels: int, size: int, *, stride: int = 1, padding: int = 0) -> None:
+        super().__init__(in_channels, out_channels, size, stride=stride, padding=padding)
+        self._geometry = {"stride": stride, "padding": padding}
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """`[B, in_channels, H, W]` to `[B, out_channels, h, w]`; see `lowtide.ops.convolution`."""
+        assert self.bias is not None
+        return conv2d(x_BCHW, self.weight, self.bias, **self._geometry)
+
+
 class ResnetBlock2D(nn.Module):
     """Two 3x3 convolutions with group norm and SiLU, a time shift between them, and a shortcut around them.
 
@@ -50,19 +70,20 @@ class ResnetBlock2D(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = None if time_channels is None else nn.Linear(time_channels, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = None if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x_BCHW: torch.Tensor, time_BT: torch.Tensor | None = None) -> torch.Tensor:
         """`[B, in_channels, H, W]` to `[B, out_channels, H, W]`."""
-        h = self.conv1(F.silu(self.norm1(x_BCHW)))
+        h = self.conv1(silu_of_fresh(self.norm1(x_BCHW)))
         if self.time_emb_proj is not None:
             assert time_BT is not None
             h = h + self.time_emb_proj(F.silu(time_BT))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.norm2(h)  # the map before the norm is free from here on
+        h = self.conv2(silu_of_fresh(h))
         return h + (x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
 
 
@@ -74,7 +95,7 @@ class Downsample2D(nn.Module):
 
     def __init__(self, channels: int, *, padding: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """`[B, C, H, W]` to `[B, C, ⌈H/2⌉, ⌈W/2⌉]` (the autoencoder's: `⌊H/2⌋`, `⌊W/2⌋`)."""
@@ -88,7 +109,7 @@ class Upsample2D(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """`[B, C, H, W]` to `[B, C, 2H, 2W]`, or to `[B, C, *size]` where a size is given."""
@@ -177,12 +198,12 @@ class Transformer2DModel(nn.Module):
         inner = heads * head_dim
         self.linear = linear
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
+        self.proj_in = nn.Linear(channels, inner) if linear else Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner, heads=heads, head_dim=head_dim, context_channels=context_channels)
             for _ in range(layers)
         )
-        self.proj_out = nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1)
+        self.proj_out = nn.Linear(inner, channels) if linear else Conv2d(inner, channels, 1)
 
     def forward(
         self, x_BCHW: torch.Tensor, context_BSC: torch.Tensor, mask: torch.Tensor | None = None
@@ -197,9 +218,10 @@ class Transformer2DModel(nn.Module):
         return h + x_BCHW
 
 
+# Copies, for as views of the map the tokens would be rearranged again by every norm and addition that follows.
 def _tokens(x_BCHW: torch.Tensor) -> torch.Tensor:
     return x_BCHW.flatten(2).transpose(1, 2)
 
 
 def _image(x_BLC: torch.Tensor, rows: int) -> torch.Tensor:
-    return x_BLC.transpose(1, 2).unflatten(2, (rows, -1))
+    return x_BLC.transpose(1, 2).unflatten(2, (rows, -1)).contiguous()

@@ -37,7 +37,9 @@ class ModelMixin(nn.Module):
     @classmethod
     def from_config(cls, config: Config | Mapping[str, Any]) -> Self:
         """Build with fresh random weights from a configuration or the contents of a `config.json`."""
-        return cls(config if isinstance(config, cls.config_class) else cls.config_class.from_dict(config))
+        if isinstance(config, cls.config_class):
+            return cls(config)
+        return cls(cls.config_class.from_dict(config.to_dict() if isinstance(config, Config) else config))
 
     @classmethod
     def from_pretrained(

@@ -1,10 +1,9 @@
 """The denoiser of Stable Diffusion: a U-Net conditioned on time and text (Rombach et al. 2022; Ho et al. 2020)."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from lowtide.models.layers import TimestepEmbedding, timestep_embedding
+from lowtide.models.layers import TimestepEmbedding, silu_of_fresh, timestep_embedding
 from lowtide.models.mixin import ModelMixin
 from lowtide.models.outputs import UNet2DConditionOutput
 from lowtide.models.unet_blocks import DownBlock2D, UNetMidBlock2DCrossAttn, UpBlock2D
@@ -65,7 +64,7 @@ class UNet2DConditionModel(ModelMixin):
         x = self.mid_block(x, time_BT, encoder_hidden_states, mask)
         for block in self.up_blocks:
             x = block(x, skips, time_BT, encoder_hidden_states, mask)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.conv_out(silu_of_fresh(self.conv_norm_out(x)))
         return UNet2DConditionOutput(sample=x) if return_dict else (x,)
 
     def embed_time(

@@ -3,14 +3,14 @@
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from lowtide.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
+from lowtide.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, silu_of_fresh
 from lowtide.models.mixin import ModelMixin
 from lowtide.models.outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
 from lowtide.models.vae_config import AutoencoderKLConfig
 from lowtide.ops.attention import attention
+from lowtide.ops.convolution import in_faster_layout
 from lowtide.weights.names import VAE_NAMES
 
 EPS = 1e-6  # of every norm in the published autoencoders
@@ -110,11 +110,11 @@ class Encoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Encode; the factor 8 is `config.scale`."""
-        x = self.conv_in(x)
+        x = self.conv_in(in_faster_layout(x))
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu_of_fresh(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -131,10 +131,10 @@ class Decoder(nn.Module):
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """Decode; the factor 8 is `config.scale`."""
-        z = self.mid_block(self.conv_in(z))
+        z = self.mid_block(self.conv_in(in_faster_layout(z)))
         for block in self.up_blocks:
             z = block(z)
-        return self.conv_out(F.silu(self.conv_norm_out(z)))
+        return self.conv_out(silu_of_fresh(self.conv_norm_out(z)))
 
 
 class AutoencoderKL(ModelMixin):

@@ -148,11 +148,11 @@ class StableDiffusionPipeline(DiffusionPipeline):
         """The text encoder's last hidden states `[B, S, C]`, of texts padded and cut to the tokenizer's length."""
         length = self.tokenizer.model_max_length
         for text in texts:
-            excess = self.tokenizer(text).input_ids[length - 1 : -1]
+            excess = self.tokenizer(text, verbose=False).input_ids[length - 1 : -1]
             if excess:
                 ignored = self.tokenizer.decode(excess)
                 warnings.warn(
-                    f"The model reads {length - 2} tokens; of this prompt it ignores {ignored!r}.", stacklevel=3
+                    f"The model reads {length - 2} tokens; of this prompt it ignores {ignored!r}.", stacklevel=4
                 )
         tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         masked = getattr(self.text_encoder.config, "use_attention_mask", False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowtide.configs import Config, read_json, write_json
+from lowtide.hub import Source
 from lowtide.schedulers import schedule
 
 CONFIG_NAME = "scheduler_config.json"
@@ -60,7 +61,7 @@ class Scheduler(Protocol):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str | None = None) -> Self:
-        """Read `scheduler_config.json` in a local folder."""
+        """Read `scheduler_config.json` in a local folder or of a Hub id."""
         ...
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -186,11 +187,12 @@ class SchedulerBase(Generic[ConfigT]):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str | None = None) -> Self:
-        """Read `scheduler_config.json` in a local `folder`, written by any scheduler class.
+        """Read `scheduler_config.json` in a local `folder` or of a Hub id, written by any scheduler class.
 
         Raises `FileNotFoundError` if it is missing and `ValueError` if it is not valid.
         """
-        path = Path(folder, subfolder or "", CONFIG_NAME)
+        name = f"{subfolder}/{CONFIG_NAME}" if subfolder else CONFIG_NAME
+        path = Source(os.fspath(folder)).fetch([name]) / name
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist. Name a folder that holds {CONFIG_NAME}, or its subfolder.")
         return cls.from_config(read_json(path))

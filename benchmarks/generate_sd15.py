@@ -93,6 +93,9 @@ def load(options: argparse.Namespace) -> Any:
     torch.set_num_threads(options.threads)
     if options.library == "lowtide":
         from lowtide import DDIMScheduler, StableDiffusionPipeline
+        from lowtide.memory import steady_malloc
+
+        steady_malloc(mmap_threshold=8 * 2**20, trim_threshold=64 * 2**20)  # as `lowtide generate` does
     else:
         from diffusers import DDIMScheduler, StableDiffusionPipeline
     pipe = StableDiffusionPipeline.from_pretrained(

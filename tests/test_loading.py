@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -87,6 +88,15 @@ def test_round_trip(tmp_path, dtype, shard_size, variant):
     assert dtypes == {dtype}
     loaded.unet.conv_out.bias.add_(1)
     assert not same_networks(loaded, pipe)  # negative control
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_network_is_copied_where_the_dtype_is_the_files(whole):
+    loaded = DiffusionPipeline.from_pretrained(whole[1], dtype=torch.float32)
+    for name, network in loaded.modules().items():
+        (file,) = (whole[1] / name).glob("*.safetensors")
+        assert tiny.mapped_files(network) == {str(file)}
+        assert str(file) not in tiny.mapped_files(getattr(whole[0], name))  # negative control
 
 
 @pytest.mark.parametrize(("asked", "expected"), [({}, torch.float32), ({"dtype": "bfloat16"}, torch.bfloat16)])

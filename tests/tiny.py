@@ -255,3 +255,11 @@ def difference(ours, theirs):
     assert ours.isfinite().all(), "NaN or infinity"
     assert theirs.isfinite().all(), "NaN or infinity"
     return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def mapped_files(module: nn.Module):
+    """What Linux maps where the parameters lie: files by their paths, and other memory by its own names."""
+    lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()]
+    spans = [(*(int(end, 16) for end in line[0].split("-")), line[5] if len(line) > 5 else "") for line in lines]
+    addresses = [parameter.data_ptr() for parameter in module.parameters()]
+    return {name for start, end, name in spans if any(start <= address < end for address in addresses)}

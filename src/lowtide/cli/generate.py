@@ -97,7 +97,7 @@ def run(request: Request) -> None:
     paths = picture_paths(request.out, request.prompt, list(request.seeds))
     prepare_folders(paths)
     tell(_headline(request))
-    steady_malloc()
+    steady_malloc(mmap_threshold=8 * 2**20, trim_threshold=64 * 2**20)
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, device)
     meter = Meter()

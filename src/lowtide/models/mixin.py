@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lowtide.configs import Config, read_json, write_json
+from lowtide.hooks import apply_group_offloading, disable_group_offloading
 from lowtide.hub import Source, weight_patterns
 from lowtide.weights.fill import fill, state_names
 from lowtide.weights.index import find_weights
@@ -99,6 +100,40 @@ class ModelMixin(nn.Module):
         own = {"_class_name": type(self).__name__, "_diffusers_version": PEER_VERSION}
         write_json(folder / CONFIG_NAME, {**self.config.to_dict(), **own})
         save_tensors(self.state_dict(), folder, WEIGHTS_NAME, variant=variant, max_shard_size=max_shard_size)
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device | str,
+        offload_device: torch.device | str = "cpu",
+        offload_type: str = "block_level",
+        num_blocks_per_group: int | None = None,
+        non_blocking: bool = False,
+        use_stream: bool = False,
+        record_stream: bool = False,
+        low_cpu_mem_usage: bool = False,
+        offload_to_disk_path: str | None = None,
+        block_modules: Collection[str] | None = None,
+        exclude_kwargs: Collection[str] | None = None,
+    ) -> None:
+        """Bring the weights to `onload_device` group by group; see `lowtide.hooks.apply_group_offloading`."""
+        apply_group_offloading(
+            self,
+            onload_device,
+            offload_device,
+            offload_type,
+            num_blocks_per_group,
+            non_blocking,
+            use_stream,
+            record_stream,
+            low_cpu_mem_usage,
+            offload_to_disk_path,
+            block_modules,
+            exclude_kwargs,
+        )
+
+    def disable_group_offload(self) -> None:
+        """Undo `enable_group_offload`, or any other offload of this model: the weights are where they were before."""
+        disable_group_offloading(self)
 
     @property
     def dtype(self) -> torch.dtype:

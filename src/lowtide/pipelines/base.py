@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -24,6 +25,10 @@ from lowtide.loading import (
     save_component,
     spec_of,
 )
+from lowtide.memory.attach import attachment_of, detach
+from lowtide.memory.forms import Rule
+from lowtide.memory.presets import attach_all, execution_device, group_rule, model_rule, sequential_rule
+from lowtide.memory.stream import Stream
 from lowtide.models.mixin import PEER_VERSION, chosen_dtype
 from lowtide.progress import ProgressBar
 from lowtide.stages import Stages
@@ -45,6 +50,8 @@ class DiffusionPipeline:
     def __init__(self) -> None:
         self.stages = Stages()
         self._progress_disabled = False
+        self._lock = threading.RLock()
+        self._is_running = False
 
     @classmethod
     def from_pretrained(
@@ -129,7 +136,10 @@ class DiffusionPipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Move the networks to a device, a dtype, or both, given as for `torch.nn.Module.to`; return the pipeline."""
+        """Move the networks to a device, a dtype, or both, given as for `torch.nn.Module.to`; return the pipeline.
+
+        A device given ends any offload: everything is there from then on.
+        """
         for target in targets:
             if isinstance(target, torch.dtype):
                 dtype = target
@@ -138,6 +148,8 @@ class DiffusionPipeline:
         if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={str(device)!r} is not possible: PyTorch sees no CUDA device here. Use 'cpu'.")
         for module in self.modules().values():
+            if device is not None:
+                detach(module)
             module.to(device=device, dtype=dtype)
         return self
 
@@ -154,15 +166,102 @@ class DiffusionPipeline:
     def _a_weight(self) -> torch.Tensor:
         return next(p for module in self.modules().values() for p in module.parameters() if p.is_floating_point())
 
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Load the weights leaf by leaf as they are called: the least memory, and the slowest.
+
+        Computes on CUDA device `gpu_id`, or on `device`; where there is no GPU, on the CPU, with the weights resting
+        on disk in their checkpoint. Raises `ValueError` for a device that is not there.
+        """
+        chosen = execution_device(device, gpu_id)
+        self._offload(sequential_rule(chosen), chosen)
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Have one whole component on the device at a time, for as long as it is in use: little time, some memory.
+
+        The device is chosen as for `enable_sequential_cpu_offload`.
+        """
+        chosen = execution_device(device, gpu_id)
+        self._offload(model_rule(chosen), chosen)
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device | str,
+        offload_device: torch.device | str = "cpu",
+        offload_type: str = "block_level",
+        num_blocks_per_group: int | None = None,
+        non_blocking: bool = False,
+        use_stream: bool = False,
+        record_stream: bool = False,
+        low_cpu_mem_usage: bool = False,
+        offload_to_disk_path: str | None = None,
+        exclude_modules: str | Sequence[str] | None = None,
+    ) -> None:
+        """Load the weights of every component group by group; see `lowtide.hooks.apply_group_offloading`.
+
+        Components named in `exclude_modules` stay on `onload_device`.
+        """
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or ())
+        unknown = sorted(set(excluded) - set(self.modules()))
+        if unknown:
+            raise ValueError(f"exclude_modules={unknown} are no components; there are {', '.join(self.modules())}.")
+        device, rule = group_rule(
+            onload_device,
+            offload_device,
+            offload_type,
+            num_blocks_per_group,
+            non_blocking,
+            use_stream,
+            record_stream,
+            low_cpu_mem_usage,
+            offload_to_disk_path,
+        )
+        self._offload(rule, device, excluded)
+
+    def disable_sequential_cpu_offload(self) -> None:
+        """Undo any offload of the components: their weights are where they were before."""
+        for module in self.modules().values():
+            detach(module)
+
+    disable_model_cpu_offload = disable_sequential_cpu_offload
+    disable_group_offload = disable_sequential_cpu_offload
+
+    def _offload(self, rule: Rule, device: torch.device, excluded: Sequence[str] = ()) -> None:
+        modules = self.modules()
+        attach_all({name: module for name, module in modules.items() if name not in excluded}, rule, device)
+        for name in excluded:
+            detach(modules[name])
+            modules[name].to(device)
+
     def set_progress_bar_config(self, *, disable: bool = False) -> None:
         """Show a progress bar during calls, or do not."""
         self._progress_disabled = disable
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Bracket one call: no gradients, a progress bar, and everything put back whatever happens inside."""
-        with torch.no_grad(), self.stages.observed(ProgressBar(disable=self._progress_disabled)):
+        """Bracket one call: no gradients, a progress bar, and everything put back whatever happens inside.
+
+        One thread at a time: another waits. Raises `RuntimeError` if the call is made from inside another one, such as
+        from a callback: the scheduler's state would be lost.
+        """
+        with self._lock, ExitStack() as stack:
+            if self._is_running:
+                raise RuntimeError(
+                    "This pipeline is being called already, and a callback cannot call it again: the scheduler's state "
+                    "would be lost. Build a second pipeline from the same components and another scheduler."
+                )
+            self._is_running = True
+            stack.callback(setattr, self, "_is_running", False)
+            for stream in self._streams():
+                stack.enter_context(stream.held())
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.stages.observed(ProgressBar(disable=self._progress_disabled)))
             yield
+
+    def _streams(self) -> list[Stream]:
+        attachments = [attachment_of(module) for module in self.modules().values()]
+        return list({id(one.stream): one.stream for one in attachments if one is not None}.values())
 
     def __repr__(self) -> str:
         rows = (f"  {name}: {type(part).__name__}" for name, part in self.components.items())

@@ -1,0 +1,321 @@
+"""Attach a rule to a module and detach it: the one place that changes how a module is called.
+
+Each unit's modules get a `_call_impl` of their own (what `Module.__call__` runs), so that weights come before every
+hook of others and leave after them, also when a call ends by an exception that PyTorch's hooks do not see, such as
+KeyboardInterrupt. The root gets brackets around its call and its other entry points. Three more methods set the plan
+aside while they run: `_apply` (which is `.to`, `.half` and so on), `load_state_dict`, and `__getstate__` (copies and
+pickles get ordinary modules).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Collection, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from lowtide.memory.blocks import split
+from lowtide.memory.forms import Level, Rule
+from lowtide.memory.order import Order
+from lowtide.memory.rests import settle_rests
+from lowtide.memory.stream import Stream
+from lowtide.memory.unit import Unit
+from lowtide.memory.weight import Weight, gather
+from lowtide.weights.index import CheckpointIndex
+from lowtide.weights.slots import slots
+
+ENTRY_POINTS = ("encode", "decode", "generate", "get_text_features", "get_image_features")
+"""Methods besides `forward` by which a module may be called as a whole."""
+
+_MARK = "_lowtide_attachment"  # on the root
+_KEEPER = "_lowtide_keeper"  # on every module inside
+
+
+class Attachment:
+    """A rule at work on one module. `units` in registered order; `stream` says what is loaded and what that took."""
+
+    def __init__(self, root: nn.Module, rule: Rule, stream: Stream, exclude_kwargs: Collection[str] = ()) -> None:
+        self.root = root
+        self.rule = rule
+        self.stream = stream
+        self.exclude_kwargs = frozenset(exclude_kwargs)
+        self.units: list[Unit] = []
+        self.order: Order[Unit] = Order()
+        self.weights: list[Weight] = []
+        self._overridden: list[tuple[nn.Module, str, Any]] = []
+        self._depth = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module computes."""
+        return self.stream.device
+
+    @property
+    def bound(self) -> int:
+        """Weight bytes on the device that are never exceeded, from the sizes of the weights alone."""
+        return self.stream.bound
+
+    # ---- coming and going
+
+    def take(self, weights: list[Weight], index: CheckpointIndex | None) -> None:
+        """Take over the weights: each rests as the rule says, and its slots hold placeholders."""
+        self.weights = weights
+        for weight in weights:
+            weight.device = self.device
+            weight.on_miss = self._missed
+        self.units = [Unit(part.weights[0].name, part, self.stream) for part in split(self.root, weights, self.rule)]
+        settle_rests(self.units, self.rule, self.device, index)
+        self.stream.admit(self.units)
+        for unit in self.units:
+            unit.lingers = self.rule.level is Level.WHOLE
+            if unit.stays:
+                self.stream.fetch(unit)
+                self.stream.keep(unit)
+        self._override()
+
+    def let_go(self) -> None:
+        """Leave placeholders in every slot and the module as it was otherwise; the weights keep their resting place."""
+        self._put_back()
+        self.stream.dismiss(self.units)
+        self.units = []
+        self.root.__dict__.pop(_MARK, None)
+
+    def restore(self, *, to_given: bool) -> None:
+        """After `let_go`: put ordinary tensors into the slots."""
+        for weight in self.weights:
+            weight.restore(to_given=to_given)
+        self.weights = []
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the module is being called."""
+        return self._depth > 0
+
+    # ---- while it runs
+
+    @contextmanager
+    def running(self) -> Generator[None]:
+        """Bracket a call of the whole module; one thread at a time. Afterwards every weight is at rest again."""
+        with self.stream.lock:
+            self._depth += 1
+            whole = self.units if self.rule.level is Level.WHOLE else []
+            ended_well = False
+            try:
+                for unit in whole:
+                    unit.enter()
+                yield
+                ended_well = True
+            finally:
+                self._depth -= 1
+                for unit in whole:
+                    unit.leave(self.root)
+                if self._depth == 0:
+                    self._settle(ended_well=ended_well)
+
+    def _settle(self, *, ended_well: bool) -> None:
+        if ended_well:
+            self.order.finished()
+        else:
+            self.order.abandoned()
+            for unit in self.units:
+                if not unit.stays:
+                    self.stream.drop(unit)
+        self.stream.settle(self.units)
+
+    def enter(self, unit: Unit) -> None:
+        """A call that needs `unit` begins."""
+        unit.enter()
+        if not unit.stays and not unit.aside:
+            if self._depth > 0 and unit.count == 1:
+                self.order.entered(unit)
+            self.stream.look_ahead(self.order.upcoming(self.rule.prefetch))
+
+    def _missed(self, weight: Weight) -> None:
+        self.stream.ledger.miss(weight.nbytes)
+
+    # ---- the overrides
+
+    def _override(self) -> None:
+        by_module: dict[nn.Module, list[Unit]] = {}
+        if self.rule.level is not Level.WHOLE:
+            for unit in self.units:
+                for module in () if unit.stays else unit.modules:
+                    by_module.setdefault(module, []).append(unit)
+        for module, units in by_module.items():
+            if module is not self.root:
+                self._set(module, "_call_impl", self._around(module, module._call_impl, units))
+        self._set(
+            self.root,
+            "_call_impl",
+            self._bracketed(self._around(self.root, self.root._call_impl, by_module.get(self.root, []))),
+        )
+        for name in ENTRY_POINTS:
+            method = getattr(self.root, name, None)
+            if callable(method) and not isinstance(method, nn.Module):
+                self._set(self.root, name, self._bracketed(method))
+        for module in self.root.modules():
+            for name in ("_apply", "load_state_dict"):
+                self._set(module, name, self._set_aside(module, name))
+            self._set(module, "__getstate__", functools.partial(self._plain_state, module))
+            module.__dict__[_KEEPER] = self
+        self.root.__dict__[_MARK] = self
+
+    def _set(self, module: nn.Module, name: str, method: Callable[..., Any]) -> None:
+        self._overridden.append((module, name, module.__dict__.get(name)))
+        module.__dict__[name] = method
+
+    def _put_back(self) -> None:
+        for module, name, before in reversed(self._overridden):
+            if before is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = before
+        self._overridden = []
+        for module in self.root.modules():
+            module.__dict__.pop(_KEEPER, None)
+
+    def _plain_state(self, module: nn.Module) -> dict[str, Any]:
+        """The state of a module without the overrides, for copies and pickles."""
+        state = dict(module.__dict__)
+        for owner, name, before in reversed(self._overridden):
+            if owner is module and before is None:
+                state.pop(name, None)
+            elif owner is module:
+                state[name] = before
+        return {name: value for name, value in state.items() if name not in (_MARK, _KEEPER)}
+
+    def _around(self, module: nn.Module, call: Callable[..., Any], units: list[Unit]) -> Callable[..., Any]:
+        def entered_call(*args: Any, **kwargs: Any) -> Any:
+            begun: list[Unit] = []
+            try:
+                for unit in units:
+                    begun.append(unit)
+                    self.enter(unit)
+                return call(*args, **kwargs)
+            finally:
+                for unit in reversed(begun):
+                    unit.leave(module)
+
+        return entered_call if units else call
+
+    def _bracketed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def bracketed_call(*args: Any, **kwargs: Any) -> Any:
+            with self.running():
+                args, kwargs = self._inputs(args, kwargs)
+                return method(*args, **kwargs)
+
+        return bracketed_call
+
+    def _inputs(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The inputs, on the device."""
+        if self.device.type == "cpu":
+            return args, kwargs
+        moved = {name: value for name, value in kwargs.items() if name not in self.exclude_kwargs}
+        args, moved = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), (args, moved))
+        return args, {**kwargs, **moved}
+
+    def _set_aside(self, module: nn.Module, name: str) -> Callable[..., Any]:
+        method = getattr(module, name)
+
+        @functools.wraps(method)
+        def plain_call(*args: Any, **kwargs: Any) -> Any:
+            if self.is_running:
+                raise RuntimeError(f"{name} is not possible while {type(self.root).__name__} is being called.")
+            moves = name == "_apply" and _moves(args[0], self.device)
+            self.let_go()
+            self.restore(to_given=False)
+            try:
+                return getattr(module, name)(*args, **kwargs)
+            finally:
+                if not moves and not _has_moved(self.root, self.device):
+                    attach(self.root, self.rule, self.stream, exclude_kwargs=self.exclude_kwargs)
+
+        return plain_call
+
+
+def attach(
+    root: nn.Module,
+    rule: Rule,
+    stream: Stream,
+    *,
+    index: CheckpointIndex | None = None,
+    exclude_kwargs: Collection[str] = (),
+) -> Attachment:
+    """Put `root` under `rule`, whatever rule it, a part of it or the whole around it was under before.
+
+    `index` is needed for weights on meta. Raises `ValueError` for modules that cannot be moved as bytes, `OSError` and
+    `CheckpointError` if files cannot be read or written; the module is as it was before then, without a rule.
+    """
+    if getattr(root, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            f"{type(root).__name__} is compiled, which freezes how its parts are called. Offload it first."
+        )
+    gather(slots(root))  # raises what it raises before anything is changed
+    _free_from_others(root)
+    attachment = Attachment(root, rule, stream, exclude_kwargs)
+    weights = gather(slots(root))
+    try:
+        attachment.take(weights, index)
+    except BaseException:
+        attachment.let_go()
+        attachment.weights = [weight for weight in weights if weight.rest is not None]
+        attachment.restore(to_given=True)
+        raise
+    return attachment
+
+
+def detach(module: nn.Module) -> None:
+    """Undo the offload of `module` and its parts: the weights are back where they were given, on meta now on the host.
+
+    Does nothing where there is none. Raises `RuntimeError` while the module is being called.
+    """
+    for attachment in _inside(module):
+        _check_idle(attachment)
+        attachment.let_go()
+        attachment.restore(to_given=True)
+
+
+def attachment_of(module: nn.Module) -> Attachment | None:
+    """The rule at work on `module`, if there is one."""
+    return module.__dict__.get(_MARK)
+
+
+def _inside(module: nn.Module) -> list[Attachment]:
+    return [found for inner in module.modules() if (found := attachment_of(inner)) is not None]
+
+
+def _free_from_others(root: nn.Module) -> None:
+    """End other rules on `root`: those on it and its parts hand over, one on a module around it is undone."""
+    for attachment in _inside(root):
+        _check_idle(attachment)
+        attachment.let_go()
+    around: Attachment | None = root.__dict__.get(_KEEPER)
+    if around is not None:
+        warnings.warn(
+            f"The offload of {type(around.root).__name__} is undone, since a part of it ({type(root).__name__}) gets "
+            "its own.",
+            stacklevel=4,
+        )
+        detach(around.root)
+
+
+def _check_idle(attachment: Attachment) -> None:
+    if attachment.is_running:
+        raise RuntimeError(
+            f"{type(attachment.root).__name__} is being called, so its offload cannot be changed now. Wait for the end."
+        )
+
+
+def _moves(fn: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> bool:
+    """Whether a function given to `_apply` takes tensors away from `device`."""
+    return fn(torch.empty(0, device=device)).device != device
+
+
+def _has_moved(root: nn.Module, device: torch.device) -> bool:
+    return device.type != "cpu" and any(parameter.device.type != "cpu" for parameter in root.parameters())

@@ -1,0 +1,139 @@
+"""Which parts of a module are units: its innermost repeated blocks, or the modules that hold weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowtide.memory.forms import Level, Rule
+from lowtide.memory.weight import Weight
+
+ATOMIC = (
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.RNNBase,
+    torch.jit.ScriptModule,
+)
+"""Modules whose code reads the weights of modules inside them: they cannot be split."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Weights that come and go together, around the calls of `modules`.
+
+    `blocks` parts stay from the first of their modules' calls to the last one's. An `aside` part works while others
+    come and go, or belongs to several of them.
+    """
+
+    modules: tuple[nn.Module, ...]
+    weights: tuple[Weight, ...]
+    aside: bool = False
+
+
+def split(root: nn.Module, weights: Iterable[Weight], rule: Rule) -> list[Part]:
+    """The parts of `root`, in the order in which modules are registered; every weight is in one of them."""
+    if rule.level is Level.WHOLE:
+        return [Part((root,), tuple(weights))]
+    homes = _homes(root, rule)
+    groups: dict[tuple[int, ...], tuple[tuple[nn.Module, ...], list[Weight]]] = {}
+    for weight in weights:
+        owners = list({id(view.slot.owner): view.slot.owner for view in weight.views}.values())
+        places = {tuple(id(m) for m in homes[id(owner)]): homes[id(owner)] for owner in owners}
+        modules = next(iter(places.values())) if len(places) == 1 else _owners(root, owners)
+        key = (len(places) > 1, *(id(m) for m in modules))
+        groups.setdefault(key, (modules, []))[1].append(weight)
+    position = {id(module): place for place, module in enumerate(root.modules())}
+    ordered = sorted(groups.items(), key=lambda item: position[id(item[1][0][0])])
+    triggers = {id(module) for modules, _ in groups.values() for module in modules}
+    return [
+        Part(modules, tuple(group), _is_aside(root, modules, triggers, shared=bool(key[0])))
+        for key, (modules, group) in ordered
+    ]
+
+
+def blocks_of(root: nn.Module, names: Iterable[str] | None = None) -> list[list[nn.Module]]:
+    """The lists of repeated blocks, innermost ones only; with `names`, the lists (or modules) called so.
+
+    A list of blocks is a `ModuleList` or `Sequential` with two members or more of one class that have modules inside.
+    Raises `ValueError` for a name that `root` has not.
+    """
+    if names is not None:
+        return [_named(root, name) for name in names]
+    found: list[list[nn.Module]] = []
+    _collect(root, found, set())
+    return found
+
+
+def _named(root: nn.Module, name: str) -> list[nn.Module]:
+    known = dict(root.named_modules())
+    if name not in known or not name:
+        lists = [key for key, module in known.items() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+        raise ValueError(
+            f"{type(root).__name__} has no module {name!r} to split in blocks; its lists are {lists[:30]}."
+        )
+    module = known[name]
+    return list(module) if isinstance(module, (nn.ModuleList, nn.Sequential)) else [module]
+
+
+def _collect(module: nn.Module, found: list[list[nn.Module]], seen: set[int]) -> bool:
+    """Add the innermost lists inside `module`; whether there were any."""
+    if isinstance(module, ATOMIC) or id(module) in seen:
+        return False
+    seen.add(id(module))
+    inside = [_collect(child, found, seen) for child in module.children()]
+    if any(inside):
+        return True
+    if isinstance(module, (nn.ModuleList, nn.Sequential)) and _is_repeated(list(module)):
+        found.append(list(module))
+        return True
+    return False
+
+
+def _is_repeated(members: list[nn.Module]) -> bool:
+    composite = [type(member) for member in members if _can_be_called(member) and any(True for _ in member.children())]
+    return any(composite.count(kind) > 1 for kind in composite)
+
+
+def _can_be_called(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward and not isinstance(module, nn.ModuleList)
+
+
+def _homes(root: nn.Module, rule: Rule) -> dict[int, tuple[nn.Module, ...]]:
+    """For every module inside `root`, the modules around whose calls its weights are needed."""
+    homes: dict[int, tuple[nn.Module, ...]] = {}
+    for module, atomic in _with_atomic(root, None):
+        homes.setdefault(id(module), (atomic or module,))
+    if rule.level is Level.BLOCK:
+        for blocks in blocks_of(root, rule.block_modules):
+            members = [block for block in blocks if _can_be_called(block)]
+            for start in range(0, len(members), rule.blocks_per_group):
+                group = tuple(members[start : start + rule.blocks_per_group])
+                for block in group:
+                    homes.update({id(module): group for module in block.modules()})
+    return homes
+
+
+def _with_atomic(module: nn.Module, atomic: nn.Module | None) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+    atomic = atomic or (module if isinstance(module, ATOMIC) else None)
+    yield module, atomic
+    for child in module.children():
+        yield from _with_atomic(child, atomic)
+
+
+def _owners(root: nn.Module, owners: list[nn.Module]) -> tuple[nn.Module, ...]:
+    homes = {id(module): atomic or module for module, atomic in _with_atomic(root, None)}
+    return tuple({id(homes[id(owner)]): homes[id(owner)] for owner in owners}.values())
+
+
+def _is_aside(root: nn.Module, modules: tuple[nn.Module, ...], triggers: set[int], *, shared: bool) -> bool:
+    own = {id(module) for module in modules}
+    if any(id(inner) in triggers - own for module in modules for inner in module.modules()):
+        return True
+    if not shared:
+        return False
+    holders = (module for module in root.modules() if id(module) in triggers - own)
+    return any(id(inner) in own for holder in holders for inner in holder.modules())

@@ -1,0 +1,76 @@
+"""The stream on a CUDA device: a copy stream of its own, and events instead of waiting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lowtide.memory.stream import Buffer, Load, Stream
+
+STAGE_BYTES = 32 * 2**20
+"""Of each of the two pinned buffers through which bytes go that are not pinned themselves."""
+
+
+class CudaStream(Stream):
+    """Loads units by copies that run beside computing.
+
+    A buffer is overwritten only after an event that was recorded when computing had used it last, and computing waits
+    for the event of the copy: the host waits for neither. Pinned units are one copy each. Other bytes, those of files
+    too, go through two pinned buffers in the reader's thread.
+    """
+
+    def __init__(self, device: torch.device, *, prefetch: int = 1, zero_copy: bool = True) -> None:
+        super().__init__(device, prefetch=prefetch, zero_copy=zero_copy)
+        self._copier = torch.cuda.Stream(device)
+        self._stages: list[tuple[torch.Tensor, Any]] = []
+
+    def _begin(self, load: Load) -> None:
+        if load.buffer is None:
+            return
+        flat = load.unit.host_flat
+        if flat is not None and flat.is_pinned():
+            with torch.cuda.stream(self._copier):
+                self._copier.wait_event(load.buffer.free)
+                load.buffer.flat[: flat.numel()].copy_(flat, non_blocking=True)
+                load.event = self._copier.record_event()
+        else:
+            load.future = self._reader.submit(self._read, load)
+
+    def _read(self, load: Load) -> None:
+        assert load.buffer is not None
+        with torch.inference_mode(mode=False), torch.cuda.device(self.device), torch.cuda.stream(self._copier):
+            self._copier.wait_event(load.buffer.free)
+            for weight, place in self._copies(load.unit):
+                for start in range(0, weight.nbytes, STAGE_BYTES):
+                    count = min(STAGE_BYTES, weight.nbytes - start)
+                    self._through_stage(weight.rest, load.buffer.flat[place + start : place + start + count], start)
+            load.event = self._copier.record_event()
+
+    def _through_stage(self, rest: Any, target: torch.Tensor, start: int) -> None:
+        if len(self._stages) < 2:
+            stage = torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True)
+        else:
+            stage, used = self._stages.pop(0)
+            used.synchronize()
+        rest.copy_into(stage[: target.numel()], start)
+        target.copy_(stage[: target.numel()], non_blocking=True)
+        self._stages.append((stage, self._copier.record_event()))
+
+    def _wait(self, load: Load) -> None:
+        super()._wait(load)
+        if load.event is not None:
+            torch.cuda.current_stream(self.device).wait_event(load.event)
+
+    def _release(self, load: Load) -> None:
+        current = torch.cuda.current_stream(self.device)
+        if load.event is not None:
+            current.wait_event(load.event)  # also a copy that nobody waited for must end before the buffer is reused
+        if load.buffer is not None:
+            load.buffer.free = current.record_event()
+        super()._release(load)
+
+    def _new_buffer(self, nbytes: int, *, in_ring: bool) -> Buffer:
+        buffer = super()._new_buffer(nbytes, in_ring=in_ring)
+        buffer.free = torch.cuda.current_stream(self.device).record_event()
+        return buffer

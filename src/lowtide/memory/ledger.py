@@ -1,0 +1,72 @@
+"""The books of the engine: which bytes work, which were moved, and how long computing waited for them."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+
+@dataclass
+class UnitAccount:
+    """What one unit took: bytes when loaded, times loaded, bytes moved, seconds waited."""
+
+    nbytes: int
+    loads: int = 0
+    moved: int = 0
+    stalled: float = 0.0
+
+
+class Ledger:
+    """Counts weight bytes in device memory; `peak` is their high-water mark since `reset`.
+
+    `moved` counts bytes brought to the device (or, from disk to a CPU, mapped), `stalled` the seconds that computing
+    waited for them on the host, `missed` the times that a weight was asked for outside the call that it belongs to.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.in_use = 0
+        self.peak = 0
+        self.moved = 0
+        self.stalled = 0.0
+        self.missed = 0
+        self.by_unit: dict[str, UnitAccount] = {}
+
+    def take(self, nbytes: int) -> None:
+        """Note that `nbytes` more are in use."""
+        with self._lock:
+            self.in_use += nbytes
+            self.peak = max(self.peak, self.in_use)
+
+    def give(self, nbytes: int) -> None:
+        """Note that `nbytes` are not in use any more."""
+        with self._lock:
+            self.in_use -= nbytes
+        assert self.in_use >= 0, "more bytes given back than taken"
+
+    def loaded(self, name: str, nbytes: int) -> None:
+        """Note that a unit was loaded."""
+        with self._lock:
+            account = self.by_unit.setdefault(name, UnitAccount(nbytes))
+            account.loads += 1
+            account.moved += nbytes
+            self.moved += nbytes
+
+    def waited(self, name: str, nbytes: int, seconds: float) -> None:
+        """Note that computing waited for a unit."""
+        with self._lock:
+            self.by_unit.setdefault(name, UnitAccount(nbytes)).stalled += seconds
+            self.stalled += seconds
+
+    def miss(self, nbytes: int) -> None:
+        """Note that a weight was loaded for one operation alone."""
+        with self._lock:
+            self.missed += 1
+            self.moved += nbytes
+
+    def reset(self) -> None:
+        """Begin anew, from what is in use now."""
+        with self._lock:
+            self.peak = self.in_use
+            self.moved, self.stalled, self.missed = 0, 0.0, 0
+            self.by_unit.clear()

@@ -1,0 +1,325 @@
+"""The stream: brings the weights of units to the device, a few ahead of computing, in a fixed number of buffers.
+
+The only place that knows copy streams, events, reader threads and mapped pages. On a CPU whose weights lie in a file
+as they are computed with, nothing is copied: pages of a mapping are brought in ahead and dropped behind. Everything
+else goes through a ring of `depth` flat buffers, made when first needed and used over and over.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lowtide.memory.ledger import Ledger
+from lowtide.memory.store import DeviceRest, DiskRest, Window
+from lowtide.memory.unit import Unit, aligned, is_alias
+from lowtide.memory.weight import Weight
+
+
+@dataclass(eq=False)
+class Buffer:
+    """One flat buffer of the ring, or of a unit that stands aside; `free` is an event of the device, if it has such."""
+
+    flat: torch.Tensor
+    in_ring: bool
+    free: Any = None
+    views: dict[int, list[list[torch.Tensor]]] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Load:
+    """A unit's weights on their way to the device, or there."""
+
+    unit: Unit
+    buffer: Buffer | None
+    window_bytes: int
+    future: Future[None] | None = None
+    event: Any = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a unit on the device: `copied` into a buffer, and mapped in a `window`."""
+
+    copied: int
+    window: int
+
+
+class Stream:
+    """Loads units for one device; `prefetch` of them ahead. Shared by modules that do not run at the same time."""
+
+    def __init__(self, device: torch.device, *, prefetch: int = 1, zero_copy: bool = True) -> None:
+        self.device = device
+        self.prefetch = prefetch
+        self.zero_copy = zero_copy
+        self.ledger = Ledger()
+        self.lock = threading.RLock()
+        self.holders = 0
+        self.depth = prefetch + 1
+        """Units that may be on the device at once, those that stay or stand aside not counted."""
+        self._sizes: dict[Unit, Sizes] = {}
+        self._live: dict[Unit, Load] = {}
+        self._ring: list[Buffer] = []
+        self._ring_bytes = 0
+        self._windows: dict[Unit, Window] = {}
+        self._aliases: dict[int, list[list[torch.Tensor]]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="lowtide-reader")
+
+    # ---- who uses it
+
+    def admit(self, units: list[Unit]) -> None:
+        """Serve these units from now on."""
+        for unit in units:
+            self._sizes[unit] = self._measure(unit)
+        self._fit_ring()
+
+    def dismiss(self, units: list[Unit]) -> None:
+        """Serve these units no more; their weights are dropped."""
+        for unit in units:
+            self.drop(unit)
+            self._forget_views(unit)
+            self._sizes.pop(unit, None)
+        self._fit_ring()
+
+    def changed(self, unit: Unit) -> None:
+        """A weight of `unit` rests elsewhere now."""
+        self._forget_views(unit)
+        if unit in self._sizes:
+            self._sizes[unit] = self._measure(unit)
+
+    def _forget_views(self, unit: Unit) -> None:
+        self._aliases.pop(id(unit), None)
+        self._windows.pop(unit, None)
+        for buffer in self._ring:
+            buffer.views.pop(id(unit), None)
+
+    @contextmanager
+    def held(self) -> Generator[None]:
+        """While this lasts, whole modules stay loaded after their calls until another one needs the room."""
+        with self.lock:
+            self.holders += 1
+            try:
+                yield
+            finally:
+                self.holders -= 1
+                if self.holders == 0:
+                    self.rest()
+
+    @property
+    def bound(self) -> int:
+        """Bytes that this stream's ledger never exceeds: residents, `depth` of the largest, what stands aside."""
+        sizes = self._sizes
+        resident = sum(sizes[u].copied + sizes[u].window for u in sizes if u.stays)
+        streamed = list(self._streamed())
+        ring = max((sizes[u].copied for u in streamed), default=0) + max((sizes[u].window for u in streamed), default=0)
+        aside = sum(sizes[u].copied + sizes[u].window for u in sizes if u.aside and not u.stays)
+        return resident + self.depth * ring + aside
+
+    def _streamed(self) -> Iterator[Unit]:
+        return (unit for unit in self._sizes if not unit.stays and not unit.aside)
+
+    # ---- what units ask for
+
+    def fetch(self, unit: Unit) -> None:
+        """Have `unit` on the device and in its slots: wait for it, or load it now.
+
+        Raises what reading raises (`CheckpointError`, `OSError`, `MemoryError`); nothing is in the slots then.
+        """
+        with self.lock:
+            load = self._live.get(unit)
+            if load is None:
+                self._make_room(unit)
+                load = self._start(unit)
+            began = time.perf_counter()
+            try:
+                self._wait(load)
+            except BaseException:
+                self.drop(unit)
+                raise
+            self.ledger.waited(unit.name, self._total(unit), time.perf_counter() - began)
+            unit.place(load, self._tensors(load))
+
+    def keep(self, unit: Unit) -> None:
+        """A loaded unit stays: where its bytes were copied to another device, they rest there and nowhere else."""
+        load = self._live[unit]
+        if self.device.type == "cpu" or load.buffer is None:
+            return
+        for weight, place in self._copies(unit):
+            weight.rest = DeviceRest(load.buffer.flat[place : place + weight.nbytes])
+
+    def look_ahead(self, upcoming: list[Unit]) -> None:
+        """Start to load the units in `upcoming` that are not there; drop what was wrongly expected before."""
+        with self.lock:
+            for unit in [unit for unit in self._live if unit.load is None and unit not in upcoming]:
+                self.drop(unit)
+            for unit in upcoming:
+                if unit not in self._live and self._count() < self.depth:
+                    self._start(unit)
+
+    def drop(self, unit: Unit) -> None:
+        """Take a unit off the device, whatever state it is in."""
+        with self.lock:
+            if unit.load is not None:
+                unit.lift()
+            load = self._live.pop(unit, None)
+            if load is None:
+                return
+            if load.future is not None and not load.future.cancel():
+                load.future.exception()  # waits for its end, whatever that is: nobody wants it any more
+            self._release(load)
+
+    def rest(self) -> None:
+        """Drop every unit that does not stay, and the buffers."""
+        with self.lock:
+            for unit in list(self._live):
+                if not unit.stays:
+                    self.drop(unit)
+            self._ring_away()
+
+    def settle(self, units: list[Unit]) -> None:
+        """End a call of the module that these units belong to: those still loaded or awaited by nobody are dropped.
+
+        What was loaded ahead for the next call stays, in its buffer.
+        """
+        with self.lock:
+            for unit in units:
+                if unit.load is not None and not unit.stays and not (unit.lingers and self.holders):
+                    self.drop(unit)
+
+    # ---- the work itself
+
+    def _measure(self, unit: Unit) -> Sizes:
+        copied = window = 0
+        for weight in unit.weights:
+            if not is_alias(weight, self.device, zero_copy=self.zero_copy):
+                copied += aligned(weight.nbytes)
+            elif isinstance(weight.rest, DiskRest):
+                window += weight.nbytes
+        return Sizes(copied, window)
+
+    def _total(self, unit: Unit) -> int:
+        sizes = self._sizes[unit]
+        return sizes.copied + sizes.window
+
+    def _is_idle(self, unit: Unit) -> bool:
+        return unit.count == 0 and not unit.stays
+
+    def _count(self) -> int:
+        return sum(not unit.stays and not unit.aside for unit in self._live)
+
+    def _make_room(self, unit: Unit) -> None:
+        """Before `unit` is loaded: others leave, those loaded ahead first, then those that linger."""
+        if unit.stays or unit.aside:
+            return
+        idle = [one for one in self._live if self._is_idle(one) and not one.aside]
+        for victim in sorted(idle, key=lambda one: one.load is not None):
+            if self._count() < self.depth:
+                return
+            self.drop(victim)
+
+    def _start(self, unit: Unit) -> Load:
+        sizes = self._sizes[unit]
+        buffer = self._buffer(unit, sizes.copied) if sizes.copied else None
+        load = Load(unit, buffer, sizes.window)
+        self.ledger.take(load.window_bytes)
+        self.ledger.loaded(unit.name, self._total(unit))
+        self._live[unit] = load
+        self._begin(load)
+        return load
+
+    def _begin(self, load: Load) -> None:
+        load.future = self._reader.submit(self._read, load)
+
+    def _read(self, load: Load) -> None:
+        """In the reader's thread: bring the bytes in."""
+        for weight, place in self._copies(load.unit):
+            assert load.buffer is not None
+            target = load.buffer.flat[place : place + weight.nbytes]
+            if self.device.type == "cpu":
+                weight.rest.copy_into(target)
+            else:
+                target.copy_(weight.rest.on_host())
+        self._window(load.unit).bring_in()
+
+    def _wait(self, load: Load) -> None:
+        if load.future is not None:
+            load.future.result()
+
+    def _release(self, load: Load) -> None:
+        self._window(load.unit).let_go()
+        self.ledger.give(load.window_bytes)
+        if load.buffer is not None and not load.buffer.in_ring:
+            self.ledger.give(load.buffer.flat.numel())
+
+    def _window(self, unit: Unit) -> Window:
+        if unit not in self._windows:
+            self._windows[unit] = Window(weight.rest for weight in unit.weights if self._has_window(weight))
+        return self._windows[unit]
+
+    def _has_window(self, weight: Weight) -> bool:
+        return isinstance(weight.rest, DiskRest) and is_alias(weight, self.device, zero_copy=self.zero_copy)
+
+    def _copies(self, unit: Unit) -> Iterator[tuple[Weight, int]]:
+        """The weights that are copied, and their places in the buffer."""
+        place = 0
+        for weight in unit.weights:
+            if not is_alias(weight, self.device, zero_copy=self.zero_copy):
+                yield weight, place
+                place += aligned(weight.nbytes)
+
+    def _tensors(self, load: Load) -> list[list[torch.Tensor]]:
+        """The tensors of a loaded unit, made once for each buffer that it comes to lie in."""
+        known = load.buffer.views if load.buffer is not None else self._aliases
+        if id(load.unit) not in known:
+            flats: dict[Weight, torch.Tensor] = {}
+            for weight, place in self._copies(load.unit):
+                assert load.buffer is not None
+                flats[weight] = load.buffer.flat[place : place + weight.nbytes]
+            for weight in load.unit.weights:
+                if weight not in flats:
+                    flats[weight] = weight.rest.window() if self._has_window(weight) else weight.rest.on_host()
+            known[id(load.unit)] = [weight.tensors(flats[weight]) for weight in load.unit.weights]
+        return known[id(load.unit)]
+
+    # ---- buffers
+
+    def _buffer(self, unit: Unit, nbytes: int) -> Buffer:
+        used = {id(load.buffer) for load in self._live.values()}
+        if not unit.aside and not unit.stays and nbytes <= self._ring_bytes:
+            for buffer in self._ring:
+                if id(buffer) not in used:
+                    return buffer
+            if len(self._ring) < self.depth:
+                self._ring.append(self._new_buffer(self._ring_bytes, in_ring=True))
+                return self._ring[-1]
+        return self._new_buffer(nbytes, in_ring=False)
+
+    def _new_buffer(self, nbytes: int, *, in_ring: bool) -> Buffer:
+        with torch.inference_mode(mode=False):
+            flat = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        self.ledger.take(nbytes)
+        return Buffer(flat, in_ring)
+
+    def _fit_ring(self) -> None:
+        streamed = list(self._streamed())
+        self.depth = self.prefetch + 1 + any(len(unit.modules) > 1 for unit in streamed)
+        needed = max((self._sizes[unit].copied for unit in streamed), default=0)
+        if needed != self._ring_bytes:
+            for unit in list(self._live):
+                if not unit.stays:
+                    self.drop(unit)
+            self._ring_away()
+            self._ring_bytes = needed
+
+    def _ring_away(self) -> None:
+        used = {id(load.buffer) for load in self._live.values()}
+        for buffer in [one for one in self._ring if id(one) not in used]:
+            self._ring.remove(buffer)
+            self.ledger.give(buffer.flat.numel())

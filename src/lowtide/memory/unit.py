@@ -1,0 +1,109 @@
+"""A unit: weights that work together, with two verbs, enter and leave."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lowtide.memory.blocks import Part
+from lowtide.memory.store import DiskRest, HostRest, Window
+from lowtide.memory.weight import Weight
+
+if TYPE_CHECKING:
+    from lowtide.memory.stream import Load, Stream
+
+ALIGNMENT = 256
+"""Bytes; what kernels ask for, and more."""
+
+
+class Unit:
+    """Weights that are loaded together, around the calls of some modules.
+
+    Entering is counted, so calls may be nested; weights never change, so leaving only drops. `place` and `drop` may be
+    called again after an exception anywhere.
+    """
+
+    def __init__(self, name: str, part: Part, stream: Stream) -> None:
+        self.name = name
+        self.modules = part.modules
+        self.weights = list(part.weights)
+        self.aside = part.aside
+        self.stream = stream
+        self.stays = False
+        self.lingers = False
+        self.count = 0
+        self.load: Load | None = None
+        self.host_flat: torch.Tensor | None = None
+        self._placed: list[list[torch.Tensor]] = []
+        self._versions: list[list[int]] = []
+
+    def enter(self) -> None:
+        """Have the weights in their slots, loaded if they are not."""
+        self.count += 1
+        if self.load is None:
+            self.stream.fetch(self)
+
+    def leave(self, module: nn.Module) -> None:
+        """One call of `module`, one of this unit's, has ended: drop the weights after the last."""
+        self.count = max(0, self.count - 1)
+        if self.count == 0 and not self.stays and not self._waits_for_more(module):
+            self.stream.drop(self)
+
+    def _waits_for_more(self, module: nn.Module) -> bool:
+        return self.lingers or (len(self.modules) > 1 and not self.aside and module is not self.modules[-1])
+
+    def place(self, load: Load, tensors: list[list[torch.Tensor]]) -> None:
+        """Put loaded tensors into the slots."""
+        self.load = load
+        self._placed = tensors
+        self._versions = [[tensor._version for tensor in group] for group in tensors]
+        for weight, group in zip(self.weights, tensors, strict=True):
+            weight.put(group)
+
+    def lift(self) -> None:
+        """Put the placeholders back, and keep what the module itself has changed."""
+        for weight, group, versions in zip(self.weights, self._placed, self._versions, strict=True):
+            changed = any(
+                view.slot.now() is not tensor or tensor._version != version
+                for view, tensor, version in zip(weight.views, group, versions, strict=True)
+            )
+            if changed:
+                self._keep_changes(weight, group)
+            weight.lay_down()
+        if torch.is_grad_enabled():
+            self._spoil()
+        self._placed, self._versions, self.load, self.count = [], [], None, 0
+
+    def _keep_changes(self, weight: Weight, group: list[torch.Tensor]) -> None:
+        before: Any = weight.rest
+        weight.adopt(group)
+        if before is not weight.rest and is_alias_of_file(before):
+            Window([before]).let_go()
+        self.host_flat = None
+        self.stream.changed(self)
+
+    def _spoil(self) -> None:
+        """A backward pass through dropped weights must be an error, not garbage."""
+        for tensor in (tensor for group in self._placed for tensor in group):
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
+
+
+def is_alias_of_file(rest: Any) -> bool:
+    """Whether the bytes can be mapped as they lie in their file."""
+    return isinstance(rest, DiskRest) and rest.mappable
+
+
+def is_alias(weight: Weight, device: torch.device, *, zero_copy: bool) -> bool:
+    """Whether the resting bytes can be computed with where they are."""
+    rest: Any = weight.rest
+    if device.type != "cpu" or not zero_copy:
+        return False
+    return isinstance(rest, HostRest) or is_alias_of_file(rest)
+
+
+def aligned(nbytes: int) -> int:
+    """`nbytes`, rounded up to a whole number of `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

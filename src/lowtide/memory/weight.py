@@ -1,0 +1,271 @@
+"""A weight: one run of bytes with all the slots that view it, and what sits in those slots while it rests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from lowtide.memory.store import DeviceRest, DiskRest, HostRest, Rest
+from lowtide.weights.files import remember_origin
+from lowtide.weights.slots import Slot
+
+PLAIN = (torch.Tensor, nn.Parameter, getattr(nn, "Buffer", nn.Parameter))
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """How one slot sees the bytes of its weight, from `offset` on."""
+
+    slot: Slot
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for slots that hold one and the same tensor."""
+        return self.offset, self.shape, self.stride, self.dtype, self.slot.kind == "parameter"
+
+    def of(self, flat: torch.Tensor, *, requires_grad: bool = False) -> torch.Tensor:
+        """The tensor for the slot, on the bytes `flat`."""
+        span = _span(self.shape, self.stride) * self.dtype.itemsize
+        with torch.inference_mode(mode=False):
+            # .data: a version counter of its own, so that a write to one tensor is not taken for a write to another
+            tensor = flat[self.offset : self.offset + span].view(self.dtype).as_strided(self.shape, self.stride).data
+            return nn.Parameter(tensor, requires_grad) if self.slot.kind == "parameter" else tensor
+
+
+class Weight:
+    """Bytes, where they rest, and the slots that view them; ties share one weight.
+
+    `given` is the device on which the weight was before the engine took it, `device` the one on which it works,
+    `on_miss` is told when it is loaded for one operation.
+    """
+
+    def __init__(self, views: Sequence[View], nbytes: int, rest: Rest | None, given: torch.device) -> None:
+        self.views = list(views)
+        self.nbytes = nbytes
+        self.rest: Any = rest
+        self.given = given
+        self.device = given
+        self._placeholders: dict[tuple[Any, ...], AtRest] = {}
+        self.on_miss: Callable[[Weight], None] | None = None
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.views[0].slot.name
+
+    def tensors(self, flat: torch.Tensor, *, as_given: bool = False) -> list[torch.Tensor]:
+        """One tensor for each view, the same object where it is the same tensor."""
+        made: dict[tuple[Any, ...], torch.Tensor] = {}
+        for view in self.views:
+            if view.key not in made:
+                made[view.key] = view.of(flat, requires_grad=as_given and view.requires_grad)
+        return [made[view.key] for view in self.views]
+
+    def put(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Put tensors into the slots."""
+        for view, tensor in zip(self.views, tensors, strict=True):
+            view.slot.put(tensor)
+
+    def lay_down(self) -> None:
+        """Put placeholders into the slots."""
+        for view in self.views:
+            if view.key not in self._placeholders:
+                self._placeholders[view.key] = AtRest(self, view)
+            view.slot.put(self._placeholders[view.key])
+
+    def restore(self, *, to_given: bool) -> None:
+        """Put ordinary tensors into the slots: on the host, or where they were given."""
+        flat = self.rest.on_host()
+        tensors = self.tensors(flat.to(self.given) if to_given else flat, as_given=True)
+        self.put(tensors)
+        if isinstance(self.rest, DiskRest) and not self.rest.mappable:
+            for tensor in tensors:
+                remember_origin(tensor, self.rest.origin)
+
+    def adopt(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Keep what the module made of its own weights: written in place, they rest as they are now.
+
+        A slot that was given another tensor is the module's own from now on.
+        """
+        kept: list[View] = []
+        for view, tensor in zip(self.views, tensors, strict=True):
+            if view.slot.now() is tensor:
+                kept.append(view)
+        if kept:
+            flat = torch.empty(self.nbytes, dtype=torch.uint8)
+            self.rest.copy_into(flat)
+            for view, tensor in zip(self.views, tensors, strict=True):
+                if view in kept:
+                    view.of(flat).copy_(tensor.detach())
+            self.rest = HostRest(flat)
+        self.views = kept
+
+
+class AtRest(torch.Tensor):
+    """What a slot holds while its weight rests: shape, strides, working dtype and device of the weight, no bytes.
+
+    An operation on it loads the weight for this operation alone: right, and slow; a write to it is an error. `detach`,
+    and so `state_dict`, gives the resting bytes as an ordinary tensor in host memory; so does a deep copy.
+    """
+
+    weight: Weight
+    view_: View
+    _is_param: bool
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls: type[AtRest], weight: Weight, view: View) -> AtRest:
+        """Make the placeholder of one view."""
+        with torch.inference_mode(mode=False):
+            made: Any = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls, view.shape, strides=view.stride, dtype=view.dtype, device=weight.device
+            )
+        made.weight, made.view_ = weight, view
+        if view.slot.kind == "parameter":
+            made._is_param = True
+        return made
+
+    def __init__(self, weight: Weight, view: View) -> None:
+        pass
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation on the weight itself."""
+        if func is torch.ops.aten.detach.default:
+            return args[0].in_host()
+        kwargs = kwargs or {}
+        _refuse_writes(func, args, kwargs)
+        args, kwargs = tree_map_only(AtRest, lambda one: one.for_now(), (args, kwargs))
+        return func(*args, **kwargs)
+
+    def in_host(self) -> torch.Tensor:
+        """The weight in host memory, as an ordinary tensor."""
+        return self.view_.of(self.weight.rest.on_host()).detach()
+
+    def for_now(self) -> torch.Tensor:
+        """The weight on its device, for one operation."""
+        if self.weight.on_miss is not None:
+            self.weight.on_miss(self.weight)
+        return self.view_.of(self.weight.rest.on_host().to(self.weight.device)).detach()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            flat = torch.empty(self.weight.nbytes, dtype=torch.uint8)
+            self.weight.rest.copy_into(flat)
+            memo[id(self)] = self.view_.of(flat, requires_grad=self.view_.requires_grad)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.view_.of(self.weight.rest.on_host(), requires_grad=self.view_.requires_grad).__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"AtRest({self.weight.name}: {list(self.shape)}, {self.dtype}, on {self.weight.rest.tier})"
+
+
+def gather(slots: Iterable[Slot]) -> list[Weight]:
+    """The weights that lie in `slots`, tied and overlapping ones as one; a weight on meta has no rest yet.
+
+    Raises `ValueError` for tensors that are more than strided numbers.
+    """
+    found: list[Weight] = []
+    by_old: dict[int, list[Slot]] = {}
+    on_meta: dict[int, list[Slot]] = {}
+    placed: list[tuple[str, int, int, Slot]] = []
+    for slot in slots:
+        tensor = slot.tensor
+        if isinstance(tensor, AtRest):
+            by_old.setdefault(id(tensor.weight), []).append(slot)
+        elif tensor.numel() > 0:
+            _check_plain(slot)
+            if tensor.is_meta:
+                on_meta.setdefault(id(tensor), []).append(slot)
+            else:
+                start = tensor.data_ptr()
+                end = start + _span(tensor.shape, tensor.stride()) * tensor.itemsize
+                placed.append((str(tensor.device), start, end, slot))
+    found += [_taken_over(group) for group in by_old.values()]
+    found += [_unfilled(group) for group in on_meta.values()]
+    return found + [_real(group) for group in _overlapping(placed)]
+
+
+def _taken_over(group: list[Slot]) -> Weight:
+    old: Any = group[0].tensor
+    views = [_view(slot, slot.tensor.view_.offset, slot.tensor.view_.requires_grad) for slot in group]  # type: ignore[attr-defined]
+    return Weight(views, old.weight.nbytes, old.weight.rest, old.weight.given)
+
+
+def _unfilled(group: list[Slot]) -> Weight:
+    tensor = group[0].tensor
+    nbytes = _span(tensor.shape, tensor.stride()) * tensor.itemsize
+    return Weight([_view(slot, 0, slot.tensor.requires_grad) for slot in group], nbytes, None, torch.device("cpu"))
+
+
+def _real(group: list[tuple[int, int, Slot]]) -> Weight:
+    start, end = min(one[0] for one in group), max(one[1] for one in group)
+    lowest = next(slot.tensor for first, _, slot in group if first == start)
+    views = [_view(slot, first - start, slot.tensor.requires_grad) for first, _, slot in group]
+    with torch.inference_mode(mode=False):
+        storage = lowest.untyped_storage()
+        flat = torch.empty(0, dtype=torch.uint8, device=lowest.device)
+        flat.set_(storage, lowest.storage_offset() * lowest.itemsize, (end - start,))  # type: ignore[call-overload]
+    rest = HostRest(flat) if lowest.device.type == "cpu" else DeviceRest(flat)
+    return Weight(views, end - start, rest, lowest.device)
+
+
+def _view(slot: Slot, offset: int, requires_grad: bool) -> View:
+    tensor = slot.tensor
+    return View(slot, offset, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, requires_grad)
+
+
+def _overlapping(placed: list[tuple[str, int, int, Slot]]) -> list[list[tuple[int, int, Slot]]]:
+    """Group ranges of bytes that touch the same bytes."""
+    groups: list[list[tuple[int, int, Slot]]] = []
+    reach, where = 0, ""
+    for device, start, end, slot in sorted(placed, key=lambda one: one[:3]):
+        if groups and device == where and start < reach:
+            groups[-1].append((start, end, slot))
+            reach = max(reach, end)
+        else:
+            groups.append([(start, end, slot)])
+            reach, where = end, device
+    return groups
+
+
+def _check_plain(slot: Slot) -> None:
+    tensor = slot.tensor
+    if type(tensor) not in PLAIN or tensor.layout != torch.strided or tensor.is_quantized:
+        raise ValueError(
+            f"{slot.name} is a {type(tensor).__name__} of layout {tensor.layout}, which cannot be moved as bytes. "
+            "Offload the module before it is quantized, compiled or distributed, or leave this part out."
+        )
+
+
+def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = args[index] if index < len(args) else kwargs.get(argument.name)
+        for one in given if isinstance(given, (list, tuple)) else [given]:  # type: ignore[union-attr]
+            if isinstance(one, AtRest):
+                raise RuntimeError(
+                    f"{one.weight.name} rests on {one.weight.rest.tier}, so it cannot be written to ({func}). Undo the "
+                    "offload first (disable_..., or lowtide.memory.detach(module)), write, and enable it again."
+                )
+
+
+def _span(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last of a strided tensor."""
+    if math.prod(shape) == 0:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))

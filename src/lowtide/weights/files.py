@@ -1,0 +1,282 @@
+"""Open files of weights: mapped windows, reads by position, and a check that a file is still what it was.
+
+A file is opened once and kept open, so removing or replacing it under its name changes nothing for us. What was
+written into it in place, or cut off, is seen by `WeightFile.check` before the next use and is an error: reading a
+mapping behind the end of its file would kill the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+import tempfile
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowtide.weights.index import CheckpointError
+
+CHUNK_BYTES = 16 * 2**20
+"""Memory beyond the new tensors that a conversion takes."""
+
+# Without this flag Linux refuses to map more than the RAM there is, although a private page costs nothing until it is
+# written. Python names the flag from 3.13 on; the number is that of x86 and ARM.
+_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
+_DONTNEED, _WILLNEED, _POPULATE_READ = 4, 3, 22  # Linux, <asm-generic/mman-common.h>
+_PAGE = mmap.PAGESIZE
+_ALIGNMENT = 256
+_SWAPPED, _PRESENT, _OF_A_FILE = 1 << 62, 1 << 63, 1 << 61  # Linux, Documentation/admin-guide/mm/pagemap.rst
+
+
+class WeightFile:
+    """One file of weights, held open."""
+
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)) if descriptor is None else descriptor
+        self._closer = weakref.finalize(self, os.close, self._descriptor)
+        self._mapped: dict[str, weakref.ref[Mapping]] = {}
+        self.stamp = self._stamp()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file when it was opened."""
+        return self.stamp[0]
+
+    def check(self) -> None:
+        """Raise `CheckpointError` if the file was cut off or written to since it was opened."""
+        now = self._stamp()
+        if now != self.stamp:
+            fault = "has become shorter" if now[0] < self.stamp[0] else "was written to"
+            raise CheckpointError(f"{self.path}: the file {fault} since its header was read. Load the model again.")
+
+    def read_into(self, target: memoryview, offset: int) -> None:
+        """Fill `target` with the bytes from `offset` on; raises `CheckpointError` if there are not as many."""
+        self.check()
+        done = 0
+        while done < len(target):
+            count = _read_at(self._descriptor, target[done:], offset + done)
+            if not count:
+                raise CheckpointError(f"{self.path}: the file has become shorter since its header was read.")
+            done += count
+
+    def mapping(self, purpose: str = "tensors") -> Mapping:
+        """A private, writable mapping of the whole file, one for each `purpose`: writes never reach the file."""
+        known = self._mapped.get(purpose, _nothing)()
+        if known is None or len(known) < self.size:
+            known = self._map()
+            self._mapped[purpose] = weakref.ref(known)
+        return known
+
+    def _map(self) -> Mapping:
+        if sys.platform == "win32":
+            mapped = Mapping(self._descriptor, 0, access=mmap.ACCESS_COPY)
+        else:
+            flags, protection = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            mapped = Mapping(self._descriptor, 0, flags=flags, prot=protection)
+        mapped.file = self
+        _mappings.add(mapped)
+        return mapped
+
+    def _stamp(self) -> tuple[int, int]:
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
+
+
+def _nothing() -> None:
+    return None
+
+
+class SpillFile(WeightFile):
+    """A file for weights that are in no checkpoint. It has no name, so it is gone with its last user."""
+
+    def __init__(self, folder: Path) -> None:
+        with tempfile.TemporaryFile(dir=folder, prefix="lowtide-", buffering=0) as handle:
+            super().__init__(folder / "(a file without a name)", os.dup(handle.fileno()))
+
+    def append(self, flat: torch.Tensor) -> Origin:
+        """Write the bytes of a flat host tensor; raises `OSError` if the disk is full."""
+        offset, content = -(-self.size // _ALIGNMENT) * _ALIGNMENT, _bytes(flat)
+        done = 0
+        while done < len(content):
+            done += _write_at(self._descriptor, content[done:], offset + done)
+        self.stamp = self._stamp()
+        return Origin(self, offset, len(content), flat.dtype)
+
+
+class Mapping(mmap.mmap):
+    """A mapped weight file. Tensors made of it keep it, and it keeps the file."""
+
+    file: WeightFile
+
+    @property
+    def address(self) -> int:
+        """Where in memory the file's first byte is."""
+        return torch.frombuffer(self, dtype=torch.uint8, count=1).data_ptr()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor's bytes lie: `nbytes` from `offset` in `file`, as numbers of type `dtype`."""
+
+    file: WeightFile
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+
+
+class _Mappings:
+    """The living mappings by address."""
+
+    def __init__(self) -> None:
+        self._by_address: weakref.WeakValueDictionary[int, Mapping] = weakref.WeakValueDictionary()
+
+    def add(self, mapping: Mapping) -> None:
+        self._by_address[mapping.address] = mapping
+
+    def holding(self, address: int) -> tuple[Mapping, int] | None:
+        """The mapping that an address is in, and the offset in it."""
+        starts = sorted(self._by_address.keys())
+        place = bisect_right(starts, address) - 1
+        mapping = self._by_address.get(starts[place]) if place >= 0 else None
+        if mapping is None or address - starts[place] >= len(mapping):
+            return None
+        return mapping, address - starts[place]
+
+
+_mappings = _Mappings()
+_converted: dict[int, tuple[weakref.ref[torch.Tensor], Origin]] = {}
+
+
+def remember_origin(tensor: torch.Tensor, origin: Origin) -> None:
+    """Note that `tensor` was converted from `origin`; forgotten with the tensor."""
+    key = id(tensor)
+    _converted[key] = (weakref.ref(tensor, lambda _: _converted.pop(key, None)), origin)
+
+
+def origin_of(tensor: torch.Tensor) -> Origin | None:
+    """Where in a file the very numbers of a tensor are, or None if there is none or they were changed since."""
+    if not tensor.is_contiguous() or tensor.numel() == 0:
+        return None
+    nbytes = tensor.numel() * tensor.itemsize
+    found = _mappings.holding(tensor.data_ptr()) if tensor.device.type == "cpu" else None
+    if found is not None and found[1] + nbytes <= found[0].file.size:
+        origin = Origin(found[0].file, found[1], nbytes, tensor.dtype)
+        return origin if _untouched(tensor.data_ptr(), nbytes) or _still_equal(tensor, origin) else None
+    if id(tensor) in _converted:
+        origin = _converted[id(tensor)][1]
+        return origin if _still_equal(tensor, origin) else None
+    return None
+
+
+def read(origin: Origin, target: torch.Tensor) -> None:
+    """Fill the flat host tensor `target` from a file, converted to its dtype; memory: `CHUNK_BYTES` if converted."""
+    if origin.dtype == target.dtype:
+        origin.file.read_into(_bytes(target), origin.offset)
+        return
+    done = 0
+    for piece in pieces(origin):
+        target[done : done + piece.numel()].copy_(piece)
+        done += piece.numel()
+
+
+def bring_in(address: int, nbytes: int) -> bool:
+    """Read the mapped pages of a range from the disk now; False where the system cannot, and they come when touched.
+
+    Raises `OSError` if they cannot be read: the file does not reach so far any more, or the disk fails.
+    """
+    start, length = _pages(address, nbytes)
+    _madvise(start, length, _WILLNEED)
+    if _madvise(start, length, _POPULATE_READ) == 0:
+        return True
+    fault = ctypes.get_errno()
+    if fault in (errno.EFAULT, errno.EIO):
+        raise OSError(fault, "the mapped pages cannot be read")
+    return False
+
+
+def let_go(address: int, nbytes: int) -> None:
+    """Drop the mapped pages of a range from this process; they come again when touched, as they are in the file."""
+    _madvise(*_pages(address, nbytes), _DONTNEED)
+
+
+def pieces(origin: Origin) -> Iterator[torch.Tensor]:
+    """The numbers as they are in the file, in order, in one reused buffer of at most `CHUNK_BYTES`."""
+    size = CHUNK_BYTES // origin.dtype.itemsize * origin.dtype.itemsize
+    scratch = torch.empty(min(size, origin.nbytes), dtype=torch.uint8)
+    for start in range(0, origin.nbytes, size):
+        raw = scratch[: min(size, origin.nbytes - start)]
+        origin.file.read_into(_bytes(raw), origin.offset + start)
+        yield raw.view(origin.dtype)
+
+
+def _still_equal(tensor: torch.Tensor, origin: Origin) -> bool:
+    """Whether a tensor holds what its file says, bit for bit."""
+    flat, done = tensor.detach().reshape(-1), 0
+    for piece in pieces(origin):
+        part = flat[done : done + piece.numel()].cpu()
+        if not torch.equal(part.view(torch.uint8), piece.to(tensor.dtype).view(torch.uint8)):
+            return False
+        done += piece.numel()
+    return True
+
+
+def _untouched(address: int, nbytes: int) -> bool:
+    """Whether no page of a range in a private mapping was written, as far as the system says."""
+    start, length = _pages(address, nbytes)
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            content = os.pread(pagemap.fileno(), length // _PAGE * 8, start // _PAGE * 8)
+    except OSError:
+        return False
+    if len(content) != length // _PAGE * 8:
+        return False
+    written = (
+        entry & _SWAPPED or (entry & _PRESENT and not entry & _OF_A_FILE) for entry in memoryview(content).cast("Q")
+    )
+    return not any(written)
+
+
+def _pages(address: int, nbytes: int) -> tuple[int, int]:
+    start = address - address % _PAGE
+    return start, -(-(address + nbytes - start) // _PAGE) * _PAGE
+
+
+def _bytes(flat: torch.Tensor) -> memoryview:
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _read_at(descriptor: int, target: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [target], offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    content = os.read(descriptor, len(target))
+    target[: len(content)] = content
+    return len(content)
+
+
+def _write_at(descriptor: int, content: memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(descriptor, content, offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    return os.write(descriptor, content)
+
+
+def _find_madvise() -> Callable[[int, int, int], int]:
+    if sys.platform != "linux":
+        return lambda *_: -1
+    found = ctypes.CDLL(None, use_errno=True).madvise
+    found.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return found
+
+
+_madvise = _find_madvise()

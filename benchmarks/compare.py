@@ -58,11 +58,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def one_run(library: str, options: argparse.Namespace) -> dict[str, Any]:
+def one_run(library: str, options: argparse.Namespace, more: tuple[str, ...] = ()) -> dict[str, Any]:
+    """One run in a fresh process, with those options and `more` of them."""
     command = [sys.executable, "-W", "ignore", str(HERE / "generate_sd15.py"), "--library", library]
-    for name in ("dtype", "size", "steps", "model", "variant"):
+    for name in ("dtype", "size", "steps", "model", "variant", *more):
         value = getattr(options, name)
-        command += [f"--{name}", str(value)] if value is not None else []
+        if value is True:
+            command.append(f"--{name}")
+        elif value is not None and value is not False:
+            command += [f"--{name}", str(value)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -97,15 +101,7 @@ def write(
     text: str, runs: dict[str, list[dict[str, Any]]], start_ups: dict[str, list[float]], options: argparse.Namespace
 ) -> None:
     name = f"sd15-{options.size}-{options.dtype}" + (f"-{options.variant}" if options.variant else "")
-    about = {
-        "command": "python " + " ".join(["benchmarks/compare.py", *sys.argv[1:]]),
-        "machine": f"{processor()}, {os.cpu_count()} cores, no GPU",
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
-        "versions": runs["lowtide"][0]["versions"],
-    }
+    about = describe_machine("benchmarks/compare.py", runs["lowtide"][0])
     options.out.mkdir(parents=True, exist_ok=True)
     content = {**about, "runs": runs, "start_ups": start_ups}
     (options.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -113,6 +109,18 @@ def write(
     title = f"# Stable Diffusion 1.5 shapes, {options.size}x{options.size}, {options.steps} steps, {options.dtype}"
     head = f"{len(runs['lowtide'])} runs of each in turn, each in a fresh process; median (min to max)."
     (options.out / f"{name}.md").write_text("\n".join([title, "", head, "", text, "", *notes, ""]))
+
+
+def describe_machine(script: str, run: dict[str, Any]) -> dict[str, Any]:
+    """The command, the machine and the versions that made a result."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    return {
+        "command": "python " + " ".join([script, *sys.argv[1:]]),
+        "machine": f"{processor()}, {os.cpu_count()} cores, no GPU",
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "commit": commit.stdout.strip(),
+        "versions": run["versions"],
+    }
 
 
 def processor() -> str:

@@ -1,22 +1,26 @@
 """Make one picture with Lowtide or with diffusers in this process, and print what it took as JSON.
 
-    python benchmarks/generate_sd15.py --library lowtide|diffusers [--dtype bfloat16] [--size 256] [--steps 4]
+    python benchmarks/generate_sd15.py --library lowtide|diffusers [--plan block] [--dtype bfloat16] [--size 256]
 
 Both libraries get the same checkpoint, scheduler (DDIM), prompt, seed, guidance (7.5) and number of threads, and are
 measured at the same points: the first call of the U-Net begins, each step ends (`callback_on_step_end`), the picture
 is there. `peak_rss` is the kernel's high-water mark of the whole process, imports included; `peak_anonymous` is
-sampled every 10 ms, so it is a lower bound. Times in seconds, sizes in bytes. Linux only.
+sampled every 10 ms, so it is a lower bound. `--plan` names where the weights rest (PLANS), `--cold` drops the
+checkpoint from the page cache first, `checksum` is that of the picture's bytes. Times in seconds, sizes in bytes.
+Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -33,14 +37,19 @@ SEED = 0
 
 def main() -> None:
     options = parse()
+    if options.cold:
+        drop_from_cache(options.model)
     began = time.perf_counter()
-    with anonymous_memory() as anonymous:
+    with anonymous_memory() as anonymous, tempfile.TemporaryDirectory(dir=options.model.parent) as folder:
         pipe = load(options)
+        PLANS[options.library][options.plan](pipe, folder)
         loaded = time.perf_counter()
         marks, picture = generate(pipe, options)
     if options.picture is not None:
         picture.save(options.picture)
-    print(json.dumps({**describe(options), **marks.seconds(began, loaded), **memory(max(anonymous))}))
+    checksum = hashlib.sha256(picture.tobytes()).hexdigest()[:16]
+    figures = {**marks.seconds(began, loaded), **memory(max(anonymous)), **moved(pipe), "checksum": checksum}
+    print(json.dumps({**describe(options), **figures}))
 
 
 def parse() -> argparse.Namespace:
@@ -52,8 +61,103 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--variant", help="weight files to take, such as fp16")
     parser.add_argument("--model", type=Path, default=Path("runs/sd15"), help="from make_sd15.py")
+    parser.add_argument("--plan", choices=sorted({*PLANS["lowtide"], *PLANS["diffusers"]}), default="resident")
+    parser.add_argument("--cold", action="store_true", help="read everything from the disk")
     parser.add_argument("--picture", type=Path, help="save the picture here")
     return parser.parse_args()
+
+
+def nothing(pipe: Any, folder: str) -> None:
+    """All weights stay in memory."""
+
+
+def grouped(kind: str) -> Callable[[Any, str], None]:
+    """Our group offload on the CPU: weights rest in the checkpoint."""
+    return lambda pipe, _: pipe.enable_group_offload("cpu", offload_type=f"{kind}_level", use_stream=True)
+
+
+def residency(share: float) -> Callable[[Any, str], None]:
+    """Our partial residency of the U-Net, the rest of the pipeline by blocks."""
+
+    def plan(pipe: Any, _: str) -> None:
+        from lowtide.memory import apply_residency
+
+        pipe.enable_group_offload("cpu", use_stream=True)
+        nbytes = sum(p.numel() * p.element_size() for p in pipe.unet.parameters())
+        apply_residency(pipe.unet, int(share * nbytes), rest="disk")
+
+    return plan
+
+
+def peer_grouped(kind: str) -> Callable[[Any, str], None]:
+    """The peer's group offload to disk, the only one of its plans that lowers memory without a GPU."""
+
+    def plan(pipe: Any, folder: str) -> None:
+        import torch
+        from diffusers.hooks import apply_group_offloading
+
+        options = {"num_blocks_per_group": 1} if kind == "block" else {}
+        for name in ("unet", "vae", "text_encoder"):
+            where = Path(folder) / name
+            where.mkdir()
+            apply_group_offloading(
+                getattr(pipe, name),
+                onload_device=torch.device("cpu"),
+                offload_type=f"{kind}_level",
+                offload_to_disk_path=str(where),
+                **options,
+            )
+
+    return plan
+
+
+def accelerate_disk(pipe: Any, folder: str) -> None:
+    """The disk offload of the library that the peer's sequential offload stands on."""
+    import torch
+    from accelerate import disk_offload
+
+    for name in ("unet", "vae", "text_encoder"):
+        disk_offload(getattr(pipe, name), str(Path(folder) / name), execution_device=torch.device("cpu"))
+
+
+PLANS: dict[str, dict[str, Callable[[Any, str], None]]] = {
+    "lowtide": {
+        "resident": nothing,
+        "sequential": lambda pipe, _: pipe.enable_sequential_cpu_offload(device="cpu"),
+        "model": lambda pipe, _: pipe.enable_model_cpu_offload(device="cpu"),
+        "block": grouped("block"),
+        "leaf": grouped("leaf"),
+        "half": residency(0.5),
+    },
+    "diffusers": {
+        "resident": nothing,
+        "block": peer_grouped("block"),
+        "leaf": peer_grouped("leaf"),
+        "accelerate": accelerate_disk,
+    },
+}
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Have the system forget the pages of all files in `folder`."""
+    for file in folder.rglob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def moved(pipe: Any) -> dict[str, Any]:
+    """What our ledger says of the U-Net's stream; nothing for the peer and for resident weights."""
+    if "lowtide" not in sys.modules:
+        return {}
+    from lowtide.memory import attachment_of
+
+    found = attachment_of(pipe.unet)
+    if found is None:
+        return {}
+    ledger = found.stream.ledger
+    return {"weights_peak": ledger.peak, "weights_bound": found.bound, "moved": ledger.moved, "stalled": ledger.stalled}
 
 
 @dataclass
@@ -154,7 +258,10 @@ def memory(peak_anonymous: int) -> dict[str, int]:
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
     """What was run, with which versions."""
-    settings = {key: getattr(options, key) for key in ("library", "dtype", "size", "steps", "threads", "variant")}
+    settings = {
+        key: getattr(options, key)
+        for key in ("library", "plan", "cold", "dtype", "size", "steps", "threads", "variant")
+    }
     versions = {package: version(package) for package in PACKAGES}
     return {**settings, "versions": {"python": sys.version.split()[0], **versions}}
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lowtide.memory.presets import apply_residency
     from lowtide.models.safety_checker import StableDiffusionSafetyChecker
     from lowtide.models.unet import UNet2DConditionModel
     from lowtide.models.vae import AutoencoderKL
@@ -36,6 +37,7 @@ __all__ = [
     "UNet2DConditionModel",
     "UniPCMultistepScheduler",
     "__version__",
+    "apply_residency",
 ]
 
 _HOME = {
@@ -49,6 +51,7 @@ _HOME = {
     "StableDiffusionSafetyChecker": "lowtide.models.safety_checker",
     "UNet2DConditionModel": "lowtide.models.unet",
     "UniPCMultistepScheduler": "lowtide.schedulers",
+    "apply_residency": "lowtide.memory",
 }
 
 

@@ -14,13 +14,14 @@ from torch import nn
 
 from lowtide.configs import read_json, write_json
 from lowtide.hub import Source, weight_patterns
+from lowtide.memory.loading import Offload, put_weights
 from lowtide.models.foreign import read_foreign_config, reading
 from lowtide.models.mixin import WEIGHTS_NAME, ModelMixin
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker, position_ids
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.vae import AutoencoderKL
 from lowtide.schedulers import SCHEDULERS
-from lowtide.weights.fill import fill, state_names
+from lowtide.weights.fill import state_names
 from lowtide.weights.index import CheckpointError, find_weights
 from lowtide.weights.names import CLIP_TEXT_NAMES, NameTable, apply_names
 from lowtide.weights.save import save_tensors
@@ -47,10 +48,11 @@ class ComponentSpec:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How weights are read: `dtype` None keeps the file's own."""
+    """How weights are read: `dtype` None keeps the file's own; under an `offload` they are not read yet."""
 
     dtype: torch.dtype | None
     variant: str | None = None
+    offload: Offload | None = None
 
 
 def read_model_index(folder: Path) -> tuple[str, dict[str, ComponentSpec | None], dict[str, Any]]:
@@ -134,7 +136,7 @@ def load_text_encoder(folder: Path, class_name: str, options: LoadOptions) -> nn
     with reading(folder, class_name), torch.device("meta"):
         model = cls(config)
     index = apply_names(index, TEXT_ENCODERS[class_name], state_names(model))
-    fill(model, index, dtype=options.dtype, buffers=position_ids(model))
+    put_weights(model, index, dtype=options.dtype, offload=options.offload, buffers=position_ids(model))
     return model.eval()
 
 
@@ -158,13 +160,11 @@ def _loader(spec: ComponentSpec) -> Callable[[Path, LoadOptions], Any]:
     """The function that loads a component's folder."""
     name = spec.class_name
     if name in MODELS:
-        return lambda folder, options: MODELS[name].from_folder(folder, dtype=options.dtype, variant=options.variant)
+        return lambda folder, options: MODELS[name].from_folder(folder, **vars(options))
     if name in SCHEDULERS:
         return lambda folder, _: SCHEDULERS[name].from_pretrained(folder)
     if name == "StableDiffusionSafetyChecker":
-        return lambda folder, options: StableDiffusionSafetyChecker.from_folder(
-            folder, dtype=options.dtype, variant=options.variant
-        )
+        return lambda folder, options: StableDiffusionSafetyChecker.from_folder(folder, **vars(options))
     if name in TEXT_ENCODERS:
         return lambda folder, options: load_text_encoder(folder, name, options)
     if name in TOKENIZERS:

@@ -269,5 +269,24 @@ def test_every_scheduler_name_leads_to_its_class(monkeypatch):
         fake.to = lambda device, fake=fake: fake
         loader = SimpleNamespace(from_pretrained=lambda *_, fake=fake, **__: fake)
         monkeypatch.setitem(vars(library), "StableDiffusionPipeline", loader)
-        command.load_pipeline(SimpleNamespace(model="m", variant=None, scheduler=name), "cpu", "float32")
+        request = SimpleNamespace(model="m", variant=None, scheduler=name, offload=requests.Offload.NONE)
+        command.load_pipeline(request, "cpu", "float32")
         assert name.value in type(fake.scheduler).__name__.lower()
+
+
+def test_an_offload_reaches_the_loader_and_the_pipeline_stays_where_it_is(monkeypatch):
+    import lowtide as library
+
+    for name in requests.Offload:
+        given = {}
+        fake = FakePipeline()
+        fake.to = lambda device, fake=fake, given=given: given.update(moved=device) or fake
+        loader = SimpleNamespace(
+            from_pretrained=lambda *_, fake=fake, given=given, **kwargs: given.update(kwargs) or fake
+        )
+        monkeypatch.setitem(vars(library), "StableDiffusionPipeline", loader)
+        request = SimpleNamespace(model="m", variant=None, scheduler=None, offload=name)
+        command.load_pipeline(request, "cpu", "float32")
+        assert given["offload"] == (None if name == "none" else name.value)
+        assert given["offload_device"] == "cpu"
+        assert ("moved" in given) == (name == "none")

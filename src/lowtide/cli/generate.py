@@ -11,7 +11,7 @@ import typer
 import lowtide
 from lowtide.cli.errors import InputError, reported, tell
 from lowtide.cli.pictures import picture_paths, prepare_folders, save_png
-from lowtide.cli.request import DType, Request, SchedulerName, parse_size, resolve_model, seeds_from
+from lowtide.cli.request import DType, Offload, Request, SchedulerName, parse_size, resolve_model, seeds_from
 from lowtide.stages import Stages
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ def generate(
     variant: Annotated[
         str | None, typer.Option(metavar="NAME", help="Weight files to take, such as fp16.", show_default=False)
     ] = None,
+    offload: Annotated[
+        Offload,
+        typer.Option(metavar="NAME", help="Keep weights on disk or the host until needed: model, block, leaf; none."),
+    ] = Offload.NONE,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="LOWTIDE_DEBUG", help="Show tracebacks.", show_envvar=False)
     ] = False,
@@ -84,6 +88,7 @@ def generate(
             dtype=dtype,
             scheduler=scheduler,
             variant=variant,
+            offload=offload,
             model=resolve_model(model),
         )
         run(request)
@@ -115,10 +120,13 @@ def run(request: Request) -> None:
 
 def load_pipeline(request: Request, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
     """The pipeline that `request` asks for, on `device`, with the scheduler asked for."""
-    pipe = lowtide.StableDiffusionPipeline.from_pretrained(request.model, torch_dtype=dtype, variant=request.variant)
+    offload = None if request.offload is Offload.NONE else request.offload.value
+    pipe = lowtide.StableDiffusionPipeline.from_pretrained(
+        request.model, torch_dtype=dtype, variant=request.variant, offload=offload, offload_device=device
+    )
     if request.scheduler is not None:
         pipe.scheduler = getattr(lowtide, _SCHEDULERS[request.scheduler]).from_config(pipe.scheduler.config)
-    return pipe.to(device)
+    return pipe.to(device) if offload is None else pipe
 
 
 def pictures(pipe: StableDiffusionPipeline, request: Request) -> Iterator[Any]:

@@ -38,6 +38,16 @@ class SchedulerName(StrEnum):
     DPM = "dpm"
 
 
+class Offload(StrEnum):
+    """The plans that `--offload` knows, from the most memory to the least."""
+
+    NONE = "none"
+    MODEL = "model"
+    BLOCK = "block"
+    LEAF = "leaf"
+    SEQUENTIAL = "sequential"
+
+
 @dataclass(frozen=True)
 class Request:
     """One call of `lowtide generate`; `size` is (width, height) in pixels, `None` for what the model was made for."""
@@ -54,6 +64,7 @@ class Request:
     dtype: DType
     scheduler: SchedulerName | None
     variant: str | None
+    offload: Offload = Offload.NONE
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():

@@ -113,7 +113,7 @@ class Attachment:
             finally:
                 self._depth -= 1
                 for unit in whole:
-                    unit.leave(self.root)
+                    unit.leave(self.root, may_wait=True)
                 if self._depth == 0:
                     self._settle(ended_well=ended_well)
 
@@ -130,8 +130,8 @@ class Attachment:
     def enter(self, unit: Unit) -> None:
         """A call that needs `unit` begins."""
         unit.enter()
-        if not unit.stays and not unit.aside:
-            if self._depth > 0 and unit.count == 1:
+        if self._depth > 0 and not unit.stays and not unit.aside:
+            if unit.count == 1:
                 self.order.entered(unit)
             self.stream.look_ahead(self.order.upcoming(self.rule.prefetch))
 
@@ -199,7 +199,7 @@ class Attachment:
                 return call(*args, **kwargs)
             finally:
                 for unit in reversed(begun):
-                    unit.leave(module)
+                    unit.leave(module, may_wait=self._depth > 0)
 
         return entered_call if units else call
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowtide.memory.attach import Attachment, attach
+from lowtide.memory.attach import Attachment, attach, detach
 from lowtide.memory.forms import Level, Rule, Tier
 from lowtide.memory.stream import Stream
 from lowtide.sizes import parse_bytes
@@ -68,6 +68,21 @@ def sequential_rule(device: torch.device) -> Rule:
 def model_rule(device: torch.device) -> Rule:
     """Model offload: the whole module, for as long as it is in use."""
     return Rule(Level.WHOLE, resting_tier(device), prefetch=0)
+
+
+def named_rule(name: str, device: torch.device) -> Rule:
+    """The rule called "model", "block", "leaf" (these two load one unit ahead) or "sequential", from the most memory
+    to the least; raises `ValueError` for other names.
+    """
+    rules = {
+        "model": model_rule(device),
+        "block": Rule(Level.BLOCK, resting_tier(device)),
+        "leaf": Rule(Level.LEAF, resting_tier(device)),
+        "sequential": sequential_rule(device),
+    }
+    if name not in rules:
+        raise ValueError(f"offload={name!r} is not possible: it is one of {', '.join(rules)}, or None.")
+    return rules[name]
 
 
 def group_rule(
@@ -155,7 +170,15 @@ def attach_all(
 ) -> dict[str, Attachment]:
     """Put several modules that do not run at the same time under one rule and one stream; all of them or none."""
     stream = stream_for(device, rule)
-    return {name: attach(module, rule, stream, **options) for name, module in modules.items()}
+    done: dict[str, Attachment] = {}
+    try:
+        for name, module in modules.items():
+            done[name] = attach(module, rule, stream, **options)
+    except BaseException:
+        for name in done:
+            detach(modules[name])
+        raise
+    return done
 
 
 def _level(level: Level | str) -> Level:

@@ -98,7 +98,7 @@ class _Mover:
         place = 0
         for weight, size in zip(unit.weights, sizes, strict=True):
             part = flat[place : place + weight.nbytes]
-            weight.rest.copy_into(part)
+            (_on_disk(weight) or weight.rest).copy_into(part)  # a file is read, not mapped: its pages would stay too
             weight.rest = HostRest(part)
             place += size
         unit.host_flat = flat

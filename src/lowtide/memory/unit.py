@@ -45,10 +45,13 @@ class Unit:
         if self.load is None:
             self.stream.fetch(self)
 
-    def leave(self, module: nn.Module) -> None:
-        """One call of `module`, one of this unit's, has ended: drop the weights after the last."""
+    def leave(self, module: nn.Module, *, may_wait: bool) -> None:
+        """One call of `module`, one of this unit's, has ended: drop the weights after the last.
+
+        With `may_wait` they stay for the unit's other modules, or for another call of the whole.
+        """
         self.count = max(0, self.count - 1)
-        if self.count == 0 and not self.stays and not self._waits_for_more(module):
+        if self.count == 0 and not self.stays and not (may_wait and self._waits_for_more(module)):
             self.stream.drop(self)
 
     def _waits_for_more(self, module: nn.Module) -> bool:

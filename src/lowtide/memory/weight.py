@@ -244,6 +244,8 @@ def _overlapping(placed: list[tuple[str, int, int, Slot]]) -> list[list[tuple[in
 
 def _check_plain(slot: Slot) -> None:
     tensor = slot.tensor
+    if isinstance(slot.owner, torch.jit.ScriptModule):
+        raise ValueError(f"{slot.name} is inside a traced or scripted module, whose weights are frozen into its code.")
     if type(tensor) not in PLAIN or tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(
             f"{slot.name} is a {type(tensor).__name__} of layout {tensor.layout}, which cannot be moved as bytes. "

@@ -13,7 +13,8 @@ from torch import nn
 from lowtide.configs import Config, read_json, write_json
 from lowtide.hooks import apply_group_offloading, disable_group_offloading
 from lowtide.hub import Source, weight_patterns
-from lowtide.weights.fill import fill, state_names
+from lowtide.memory.loading import Offload, offload_named, put_weights
+from lowtide.weights.fill import state_names
 from lowtide.weights.index import find_weights
 from lowtide.weights.names import NameTable, apply_names
 from lowtide.weights.save import atomic_folder, save_tensors
@@ -56,11 +57,15 @@ class ModelMixin(nn.Module):
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        offload: str | None = None,
+        offload_device: torch.device | str | None = None,
     ) -> Self:
         """Load from a folder or a Hub id: a `config.json` and safetensors weights, in `subfolder` if given.
 
         `dtype` (or `torch_dtype`, the older name) is the dtype to compute in, float32 if None, the file's own if
         "auto". Where it is the file's, the weights are views of the mapped file, not copies of it.
+        With `offload` ("model", "block", "leaf" or "sequential") no weights are read now: they rest where they are,
+        and come to `offload_device` (a GPU if there is one, else the CPU) when they are called.
         Raises `FileNotFoundError` for a missing model or variant, `CheckpointError` for files that are malformed or do
         not match the model, `ValueError` for configurations that are not supported.
         """
@@ -71,10 +76,17 @@ class ModelMixin(nn.Module):
         source = Source(os.fspath(pretrained), revision, _path(cache_dir), token, local_files_only)
         prefix = f"{subfolder}/" if subfolder else ""
         folder = source.fetch(prefix + name for name in [CONFIG_NAME, *weight_patterns(WEIGHTS_NAME, variant)])
-        return cls.from_folder(folder / (subfolder or ""), dtype=chosen_dtype(torch_dtype, dtype), variant=variant)
+        return cls.from_folder(
+            folder / (subfolder or ""),
+            dtype=chosen_dtype(torch_dtype, dtype),
+            variant=variant,
+            offload=offload_named(offload, offload_device),
+        )
 
     @classmethod
-    def from_folder(cls, folder: Path, *, dtype: torch.dtype | None, variant: str | None = None) -> Self:
+    def from_folder(
+        cls, folder: Path, *, dtype: torch.dtype | None, variant: str | None = None, offload: Offload | None = None
+    ) -> Self:
         """Load from a local folder; `dtype` None keeps the file's. Raises as `from_pretrained`."""
         if not (folder / CONFIG_NAME).is_file():
             raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}, so it is not a {cls.__name__} checkpoint.")
@@ -85,7 +97,7 @@ class ModelMixin(nn.Module):
         index = find_weights(folder, WEIGHTS_NAME, variant)
         with torch.device("meta"):
             model = cls.from_config(config)
-        fill(model, apply_names(index, cls.names, state_names(model)), dtype=dtype)
+        put_weights(model, apply_names(index, cls.names, state_names(model)), dtype=dtype, offload=offload)
         return model.eval()
 
     def save_pretrained(

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import CLIPConfig, CLIPVisionModel
 
 from lowtide.configs import write_json
+from lowtide.memory.loading import Offload, put_weights
 from lowtide.models.foreign import read_foreign_config, reading
-from lowtide.weights.fill import fill, state_names
+from lowtide.weights.fill import state_names
 from lowtide.weights.index import find_weights
 from lowtide.weights.names import SAFETY_CHECKER_NAMES, apply_names
 from lowtide.weights.save import save_tensors
@@ -40,14 +41,16 @@ class StableDiffusionSafetyChecker(nn.Module):
         self.special_care_embeds_weights = nn.Parameter(torch.ones(SPECIAL_CONCEPTS))
 
     @classmethod
-    def from_folder(cls, folder: Path, *, dtype: torch.dtype | None, variant: str | None = None) -> Self:
+    def from_folder(
+        cls, folder: Path, *, dtype: torch.dtype | None, variant: str | None = None, offload: Offload | None = None
+    ) -> Self:
         """Load from a local folder; `dtype` None keeps the file's. Raises as `ModelMixin.from_pretrained`."""
         config = read_foreign_config(folder, CLIPConfig, cls.__name__)
         index = find_weights(folder, "model", variant)
         with reading(folder, cls.__name__), torch.device("meta"):
             model = cls(config)
         index = apply_names(index, SAFETY_CHECKER_NAMES, state_names(model))
-        fill(model, index, dtype=dtype, buffers=position_ids(model))
+        put_weights(model, index, dtype=dtype, offload=offload, buffers=position_ids(model))
         return model.eval()
 
     def write_to(self, folder: Path, *, variant: str | None, max_shard_size: int | str | None) -> None:

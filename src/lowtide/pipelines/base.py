@@ -27,11 +27,13 @@ from lowtide.loading import (
 )
 from lowtide.memory.attach import attachment_of, detach
 from lowtide.memory.forms import Rule
+from lowtide.memory.loading import offload_named
 from lowtide.memory.presets import attach_all, execution_device, group_rule, model_rule, sequential_rule
 from lowtide.memory.stream import Stream
 from lowtide.models.mixin import PEER_VERSION, chosen_dtype
 from lowtide.progress import ProgressBar
 from lowtide.stages import Stages
+from lowtide.weights.files import check_files
 from lowtide.weights.save import atomic_folder
 
 PIPELINES = {"StableDiffusionPipeline": "lowtide.pipelines.stable_diffusion"}
@@ -66,6 +68,8 @@ class DiffusionPipeline:
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        offload: str | None = None,
+        offload_device: torch.device | str | None = None,
         **components: Any,
     ) -> Self:
         """Load from a folder with a `model_index.json`, or a Hub id, of which only the files needed are fetched.
@@ -73,6 +77,8 @@ class DiffusionPipeline:
         `dtype` (or `torch_dtype`, the older name) is the dtype to compute in: float32 if None, the files' own if
         "auto". `variant` takes the weights called so, such as "fp16". A component given by name is used instead of the
         checkpoint's; None leaves an optional one out.
+        With `offload` ("model", "block", "leaf" or "sequential") no weights are read now: they rest where they are,
+        and come to `offload_device` (a GPU if there is one, else the CPU) when they are called.
         Raises `FileNotFoundError` for a missing model, file or variant, `CheckpointError` for malformed files,
         `ValueError` for classes, components or settings that are not possible.
         """
@@ -80,7 +86,7 @@ class DiffusionPipeline:
             raise ValueError(
                 "use_safetensors=False is not possible: pickled weights can run code, so they are refused."
             )
-        options = LoadOptions(chosen_dtype(torch_dtype, dtype), variant)
+        options = LoadOptions(chosen_dtype(torch_dtype, dtype), variant, offload_named(offload, offload_device))
         cache = None if cache_dir is None else Path(cache_dir)
         source = Source(os.fspath(pretrained), revision, cache, token, local_files_only)
         class_name, specs, _ = read_model_index(source.fetch([MODEL_INDEX]))
@@ -242,8 +248,9 @@ class DiffusionPipeline:
     def running(self) -> Iterator[None]:
         """Bracket one call: no gradients, a progress bar, and everything put back whatever happens inside.
 
-        One thread at a time: another waits. Raises `RuntimeError` if the call is made from inside another one, such as
-        from a callback: the scheduler's state would be lost.
+        One thread at a time: another waits. Raises `CheckpointError` if a file in use was cut off or changed, and
+        `RuntimeError` if the call is made from inside another one, such as from a callback: the scheduler's state
+        would be lost.
         """
         with self._lock, ExitStack() as stack:
             if self._is_running:
@@ -251,6 +258,7 @@ class DiffusionPipeline:
                     "This pipeline is being called already, and a callback cannot call it again: the scheduler's state "
                     "would be lost. Build a second pipeline from the same components and another scheduler."
                 )
+            check_files(tensor for module in self.modules().values() for tensor in module.parameters())
             self._is_running = True
             stack.callback(setattr, self, "_is_running", False)
             for stream in self._streams():

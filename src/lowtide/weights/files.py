@@ -15,7 +15,7 @@ import sys
 import tempfile
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,18 @@ class _Mappings:
 
 _mappings = _Mappings()
 _converted: dict[int, tuple[weakref.ref[torch.Tensor], Origin]] = {}
+
+
+def check_files(tensors: Iterable[torch.Tensor]) -> None:
+    """Raise `CheckpointError` if a file that any of `tensors` is a view of was cut off or written to."""
+    files: set[WeightFile] = set()
+    for tensor in tensors:
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu":
+            found = _mappings.holding(tensor.data_ptr())
+            if found is not None:
+                files.add(found[0].file)
+    for file in files:
+        file.check()
 
 
 def remember_origin(tensor: torch.Tensor, origin: Origin) -> None:

@@ -48,9 +48,12 @@ def fill(
     Floating-point tensors become `dtype` (None: that of the file), but for names matching a pattern (`fnmatch`) of
     `keep_dtype`. A tied parameter needs one of its names in the file and stays one storage. `buffers` are the
     non-persistent ones, which no file holds: each that is on meta must be given. Peak memory: the new tensors that are
-    not views of the file, plus `CHUNK_BYTES`. Raises `WeightsMismatchError` if any name, shape or kind of number
-    differs, `ValueError` if `buffers` do not suit, `CheckpointError` if a file has changed since it was indexed.
+    not views of the file, plus `CHUNK_BYTES`. On the device "meta" nothing is read: everything is checked, and the
+    module gets the dtypes that it would have; `buffers` are put in as they are.
+    Raises `WeightsMismatchError` if any name, shape or kind of number differs, `ValueError` if `buffers` do not suit,
+    `CheckpointError` if a file has changed since it was indexed.
     """
+    is_dry = torch.device(device).type == "meta"
     places = list(slots(module))
     groups = _by_tensor(slot for slot in places if slot.kind != "transient")
     _check_match(module, index, groups)
@@ -60,11 +63,11 @@ def fill(
     tensors = [reader.load(index[name], _target_dtype(name, index[name], dtype, keep_dtype)) for name in sources]
     for group, source, tensor in zip(groups, sources, tensors, strict=True):
         placed = _place(group, tensor)
-        if tensor.numel() > 0:
+        if tensor.numel() > 0 and not tensor.is_meta:
             remember_origin(placed, reader.origin(index[source]))
     for slot, tensor in transient:
-        _place([slot], tensor.to(device))
-    assert not any(slot.tensor.is_meta for slot in slots(module)), "a tensor was left on meta"
+        _place([slot], tensor if is_dry else tensor.to(device))
+    assert is_dry or not any(slot.tensor.is_meta for slot in slots(module)), "a tensor was left on meta"
 
 
 def load_tensors(
@@ -105,7 +108,7 @@ class _Reader:
         return Origin(file, entry.offset, entry.nbytes, entry.dtype)
 
     def load(self, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
-        if entry.nbytes == 0:
+        if entry.nbytes == 0 or self.device.type == "meta":
             return torch.empty(entry.shape, dtype=dtype, device=self.device)
         is_aligned = entry.offset % entry.dtype.itemsize == 0
         if self.device.type == "cpu" and entry.dtype == dtype and is_aligned:

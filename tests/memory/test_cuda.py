@@ -1,0 +1,142 @@
+"""The CUDA stream on a GPU, where there is one; everywhere the order of its calls, on a stand-in for `torch.cuda`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from lowtide.memory import cuda, detach
+from lowtide.memory.attach import attach
+from lowtide.memory.forms import Level, Rule, Tier
+from lowtide.memory.presets import apply_residency, stream_for
+from lowtide.memory.store import HostRest
+from lowtide.memory.unit import aligned
+
+
+class FakeEvent:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def synchronize(self) -> None:
+        pass
+
+
+class FakeStream:
+    """A stream that notes what it was asked to wait for."""
+
+    log: list[str]
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.count = 0
+        self.log = []
+
+    def record_event(self) -> FakeEvent:
+        self.count += 1
+        return FakeEvent(f"{self.name}{self.count}")
+
+    def wait_event(self, event: FakeEvent) -> None:
+        assert isinstance(event, FakeEvent)
+        self.log.append(event.name)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeStream, FakeStream]:
+    computing, copying = FakeStream("compute"), FakeStream("copy")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: copying)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(cuda, "pinned_buffer", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    monkeypatch.setattr(cuda, "STAGE_BYTES", 300)
+    return computing, copying
+
+
+def blocks(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    block = [nn.Sequential(nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 16)) for _ in range(5)]
+    return nn.Sequential(nn.Linear(16, 16), nn.Sequential(*block), nn.LayerNorm(16)).eval().to(dtype)
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+@pytest.mark.parametrize("level", [Level.BLOCK, Level.LEAF, Level.WHOLE])
+def test_order_of_copies(
+    fake_cuda: tuple[FakeStream, FakeStream], monkeypatch: pytest.MonkeyPatch, level: Level, *, is_pinned: bool
+) -> None:
+    computing, copying = fake_cuda
+    module = blocks()
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        plain = module(x)
+    prefetch = 0 if level is Level.WHOLE else 1
+    stream = cuda.CudaStream(torch.device("cpu"), prefetch=prefetch, zero_copy=False)
+    attachment = attach(module, Rule(level, Tier.HOST, prefetch=prefetch), stream)
+    if is_pinned:
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)
+        for unit in attachment.units:
+            make_flat(unit)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(module(x), plain)
+    assert set(computing.log) <= {f"copy{n}" for n in range(1, copying.count + 1)}, "computing waits for copies"
+    assert copying.log, "a copy waits until its buffer is free"
+    assert set(copying.log) <= {f"compute{n}" for n in range(1, computing.count + 1)}
+    loads = sum(account.loads for account in stream.ledger.by_unit.values())
+    assert len(copying.log) == loads, "every load waits for its buffer"
+    assert stream.ledger.peak <= attachment.bound
+    detach(module)
+    with torch.no_grad():
+        assert torch.equal(module(x), plain)
+
+
+def make_flat(unit) -> None:
+    sizes = [aligned(weight.nbytes) for weight in unit.weights]
+    unit.host_flat = torch.empty(sum(sizes), dtype=torch.uint8)
+    place = 0
+    for weight, size in zip(unit.weights, sizes, strict=True):
+        part = unit.host_flat[place : place + weight.nbytes]
+        weight.rest.copy_into(part)
+        weight.rest = HostRest(part)
+        place += size
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rest", ["host", "disk"])
+@pytest.mark.parametrize("level", ["block", "leaf", "whole"])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_equal_on_a_gpu(dtype: torch.dtype, rest: str, level: str, share: float) -> None:
+    module, x = blocks(dtype), torch.randn(3, 16, dtype=dtype, device="cuda")
+    with torch.no_grad():
+        plain = module.to("cuda")(x)
+        module.to("cpu")
+        nbytes = sum(p.numel() * p.itemsize for p in module.parameters())
+        attachment = apply_residency(module, int(share * nbytes), rest=rest, level=level, device="cuda")
+        for _ in range(4):
+            assert torch.equal(module(x), plain)
+    assert attachment.stream.ledger.peak <= attachment.bound
+    assert next(module.parameters()).device.type == "cuda", "the placeholders say where the module computes"
+    assert all(tensor.device.type == "cpu" for name, tensor in module.state_dict().items() if not share)
+    detach(module)
+    assert {p.device.type for p in module.parameters()} == {"cpu"}
+    with torch.no_grad():
+        assert torch.equal(module.to("cuda")(x), plain)
+
+
+@pytest.mark.gpu
+def test_inputs_come_along_and_nothing_is_allocated_in_later_steps() -> None:
+    module = blocks()
+    rule = Rule(Level.BLOCK, Tier.HOST)
+    attach(module, rule, stream_for(torch.device("cuda", 0), rule))
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        for _ in range(2):
+            out = module(x)
+        segments = torch.cuda.memory_stats()["segment.all.allocated"]
+        for _ in range(5):
+            module(x)
+    assert out.device.type == "cuda"
+    assert torch.cuda.memory_stats()["segment.all.allocated"] == segments

@@ -68,7 +68,9 @@ class Attachment:
         for weight in weights:
             weight.device = self.device
             weight.on_miss = self._missed
-        self.units = [Unit(part.weights[0].name, part, self.stream) for part in split(self.root, weights, self.rule)]
+        kind = type(self.root).__name__
+        parts = split(self.root, weights, self.rule)
+        self.units = [Unit(f"{kind}.{part.weights[0].name}", part, self.stream) for part in parts]
         settle_rests(self.units, self.rule, self.device, index)
         self.stream.admit(self.units)
         for unit in self.units:
@@ -181,7 +183,7 @@ class Attachment:
 
     def _plain_state(self, module: nn.Module) -> dict[str, Any]:
         """The state of a module without the overrides, for copies and pickles."""
-        state = dict(module.__dict__)
+        state: dict[str, Any] = dict(type(module).__getstate__(module))  # some classes leave out what cannot be copied
         for owner, name, before in reversed(self._overridden):
             if owner is module and before is None:
                 state.pop(name, None)
@@ -235,6 +237,8 @@ class Attachment:
             finally:
                 if not moves and not _has_moved(self.root, self.device):
                     attach(self.root, self.rule, self.stream, exclude_kwargs=self.exclude_kwargs)
+                elif module is not self.root:
+                    _warn_undone(self.root, f"a part of it ({type(module).__name__}) was moved")
 
         return plain_call
 
@@ -295,14 +299,14 @@ def _free_from_others(root: nn.Module) -> None:
     for attachment in _inside(root):
         _check_idle(attachment)
         attachment.let_go()
-    around: Attachment | None = root.__dict__.get(_KEEPER)
-    if around is not None:
-        warnings.warn(
-            f"The offload of {type(around.root).__name__} is undone, since a part of it ({type(root).__name__}) gets "
-            "its own.",
-            stacklevel=4,
-        )
-        detach(around.root)
+    others = {keeper for inner in root.modules() if (keeper := inner.__dict__.get(_KEEPER)) is not None}
+    for attachment in others:
+        _warn_undone(attachment.root, f"a part of it ({type(root).__name__}, or a part of that) gets its own")
+        detach(attachment.root)
+
+
+def _warn_undone(root: nn.Module, reason: str) -> None:
+    warnings.warn(f"The offload of {type(root).__name__} is undone, since {reason}.", stacklevel=5)
 
 
 def _check_idle(attachment: Attachment) -> None:

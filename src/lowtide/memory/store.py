@@ -127,10 +127,10 @@ class Window:
                 file.check()
             raise OSError(error.errno, f"{self._files[0].path}: {error.strerror}") from error
 
-    def let_go(self) -> None:
-        """Drop the pages from this process."""
+    def let_go(self, *, edges: bool = False) -> None:
+        """Drop the pages from this process; with `edges` also those that are shared with other parts."""
         for address, nbytes in self._parts:
-            let_go(address, nbytes)
+            let_go(address, nbytes, edges=edges)
 
 
 class Spill:

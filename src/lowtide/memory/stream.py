@@ -182,6 +182,9 @@ class Stream:
                 if not unit.stays:
                     self.drop(unit)
             self._ring_away()
+            if not self._live:
+                for window in self._windows.values():
+                    window.let_go(edges=True)
 
     def settle(self, units: list[Unit]) -> None:
         """End a call of the module that these units belong to: those still loaded or awaited by nobody are dropped.
@@ -235,7 +238,8 @@ class Stream:
         return load
 
     def _begin(self, load: Load) -> None:
-        load.future = self._reader.submit(self._read, load)
+        if load.buffer is not None or load.window_bytes:
+            load.future = self._reader.submit(self._read, load)
 
     def _read(self, load: Load) -> None:
         """In the reader's thread: bring the bytes in."""

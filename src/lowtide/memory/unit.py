@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lowtide.memory.blocks import Part
 from lowtide.memory.store import DiskRest, HostRest, Window
-from lowtide.memory.weight import Weight
+from lowtide.memory.weight import View, Weight
 
 if TYPE_CHECKING:
     from lowtide.memory.stream import Load, Stream
@@ -68,11 +69,7 @@ class Unit:
     def lift(self) -> None:
         """Put the placeholders back, and keep what the module itself has changed."""
         for weight, group, versions in zip(self.weights, self._placed, self._versions, strict=True):
-            changed = any(
-                view.slot.now() is not tensor or tensor._version != version
-                for view, tensor, version in zip(weight.views, group, versions, strict=True)
-            )
-            if changed:
+            if any(_is_changed(*one) for one in zip(weight.views, group, versions, strict=True)):
                 self._keep_changes(weight, group)
             weight.lay_down()
         if torch.is_grad_enabled():
@@ -92,6 +89,13 @@ class Unit:
         for tensor in (tensor for group in self._placed for tensor in group):
             if not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)
+
+
+def _is_changed(view: View, tensor: torch.Tensor, version: int) -> bool:
+    """Whether the module wrote to a tensor or put another one in its slot. Running statistics tell no version."""
+    owner = view.slot.owner
+    writes_statistics = isinstance(owner, _NormBase) and owner.training and view.slot.kind != "parameter"
+    return writes_statistics or view.slot.now() is not tensor or tensor._version != version
 
 
 def is_alias_of_file(rest: Any) -> bool:

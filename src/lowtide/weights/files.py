@@ -215,9 +215,18 @@ def bring_in(address: int, nbytes: int) -> bool:
     return False
 
 
-def let_go(address: int, nbytes: int) -> None:
-    """Drop the mapped pages of a range from this process; they come again when touched, as they are in the file."""
-    _madvise(*_pages(address, nbytes), _DONTNEED)
+def let_go(address: int, nbytes: int, *, edges: bool = False) -> None:
+    """Drop the mapped pages of a range from this process; they come again when touched, as they are in the file.
+
+    A page at either end may hold other bytes, perhaps written to: it is dropped with `edges` only.
+    """
+    start, length = _pages(address, nbytes)
+    if not edges:
+        end = (address + nbytes) // _PAGE * _PAGE
+        start = -(-address // _PAGE) * _PAGE
+        length = end - start
+    if length > 0:
+        _madvise(start, length, _DONTNEED)
 
 
 def pieces(origin: Origin) -> Iterator[torch.Tensor]:

@@ -34,13 +34,16 @@ class View:
         """Equal for slots that hold one and the same tensor."""
         return self.offset, self.shape, self.stride, self.dtype, self.slot.kind == "parameter"
 
-    def of(self, flat: torch.Tensor, *, requires_grad: bool = False) -> torch.Tensor:
-        """The tensor for the slot, on the bytes `flat`."""
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The tensor for the slot, on the bytes `flat`.
+
+        It requires a gradient if the slot's did: some kernels sum in another order then, also where none is taken.
+        """
         span = _span(self.shape, self.stride) * self.dtype.itemsize
         with torch.inference_mode(mode=False):
             # .data: a version counter of its own, so that a write to one tensor is not taken for a write to another
             tensor = flat[self.offset : self.offset + span].view(self.dtype).as_strided(self.shape, self.stride).data
-            return nn.Parameter(tensor, requires_grad) if self.slot.kind == "parameter" else tensor
+            return nn.Parameter(tensor, self.requires_grad) if self.slot.kind == "parameter" else tensor
 
 
 class Weight:
@@ -64,12 +67,12 @@ class Weight:
         """The first of its names."""
         return self.views[0].slot.name
 
-    def tensors(self, flat: torch.Tensor, *, as_given: bool = False) -> list[torch.Tensor]:
+    def tensors(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """One tensor for each view, the same object where it is the same tensor."""
         made: dict[tuple[Any, ...], torch.Tensor] = {}
         for view in self.views:
             if view.key not in made:
-                made[view.key] = view.of(flat, requires_grad=as_given and view.requires_grad)
+                made[view.key] = view.of(flat)
         return [made[view.key] for view in self.views]
 
     def put(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -87,7 +90,7 @@ class Weight:
     def restore(self, *, to_given: bool) -> None:
         """Put ordinary tensors into the slots: on the host, or where they were given."""
         flat = self.rest.on_host()
-        tensors = self.tensors(flat.to(self.given) if to_given else flat, as_given=True)
+        tensors = self.tensors(flat.to(self.given) if to_given else flat)
         self.put(tensors)
         if isinstance(self.rest, DiskRest) and not self.rest.mappable:
             for tensor in tensors:
@@ -107,7 +110,7 @@ class Weight:
             self.rest.copy_into(flat)
             for view, tensor in zip(self.views, tensors, strict=True):
                 if view in kept:
-                    view.of(flat).copy_(tensor.detach())
+                    view.of(flat).detach().copy_(tensor.detach())
             self.rest = HostRest(flat)
         self.views = kept
 
@@ -129,7 +132,12 @@ class AtRest(torch.Tensor):
         """Make the placeholder of one view."""
         with torch.inference_mode(mode=False):
             made: Any = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-                cls, view.shape, strides=view.stride, dtype=view.dtype, device=weight.device
+                cls,
+                view.shape,
+                strides=view.stride,
+                dtype=view.dtype,
+                device=weight.device,
+                requires_grad=view.requires_grad,
             )
         made.weight, made.view_ = weight, view
         if view.slot.kind == "parameter":
@@ -163,11 +171,11 @@ class AtRest(torch.Tensor):
         if id(self) not in memo:
             flat = torch.empty(self.weight.nbytes, dtype=torch.uint8)
             self.weight.rest.copy_into(flat)
-            memo[id(self)] = self.view_.of(flat, requires_grad=self.view_.requires_grad)
+            memo[id(self)] = self.view_.of(flat)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.view_.of(self.weight.rest.on_host(), requires_grad=self.view_.requires_grad).__reduce_ex__(protocol)
+        return self.view_.of(self.weight.rest.on_host()).__reduce_ex__(protocol)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"AtRest({self.weight.name}: {list(self.shape)}, {self.dtype}, on {self.weight.rest.tier})"
@@ -186,14 +194,14 @@ def gather(slots: Iterable[Slot]) -> list[Weight]:
         tensor = slot.tensor
         if isinstance(tensor, AtRest):
             by_old.setdefault(id(tensor.weight), []).append(slot)
+            continue
+        _check_plain(slot)
+        if tensor.is_meta:
+            on_meta.setdefault(id(tensor), []).append(slot)
         elif tensor.numel() > 0:
-            _check_plain(slot)
-            if tensor.is_meta:
-                on_meta.setdefault(id(tensor), []).append(slot)
-            else:
-                start = tensor.data_ptr()
-                end = start + _span(tensor.shape, tensor.stride()) * tensor.itemsize
-                placed.append((str(tensor.device), start, end, slot))
+            start = tensor.data_ptr()
+            end = start + _span(tensor.shape, tensor.stride()) * tensor.itemsize
+            placed.append((str(tensor.device), start, end, slot))
     found += [_taken_over(group) for group in by_old.values()]
     found += [_unfilled(group) for group in on_meta.values()]
     return found + [_real(group) for group in _overlapping(placed)]
@@ -248,8 +256,8 @@ def _check_plain(slot: Slot) -> None:
         raise ValueError(f"{slot.name} is inside a traced or scripted module, whose weights are frozen into its code.")
     if type(tensor) not in PLAIN or tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(
-            f"{slot.name} is a {type(tensor).__name__} of layout {tensor.layout}, which cannot be moved as bytes. "
-            "Offload the module before it is quantized, compiled or distributed, or leave this part out."
+            f"{slot.name} is a {type(tensor).__name__}, which cannot be moved as bytes. Offload the module before it "
+            "is quantized or distributed, and after a first call if it is lazy; or leave this part out."
         )
 
 

@@ -1,0 +1,124 @@
+"""Open weight files: which tensor is where in which file, windows of mapped pages, and files without a name."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lowtide.weights.files import SpillFile, WeightFile, bring_in, let_go, origin_of, read
+from lowtide.weights.fill import load_tensors
+from lowtide.weights.index import CheckpointError, read_index
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    save_file({"a": torch.randn(100, 50), "b": torch.randn(7), "c": torch.randn(3000)}, tmp_path / "x.safetensors")
+    return tmp_path / "x.safetensors"
+
+
+def test_a_loaded_tensor_knows_its_place_until_it_is_changed(file: Path) -> None:
+    index = read_index(file)
+    tensors = load_tensors(index)
+    for name, tensor in tensors.items():
+        origin = origin_of(tensor)
+        assert origin is not None
+        assert (origin.offset, origin.nbytes) == (index[name].offset, index[name].nbytes)
+        again = torch.empty(tensor.numel(), dtype=tensor.dtype)
+        read(origin, again)
+        assert torch.equal(again.view(tensor.shape), tensor)
+    assert origin_of(tensors["a"].clone()) is None
+    assert origin_of(tensors["a"].T) is None
+    part = origin_of(tensors["c"][10:20])
+    assert part is not None
+    assert part.offset == index["c"].offset + 40
+    tensors["b"].data[3] += 1
+    assert origin_of(tensors["b"]) is None
+    assert origin_of(tensors["a"]) is not None, "a neighbour on the same page was written, not this one"
+
+
+def test_a_converted_parameter_knows_its_place_until_it_is_changed(file: Path) -> None:
+    from lowtide.weights.fill import fill
+
+    module = torch.nn.Module()
+    for name, shape in {"a": (100, 50), "b": (7,), "c": (3000,)}.items():
+        module.register_parameter(name, torch.nn.Parameter(torch.empty(shape, device="meta")))
+    fill(module, read_index(file), dtype=torch.bfloat16)
+    origin = origin_of(module.a)
+    assert origin is not None
+    assert origin.dtype == torch.float32
+    module.a.data[0, 0] += 1
+    assert origin_of(module.a) is None
+
+
+def test_writes_stay_private_and_windows_come_back_as_they_were(file: Path) -> None:
+    before = file.read_bytes()
+    weights = WeightFile(file)
+    window = torch.frombuffer(weights.mapping("window"), dtype=torch.uint8)
+    content = window.clone()
+    window[5000:9000] = 7
+    assert file.read_bytes() == before
+    assert not torch.equal(window, content)
+    let_go(window.data_ptr(), window.numel(), edges=True)
+    assert torch.equal(window, content)
+    bring_in(window.data_ptr(), window.numel())
+    assert torch.equal(window, content)
+
+
+def test_pages_at_the_edges_are_dropped_only_when_asked(file: Path) -> None:
+    window = torch.frombuffer(WeightFile(file).mapping("window"), dtype=torch.uint8)
+    window[:100] = 7
+    let_go(window.data_ptr() + 100, 300)
+    assert bool((window[:100] == 7).all())
+    let_go(window.data_ptr() + 100, 300, edges=True)
+    assert not bool((window[:100] == 7).all())
+
+
+def test_changed_files_are_refused(file: Path) -> None:
+    weights = WeightFile(file)
+    weights.check()
+    os.truncate(file, 100)
+    with pytest.raises(CheckpointError, match="shorter"):
+        weights.check()
+    with pytest.raises(CheckpointError, match="shorter"):
+        weights.read_into(memoryview(bytearray(10)), 0)
+
+
+def test_a_removed_file_is_still_read(file: Path) -> None:
+    content = file.read_bytes()
+    weights = WeightFile(file)
+    file.unlink()
+    target = bytearray(len(content))
+    weights.read_into(memoryview(target), 0)
+    assert bytes(target) == content
+
+
+def test_a_spill_leaves_no_file(tmp_path: Path) -> None:
+    spill = SpillFile(tmp_path)
+    parts = [torch.arange(count, dtype=torch.uint8) for count in (1, 200, 255)]
+    origins = [spill.append(part) for part in parts]
+    assert all(origin.offset % 256 == 0 for origin in origins)
+    for origin, part in zip(origins, parts, strict=True):
+        again = torch.empty_like(part)
+        read(origin, again)
+        assert torch.equal(again, part)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files in /proc")
+def test_files_are_closed_with_their_last_user(file: Path, tmp_path: Path) -> None:
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        tensors = load_tensors(read_index(file))
+        spill = SpillFile(tmp_path)
+        origin = spill.append(torch.zeros(10, dtype=torch.uint8))
+        assert len(os.listdir("/proc/self/fd")) > before
+        del tensors, spill, origin
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before

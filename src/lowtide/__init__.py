@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lowtide.activations.exact import apply_row_streaming, remove_row_streaming
     from lowtide.memory.presets import apply_residency
     from lowtide.models.safety_checker import StableDiffusionSafetyChecker
     from lowtide.models.unet import UNet2DConditionModel
@@ -38,6 +39,8 @@ __all__ = [
     "UniPCMultistepScheduler",
     "__version__",
     "apply_residency",
+    "apply_row_streaming",
+    "remove_row_streaming",
 ]
 
 _HOME = {
@@ -52,6 +55,8 @@ _HOME = {
     "UNet2DConditionModel": "lowtide.models.unet",
     "UniPCMultistepScheduler": "lowtide.schedulers",
     "apply_residency": "lowtide.memory",
+    "apply_row_streaming": "lowtide.activations.exact",
+    "remove_row_streaming": "lowtide.activations.exact",
 }
 
 

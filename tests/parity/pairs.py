@@ -90,7 +90,7 @@ def approximate_gelu():
 def unscaled_attention(of="unet"):
     """The scores are divided by the square root of a head size that is larger by one."""
 
-    def attention(q, k, v, mask=None):
+    def attention(q, k, v, mask=None, backend=None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1 / math.sqrt(q.shape[-1] + 1))
 
     return changed({"unet": layers, "vae": vae}[of], "attention", attention)

@@ -29,7 +29,7 @@ from lowtide.memory.weight import Weight, gather
 from lowtide.weights.index import CheckpointIndex
 from lowtide.weights.slots import slots
 
-ENTRY_POINTS = ("encode", "decode", "generate", "get_text_features", "get_image_features")
+ENTRY_POINTS = ("encode", "decode", "decode_rows", "generate", "get_text_features", "get_image_features")
 """Methods besides `forward` by which a module may be called as a whole."""
 
 _MARK = "_lowtide_attachment"  # on the root

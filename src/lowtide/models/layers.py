@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowtide.ops.attention import attention
+from lowtide.ops.attention import DEFAULT, AttentionBackend, attention
 from lowtide.ops.convolution import conv2d
 
 
@@ -121,6 +121,8 @@ class Upsample2D(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention over tokens: self-attention, or cross-attention to a context."""
 
+    attention_backend: AttentionBackend = DEFAULT
+
     def __init__(self, channels: int, *, heads: int, head_dim: int, context_channels: int | None = None) -> None:
         super().__init__()
         inner, source = heads * head_dim, context_channels or channels
@@ -140,7 +142,7 @@ class Attention(nn.Module):
             projected.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for projected in (self.to_q(x_BLC), self.to_k(source), self.to_v(source))
         )
-        out_BNLH = attention(q_BNLH, k_BNSH, v_BNSH, mask)
+        out_BNLH = attention(q_BNLH, k_BNSH, v_BNSH, mask, self.attention_backend)
         return self.to_out[0](out_BNLH.transpose(1, 2).flatten(2))
 
 

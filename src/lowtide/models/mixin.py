@@ -14,6 +14,7 @@ from lowtide.configs import Config, read_json, write_json
 from lowtide.hooks import apply_group_offloading, disable_group_offloading
 from lowtide.hub import Source, weight_patterns
 from lowtide.memory.loading import Offload, offload_named, put_weights
+from lowtide.models.attention_backends import set_attention_backend, set_attention_slicing, xformers_or_sdpa
 from lowtide.weights.fill import state_names
 from lowtide.weights.index import find_weights
 from lowtide.weights.names import NameTable, apply_names
@@ -146,6 +147,30 @@ class ModelMixin(nn.Module):
     def disable_group_offload(self) -> None:
         """Undo `enable_group_offload`, or any other offload of this model: the weights are where they were before."""
         disable_group_offloading(self)
+
+    def set_attention_backend(
+        self, backend: str, *, chunk_bytes: int | str | None = None, attention_op: Any = None
+    ) -> None:
+        """Have all attention computed by "sdpa" (the default), "flash", "efficient", "cudnn", "xformers", "chunked" or
+        "math"; see `lowtide.ops.attention.AttentionBackend`. Raises `ValueError`, listing what this device has.
+        """
+        set_attention_backend([self], backend, chunk_bytes=chunk_bytes, op=attention_op)
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Compute attention with xFormers; without it, PyTorch's own memory-efficient kernels are used, with a note."""
+        xformers_or_sdpa([self], attention_op)
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Back to PyTorch's own choice of a kernel."""
+        set_attention_backend([self], "sdpa")
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Compute some heads at a time: half of them ("auto"), one ("max"), or a number; None computes all."""
+        set_attention_slicing([self], slice_size)
+
+    def disable_attention_slicing(self) -> None:
+        """Compute all heads at once."""
+        set_attention_slicing([self], None)
 
     @property
     def dtype(self) -> torch.dtype:

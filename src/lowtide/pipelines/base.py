@@ -31,6 +31,7 @@ from lowtide.memory.loading import offload_named
 from lowtide.memory.presets import attach_all, execution_device, group_rule, model_rule, sequential_rule
 from lowtide.memory.stream import Stream
 from lowtide.models.mixin import PEER_VERSION, chosen_dtype
+from lowtide.pipelines.activations import ActivationMethods
 from lowtide.progress import ProgressBar
 from lowtide.stages import Stages
 from lowtide.weights.files import check_files
@@ -39,7 +40,7 @@ from lowtide.weights.save import atomic_folder
 PIPELINES = {"StableDiffusionPipeline": "lowtide.pipelines.stable_diffusion"}
 
 
-class DiffusionPipeline:
+class DiffusionPipeline(ActivationMethods):
     """Components by name, and the stages that a run goes through.
 
     `DiffusionPipeline.from_pretrained` gives the pipeline that the checkpoint names. `stages.observers` may hold

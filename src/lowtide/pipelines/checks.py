@@ -25,8 +25,10 @@ def check_counts(num_inference_steps: int, num_images_per_prompt: int) -> None:
             raise ValueError(f"{name}={value!r} is not possible: it must be a whole number, at least 1.")
 
 
-def check_output_type(output_type: str) -> None:
-    """Raise `ValueError` for an unknown output type."""
+def check_output_type(output_type: str, output_path: object = None) -> None:
+    """Raise `ValueError` for an unknown output type, or a path for one that makes no file."""
+    if output_path is not None and output_type != "file":
+        raise ValueError(f"output_path is for output_type='file', and it is {output_type!r}.")
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type={output_type!r} is not possible; choose one of {', '.join(OUTPUT_TYPES)}.")
 
@@ -49,6 +51,15 @@ def check_prompt(
         raise ValueError(f"{text} must be a text or a list of texts (at least one), not {prompt!s:.200}.")
     if prompt_embeds is not None and (not isinstance(prompt_embeds, torch.Tensor) or prompt_embeds.ndim != 3):
         raise ValueError(f"{embeds} must be a tensor [batch, tokens, channels].")
+
+
+def count_prompts(prompt: str | Sequence[str] | None, prompt_embeds: torch.Tensor | None) -> int:
+    """How many prompts there are; one of the two is given."""
+    if isinstance(prompt, str):
+        return 1
+    given = prompt_embeds if prompt is None else prompt
+    assert given is not None
+    return len(given)
 
 
 def check_width(embeds: torch.Tensor | None, name: str, width: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent", "file")
 
 
 @dataclass
@@ -17,7 +17,8 @@ class StableDiffusionPipelineOutput:
     """Pictures, as the `output_type` asked for, and for each whether the safety checker blackened it.
 
     `images`: a list of PIL images ("pil"), float32 `[B, H, W, 3]` in [0, 1] ("np"), `[B, 3, H, W]` in [0, 1] ("pt"),
-    or latents `[B, 4, H/8, W/8]` ("latent"). `nsfw_content_detected` is None where there is no checker.
+    latents `[B, 4, H/8, W/8]` ("latent"), or the paths of PNG files ("file"). `nsfw_content_detected` is None where
+    there is no checker.
     """
 
     images: Any

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +13,10 @@ import torch
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker
 from lowtide.models.unet_config import UNet2DConditionConfig
 from lowtide.models.vae import AutoencoderKL
+from lowtide.pictures import PictureFile
 from lowtide.pipelines import checks
 from lowtide.pipelines.base import DiffusionPipeline
+from lowtide.pipelines.files import OutputPath, picture_files, write_picture
 from lowtide.pipelines.outputs import StableDiffusionPipelineOutput, to_output, to_pil, to_unit_range
 from lowtide.schedulers import Generators, Scheduler, draw_noise
 
@@ -72,6 +76,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        output_path: OutputPath | Sequence[OutputPath] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
@@ -80,6 +85,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         Guidance is on above a `guidance_scale` of 1 (Ho & Salimans 2022). A `generator` on the CPU draws the same noise
         for every device; a list gives each picture its own. `latents` `[B, 4, height/8, width/8]` is noise to start
         from, of unit variance. `callback_on_step_end(pipe, step, timestep, tensors)` may return changed tensors.
+        `output_type="file"` writes PNG files as rows are decoded, so a picture may be larger than memory (with
+        `enable_vae_tiling`): to `output_path`, numbered where there are several, or to new names in the current folder.
         Raises `ValueError` for what is not possible, before any work is done.
         """
         height, width = self.image_size(height, width)
@@ -90,8 +97,11 @@ class StableDiffusionPipeline(DiffusionPipeline):
             checks.check_width(embeds, name, self.unet_config.cross_attention_dim)
         checks.check_generator(generator)
         checks.check_counts(num_inference_steps, num_images_per_prompt)
-        checks.check_output_type(output_type)
+        checks.check_output_type(output_type, output_path)
         checks.check_callback_inputs(callback_on_step_end_tensor_inputs, CALLBACK_TENSORS)
+        files: list[PictureFile] = []
+        if output_type == "file":
+            files = picture_files(output_path, checks.count_prompts(prompt, prompt_embeds) * num_images_per_prompt)
         guided = guidance_scale > 1
         with self.running():
             with self.stages.stage("encode prompt"):
@@ -113,10 +123,13 @@ class StableDiffusionPipeline(DiffusionPipeline):
                     stage.advance()
             if output_type == "latent":
                 return StableDiffusionPipelineOutput(x, None) if return_dict else (x, None)
-            with self.stages.stage("decode"):
-                pixels = self.decode_latents(x)
-            pixels, unsafe = self.run_safety_checker(pixels)
-        images = to_output(pixels, output_type)
+            if output_type == "file":
+                images, unsafe = self.write_pictures(x, files)
+            else:
+                with self.decoding(batch):
+                    pixels = self.decode_latents(x)
+                pixels, unsafe = self.run_safety_checker(pixels)
+                images = to_output(pixels, output_type)
         return StableDiffusionPipelineOutput(images, unsafe) if return_dict else (images, unsafe)
 
     def encode_prompt(
@@ -194,6 +207,19 @@ class StableDiffusionPipeline(DiffusionPipeline):
         decoded: Any = self.vae.decode(latents / self.vae.config.scaling_factor)
         return to_unit_range(decoded.sample)
 
+    def write_pictures(
+        self, latents: torch.Tensor, files: Sequence[PictureFile]
+    ) -> tuple[list[Path], list[bool] | None]:
+        """Decode latents `[B, 4, H/8, W/8]` straight into files, rows at a time."""
+        height, width = (side * self.vae_scale_factor for side in latents.shape[2:])
+        is_unsafe = None if self.safety_checker is None else lambda small: self.run_safety_checker(small)[1] == [True]
+        unsafe: list[bool] = []
+        with self.decoding(len(latents)):
+            for one, file in zip((latents / self.vae.config.scaling_factor).split(1), files, strict=True):
+                produce = functools.partial(self.vae.decode_rows, one)
+                unsafe.append(write_picture(file, width, height, produce, is_unsafe))
+        return [file.path for file in files], None if self.safety_checker is None else unsafe
+
     def run_safety_checker(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
         """Blacken the pictures in which the safety checker, if there is one, finds an unwanted concept."""
         if self.safety_checker is None:
@@ -201,7 +227,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         with self.stages.stage("safety check"):
             pictures = to_pil(pixels.cpu().permute(0, 2, 3, 1).float().numpy())
             clip_input = self.feature_extractor(pictures, return_tensors="pt").pixel_values
-            unsafe = self.safety_checker(clip_input.to(pixels))
+            unsafe = self.safety_checker(clip_input.to(self.device, self.dtype))
         if any(unsafe):
             warnings.warn("The safety checker blackened a picture; try another prompt or seed.", stacklevel=3)
         keep = torch.tensor([not one for one in unsafe], device=pixels.device)

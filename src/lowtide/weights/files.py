@@ -96,7 +96,7 @@ def _nothing() -> None:
 
 
 class SpillFile(WeightFile):
-    """A file for weights that are in no checkpoint. It has no name, so it is gone with its last user."""
+    """A file for what is in no checkpoint. It has no name, so it is gone with its last user."""
 
     def __init__(self, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder, prefix="lowtide-", buffering=0) as handle:
@@ -104,12 +104,20 @@ class SpillFile(WeightFile):
 
     def append(self, flat: torch.Tensor) -> Origin:
         """Write the bytes of a flat host tensor; raises `OSError` if the disk is full."""
-        offset, content = -(-self.size // _ALIGNMENT) * _ALIGNMENT, _bytes(flat)
-        done = 0
+        offset = -(-self.size // _ALIGNMENT) * _ALIGNMENT
+        self.put(flat, offset)
+        return Origin(self, offset, flat.numel() * flat.itemsize, flat.dtype)
+
+    def put(self, flat: torch.Tensor, offset: int) -> None:
+        """Write the bytes of a flat host tensor at `offset`; raises `OSError` if the disk is full."""
+        content, done = _bytes(flat), 0
         while done < len(content):
             done += _write_at(self._descriptor, content[done:], offset + done)
         self.stamp = self._stamp()
-        return Origin(self, offset, len(content), flat.dtype)
+
+    def get(self, flat: torch.Tensor, offset: int) -> None:
+        """Fill a flat host tensor with the bytes from `offset` on."""
+        self.read_into(_bytes(flat), offset)
 
 
 class Mapping(mmap.mmap):

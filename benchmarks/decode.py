@@ -1,0 +1,209 @@
+"""Decode latents with the autoencoder of Stable Diffusion's shapes in every way, ours and the peer's, in turn.
+
+    python benchmarks/decode.py [--sizes 1024x1024 600x880] [--rounds 3] [--dtype float32] [--rows exact whole ...]
+    python benchmarks/decode.py --sizes 3840x2224 --rows exact-disk --rounds 1 --name large
+
+Each run is a fresh process. Memory is the kernel's high-water mark above what the process held before decoding; the
+model's weights are in it before. Weights and latents are random, well scaled and fixed; latents vary over the picture.
+Against the whole decode of the same library, where that is among the rows: PSNR and largest error as a share of the
+range, `seam`: the largest mean step of the error across one row or column of pixels, and `tone`: the largest error of
+the mean of any 64x64 square, both in grey levels of 255. Writes JSON and markdown to `benchmarks/results/`. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compare import HERE, describe_machine, spread
+
+CONFIG = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
+ROWS = ("whole", "exact", "exact-disk", "blended", "peer-whole", "peer-tiled")
+
+
+def main() -> None:
+    options = parse()
+    if options.run:
+        print(json.dumps(run(options.run, options)))
+        return
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for size in options.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            results[size] = measure(size, folder, options)
+    write(results, options)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["512x512", "600x880", "1024x1024"], help="WIDTHxHEIGHT")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--name", default="decode", help="of the result files")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--run", choices=ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--keep", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(size: str, folder: str, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """All rows in turn, `rounds` times; the picture of the first round is compared."""
+    found: dict[str, list[dict[str, Any]]] = {row: [] for row in options.rows}
+    for number in range(options.rounds):
+        for row in options.rows:
+            keep = str(Path(folder) / f"{row}.npy")
+            command = [sys.executable, __file__, "--run", row, "--sizes", size, "--dtype", options.dtype]
+            command += ["--threads", str(options.threads), *(["--keep", keep] if number == 0 else [])]
+            text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found[row].append(json.loads(text.splitlines()[-1]))
+            print(f"{size} round {number} {row}: {found[row][-1]}", flush=True)
+    for row in options.rows:
+        reference = Path(folder) / f"{'peer-whole' if row.startswith('peer') else 'whole'}.npy"
+        if reference.is_file() and row not in ("whole", "peer-whole"):
+            found[row][0] |= compared(np.load(Path(folder) / f"{row}.npy"), np.load(reference))
+    return found
+
+
+def run(row: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One decode in this process."""
+    import torch
+
+    from lowtide.memory.peaks import PeakSource
+
+    torch.set_num_threads(options.threads)
+    width, height = (int(side) for side in options.sizes[0].split("x"))
+    dtype = getattr(torch, options.dtype)
+    with torch.no_grad():
+        model, decode = DECODERS[row](row)
+        z = latents(height // 8, width // 8).to(dtype)
+        model.to(dtype)
+        decode(z[:, :, :9, :9])  # the kernels of the first call are made
+        peaks = PeakSource(interval=None)
+        peaks.take()
+        before = peaks.take().rss
+        began = time.perf_counter()
+        picture = decode(z)
+        seconds = time.perf_counter() - began
+        peak = peaks.take().rss - before
+    if options.keep:
+        np.save(options.keep, picture[0].float().numpy())
+    versions = {name: version(name) for name in ("lowtide", "diffusers", "torch")}
+    return {"seconds": seconds, "peak": peak, "versions": versions}
+
+
+def ours(row: str) -> tuple[Any, Callable[[Any], Any]]:
+    from lowtide.models.vae import AutoencoderKL
+
+    model = with_weights(AutoencoderKL.from_config(CONFIG))
+    if row == "blended":
+        model.enable_tiling()
+    elif row != "whole":
+        model.enable_tiling("exact", rows="disk" if row == "exact-disk" else "device")
+    return model, lambda z: model.decode(z).sample
+
+
+def peer(row: str) -> tuple[Any, Callable[[Any], Any]]:
+    from diffusers import AutoencoderKL
+
+    model = with_weights(AutoencoderKL(**CONFIG))
+    if row == "peer-tiled":
+        model.enable_tiling()
+    return model, lambda z: model.decode(z).sample
+
+
+DECODERS: dict[str, Callable[[str], tuple[Any, Callable[[Any], Any]]]] = {
+    row: peer if row.startswith("peer") else ours for row in ROWS
+}
+
+
+def with_weights(model: Any) -> Any:
+    """Random weights by name, so scaled that every layer keeps the variance of what it gets."""
+    import torch
+
+    state = model.state_dict()
+    for name, tensor in state.items():
+        values = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))) * 2 - 1
+        if tensor.ndim > 1:
+            tensor.copy_(values * (3 / tensor[0].numel()) ** 0.5)
+        else:
+            tensor.copy_(1 + 0.3 * values if name.endswith("weight") else 0.2 * values)
+    return model.eval().requires_grad_(False)
+
+
+def latents(rows: int, columns: int) -> Any:
+    """Noise around a tone that goes from dark to light over the picture."""
+    import torch
+
+    noise = torch.randn((1, 4, rows, columns), generator=torch.Generator().manual_seed(0))
+    slope = torch.linspace(-2, 2, columns) + torch.linspace(1, -1, rows)[:, None]
+    return noise * torch.linspace(0.3, 1.2, rows)[:, None] + slope
+
+
+def compared(picture: np.ndarray, whole: np.ndarray) -> dict[str, float]:
+    """How far a picture `[3, H, W]` is from the whole decode's."""
+    error, extent = picture.astype(np.float64) - whole, float(whole.max() - whole.min())
+    steps = [np.abs(np.diff(error, axis=axis)).mean(axis=(0, 3 - axis)).max() for axis in (1, 2)]
+    rows, columns = (side // 64 * 64 for side in error.shape[1:])
+    squares = error[:, :rows, :columns].reshape(3, rows // 64, 64, columns // 64, 64).mean(axis=(2, 4))
+    return {
+        "psnr": float(10 * np.log10(extent**2 / np.square(error).mean())) if error.any() else float("inf"),
+        "worst": float(np.abs(error).max() / extent),
+        "seam": float(max(steps) / extent * 255),
+        "tone": float(np.abs(squares).max() / extent * 255),
+    }
+
+
+def write(results: dict[str, dict[str, list[dict[str, Any]]]], options: argparse.Namespace) -> None:
+    lines = [
+        f"# Decoding: the autoencoder of Stable Diffusion's shapes, {options.dtype}, CPU",
+        "",
+        f"Runs of each row in turn ({options.rounds}), each in a fresh process; median (min to max). Memory in MB of 10^6 "
+        "bytes, above what was held before. The other figures are explained in benchmarks/decode.py.",
+        "",
+    ]
+    for size, rows in results.items():
+        lines += [f"## {size}", "", f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+        lines += [*(line(row, rows) for row in rows), ""]
+    about = describe_machine("benchmarks/decode.py", next(iter(results.values()))[options.rows[0]][0])
+    lines += [f"- {key}: {value}" for key, value in about.items()]
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = f"{options.name}-{options.dtype}"
+    (options.out / f"{name}.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    (options.out / f"{name}.md").write_text("\n".join([*lines, ""]))
+    print("\n".join(lines))
+
+
+def line(row: str, rows: dict[str, list[dict[str, Any]]]) -> str:
+    runs, first = rows[row], rows[row][0]
+    cells = [spread([one["peak"] / 1e6 for one in runs]), spread([one["seconds"] for one in runs])]
+    for other in ("whole", "peer-tiled"):
+        pairs = [a["seconds"] / b["seconds"] for a, b in zip(runs, rows.get(other, []), strict=False)]
+        cells.append(f"{statistics.median(pairs):.2f}x" if pairs else "")
+    quality = [f"{first[key]:{form}}" if key in first else "" for key, form in QUALITY.items()]
+    return f"| {row} | {' | '.join([*cells, *quality])} |"
+
+
+COLUMNS = ("memory, MB", "seconds", "of whole", "of peer's tiles", "PSNR, dB", "worst", "seam", "tone")
+QUALITY = {"psnr": ".1f", "worst": ".1e", "seam": ".3f", "tone": ".3f"}
+
+if __name__ == "__main__":
+    sys.exit(main())

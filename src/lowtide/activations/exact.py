@@ -1,0 +1,242 @@
+"""Compute a convolutional network row by row, exactly: the public face of row streaming.
+
+Row streaming changes where the numbers of a map rest, not what they are: every output is the whole network's up to the
+rounding of floating-point sums. Unlike tiles it has no seams, no overlaps that are computed twice, and the statistics
+of every norm are those of the whole picture.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowtide.activations.pages import FilePages, MemoryPages, Pages
+from lowtide.activations.rules import NotByRowsError
+from lowtide.activations.run import Progress, RowSink, Run
+from lowtide.activations.schedule import Schedule, plan
+from lowtide.activations.trace import trace
+from lowtide.memory.forms import Tier
+from lowtide.memory.host import host_memory
+from lowtide.sizes import format_bytes, parse_bytes
+
+LEAST_WORK = 8 * 2**20
+ROWS_AT_WORK = 8
+LARGEST_PAGE = 2**20
+FREE_SHARE = 0.5
+"""Of the memory that is free, rows take at most this share before they go elsewhere."""
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """How rows rest and how many work; sizes in bytes.
+
+    `rows` is where they rest: on the DEVICE, the HOST or the DISK; None takes the first of these with room. `budget`
+    limits rows and work together in the memory that is computed in. `work` limits the bands worked on at once; None
+    chooses. `folder` is where a file without a name is made for rows on disk; None: the system's temporary folder.
+    """
+
+    rows: Tier | None = None
+    budget: int | None = None
+    work: int | None = None
+    folder: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        rows: Tier | str | None = None,
+        budget: int | str | None = None,
+        work: int | str | None = None,
+        folder: str | None = None,
+    ) -> RowSettings:
+        """From what people write; raises `ValueError` for what is not possible."""
+        if rows is not None and rows not in list(Tier):
+            raise ValueError(
+                f"rows={rows!r} is not possible: rows rest on 'device', 'host' or 'disk', or None chooses."
+            )
+        sizes = [None if size is None else parse_bytes(size) for size in (budget, work)]
+        return cls(None if rows is None else Tier(rows), sizes[0], sizes[1], folder)
+
+
+@dataclass(frozen=True)
+class RowForecast:
+    """What a run will take, known before it begins, in bytes: rows stored at once, the bands at work, and where."""
+
+    rows: Tier
+    stored: int
+    work: int
+    passes: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes in the memory that is computed in (convolutions may need some more for themselves)."""
+        return self.work + (self.stored if self.rows is Tier.DEVICE else 0)
+
+
+class RowStreaming:
+    """Row streaming at work on one module: it stands in the place of the module's `forward`.
+
+    `last` tells what the last run took, `watch` is called after every band with how far the run is.
+    """
+
+    def __init__(self, module: nn.Module, settings: RowSettings) -> None:
+        self.module = module
+        self.settings = settings
+        self.last: RowForecast | None = None
+        self.watch: Callable[[Progress], None] | None = None
+        self._schedules: dict[Any, Schedule] = {}
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The module's output for maps `[B, C, H, W]`, one picture at a time."""
+        output: torch.Tensor | None = None
+        for place, one in enumerate(x.split(1)):
+            schedule = self.schedule(one, args, kwargs)
+            if output is None:
+                output = x.new_empty((len(x), *schedule.trace.output.shape[1:]), dtype=schedule.trace.output.dtype)
+            self._run(one, schedule, functools.partial(_put, output[place : place + 1]))
+        if output is None:
+            raise ValueError(f"There is no picture in a batch {list(x.shape)}.")
+        return output
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the plans are made anew."""
+        return {**self.__dict__, "_schedules": {}, "watch": None}
+
+    def stream(self, x: torch.Tensor, write: RowSink, *args: Any, **kwargs: Any) -> None:
+        """Compute one picture `[1, C, H, W]` and hand finished rows to `write` from top to bottom."""
+        self._run(x, self.schedule(x, args, kwargs), write)
+
+    def forecast(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> RowForecast:
+        """What a run over one picture of this shape `[1, C, H, W]` will take, without running it."""
+        example = torch.empty(1, dtype=dtype, device=_device(self.module)).expand(shape)
+        return self._forecast(self.schedule(example, (), {}), example.device)
+
+    def schedule(self, x: torch.Tensor, args: Any, kwargs: Any) -> Schedule:
+        """The plan for inputs of this form, made once; raises `NotByRowsError`, a `ValueError`, for what has none."""
+        if x.ndim != 4:
+            raise ValueError(f"Row streaming needs maps [B, C, H, W], and this is {list(x.shape)}.")
+        if any(isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())):
+            raise ValueError(f"Row streaming of {type(self.module).__name__} takes one map and no other tensors.")
+        key = (tuple(x.shape[1:]), x.dtype, repr(args), repr(kwargs))
+        if key not in self._schedules:
+            try:
+                self._schedules[key] = plan(trace(self.module, (1, *x.shape[1:]), x.dtype, args, kwargs))
+            except NotByRowsError as reason:
+                raise NotByRowsError(
+                    f"{type(self.module).__name__} cannot be computed row by row: {reason}. Compute it whole, or in "
+                    "tiles with enable_vae_tiling(mode='blended')."
+                ) from reason.__cause__
+        return self._schedules[key]
+
+    def _run(self, x: torch.Tensor, schedule: Schedule, write: RowSink) -> None:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError("Row streaming keeps nothing for gradients: call it under torch.no_grad(), or disable it.")
+        found = self._forecast(schedule, x.device)
+        with torch.no_grad():
+            pages = self._pages(found, x.device)
+            run = Run(self.module, schedule, pages, self._work(schedule))
+            run(x, write, self.watch)
+        self.last = RowForecast(found.rows, pages.peak_bytes, found.work, found.passes)
+
+    def _forecast(self, schedule: Schedule, device: torch.device) -> RowForecast:
+        work = self._work(schedule)
+        stored, bands = schedule.forecast(work, _page_bytes(schedule.forecast(work)[0]))
+        rows = self.settings.rows or self._place(stored, bands, device)
+        if device.type == "cpu" and rows is Tier.HOST:
+            rows = Tier.DEVICE  # the same memory
+        return RowForecast(rows, stored, bands, len(schedule.passes))
+
+    def _work(self, schedule: Schedule) -> int:
+        widest = max((target.row_bytes for one in schedule.passes for target in one.targets), default=0)
+        chosen = max(LEAST_WORK, ROWS_AT_WORK * widest) if self.settings.work is None else self.settings.work
+        return chosen if self.settings.budget is None else min(chosen, self.settings.budget)
+
+    def _place(self, stored: int, work: int, device: torch.device) -> Tier:
+        """The fastest place with room for the rows."""
+        free = _free(device) * FREE_SHARE if self.settings.budget is None else self.settings.budget
+        if stored + work <= free:
+            return Tier.DEVICE
+        if device.type != "cpu" and stored <= host_memory().available * FREE_SHARE:
+            return Tier.HOST
+        return Tier.DISK
+
+    def _pages(self, forecast: RowForecast, device: torch.device) -> Pages:
+        page = _page_bytes(forecast.stored)
+        if forecast.rows is Tier.DISK:
+            _check_disk(forecast.stored, self.settings.folder)
+            return FilePages(page, self.settings.folder)
+        return MemoryPages(page, device if forecast.rows is Tier.DEVICE else torch.device("cpu"))
+
+
+def apply_row_streaming(
+    module: nn.Module,
+    *,
+    rows: Tier | str | None = None,
+    budget: int | str | None = None,
+    work: int | str | None = None,
+    folder: str | None = None,
+) -> RowStreaming:
+    """Have any convolutional network over maps `[B, C, H, W]` computed row by row: the same result, in less memory.
+
+    Works for encoders and decoders made of convolutions, group, layer and batch norms, activations, additions,
+    nearest-neighbour enlargement and attention over pixels. `rows` is where finished rows rest ("device", "host" or
+    "disk"; None takes the first with room, at most `budget` bytes with the bands at work), `work` the bytes of the
+    bands at work (sizes as numbers or text such as "500MB"), `folder` where the file without a name is made. A module
+    is traced at its first call with a new shape, without computing anything; it keeps nothing for gradients.
+    `remove_row_streaming` undoes it. Raises `ValueError` for settings that are not possible; a call raises
+    `NotByRowsError`, a `ValueError`, naming what the network does that needs the whole map, and `OSError` if the disk
+    is full.
+    """
+    settings = RowSettings.of(rows, budget, work, folder)
+    remove_row_streaming(module)
+    if "forward" in module.__dict__:
+        raise ValueError(f"The forward of this {type(module).__name__} was replaced by somebody else: undo that first.")
+    streaming = RowStreaming(module, settings)
+    module.__dict__["forward"] = streaming
+    return streaming
+
+
+def remove_row_streaming(module: nn.Module) -> None:
+    """Undo `apply_row_streaming`; does nothing where it was not applied."""
+    if row_streaming_of(module) is not None:
+        del module.__dict__["forward"]
+
+
+def row_streaming_of(module: nn.Module) -> RowStreaming | None:
+    """The row streaming at work on a module, if there is one."""
+    found = module.__dict__.get("forward")
+    return found if isinstance(found, RowStreaming) else None
+
+
+def _page_bytes(stored: int) -> int:
+    """Small beside what is stored, so that little of the pages is empty."""
+    return min(LARGEST_PAGE, max(4096, stored // 128))
+
+
+def _put(output: torch.Tensor, first: int, rows: torch.Tensor) -> None:
+    output[:, :, first : first + rows.shape[2]].copy_(rows)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def _free(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory().available
+
+
+def _check_disk(nbytes: int, folder: str | None) -> None:
+    """Say that the disk is too small before an hour of work, not after it."""
+    place = folder or tempfile.gettempdir()
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        raise OSError(
+            f"{format_bytes(nbytes)} of rows do not fit in {place} (free: {format_bytes(free)}). Choose another "
+            "folder, a smaller picture, or half precision."
+        )

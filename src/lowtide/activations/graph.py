@@ -1,0 +1,287 @@
+"""The nouns of row streaming: a network as values that have rows, and the steps that make one from others.
+
+Each step says which rows of its inputs some rows of its output need. Rows are those of a picture: dimension 2 of a map
+`[1, C, H, W]`, or groups of `W` entries of the tokens `[1, H·W, C]` that a map was reshaped to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Span = tuple[int, int]
+"""Rows from the first to before the second."""
+
+
+@dataclass(frozen=True)
+class RowAxis:
+    """Where a tensor's rows are: `count` rows of `width` entries each along dimension `dim`."""
+
+    dim: int
+    count: int
+    width: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """One tensor of the network, as it would be whole. `axis` is None for what is made of weights alone.
+
+    `step` makes it; the input and the weights have none. `slot` is a weight's name in the network.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    axis: RowAxis | None = None
+    step: Step | None = None
+    slot: str | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        assert self.axis is not None
+        return self.axis.count
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.shape) * self.dtype.itemsize // self.rows
+
+    def part(self, band: torch.Tensor, has: Span, wants: Span) -> torch.Tensor:
+        """The rows `wants` of a band that has the rows `has`."""
+        assert self.axis is not None
+        if has == wants:
+            return band
+        width = self.axis.width
+        return band.narrow(self.axis.dim, (wants[0] - has[0]) * width, (wants[1] - wants[0]) * width)
+
+
+class Step:
+    """How a value is made. `inputs` have rows; what else it needs are weights, or numbers in `arguments`."""
+
+    inputs: tuple[Value, ...] = ()
+    is_view = False
+    """The result shares its input's memory."""
+    halo = False
+    """One row of the result needs several rows of the input."""
+    in_place: Callable[..., Any] | None = None
+    """The same, written over the first input."""
+
+    def needs(self, span: Span) -> list[Span]:
+        """For some rows of the result, the rows of each input; they may lie outside the map."""
+        return [span] * len(self.inputs)
+
+    def weights(self) -> Iterator[Value]:
+        """The values without rows that it needs."""
+        return iter(())
+
+    def run(self, bands: Sequence[torch.Tensor], span: Span, constant: Callable[[Value], Any]) -> torch.Tensor:
+        """The rows `span` of the result, from the rows of the inputs that lie in their maps."""
+        raise NotImplementedError
+
+
+def is_map(value: Value) -> bool:
+    """Whether a value is a map `[1, C, H, W]`."""
+    return len(value.shape) == 4 and value.shape[0] == 1 and value.axis == RowAxis(2, value.shape[2])
+
+
+def holds(tree: Any) -> Iterator[Value]:
+    """The values in nested lists, tuples and dictionaries."""
+    if isinstance(tree, Value):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for one in tree:
+            yield from holds(one)
+    elif isinstance(tree, dict):
+        yield from holds(list(tree.values()))
+
+
+def _filled(tree: Any, put: Callable[[Value], Any]) -> Any:
+    if isinstance(tree, Value):
+        return put(tree)
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_filled(one, put) for one in tree)
+    if isinstance(tree, dict):
+        return {key: _filled(one, put) for key, one in tree.items()}
+    return tree
+
+
+class Local(Step):
+    """A function of PyTorch for which a row of the result needs the same row of the inputs alone.
+
+    Bands may be wider numbers than the map has: what is normalised in half precision stays in single precision through
+    functions of single entries, and is rounded once before the next product.
+    """
+
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        arguments: tuple[Any, dict[str, Any]],
+        *,
+        is_view: bool = False,
+        is_elementwise: bool = False,
+        in_place: Callable[..., Any] | None = None,
+    ) -> None:
+        self.call = call
+        self.arguments = arguments
+        self.in_place = in_place
+        self.inputs = tuple(dict.fromkeys(value for value in holds(arguments) if value.axis is not None))
+        self.is_view = is_view
+        self.is_elementwise = is_elementwise
+
+    def weights(self) -> Iterator[Value]:
+        """The values without rows among the arguments."""
+        return (value for value in holds(self.arguments) if value.axis is None)
+
+    def run(self, bands: Sequence[torch.Tensor], span: Span, constant: Callable[[Value], Any]) -> torch.Tensor:
+        """Call the function on bands instead of maps."""
+        return self._called(self.call, bands, constant)
+
+    def overwrite(self, bands: Sequence[torch.Tensor], constant: Callable[[Value], Any]) -> torch.Tensor:
+        """The same, in the memory of the first band."""
+        assert self.in_place is not None
+        return self._called(self.in_place, bands, constant)
+
+    def _called(
+        self, call: Callable[..., Any], bands: Sequence[torch.Tensor], constant: Callable[[Value], Any]
+    ) -> torch.Tensor:
+        given = dict(zip(self.inputs, bands, strict=True))
+        if not (self.is_elementwise or self.is_view):
+            given = {value: band.to(value.dtype) for value, band in given.items()}
+        args, kwargs = _filled(self.arguments, lambda value: given[value] if value in given else constant(value))
+        return call(*args, **kwargs)
+
+
+class Linear(Local):
+    """A linear layer over the last dimension, or a convolution of one pixel: a function of each pixel alone."""
+
+
+class Reshape(Step):
+    """Another shape for the same entries in the same order."""
+
+    is_view = True
+
+    def __init__(self, source: Value, shape: tuple[int, ...], axis: RowAxis) -> None:
+        self.inputs = (source,)
+        self.shape = shape
+        self.axis = axis
+
+    def run(self, bands: Sequence[torch.Tensor], span: Span, constant: Callable[[Value], Any]) -> torch.Tensor:
+        """The same shape but for the rows."""
+        shape = list(self.shape)
+        shape[self.axis.dim] = (span[1] - span[0]) * self.axis.width
+        return bands[0].reshape(shape)
+
+
+class Convolution(Step):
+    """A convolution; rows of zeros lie around the map."""
+
+    halo = True
+
+    def __init__(
+        self,
+        source: Value,
+        weights: tuple[Value, Value | None],
+        stride: Span,
+        padding: Span,
+        dilation: Span,
+        groups: int,
+    ) -> None:
+        self.inputs = (source,)
+        self.weight, self.bias = weights
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.reach = dilation[0] * (self.weight.shape[2] - 1) + 1
+
+    def needs(self, span: Span) -> list[Span]:
+        """The rows that the kernel covers."""
+        first = span[0] * self.stride[0] - self.padding[0]
+        return [(first, (span[1] - 1) * self.stride[0] - self.padding[0] + self.reach)]
+
+    def weights(self) -> Iterator[Value]:
+        """Weight and bias."""
+        return (value for value in (self.weight, self.bias) if value is not None)
+
+    def run(self, bands: Sequence[torch.Tensor], span: Span, constant: Callable[[Value], Any]) -> torch.Tensor:
+        """Convolve a band; zero rows are added only where it touches the edge of the map."""
+        weight = constant(self.weight)
+        above, below = missing(self.needs(span)[0], self.inputs[0].rows)
+        band = bands[0].to(weight.dtype)
+        rows = above if above == below else 0
+        if above != below:
+            band = F.pad(band, (0, 0, above, below))
+        bias = None if self.bias is None else constant(self.bias)
+        return F.conv2d(band, weight, bias, self.stride, (rows, self.padding[1]), self.dilation, self.groups)
+
+
+class Pad(Step):
+    """Zeros around a map; negative numbers cut."""
+
+    def __init__(self, source: Value, around: tuple[int, int, int, int], value: float) -> None:
+        self.inputs = (source,)
+        self.left, self.right, self.top, self.bottom = around
+        self.value = value
+
+    def needs(self, span: Span) -> list[Span]:
+        """The same rows, moved."""
+        return [(span[0] - self.top, span[1] - self.top)]
+
+    def run(self, bands: Sequence[torch.Tensor], span: Span, constant: Callable[[Value], Any]) -> torch.Tensor:
+        """Pad columns, and rows where the band touches the edge."""
+        above, below = missing(self.needs(span)[0], self.inputs[0].rows)
+        return F.pad(bands[0], (self.left, self.right, above, below), value=self.value)
+
+
+class Enlarge(Step):
+    """Nearest-neighbour enlargement by whole numbers."""
+
+    def __init__(self, source: Value, factors: Span) -> None:
+        self.inputs = (source,)
+        self.factors = factors
+
+    def needs(self, span: Span) -> list[Span]:
+        """The rows that are repeated."""
+        return [(span[0] // self.factors[0], -(-span[1] // self.factors[0]))]
+
+    def run(self, bands: Sequence[torch.Tensor], span: Span, constant: Callable[[Value], Any]) -> torch.Tensor:
+        """Enlarge the rows, and cut what was repeated too often."""
+        scale = tuple(float(factor) for factor in self.factors)
+        large = F.interpolate(bands[0], scale_factor=scale, mode="nearest")
+        start = span[0] - self.needs(span)[0][0] * self.factors[0]
+        return large.narrow(2, start, span[1] - span[0])
+
+
+class GroupNorm(Step):
+    """Normalisation by the mean and variance of groups of channels over the whole map (Wu & He 2018, eq. 1)."""
+
+    def __init__(self, source: Value, groups: int, weights: tuple[Value | None, Value | None], eps: float) -> None:
+        self.inputs = (source,)
+        self.groups, self.eps = groups, eps
+        self.weight, self.bias = weights
+
+    def weights(self) -> Iterator[Value]:
+        """Scale and shift."""
+        return (value for value in (self.weight, self.bias) if value is not None)
+
+
+class Attend(Step):
+    """Scaled dot-product attention: a row of queries needs all keys and values."""
+
+    def __init__(self, query: Value, key: Value, value: Value, scale: float | None) -> None:
+        self.inputs = (query,)
+        self.key, self.value = key, value
+        self.scale = scale
+
+
+def missing(span: Span, rows: int) -> Span:
+    """How many of the rows `span` lie above and below a map of so many rows."""
+    return max(0, min(0, span[1]) - span[0]), max(0, span[1] - max(rows, span[0]))
+
+
+def inside(span: Span, rows: int) -> Span:
+    """The rows of `span` that lie in the map."""
+    first = min(max(span[0], 0), rows)
+    return first, max(first, min(span[1], rows))

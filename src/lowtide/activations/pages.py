@@ -1,0 +1,157 @@
+"""Room for rows, in pages of one size: in a device's memory, in host memory, or in a file without a name.
+
+Pages that rows have left are taken by the next ones, so what is in use is what is stored, without gaps.
+"""
+
+from __future__ import annotations
+
+import heapq
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from lowtide.activations.graph import Span
+from lowtide.weights.files import SpillFile
+
+PAGES_IN_BLOCK = 40
+
+
+class Pages(Protocol):
+    """Numbered pages of `page_bytes` bytes; `peak_bytes` were in use at once."""
+
+    page_bytes: int
+    peak_bytes: int
+
+    def take(self) -> int:
+        """The number of a page that is free."""
+        ...
+
+    def give(self, page: int) -> None:
+        """Give a page back."""
+        ...
+
+    def write(self, page: int, start: int, content: torch.Tensor) -> None:
+        """Write flat uint8 bytes into a page from `start` on."""
+        ...
+
+    def read(self, page: int, start: int, target: torch.Tensor) -> None:
+        """Fill a flat uint8 tensor with the bytes of a page from `start` on."""
+        ...
+
+
+class _Numbers:
+    """Hands out the lowest free numbers, and counts."""
+
+    def __init__(self, page_bytes: int) -> None:
+        self.page_bytes = page_bytes
+        self.peak_bytes = 0
+        self._free: list[int] = []
+        self._count = 0
+
+    def take(self) -> int:
+        """The lowest number that is free."""
+        page = heapq.heappop(self._free) if self._free else self._count
+        self._count = max(self._count, page + 1)
+        self.peak_bytes = max(self.peak_bytes, (self._count - len(self._free)) * self.page_bytes)
+        return page
+
+    def give(self, page: int) -> None:
+        """Give a number back."""
+        heapq.heappush(self._free, page)
+
+
+class MemoryPages(_Numbers):
+    """Pages in the memory of a device, made when first needed and kept until the end.
+
+    They are made many at once: blocks so large lie outside malloc's heap, which the bands that come and go would
+    otherwise leave full of holes, and cost nothing before they are written to.
+    """
+
+    def __init__(self, page_bytes: int, device: torch.device) -> None:
+        super().__init__(page_bytes)
+        self._device = device
+        self._blocks: list[torch.Tensor] = []
+
+    def write(self, page: int, start: int, content: torch.Tensor) -> None:
+        """Write flat uint8 bytes into a page from `start` on."""
+        while len(self._blocks) * PAGES_IN_BLOCK <= page:
+            shape = (PAGES_IN_BLOCK, self.page_bytes)
+            self._blocks.append(torch.empty(shape, dtype=torch.uint8, device=self._device))
+        self._page(page)[start : start + content.numel()].copy_(content)
+
+    def read(self, page: int, start: int, target: torch.Tensor) -> None:
+        """Fill a flat uint8 tensor with the bytes of a page from `start` on."""
+        target.copy_(self._page(page)[start : start + target.numel()])
+
+    def _page(self, page: int) -> torch.Tensor:
+        return self._blocks[page // PAGES_IN_BLOCK][page % PAGES_IN_BLOCK]
+
+
+class FilePages(_Numbers):
+    """Pages in a file that has no name, so that nothing is left behind whatever happens; raises `OSError`."""
+
+    def __init__(self, page_bytes: int, folder: str | None) -> None:
+        super().__init__(page_bytes)
+        self._file = SpillFile(Path(folder or tempfile.gettempdir()))
+
+    def write(self, page: int, start: int, content: torch.Tensor) -> None:
+        """Write flat uint8 bytes into a page from `start` on."""
+        self._file.put(content.cpu(), page * self.page_bytes + start)
+
+    def read(self, page: int, start: int, target: torch.Tensor) -> None:
+        """Fill a flat uint8 tensor with the bytes of a page from `start` on."""
+        host = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
+        self._file.get(host, page * self.page_bytes + start)
+        if host is not target:
+            target.copy_(host)
+
+
+class RowStore:
+    """The rows of one value, one after the other, in pages; the first ones may leave before the last ones come."""
+
+    def __init__(self, pages: Pages, row_bytes: int) -> None:
+        self._pages = pages
+        self._row_bytes = row_bytes
+        self._places: dict[int, int] = {}
+        self._kept_from = 0
+
+    def write(self, first: int, rows: torch.Tensor) -> None:
+        """Store rows from `first` on, given as flat uint8."""
+        done = 0
+        for place, start, count in self._pieces(first * self._row_bytes, rows.numel()):
+            if place not in self._places:
+                self._places[place] = self._pages.take()
+            self._pages.write(self._places[place], start, rows[done : done + count])
+            done += count
+
+    def read(self, span: Span, target: torch.Tensor) -> None:
+        """Fill a flat uint8 tensor with the rows of `span`."""
+        done = 0
+        for place, start, count in self._pieces(span[0] * self._row_bytes, target.numel()):
+            self._pages.read(self._places[place], start, target[done : done + count])
+            done += count
+
+    def release(self, before: int) -> None:
+        """Give back the pages that hold nothing but rows before `before`."""
+        until = before * self._row_bytes // self._pages.page_bytes
+        for place in range(self._kept_from, until):
+            self._pages.give(self._places.pop(place))
+        self._kept_from = max(self._kept_from, until)
+
+    def close(self) -> None:
+        """Give back all pages."""
+        for page in self._places.values():
+            self._pages.give(page)
+        self._places.clear()
+
+    def _pieces(self, offset: int, nbytes: int) -> Iterator[tuple[int, int, int]]:
+        """The pages that a range of bytes lies in: place, start in the page, bytes there."""
+        end = offset + nbytes
+        while offset < end:
+            place, start = divmod(offset, self._pages.page_bytes)
+            count = min(self._pages.page_bytes - start, end - offset)
+            yield place, start, count
+            offset += count

@@ -1,0 +1,306 @@
+"""Which functions of PyTorch can be computed row by row, and how: a table from a function's name to its rule.
+
+A rule makes the step that a call is, and says where the rows of its result are; or it raises `NotByRowsError`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lowtide.activations.graph import (
+    Attend,
+    Convolution,
+    Enlarge,
+    GroupNorm,
+    Linear,
+    Local,
+    Pad,
+    Reshape,
+    RowAxis,
+    Step,
+    Value,
+    is_map,
+)
+
+Made = tuple[Step, RowAxis]
+
+
+class NotByRowsError(ValueError):
+    """A network that cannot be computed row by row; the message names what stands in the way."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a function: values in the place of tensors, and what it gave on meta (entry `pick` of a tuple)."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: torch.Tensor
+    pick: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The function's name, the same for its in-place form."""
+        name = self.func.__name__
+        return name.replace("__i", "__", 1) if name.startswith("__") else name.rstrip("_")
+
+    @property
+    def first(self) -> Value:
+        """The first argument."""
+        return self.args[0]
+
+    @property
+    def arguments(self) -> tuple[Any, dict[str, Any]]:
+        """Arguments as a step keeps them."""
+        return self.args, self.kwargs
+
+    def named(self, *names: str) -> dict[str, Any]:
+        """The arguments by name: the function's own names, or those given for one that does not tell them."""
+        if names:
+            return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
+        bound = inspect.signature(self.func).bind(*self.args, **self.kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+
+def made_by(call: Call) -> Made:
+    """The step that a call is, and where the rows of its result are."""
+    if call.name not in RULES:
+        raise NotByRowsError(f"it calls {call.name}, for which no way to compute it row by row is known")
+    return RULES[call.name](call)
+
+
+def picking(func: Callable[..., Any], pick: int | None) -> Callable[..., Any]:
+    """`func`, or entry `pick` of the tuple that it returns."""
+    return func if pick is None else lambda *args, **kwargs: func(*args, **kwargs)[pick]
+
+
+def _axis(value: Value) -> RowAxis:
+    assert value.axis is not None
+    return value.axis
+
+
+# ---- functions of single entries
+
+
+def _elementwise(call: Call) -> Made:
+    func = call.func if call.func.__name__ == call.name else getattr(torch.Tensor, call.name)
+    kwargs = {key: value for key, value in call.kwargs.items() if key != "inplace"}
+    step = Local(func, (call.args, kwargs), is_elementwise=True, in_place=_overwriting(call))
+    forms = {(len(value.shape) - _axis(value).dim, _axis(value).count, _axis(value).width) for value in step.inputs}
+    if len(forms) != 1:
+        raise NotByRowsError(f"it joins tensors whose rows do not lie alike in {call.name}")
+    ((from_right, count, width),) = forms
+    for weight in step.weights():
+        if len(weight.shape) >= from_right and weight.shape[-from_right] != 1:
+            raise NotByRowsError(f"it joins a weight {list(weight.shape)} that differs from row to row in {call.name}")
+    return step, RowAxis(call.result.ndim - from_right, count, width)
+
+
+def _overwriting(call: Call) -> Callable[..., Any] | None:
+    """The function that writes its result over its first argument, where there is one and the result has its form."""
+    first = call.args[0] if call.args else None
+    alike = isinstance(first, Value) and (first.shape, first.dtype) == (call.result.shape, call.result.dtype)
+    if not alike or first.axis is None:  # type: ignore[union-attr]
+        return None
+    if call.func in (F.silu, F.relu):
+        return functools.partial(call.func, inplace=True)
+    return getattr(torch.Tensor, f"{call.name.strip('_')}_", None)
+
+
+def _cast(call: Call) -> Made:
+    source, dtype = call.first, call.result.dtype
+    if dtype == source.dtype:
+        return Local(_same, ((source,), {}), is_view=True), _axis(source)
+    return Local(torch.Tensor.to, ((source, dtype), {})), _axis(source)
+
+
+def _same(band: torch.Tensor) -> torch.Tensor:
+    return band
+
+
+def _dropout(call: Call) -> Made:
+    given = call.named("input", "p", "training")
+    if given.get("training", True) and given.get("p", 0.5) > 0:
+        raise NotByRowsError("it drops entries at random, as in training: call eval() on it")
+    return _cast(call)
+
+
+# ---- other forms of the same entries
+
+
+def _view(call: Call) -> Made:
+    """A function that chooses and reorders dimensions: a tensor whose strides tell its dimensions apart shows how."""
+    source = call.first
+    axis = _axis(source)
+    strides = [7 ** (place + 2) for place in range(len(source.shape))]
+    probe = torch.empty_strided(source.shape, strides, dtype=source.dtype, device="meta")
+    func = picking(call.func, call.pick)
+    with torch.no_grad():
+        seen = func(probe, *call.args[1:], **call.kwargs)
+    dims = [dim for dim in range(seen.ndim) if seen.stride(dim) == strides[axis.dim]]
+    if len(dims) != 1 or seen.shape[dims[0]] != source.shape[axis.dim]:
+        raise NotByRowsError(f"it takes rows apart in {call.name}")
+    return Local(func, call.arguments, is_view=True), RowAxis(dims[0], axis.count, axis.width)
+
+
+def _reshape(call: Call) -> Made:
+    source, shape = call.first, tuple(call.result.shape)
+    axis = _axis(source)
+    before, entries = math.prod(source.shape[: axis.dim]), 1
+    for dim, size in enumerate(shape):
+        if entries == before and size % axis.count == 0 and size >= axis.count:
+            found = RowAxis(dim, axis.count, size // axis.count)
+            return Reshape(source, shape, found), found
+        entries *= size
+    raise NotByRowsError(f"it mixes rows with other dimensions in {call.name}")
+
+
+# ---- functions along dimensions that are not the rows'
+
+
+def _linear(call: Call) -> Made:
+    _check_last(call, 1)
+    return Linear(call.func, call.arguments), _axis(call.first)
+
+
+def _norm_of_last(call: Call) -> Made:
+    _check_last(call, len(call.named("input", "normalized_shape")["normalized_shape"]))
+    return Local(call.func, call.arguments), _axis(call.first)
+
+
+def _check_last(call: Call, depth: int) -> None:
+    if _axis(call.first).dim >= len(call.first.shape) - depth:
+        raise NotByRowsError(f"its {call.name} goes along the rows")
+
+
+def _along(call: Call) -> Made:
+    step = Local(call.func, call.arguments)
+    axis, ndim = _axis(step.inputs[0]), len(step.inputs[0].shape)
+    dims = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else DIM_DEFAULTS.get(call.name))
+    if call.name == "repeat_interleave":
+        dims = call.kwargs.get("dim", call.args[2] if len(call.args) > 2 else None)
+    if dims is None:
+        raise NotByRowsError(f"its {call.name} goes over all entries")
+    along = {dim % ndim for dim in ([dims] if isinstance(dims, int) else dims)}
+    if axis.dim in along or any(value.axis != axis for value in step.inputs) or any(True for _ in step.weights()):
+        raise NotByRowsError(f"its {call.name} goes along the rows")
+    if call.result.ndim < ndim:
+        axis = RowAxis(axis.dim - sum(dim < axis.dim for dim in along), axis.count, axis.width)
+    return step, axis
+
+
+# ---- functions with a step of their own
+
+
+def _convolution(call: Call) -> Made:
+    given = call.named("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    source, weight, bias, groups = given["input"], given["weight"], given.get("bias"), given.get("groups", 1)
+    stride, dilation = _pair(given.get("stride", 1)), _pair(given.get("dilation", 1))
+    padding = _padding(given.get("padding", 0), dilation, weight.shape[2:])
+    if not is_map(source) or weight.axis is not None:
+        raise NotByRowsError("it convolves something other than one map with a weight")
+    axis = RowAxis(2, call.result.shape[2])
+    if (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0):
+        return Linear(_convolved_pixels, ((source, weight, bias, groups), {})), axis
+    return Convolution(source, (weight, bias), stride, padding, dilation, groups), axis
+
+
+def _padding(given: Any, dilation: tuple[int, int], kernel: tuple[int, ...]) -> tuple[int, int]:
+    if given != "same":
+        return _pair(0 if given == "valid" else given)
+    around = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if any(size % 2 for size in around):
+        raise NotByRowsError("it pads unevenly in conv2d")
+    return around[0] // 2, around[1] // 2
+
+
+def _convolved_pixels(band: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int) -> torch.Tensor:
+    return F.conv2d(band, weight, bias, groups=groups)
+
+
+def _pair(number: Any) -> tuple[int, int]:
+    one, other = (number, number) if isinstance(number, int) else (*number, number[-1])[:2]
+    return one, other
+
+
+def _pad(call: Call) -> Made:
+    given = call.named("input", "pad", "mode", "value")
+    source, around, mode = given["input"], list(given["pad"]), given.get("mode", "constant")
+    if not is_map(source) or mode != "constant" or len(around) > 4:
+        raise NotByRowsError(f"its padding ({mode}, {around}) is not one of constants around a map")
+    left, right, top, bottom = (*around, 0, 0, 0, 0)[:4]
+    return Pad(source, (left, right, top, bottom), float(given.get("value") or 0)), RowAxis(2, call.result.shape[2])
+
+
+def _interpolate(call: Call) -> Made:
+    given = call.named()
+    source, mode = given["input"], given["mode"]
+    sides = list(zip(call.result.shape[2:], source.shape[2:], strict=True))
+    factors = [new // old for new, old in sides]
+    if not is_map(source) or mode not in ("nearest", "nearest-exact") or any(new % old for new, old in sides):
+        raise NotByRowsError(f"it resizes by interpolate({mode!r}), not by a whole number and the nearest neighbour")
+    return Enlarge(source, (factors[0], factors[1])), RowAxis(2, call.result.shape[2])
+
+
+def _group_norm(call: Call) -> Made:
+    given = call.named("input", "num_groups", "weight", "bias", "eps")
+    source = given["input"]
+    if _axis(source).dim < 2 or source.shape[0] != 1:
+        raise NotByRowsError("its group_norm does not have the channels before the rows")
+    scale_and_shift = given.get("weight"), given.get("bias")
+    return GroupNorm(source, given["num_groups"], scale_and_shift, given.get("eps", 1e-5)), _axis(source)
+
+
+def _batch_norm(call: Call) -> Made:
+    given = call.named()
+    if given["training"] or given["running_mean"] is None:
+        raise NotByRowsError("its batch_norm takes statistics of the batch, as in training: call eval() on it")
+    return Local(F.batch_norm, call.arguments), _axis(given["input"])
+
+
+def _attention(call: Call) -> Made:
+    given = call.named("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    q, k, v = given["query"], given["key"], given["value"]
+    tokens = all(value.axis is not None and value.axis.dim == len(value.shape) - 2 for value in (q, k, v))
+    if not tokens or any(given.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
+        raise NotByRowsError("its attention has dropout, an order or grouped heads, or is not over pixels as tokens")
+    if given.get("attn_mask") is not None:
+        raise NotByRowsError("its attention has a mask")
+    return Attend(q, k, v, given.get("scale")), _axis(q)
+
+
+DIM_DEFAULTS = {"glu": -1, "cat": 0, "concat": 0, "concatenate": 0}
+ELEMENTWISE = """
+    add sub rsub mul div true_divide neg abs exp log sqrt rsqrt pow square reciprocal sin cos tanh sigmoid relu relu6
+    silu gelu elu celu selu leaky_relu hardtanh hardswish hardsigmoid softplus softsign mish logsigmoid clamp clamp_min
+    clamp_max clip lerp addcmul addcdiv where maximum minimum nan_to_num __add__ __radd__ __sub__ __rsub__ __mul__
+    __rmul__ __truediv__ __rtruediv__ __pow__ __neg__
+"""
+RULES: dict[str, Callable[[Call], Made]] = {
+    **dict.fromkeys(ELEMENTWISE.split(), _elementwise),
+    **dict.fromkeys("to type float half bfloat16 double type_as contiguous clone detach".split(), _cast),  # noqa: SIM905
+    **dict.fromkeys(("dropout", "dropout2d", "alpha_dropout", "feature_dropout"), _dropout),
+    **dict.fromkeys(("transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t"), _view),
+    **dict.fromkeys(("squeeze", "unsqueeze", "chunk", "split", "tensor_split", "unbind", "__getitem__"), _view),
+    **dict.fromkeys(("narrow", "select"), _view),
+    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"), _reshape),
+    **dict.fromkeys(("layer_norm", "rms_norm"), _norm_of_last),
+    **dict.fromkeys(("mean", "sum", "repeat_interleave", "softmax", *DIM_DEFAULTS), _along),
+    "linear": _linear,
+    "conv2d": _convolution,
+    "pad": _pad,
+    "interpolate": _interpolate,
+    "group_norm": _group_norm,
+    "batch_norm": _batch_norm,
+    "scaled_dot_product_attention": _attention,
+}

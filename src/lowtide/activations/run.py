@@ -1,0 +1,211 @@
+"""Run a schedule: pass by pass, band by band."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowtide.activations.graph import Attend, GroupNorm, Local, Span, Value, is_map
+from lowtide.activations.pages import Pages, RowStore
+from lowtide.activations.schedule import Pass, Schedule, attended, freed, height_within, overwritten
+from lowtide.ops.attention import OnlineSoftmax
+from lowtide.ops.statistics import ChannelStatistics
+
+RowSink = Callable[[int, torch.Tensor], None]
+"""Takes finished rows: the number of the first, and a map `[1, C, rows, W]`; from top to bottom, none twice."""
+
+Bands = dict[Value, tuple[torch.Tensor, Span]]
+
+
+@dataclass
+class Progress:
+    """How far a run is: bands done of all."""
+
+    done: int
+    total: int
+
+
+class Run:
+    """One run of a schedule over one input `[1, C, H, W]`."""
+
+    def __init__(self, module: nn.Module, schedule: Schedule, pages: Pages, work_bytes: int) -> None:
+        self.module = module
+        self.schedule = schedule
+        self.pages = pages
+        self.heights = [height_within(one, work_bytes) for one in schedule.passes]
+        self._stores: dict[Value, RowStore] = {}
+        self._statistics: dict[Value, ChannelStatistics] = {}
+        self._constants: dict[Value, torch.Tensor] = {}
+        self._affine: dict[Value, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._rooms: dict[Value, torch.Tensor] = {}
+
+    def __call__(self, x: torch.Tensor, write: RowSink, tell: Callable[[Progress], None] | None = None) -> None:
+        """Compute the output and hand it to `write`."""
+        self._x = x.contiguous(memory_format=torch.channels_last)
+        for value in self.schedule.input_norms:
+            self._statistics[value] = ChannelStatistics()
+            self._statistics[value].add(self._viewed(value, (0, x.shape[2])))
+        total = sum(-(-one.rows // height) for one, height in zip(self.schedule.passes, self.heights, strict=True))
+        done = 0
+        for one, height in zip(self.schedule.passes, self.heights, strict=True):
+            self._begin(one)
+            for first in range(0, one.rows, height):
+                self._band(one, (first, min(first + height, one.rows)), write)
+                done += 1
+                if tell is not None:
+                    tell(Progress(done, total))
+            self._end(one)
+
+    # ---- passes
+
+    def _begin(self, one: Pass) -> None:
+        for target in one.targets:
+            if target is not self.schedule.trace.output:
+                self._stores[target] = RowStore(self.pages, target.row_bytes)
+        self._statistics.update((value, ChannelStatistics()) for value in one.norms)
+
+    def _end(self, one: Pass) -> None:
+        for source in one.released:
+            if source in self._stores:
+                self._stores.pop(source).close()
+        for held in (self._constants, self._affine, self._rooms):
+            held.clear()
+
+    def _band(self, one: Pass, span: Span, write: RowSink) -> None:
+        spans, uses = one.spans(span), one.uses()
+        read = [source for source in one.sources if source in spans]
+        bands: Bands = {source: (self._read(source, spans[source]), spans[source]) for source in read}
+        self._let_go(one, spans, span)
+        for value in one.values:
+            bands[value] = (self._made(value, spans[value], bands, overwrite=overwritten(value, uses)), spans[value])
+            freed(value, uses)
+            for source in [source for source in bands if uses[source] == 0]:
+                del bands[source]
+        for value in one.norms:
+            self._statistics[value].add(bands[value][0])
+        for target in one.targets:
+            rows = bands[target][0].to(target.dtype)
+            if target is self.schedule.trace.output:
+                write(span[0], rows)
+            else:
+                self._stores[target].write(span[0], _flat(target, rows))
+
+    def _let_go(self, one: Pass, spans: dict[Value, Span], span: Span) -> None:
+        """Release the rows of sources that no later band of this pass, and no later pass, will read."""
+        whole = attended(one)
+        ahead = one.spans((span[1], span[1] + 1)) if span[1] < one.rows else {}
+        for source in one.released:
+            if source in self._stores and source in spans and source not in whole:
+                self._stores[source].release(ahead[source][0] if ahead else source.rows)
+
+    # ---- values
+
+    def _made(self, value: Value, span: Span, bands: Bands, *, overwrite: bool) -> torch.Tensor:
+        step = value.step
+        assert step is not None
+        given: list[torch.Tensor] = []
+        for source, wanted in zip(step.inputs, step.needs(span), strict=True):
+            band, has = bands[source]
+            given.append(source.part(band, has, (max(wanted[0], 0), max(min(wanted[1], source.rows), 0))))
+        if isinstance(step, GroupNorm):
+            return self._normed(value, step, given[0], overwrite=overwrite)
+        if isinstance(step, Attend):
+            return self._attended(step, given[0])
+        if overwrite and isinstance(step, Local):
+            return step.overwrite(given, self._constant)
+        return step.run(given, span, self._constant)
+
+    def _normed(self, value: Value, step: GroupNorm, x: torch.Tensor, *, overwrite: bool) -> torch.Tensor:
+        if value not in self._affine:
+            weight, bias = (None if one is None else self._constant(one) for one in (step.weight, step.bias))
+            statistics = self._statistics[step.inputs[0]]
+            shape = (1, -1, *[1] * (x.ndim - 2))
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            self._affine[value] = tuple(  # type: ignore[assignment]
+                one.to(dtype).view(shape) for one in statistics.scale_and_shift(step.groups, weight, bias, step.eps)
+            )
+        factor, term = self._affine[value]
+        if x.dtype == term.dtype:
+            return torch.addcmul(term, x, factor, out=x if overwrite else None)
+        strides = torch.empty_like(x, device="meta").stride()
+        wide = self._room(value, x.numel() * term.itemsize).view(term.dtype).as_strided(x.shape, strides)
+        return torch.addcmul(term, wide.copy_(x), factor, out=wide)
+
+    def _attended(self, step: Attend, query: torch.Tensor) -> torch.Tensor:
+        """All keys and values, a band of them at a time."""
+        softmax = OnlineSoftmax(query, step.scale)
+        rows, queries = step.key.rows, query.shape[-2]
+        assert step.key.axis is not None
+        height = max(1, queries // step.key.axis.width)
+        for first in range(0, rows, height):
+            span = (first, min(first + height, rows))
+            softmax.add(self._viewed(step.key, span), self._viewed(step.value, span))
+        return softmax.result()
+
+    def _viewed(self, value: Value, span: Span) -> torch.Tensor:
+        """Rows of a stored value, or of a view of one."""
+        if value.step is None or value in self._stores:
+            return self._read(value, span)
+        return value.step.run([self._viewed(value.step.inputs[0], span)], span, self._constant)
+
+    def _read(self, value: Value, span: Span) -> torch.Tensor:
+        """Rows of a stored value, in memory of their own."""
+        if value is self.schedule.trace.source:
+            return self._x[:, :, span[0] : span[1]].clone(memory_format=torch.channels_last)
+        flat = self._room(value, (span[1] - span[0]) * value.row_bytes)
+        self._stores[value].read(span, flat)
+        return _unflat(value, flat, span[1] - span[0])
+
+    def _room(self, value: Value, nbytes: int) -> torch.Tensor:
+        """Memory for a band, the same for all bands of a pass: new memory costs more time than what is put in it."""
+        if value not in self._rooms or self._rooms[value].numel() < nbytes:
+            self._rooms[value] = torch.empty(nbytes, dtype=torch.uint8, device=self._x.device)
+        return self._rooms[value][:nbytes]
+
+    def _constant(self, value: Value) -> torch.Tensor:
+        """A weight, or what is made of weights: read once a pass, so that it may rest in between."""
+        if value not in self._constants:
+            if value.slot is not None:
+                made = _copy(_slot(self.module, value.slot))
+            else:
+                assert value.step is not None
+                made = value.step.run([], (0, 0), self._constant)
+            self._constants[value] = made
+        return self._constants[value]
+
+
+def _slot(module: nn.Module, name: str) -> torch.Tensor:
+    owner, _, last = name.rpartition(".")
+    return getattr(module.get_submodule(owner), last)
+
+
+def _copy(weight: torch.Tensor) -> torch.Tensor:
+    """The weight for the length of a pass; it may rest elsewhere, and is asked for once."""
+    with torch.no_grad():
+        if weight.ndim == 4:
+            return weight.clone(memory_format=torch.channels_last).detach()
+        return weight.clone().detach()
+
+
+def _order(value: Value) -> list[int]:
+    """Dimensions as rows are stored: that of the rows first, those behind it, those before it."""
+    assert value.axis is not None
+    dim, ndim = value.axis.dim, len(value.shape)
+    return [0, 2, 3, 1] if is_map(value) else [*range(dim, ndim), *range(dim)]
+
+
+def _flat(value: Value, rows: torch.Tensor) -> torch.Tensor:
+    return rows.permute(_order(value)).contiguous().view(-1).view(torch.uint8)
+
+
+def _unflat(value: Value, flat: torch.Tensor, rows: int) -> torch.Tensor:
+    assert value.axis is not None
+    shape = list(value.shape)
+    shape[value.axis.dim] = rows * value.axis.width
+    order = _order(value)
+    stored = flat.view(value.dtype).view([shape[dim] for dim in order])
+    inverse = [order.index(dim) for dim in range(len(order))]
+    return stored.permute(inverse)

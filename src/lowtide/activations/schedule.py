@@ -1,0 +1,316 @@
+"""Plan a streamed run: which values are stored whole, in which passes they are made, and what that takes in bytes.
+
+Stored is what some step needs all of before its first row: what a group norm takes statistics of, keys and values. Also
+stored is a value between two convolutions, so that no row is convolved twice, and a narrower copy of a wide value that
+is needed again (a shortcut's convolution), so that the wide one can go. Everything else is made band by band. A pass
+makes one stored value, or several that need the same ones, from those stored before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from lowtide.activations.graph import (
+    Attend,
+    Convolution,
+    GroupNorm,
+    Linear,
+    Span,
+    Value,
+    inside,
+)
+from lowtide.activations.trace import Trace
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One sweep over the rows of `targets`, from `sources`; `values` are made on the way, in this order.
+
+    `norms` are the values of which statistics are taken, `released` the sources that nobody needs after this pass.
+    """
+
+    targets: tuple[Value, ...]
+    sources: tuple[Value, ...]
+    values: tuple[Value, ...]
+    norms: tuple[Value, ...]
+    released: tuple[Value, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the targets."""
+        return self.targets[0].rows
+
+    def spans(self, span: Span) -> dict[Value, Span]:
+        """The rows needed of every value for the rows `span` of the targets, sources included."""
+        needed = dict.fromkeys((*self.targets, *self.norms), span)
+        for value in reversed(self.values):
+            assert value.step is not None
+            for source, rows in zip(value.step.inputs, value.step.needs(needed[value]), strict=True):
+                wanted = inside(rows, source.rows)
+                known = needed.get(source, wanted)
+                needed[source] = (min(known[0], wanted[0]), max(known[1], wanted[1]))
+        return needed
+
+    def uses(self) -> dict[Value, int]:
+        """How often each value is needed within the pass."""
+        count = dict.fromkeys((*self.sources, *self.values), 0)
+        for value in self.values:
+            assert value.step is not None
+            for source in value.step.inputs:
+                count[source] += 1
+        for value in (*self.targets, *self.norms):
+            count[value] += 1
+        return count
+
+    def work_bytes(self, rows: int) -> int:
+        """Bytes of the bands alive at once, at most, for a band of so many rows in the middle."""
+        middle = max(0, (self.rows - rows) // 2)
+        spans, uses = self.spans((middle, min(self.rows, middle + rows))), self.uses()
+        sizes = {value: (span[1] - span[0]) * band_row_bytes(value) for value, span in spans.items()}
+        alive = peak = sum(sizes[source] for source in self.sources if source in sizes)
+        for value in self.values:
+            assert value.step is not None
+            made = 0 if value.step.is_view or overwritten(value, uses) else sizes[value]
+            peak = max(peak, alive + made + scratch_bytes(value, spans[value]))
+            alive += made - sum(sizes[one] for one in freed(value, uses))
+        return peak
+
+
+def overwritten(value: Value, uses: dict[Value, int]) -> bool:
+    """Whether the band of a value can take the place of its first input's, which nobody else needs any more."""
+    step = value.step
+    assert step is not None
+    if step.in_place is None or uses[step.inputs[0]] != 1:
+        return False
+    source = step.inputs[0].step
+    return source is None or not source.is_view
+
+
+def freed(value: Value, uses: dict[Value, int]) -> list[Value]:
+    """Count down the uses of a value's inputs now that it is made; those whose bands are needed no more.
+
+    The memory of a viewed band is counted as long as the pass goes on: views are few and small.
+    """
+    step = value.step
+    assert step is not None
+    took_over = overwritten(value, uses)
+    for source in step.inputs:
+        uses[source] -= 1
+    gone = [source for source in step.inputs if uses[source] == 0]
+    if took_over or step.is_view:
+        gone = [source for source in gone if source is not step.inputs[0]]
+    return [source for source in gone if source.step is None or not source.step.is_view]
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The passes of a run, in order, and the norms that need statistics of the input itself."""
+
+    trace: Trace
+    passes: tuple[Pass, ...]
+    input_norms: tuple[Value, ...]
+
+    def forecast(self, work_bytes: int, page_bytes: int = 0) -> tuple[int, int]:
+        """Bytes of rows stored at once and of bands at work, at most; rows leave as they are consumed.
+
+        Within a pass both change evenly, so the most is stored at its beginning or its end, give or take a band.
+        """
+        alive: dict[Value, int] = {}
+        stored = work = 0
+        for one in self.passes:
+            height = height_within(one, work_bytes)
+            work = max(work, one.work_bytes(height))
+            kept = [target for target in one.targets if target is not self.trace.output]
+            before = sum(alive.values())
+            alive.update((target, _nbytes(target)) for target in kept)
+            for source in one.released:
+                alive.pop(source, None)
+            band = sum(target.row_bytes * height for target in kept)
+            held = sum(alive.values()) if _frees_evenly(one) else before + sum(map(_nbytes, kept))
+            slack = band + page_bytes * (len(alive) + len(one.sources))
+            stored = max(stored, min(max(before, held) + slack, before + sum(map(_nbytes, kept)) + slack))
+        return stored, work
+
+
+def height_within(one: Pass, work_bytes: int) -> int:
+    """The most rows of a band that needs at most `work_bytes`, at least one."""
+    low, high = 1, one.rows
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one.work_bytes(middle) <= work_bytes else (low, middle - 1)
+    return low
+
+
+def attended(one: Pass) -> set[Value]:
+    """The stored keys and values of a pass: it needs all of them to its end."""
+    steps = [value.step for value in one.values if isinstance(value.step, Attend)]
+    return {root(part) for step in steps for part in (step.key, step.value)}
+
+
+def _frees_evenly(one: Pass) -> bool:
+    return not attended(one)
+
+
+def plan(trace: Trace) -> Schedule:
+    """The schedule of a traced network."""
+    order = _reaching(trace)
+    users = _users(order)
+    stored = _stored(order, users, trace)
+    passes: list[tuple[list[Value], tuple[Value, ...]]] = []
+    for target in (value for value in order if value in stored or value is trace.output):
+        sources = _sources(target, stored, trace.source)
+        if passes and passes[-1][1] == sources and passes[-1][0][0].rows == target.rows and target is not trace.output:
+            passes[-1][0].append(target)
+        else:
+            passes.append(([target], sources))
+    last = {source: place for place, (_, sources) in enumerate(passes) for source in sources}
+    norms = [value for value in order if isinstance(value.step, GroupNorm)]
+    made = tuple(
+        _pass(targets, sources, order, stored, norms, [source for source in sources if last[source] == place])
+        for place, (targets, sources) in enumerate(passes)
+    )
+    watched = tuple(norm.step.inputs[0] for norm in norms if norm.step and root(norm.step.inputs[0]) is trace.source)
+    return Schedule(trace, made, watched)
+
+
+def root(value: Value) -> Value:
+    """The value whose memory a view shows."""
+    while value.step is not None and value.step.is_view:
+        value = value.step.inputs[0]
+    return value
+
+
+def band_row_bytes(value: Value) -> int:
+    """Bytes of a row while it is worked on: what is normalised in half precision is so in single precision."""
+    widened = isinstance(value.step, GroupNorm) and value.dtype.itemsize < 4
+    return value.row_bytes * (2 if widened else 1)
+
+
+def scratch_bytes(value: Value, span: Span) -> int:
+    """Bytes that a step needs for itself: the scores of attention, and the sums, keys and values beside them."""
+    if not isinstance(value.step, Attend):
+        return 0
+    rows = span[1] - span[0]
+    queries, keys = rows * _width(value), rows * _width(value.step.key)
+    heads = value.shape[1] if len(value.shape) == 4 else 1
+    bands = rows * (value.row_bytes + value.step.key.row_bytes + value.step.value.row_bytes)
+    return 2 * heads * queries * keys * 4 + bands * 4 // value.dtype.itemsize
+
+
+def _width(value: Value) -> int:
+    assert value.axis is not None
+    return value.axis.width
+
+
+def _nbytes(value: Value) -> int:
+    return value.rows * value.row_bytes
+
+
+def _reaching(trace: Trace) -> list[Value]:
+    """The values with rows that the output is made of, in order, without the input."""
+    wanted = {trace.output}
+    for value in reversed(trace.values):
+        if value in wanted and value.step is not None:
+            wanted.update(_all_inputs(value))
+    return [value for value in trace.values if value in wanted and value.axis is not None and value.step is not None]
+
+
+def _all_inputs(value: Value) -> Iterator[Value]:
+    assert value.step is not None
+    yield from value.step.inputs
+    if isinstance(value.step, Attend):
+        yield from (value.step.key, value.step.value)
+
+
+def _users(order: Iterable[Value]) -> dict[Value, list[Value]]:
+    users: dict[Value, list[Value]] = {}
+    for value in order:
+        for source in _all_inputs(value):
+            users.setdefault(source, []).append(value)
+    return users
+
+
+def _stored(order: list[Value], users: dict[Value, list[Value]], trace: Trace) -> set[Value]:
+    stored: set[Value] = set()
+    for value in order:
+        if isinstance(value.step, GroupNorm):
+            stored.add(root(value.step.inputs[0]))
+        elif isinstance(value.step, Attend):
+            stored |= {root(value.step.key), root(value.step.value)}
+    stored.discard(trace.source)
+    while (cut := _next_cut(order, users, stored, trace)) is not None:
+        stored.add(cut)
+    for value in order:
+        if isinstance(value.step, Linear) and _is_narrower(value, stored) and value is not trace.output:
+            stored.add(value)
+    return stored
+
+
+def _is_narrower(value: Value, stored: set[Value]) -> bool:
+    """Whether a stored value, needed for nothing but this later on, can go when this is kept in its place."""
+    assert value.step is not None
+    source = root(value.step.inputs[0])
+    return source in stored and _nbytes(value) < _nbytes(source)
+
+
+def _next_cut(order: list[Value], users: dict[Value, list[Value]], stored: set[Value], trace: Trace) -> Value | None:
+    """A value that must be stored too, so that no convolution or attention is computed twice for a row."""
+    costly: set[Value] = set()
+    for value in order:
+        step = value.step
+        assert step is not None
+        behind = [source for source in step.inputs if source in costly and source not in stored]
+        if step.halo and behind:
+            return _narrowest(behind[0], costly, stored)
+        if behind or isinstance(step, (Convolution, Attend)):
+            costly.add(value)
+            if len(users.get(value, ())) > 1 and value not in stored and value is not trace.output:
+                return value
+    return None
+
+
+def _narrowest(value: Value, costly: set[Value], stored: set[Value]) -> Value:
+    """The smallest value on the way from `value` back to the step whose work must not be done again."""
+    best = root(value)
+    while value.step is not None and len(value.step.inputs) == 1 and value.step.inputs[0] in costly - stored:
+        if isinstance(value.step, (Convolution, Attend)):
+            break
+        value = value.step.inputs[0]
+        if _nbytes(value) < _nbytes(best):
+            best = root(value)
+    return best
+
+
+def _sources(target: Value, stored: set[Value], source: Value) -> tuple[Value, ...]:
+    """The stored values (and the input) from which `target` is made, in a fixed order."""
+    found: dict[Value, None] = {}
+    todo, seen = list(_all_inputs(target)), set()
+    while todo:
+        value = todo.pop(0)
+        if value in seen:
+            continue
+        seen.add(value)
+        if value in stored or value is source:
+            found[value] = None
+        else:
+            todo.extend(_all_inputs(value))
+    return tuple(found)
+
+
+def _pass(
+    targets: list[Value],
+    sources: tuple[Value, ...],
+    order: list[Value],
+    stored: set[Value],
+    norms: list[Value],
+    released: list[Value],
+) -> Pass:
+    watched = [norm.step.inputs[0] for norm in norms if norm.step and root(norm.step.inputs[0]) in targets]
+    wanted = {*targets, *watched}
+    for value in reversed(order):
+        if value in wanted and (value in targets or value not in stored):
+            assert value.step is not None
+            wanted.update(value.step.inputs)
+    values = tuple(value for value in order if value in wanted and (value in targets or value not in stored))
+    return Pass(tuple(targets), sources, values, tuple(dict.fromkeys(watched)), tuple(released))

@@ -1,0 +1,130 @@
+"""Write down what a network does to one picture, without its weights and without computing anything.
+
+A copy of the module on the meta device is called once under a mode that sees every function of PyTorch. Shapes are
+real there, so code that looks at them works; code that looks at values does not, and is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from lowtide.activations.graph import Local, RowAxis, Value, holds
+from lowtide.activations.rules import Call, NotByRowsError, made_by, picking
+from lowtide.ops.attention import AttentionBackend
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A network's input, its output, and all values between them, each after those that it is made of."""
+
+    source: Value
+    output: Value
+    values: tuple[Value, ...]
+
+
+def trace(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: Any = (), kwargs: Any = None) -> Trace:
+    """Trace `module(x, *args, **kwargs)` for a map x `[1, C, H, W]`; raises `NotByRowsError` for what has no rows."""
+    skeleton, slots = _on_meta(module)
+    recorder = _Recorder(slots)
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    source = recorder.know(x, Value(shape, dtype, RowAxis(2, shape[2])))
+    call = type(skeleton).forward.__get__(skeleton)  # not the one that streams rows
+    try:
+        with torch.no_grad(), recorder:
+            result = call(x, *args, **(kwargs or {}))
+    except NotByRowsError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise NotByRowsError(f"it looks at values, or cannot take this input ({str(error).splitlines()[0]})") from error
+    output = recorder.value_of(result) if isinstance(result, torch.Tensor) else None
+    if output is None or output.axis is None or len(output.shape) != 4:
+        raise NotByRowsError(f"it returns a {type(result).__name__}, not one map made of its input")
+    return Trace(source, output, tuple(recorder.values))
+
+
+def _on_meta(module: nn.Module) -> tuple[nn.Module, dict[int, tuple[torch.Tensor, str]]]:
+    """A copy of a module with weights on meta, and the weights by `id` with their names."""
+    memo: dict[int, Any] = {id(module.__dict__["forward"]): None} if "forward" in module.__dict__ else {}
+    slots: dict[int, tuple[torch.Tensor, str]] = {}
+    for prefix, owner in module.named_modules():
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is not None and id(tensor) not in memo:
+                twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                memo[id(tensor)] = nn.Parameter(twin, requires_grad=False) if name in owner._parameters else twin
+                slots[id(memo[id(tensor)])] = (memo[id(tensor)], f"{prefix}.{name}" if prefix else name)
+    skeleton = copy.deepcopy(module, memo)
+    for part in skeleton.modules():
+        if hasattr(part, "attention_backend"):
+            part.__dict__["attention_backend"] = AttentionBackend()  # the one that shows as a single function
+    return skeleton, slots
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes each function that is called on a known tensor, as the step that makes a new value."""
+
+    def __init__(self, slots: dict[int, tuple[torch.Tensor, str]]) -> None:
+        super().__init__()
+        self.values: list[Value] = []
+        self._known: dict[int, tuple[torch.Tensor, Value]] = {}  # the tensors are kept, so that no id is used again
+        for tensor, name in slots.values():
+            self.know(tensor, Value(tuple(tensor.shape), tensor.dtype, slot=name))
+
+    def know(self, tensor: torch.Tensor, value: Value) -> Value:
+        """Remember what a tensor is."""
+        self._known[id(tensor)] = (tensor, value)
+        self.values.append(value)
+        return value
+
+    def value_of(self, tensor: torch.Tensor) -> Value | None:
+        """What a tensor is, if it was made of the input or of weights."""
+        return self._known[id(tensor)][1] if id(tensor) in self._known else None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        outputs = list(result) if isinstance(result, (tuple, list)) else [result]
+        seen: list[Value] = []
+        if not any(isinstance(one, torch.Tensor) for one in outputs) or func.__name__ == "__get__":
+            return result
+        if args and result is args[0] and not _is_in_place(func, kwargs):
+            return result
+        named = tree_map_only(torch.Tensor, lambda tensor: self._named(tensor, seen, func), (args, kwargs))
+        if not seen:
+            return result
+        for place, output in enumerate(outputs):
+            self._note(func, named, output, place if isinstance(result, (tuple, list)) else None)
+        return result
+
+    def _named(self, tensor: torch.Tensor, seen: list[Value], func: Callable[..., Any]) -> Any:
+        value = self.value_of(tensor)
+        if value is None:
+            # Of neither the input nor a weight: a table of numbers made on the way, which no band would fit.
+            raise NotByRowsError(f"it makes a tensor {list(tensor.shape)} of its own for {func.__name__}")
+        seen.append(value)
+        return value
+
+    def _note(self, func: Callable[..., Any], named: Any, output: torch.Tensor, pick: int | None) -> None:
+        if id(output) in self._known and self._is_shared(output):
+            raise NotByRowsError(f"it writes to a tensor that others share, in {func.__name__}")
+        args, kwargs = named
+        if any(value.axis is not None for value in holds(named)):
+            step, axis = made_by(Call(func, args, kwargs, output, pick))
+        else:
+            step, axis = Local(picking(func, pick), named), None
+        self.know(output, Value(tuple(output.shape), output.dtype, axis, step))
+
+    def _is_shared(self, tensor: torch.Tensor) -> bool:
+        return tensor._base is not None or any(other._base is tensor for other, _ in self._known.values())
+
+
+def _is_in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    name = func.__name__
+    return kwargs.get("inplace", False) or (name.endswith("_") and not name.startswith("__")) or name.startswith("__i")

@@ -1,0 +1,106 @@
+"""Decoded pictures on their way to files, rows at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lowtide.pictures import PictureFile, PngWriter
+from lowtide.pipelines.outputs import to_unit_range
+
+OutputPath = str | os.PathLike[str] | PictureFile
+THUMBNAIL_SIDE = 512
+"""The shorter side, at least, of the small copy that a safety checker sees of a picture in a file."""
+
+
+def picture_files(output_path: OutputPath | Sequence[OutputPath] | None, count: int) -> list[PictureFile]:
+    """One file for each of `count` pictures: as named, or numbered from one name, or new names in the current folder.
+
+    Raises `ValueError` for names that do not fit, and `OSError` where no file can be made.
+    """
+    if isinstance(output_path, Sequence) and not isinstance(output_path, str):
+        files = [_file(one) for one in output_path]
+        if len(files) != count:
+            raise ValueError(f"{len(files)} output paths for {count} pictures: give one for each, or one for all.")
+    else:
+        files = _numbered(_file("picture.png") if output_path is None else _file(output_path), count)
+        if output_path is None:
+            files = [PictureFile(_fresh(file.path), file.text) for file in files]
+    if len({file.path for file in files}) < count:
+        raise ValueError("Two pictures cannot have one output path.")
+    for file in files:
+        file.path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(file.path.parent, os.W_OK):
+            raise PermissionError(f"Nothing can be written in {file.path.parent}. Give another output_path.")
+    return files
+
+
+def _file(path: OutputPath) -> PictureFile:
+    return path if isinstance(path, PictureFile) else PictureFile(Path(os.fspath(path)).expanduser())
+
+
+def _numbered(file: PictureFile, count: int) -> list[PictureFile]:
+    if count == 1:
+        return [file]
+    return [PictureFile(file.path.with_stem(f"{file.path.stem}-{n}"), file.text) for n in range(1, count + 1)]
+
+
+def _fresh(path: Path) -> Path:
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    return candidate
+
+
+def write_picture(
+    file: PictureFile,
+    width: int,
+    height: int,
+    produce: Callable[[Callable[[int, torch.Tensor], None]], None],
+    is_unsafe: Callable[[torch.Tensor], bool] | None,
+) -> bool:
+    """Write what `produce` decodes, maps `[1, 3, rows, W]` in [-1, 1]; whether it was found unsafe, and is black.
+
+    `is_unsafe` is asked about a small copy `[1, 3, h, w]` in [0, 1].
+    """
+    small = None if is_unsafe is None else _Thumbnail(width, height)
+    with PngWriter(file, width, height) as png:
+
+        def write(first: int, rows: torch.Tensor) -> None:
+            pixels_HW3 = to_unit_range(rows)[0].permute(1, 2, 0).float().cpu().numpy()
+            png.write((pixels_HW3 * 255).round().astype(np.uint8))
+            if small is not None:
+                small.add(first, pixels_HW3)
+
+        produce(write)
+        unsafe = small is not None and is_unsafe is not None and is_unsafe(small.picture())
+        if unsafe:
+            png.restart()
+            for first in range(0, height, 64):
+                png.write(np.zeros((min(64, height - first), width, 3), dtype=np.uint8))
+    return unsafe
+
+
+class _Thumbnail:
+    """A small copy of a picture: means over squares."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self._factor = max(1, min(width, height) // THUMBNAIL_SIDE)
+        self._sums = np.zeros((-(-height // self._factor), -(-width // self._factor), 3), dtype=np.float32)
+        self._counts = np.zeros_like(self._sums[..., :1])
+
+    def add(self, first: int, pixels_HW3: np.ndarray) -> None:
+        columns = np.arange(0, pixels_HW3.shape[1], self._factor)
+        sums = np.add.reduceat(pixels_HW3, columns, axis=1)
+        widths = np.diff([*columns, pixels_HW3.shape[1]])[:, None]
+        for row, line in enumerate(sums, start=first):
+            self._sums[row // self._factor] += line
+            self._counts[row // self._factor] += widths
+
+    def picture(self) -> torch.Tensor:
+        return torch.from_numpy(self._sums / self._counts).permute(2, 0, 1)[None]

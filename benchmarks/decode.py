@@ -176,8 +176,8 @@ def write(results: dict[str, dict[str, list[dict[str, Any]]]], options: argparse
     lines = [
         f"# Decoding: the autoencoder of Stable Diffusion's shapes, {options.dtype}, CPU",
         "",
-        f"Runs of each row in turn ({options.rounds}), each in a fresh process; median (min to max). Memory in MB of 10^6 "
-        "bytes, above what was held before. The other figures are explained in benchmarks/decode.py.",
+        f"Runs of each row in turn ({options.rounds}), each in a fresh process; median (min to max). Memory in MB of "
+        "10^6 bytes, above what was held before. The other figures are explained in benchmarks/decode.py.",
         "",
     ]
     for size, rows in results.items():

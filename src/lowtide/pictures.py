@@ -35,6 +35,20 @@ class PictureFile:
             raise ValueError(f"{self.path}: pictures are written as PNG. Give a name that ends in .png.")
 
 
+def fresh_path(path: Path) -> Path:
+    """The path itself, or the first one with a number that is not taken."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    return candidate
+
+
+def numbered_paths(path: Path, count: int) -> list[Path]:
+    """One path, or so many with numbers from 1."""
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{n}") for n in range(1, count + 1)]
+
+
 class PngWriter:
     """Write one PNG, band by band from top to bottom: `with PngWriter(file, width, height) as png: png.write(rows)`.
 

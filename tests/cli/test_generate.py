@@ -4,6 +4,7 @@ import os
 import stat
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from lowtide.cli import generate as command
 from lowtide.cli import request as requests
 from lowtide.cli.app import app
+from lowtide.pictures import PngWriter
 from lowtide.stages import Stages
 
 PROMPT = "a red sailboat at sunset"
@@ -26,6 +28,7 @@ class FakePipeline:
         self.disabled = None
         self.flagged = None
         self.fail_with = None
+        self.tiling = None
 
     def set_progress_bar_config(self, *, disable):
         self.disabled = disable
@@ -38,8 +41,17 @@ class FakePipeline:
             for _ in range(arguments["num_inference_steps"]):
                 stage.advance()
         grey = int(arguments["generator"][0].initial_seed() % 256)
-        size = (arguments["width"] or 64, arguments["height"] or 64)
-        return SimpleNamespace(images=[Image.new("RGB", size, (grey,) * 3)], nsfw_content_detected=self.flagged)
+        width, height = arguments["width"] or 64, arguments["height"] or 64
+        assert arguments["output_type"] == "file"
+        with PngWriter(arguments["output_path"], width, height) as png:
+            png.write(np.full((height, width, 3), grey, dtype=np.uint8))
+        return SimpleNamespace(images=[arguments["output_path"].path], nsfw_content_detected=self.flagged)
+
+    def image_size(self, height, width):
+        return 64, 64
+
+    def enable_vae_tiling(self, mode="blended"):
+        self.tiling = mode
 
 
 @pytest.fixture
@@ -144,6 +156,22 @@ def test_a_blacked_out_picture_is_told(pipe):
 
 
 @pytest.mark.parametrize(
+    ("options", "tiling"),
+    [
+        ("", None),
+        ("--size 512", None),
+        ("--size 520x512", "exact"),
+        ("--size 2048 --decode whole", None),
+        ("--decode exact", "exact"),
+        ("--size 1024 --decode blended", "blended"),
+    ],
+)
+def test_large_pictures_are_decoded_row_by_row_unless_asked_otherwise(pipe, options, tiling):
+    assert lowtide(PROMPT, "--out", "x.png", *options.split()).exit_code == 0
+    assert pipe.tiling == tiling
+
+
+@pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["", "--seed", "1"], "prompt is empty"),
@@ -163,6 +191,7 @@ def test_a_blacked_out_picture_is_told(pipe):
         ([PROMPT, "--guidance", "-1"], "7.5 is usual"),
         ([PROMPT, "--dtype", "float8"], "bfloat16"),
         ([PROMPT, "--scheduler", "lms"], "unipc"),
+        ([PROMPT, "--decode", "tiles"], "blended"),
         ([PROMPT, "--device", "tpu"], "auto, cpu, cuda"),
         ([PROMPT, "--device", "cuda:99"], "doctor"),
         ([PROMPT, "--model", "./nope"], "no such folder"),
@@ -214,11 +243,10 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_nothing_half(pipe):
 def test_a_failed_write_leaves_the_old_picture_and_no_temporary_file(pipe, monkeypatch):
     assert lowtide(PROMPT, "--seed", "1", "--out", "x.png").exit_code == 0
 
-    def half_a_save(self, path, **_):
-        path.write_bytes(b"half")
+    def half_a_save(self, content, **_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", half_a_save)
+    monkeypatch.setattr(PngWriter, "_data", half_a_save)
     result = lowtide(PROMPT, "--seed", "2", "--out", "x.png")
     assert result.exit_code == 1
     assert "No space left" in result.stderr

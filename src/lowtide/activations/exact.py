@@ -94,14 +94,15 @@ class RowStreaming:
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module's output for maps `[B, C, H, W]`, one picture at a time."""
+        if x.shape[0] == 0:
+            raise ValueError(f"There is no picture in a batch {list(x.shape)}.")
         output: torch.Tensor | None = None
         for place, one in enumerate(x.split(1)):
             schedule = self.schedule(one, args, kwargs)
             if output is None:
                 output = x.new_empty((len(x), *schedule.trace.output.shape[1:]), dtype=schedule.trace.output.dtype)
             self._run(one, schedule, functools.partial(_put, output[place : place + 1]))
-        if output is None:
-            raise ValueError(f"There is no picture in a batch {list(x.shape)}.")
+        assert output is not None
         return output
 
     def __getstate__(self) -> dict[str, Any]:

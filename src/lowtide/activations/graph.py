@@ -51,6 +51,13 @@ class Value:
         """Bytes of one row."""
         return math.prod(self.shape) * self.dtype.itemsize // self.rows
 
+    def rows_shape(self, rows: int) -> list[int]:
+        """The shape of a band of so many rows."""
+        assert self.axis is not None
+        shape = list(self.shape)
+        shape[self.axis.dim] = rows * self.axis.width
+        return shape
+
     def part(self, band: torch.Tensor, has: Span, wants: Span) -> torch.Tensor:
         """The rows `wants` of a band that has the rows `has`."""
         assert self.axis is not None
@@ -279,6 +286,13 @@ class Attend(Step):
 def missing(span: Span, rows: int) -> Span:
     """How many of the rows `span` lie above and below a map of so many rows."""
     return max(0, min(0, span[1]) - span[0]), max(0, span[1] - max(rows, span[0]))
+
+
+def union(one: Span, other: Span) -> Span:
+    """The rows of both spans and those between them."""
+    if one[0] == one[1] or other[0] == other[1]:
+        return other if one[0] == one[1] else one
+    return min(one[0], other[0]), max(one[1], other[1])
 
 
 def inside(span: Span, rows: int) -> Span:

@@ -95,11 +95,16 @@ class FilePages(_Numbers):
 
     def __init__(self, page_bytes: int, folder: str | None) -> None:
         super().__init__(page_bytes)
-        self._file = SpillFile(Path(folder or tempfile.gettempdir()))
+        self._folder = Path(folder or tempfile.gettempdir())
+        self._file = SpillFile(self._folder)
 
     def write(self, page: int, start: int, content: torch.Tensor) -> None:
         """Write flat uint8 bytes into a page from `start` on."""
-        self._file.put(content.cpu(), page * self.page_bytes + start)
+        try:
+            self._file.put(content.cpu(), page * self.page_bytes + start)
+        except OSError as error:
+            reason = f"{error.strerror}. Choose another folder, a smaller picture, or half precision."
+            raise OSError(error.errno, f"Rows cannot be written to {self._folder}: {reason}") from error
 
     def read(self, page: int, start: int, target: torch.Tensor) -> None:
         """Fill a flat uint8 tensor with the bytes of a page from `start` on."""

@@ -31,6 +31,8 @@ from lowtide.activations.graph import (
 )
 
 Made = tuple[Step, RowAxis]
+TELLING_STRIDE = 1_000_003
+"""A prime, so that no size times another stride is the same."""
 
 
 class NotByRowsError(ValueError):
@@ -142,13 +144,16 @@ def _view(call: Call) -> Made:
     """A function that chooses and reorders dimensions: a tensor whose strides tell its dimensions apart shows how."""
     source = call.first
     axis = _axis(source)
-    strides = [7 ** (place + 2) for place in range(len(source.shape))]
-    probe = torch.empty_strided(source.shape, strides, dtype=source.dtype, device="meta")
+    strides = [2**place for place in range(len(source.shape))]
+    strides[axis.dim] = TELLING_STRIDE
+    shape = list(source.shape)
+    shape[axis.dim] = max(2, shape[axis.dim])
+    probe = torch.empty_strided(shape, strides, dtype=source.dtype, device="meta")
     func = picking(call.func, call.pick)
     with torch.no_grad():
         seen = func(probe, *call.args[1:], **call.kwargs)
-    dims = [dim for dim in range(seen.ndim) if seen.stride(dim) == strides[axis.dim]]
-    if len(dims) != 1 or seen.shape[dims[0]] != source.shape[axis.dim]:
+    dims = [dim for dim in range(seen.ndim) if seen.stride(dim) == TELLING_STRIDE]
+    if len(dims) != 1 or seen.shape[dims[0]] != shape[axis.dim] or seen.ndim != call.result.ndim:
         raise NotByRowsError(f"it takes rows apart in {call.name}")
     return Local(func, call.arguments, is_view=True), RowAxis(dims[0], axis.count, axis.width)
 
@@ -157,12 +162,16 @@ def _reshape(call: Call) -> Made:
     source, shape = call.first, tuple(call.result.shape)
     axis = _axis(source)
     before, entries = math.prod(source.shape[: axis.dim]), 1
+    found: list[RowAxis] = []
     for dim, size in enumerate(shape):
         if entries == before and size % axis.count == 0 and size >= axis.count:
-            found = RowAxis(dim, axis.count, size // axis.count)
-            return Reshape(source, shape, found), found
+            found.append(RowAxis(dim, axis.count, size // axis.count))
         entries *= size
-    raise NotByRowsError(f"it mixes rows with other dimensions in {call.name}")
+    if not found:
+        raise NotByRowsError(f"it mixes rows with other dimensions in {call.name}")
+    as_map = RowAxis(2, axis.count)  # dimensions of one entry leave a choice
+    chosen = as_map if len(shape) == 4 and as_map in found else found[-1]
+    return Reshape(source, shape, chosen), chosen
 
 
 # ---- functions along dimensions that are not the rows'

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lowtide.activations.graph import Attend, GroupNorm, Local, Span, Value, is_map
+from lowtide.activations.graph import Attend, GroupNorm, Local, Span, Value, inside, is_map
 from lowtide.activations.pages import Pages, RowStore
 from lowtide.activations.schedule import Pass, Schedule, attended, freed, height_within, overwritten
 from lowtide.ops.attention import OnlineSoftmax
@@ -40,14 +40,14 @@ class Run:
         self._statistics: dict[Value, ChannelStatistics] = {}
         self._constants: dict[Value, torch.Tensor] = {}
         self._affine: dict[Value, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._rooms: dict[Value, torch.Tensor] = {}
+        self._rooms: dict[tuple[Value, str], torch.Tensor] = {}
 
     def __call__(self, x: torch.Tensor, write: RowSink, tell: Callable[[Progress], None] | None = None) -> None:
         """Compute the output and hand it to `write`."""
         self._x = x.contiguous(memory_format=torch.channels_last)
         for value in self.schedule.input_norms:
             self._statistics[value] = ChannelStatistics()
-            self._statistics[value].add(self._viewed(value, (0, x.shape[2])))
+            self._statistics[value].add(self._viewed(value, (0, x.shape[2]), "statistics"))
         total = sum(-(-one.rows // height) for one, height in zip(self.schedule.passes, self.heights, strict=True))
         done = 0
         for one, height in zip(self.schedule.passes, self.heights, strict=True):
@@ -106,10 +106,12 @@ class Run:
     def _made(self, value: Value, span: Span, bands: Bands, *, overwrite: bool) -> torch.Tensor:
         step = value.step
         assert step is not None
+        if span[0] == span[1]:
+            return self._x.new_empty(value.rows_shape(0), dtype=value.dtype)
         given: list[torch.Tensor] = []
         for source, wanted in zip(step.inputs, step.needs(span), strict=True):
             band, has = bands[source]
-            given.append(source.part(band, has, (max(wanted[0], 0), max(min(wanted[1], source.rows), 0))))
+            given.append(source.part(band, has, inside(wanted, source.rows)))
         if isinstance(step, GroupNorm):
             return self._normed(value, step, given[0], overwrite=overwrite)
         if isinstance(step, Attend):
@@ -131,7 +133,7 @@ class Run:
         if x.dtype == term.dtype:
             return torch.addcmul(term, x, factor, out=x if overwrite else None)
         strides = torch.empty_like(x, device="meta").stride()
-        wide = self._room(value, x.numel() * term.itemsize).view(term.dtype).as_strided(x.shape, strides)
+        wide = self._room((value, "wide"), x.numel() * term.itemsize).view(term.dtype).as_strided(x.shape, strides)
         return torch.addcmul(term, wide.copy_(x), factor, out=wide)
 
     def _attended(self, step: Attend, query: torch.Tensor) -> torch.Tensor:
@@ -142,28 +144,28 @@ class Run:
         height = max(1, queries // step.key.axis.width)
         for first in range(0, rows, height):
             span = (first, min(first + height, rows))
-            softmax.add(self._viewed(step.key, span), self._viewed(step.value, span))
+            softmax.add(self._viewed(step.key, span, "key"), self._viewed(step.value, span, "value"))
         return softmax.result()
 
-    def _viewed(self, value: Value, span: Span) -> torch.Tensor:
+    def _viewed(self, value: Value, span: Span, purpose: str) -> torch.Tensor:
         """Rows of a stored value, or of a view of one."""
         if value.step is None or value in self._stores:
-            return self._read(value, span)
-        return value.step.run([self._viewed(value.step.inputs[0], span)], span, self._constant)
+            return self._read(value, span, purpose)
+        return value.step.run([self._viewed(value.step.inputs[0], span, purpose)], span, self._constant)
 
-    def _read(self, value: Value, span: Span) -> torch.Tensor:
-        """Rows of a stored value, in memory of their own."""
+    def _read(self, value: Value, span: Span, purpose: str = "band") -> torch.Tensor:
+        """Rows of a stored value, in memory that serves one purpose."""
         if value is self.schedule.trace.source:
             return self._x[:, :, span[0] : span[1]].clone(memory_format=torch.channels_last)
-        flat = self._room(value, (span[1] - span[0]) * value.row_bytes)
+        flat = self._room((value, purpose), (span[1] - span[0]) * value.row_bytes)
         self._stores[value].read(span, flat)
         return _unflat(value, flat, span[1] - span[0])
 
-    def _room(self, value: Value, nbytes: int) -> torch.Tensor:
+    def _room(self, what: tuple[Value, str], nbytes: int) -> torch.Tensor:
         """Memory for a band, the same for all bands of a pass: new memory costs more time than what is put in it."""
-        if value not in self._rooms or self._rooms[value].numel() < nbytes:
-            self._rooms[value] = torch.empty(nbytes, dtype=torch.uint8, device=self._x.device)
-        return self._rooms[value][:nbytes]
+        if what not in self._rooms or self._rooms[what].numel() < nbytes:
+            self._rooms[what] = torch.empty(nbytes, dtype=torch.uint8, device=self._x.device)
+        return self._rooms[what][:nbytes]
 
     def _constant(self, value: Value) -> torch.Tensor:
         """A weight, or what is made of weights: read once a pass, so that it may rest in between."""
@@ -202,10 +204,7 @@ def _flat(value: Value, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _unflat(value: Value, flat: torch.Tensor, rows: int) -> torch.Tensor:
-    assert value.axis is not None
-    shape = list(value.shape)
-    shape[value.axis.dim] = rows * value.axis.width
-    order = _order(value)
+    shape, order = value.rows_shape(rows), _order(value)
     stored = flat.view(value.dtype).view([shape[dim] for dim in order])
     inverse = [order.index(dim) for dim in range(len(order))]
     return stored.permute(inverse)

@@ -19,6 +19,7 @@ from lowtide.activations.graph import (
     Span,
     Value,
     inside,
+    union,
 )
 from lowtide.activations.trace import Trace
 
@@ -48,9 +49,14 @@ class Pass:
             assert value.step is not None
             for source, rows in zip(value.step.inputs, value.step.needs(needed[value]), strict=True):
                 wanted = inside(rows, source.rows)
-                known = needed.get(source, wanted)
-                needed[source] = (min(known[0], wanted[0]), max(known[1], wanted[1]))
+                needed[source] = union(needed.get(source, wanted), wanted)
         return needed
+
+    def lag(self, source: Value) -> int:
+        """How many rows of a source one row of the targets needs: they stay while the rows after it are made."""
+        middle = self.rows // 2
+        first, last = self.spans((middle, middle + 1)).get(source, (0, 0))
+        return last - first
 
     def uses(self) -> dict[Value, int]:
         """How often each value is needed within the pass."""
@@ -114,22 +120,24 @@ class Schedule:
     def forecast(self, work_bytes: int, page_bytes: int = 0) -> tuple[int, int]:
         """Bytes of rows stored at once and of bands at work, at most; rows leave as they are consumed.
 
-        Within a pass both change evenly, so the most is stored at its beginning or its end, give or take a band.
+        Within a pass both change evenly, so the most is stored at its beginning or its end, give or take a band, the
+        rows around it that are needed again, and pages that are not full.
         """
         alive: dict[Value, int] = {}
         stored = work = 0
         for one in self.passes:
             height = height_within(one, work_bytes)
             work = max(work, one.work_bytes(height))
-            kept = [target for target in one.targets if target is not self.trace.output]
-            before = sum(alive.values())
-            alive.update((target, _nbytes(target)) for target in kept)
-            for source in one.released:
-                alive.pop(source, None)
-            band = sum(target.row_bytes * height for target in kept)
-            held = sum(alive.values()) if _frees_evenly(one) else before + sum(map(_nbytes, kept))
-            slack = band + page_bytes * (len(alive) + len(one.sources))
-            stored = max(stored, min(max(before, held) + slack, before + sum(map(_nbytes, kept)) + slack))
+            kept = {target: _nbytes(target) for target in one.targets if target is not self.trace.output}
+            leaving = [source for source in one.released if source in alive]
+            before, all_together = sum(alive.values()), sum({**alive, **kept}.values())
+            slack = page_bytes * (len({*alive, *kept}) + len(leaving)) + height * sum(t.row_bytes for t in kept)
+            slack += sum(one.lag(source) * source.row_bytes for source in leaving)
+            alive.update(kept)
+            for source in leaving:
+                del alive[source]
+            after = all_together if attended(one) else sum(alive.values())
+            stored = max(stored, min(all_together + page_bytes * len({*alive, *leaving}), max(before, after) + slack))
         return stored, work
 
 
@@ -146,10 +154,6 @@ def attended(one: Pass) -> set[Value]:
     """The stored keys and values of a pass: it needs all of them to its end."""
     steps = [value.step for value in one.values if isinstance(value.step, Attend)]
     return {root(part) for step in steps for part in (step.key, step.value)}
-
-
-def _frees_evenly(one: Pass) -> bool:
-    return not attended(one)
 
 
 def plan(trace: Trace) -> Schedule:

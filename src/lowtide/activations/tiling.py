@@ -89,6 +89,7 @@ def sliced(network: Network, x: torch.Tensor) -> torch.Tensor:
         if out is None:
             out = result.new_empty((len(x), *result.shape[1:]))
         out[place] = result[0]
+        del result  # else it would be alive beside the next one
     assert out is not None, "an empty batch"
     return out
 

@@ -54,7 +54,8 @@ def _message(error: Exception) -> str:
     if isinstance(error, InputError):
         return str(error)
     if _is_out_of_memory(error):
-        return f"{_first_line(error)}\nTry a smaller --size, or --dtype bfloat16: it halves the memory of float32."
+        advice = "Try a smaller --size, --offload block, or --dtype bfloat16, which halves the memory of float32."
+        return f"{_first_line(error)}\n{advice}"
     if isinstance(error, ValueError | OSError):
         return str(error) or type(error).__name__
     return f"{type(error).__name__}: {_first_line(error)}\n{_DEBUG_HINT}"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 import lowtide
 from lowtide.cli.errors import InputError, reported, tell
-from lowtide.cli.pictures import picture_paths, prepare_folders, save_png
-from lowtide.cli.request import DType, Offload, Request, SchedulerName, parse_size, resolve_model, seeds_from
+from lowtide.cli.pictures import picture_paths, prepare_folders
+from lowtide.cli.request import Decode, DType, Offload, Request, SchedulerName, parse_size, resolve_model, seeds_from
+from lowtide.pictures import PictureFile
 from lowtide.stages import Stages
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from lowtide.pipelines.outputs import StableDiffusionPipelineOutput
     from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
 
+WHOLE_UP_TO = 512 * 512
+"""Pixels of a picture that is decoded whole where nothing else is asked for."""
 _SCHEDULERS = {
     SchedulerName.DDIM: "DDIMScheduler",
     SchedulerName.PNDM: "PNDMScheduler",
@@ -65,6 +68,10 @@ def generate(
         Offload,
         typer.Option(metavar="NAME", help="Keep weights on disk or the host until needed: model, block, leaf; none."),
     ] = Offload.NONE,
+    decode: Annotated[
+        Decode,
+        typer.Option(metavar="NAME", help="whole, exact (by rows, the same picture), blended (tiles); auto chooses."),
+    ] = Decode.AUTO,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="LOWTIDE_DEBUG", help="Show tracebacks.", show_envvar=False)
     ] = False,
@@ -89,13 +96,14 @@ def generate(
             scheduler=scheduler,
             variant=variant,
             offload=offload,
+            decode=decode,
             model=resolve_model(model),
         )
         run(request)
 
 
 def run(request: Request) -> None:
-    """Load the model, make the pictures and save each as soon as it is made; then say what it took."""
+    """Load the model and make the pictures, each written as it is decoded; then say what it took."""
     from lowtide.memory import Meter, steady_malloc
     from lowtide.progress import ProgressBar
 
@@ -110,11 +118,11 @@ def run(request: Request) -> None:
     with Stages(observers).stage("load"):
         pipe = load_pipeline(request, device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    settings = _settings(request, pipe, dtype)
+    width, height = request.size or pipe.image_size(None, None)[::-1]
+    set_decoding(pipe, request.decode, width, height)
+    settings = {**_settings(request, pipe, dtype), "size": f"{width}x{height}"}
     with pipe.stages.observed(*observers):
-        for seed, path, picture in zip(request.seeds, paths, pictures(pipe, request), strict=True):
-            save_png(picture, path, {**settings, "seed": str(seed), "size": f"{picture.width}x{picture.height}"})
-            typer.echo(path)
+        draw(pipe, request, paths, settings)
     _print_table(meter)
 
 
@@ -129,12 +137,24 @@ def load_pipeline(request: Request, device: torch.device, dtype: torch.dtype) ->
     return pipe.to(device) if offload is None else pipe
 
 
-def pictures(pipe: StableDiffusionPipeline, request: Request) -> Iterator[Any]:
-    """Draw one PIL picture for each seed; the noise is drawn on the CPU, so it is the same on every device."""
+def set_decoding(pipe: StableDiffusionPipeline, decode: Decode, width: int, height: int) -> None:
+    """Decode as asked; "auto" goes row by row where the whole decode would take more than about a gigabyte."""
+    if decode is Decode.EXACT or (decode is Decode.AUTO and width * height > WHOLE_UP_TO):
+        pipe.enable_vae_tiling("exact")
+    elif decode is Decode.BLENDED:
+        pipe.enable_vae_tiling()
+
+
+def draw(pipe: StableDiffusionPipeline, request: Request, paths: Sequence[Path], settings: Mapping[str, str]) -> None:
+    """Draw one picture for each seed, and say its path as soon as it is there.
+
+    The noise is drawn on the CPU, so it is the same on every device. A picture may be larger than memory: its rows go
+    to the file as they are decoded.
+    """
     import torch
 
     width, height = request.size or (None, None)
-    for seed in request.seeds:
+    for seed, path in zip(request.seeds, paths, strict=True):
         result = pipe(
             prompt=[request.prompt],
             negative_prompt=[request.negative],
@@ -143,11 +163,13 @@ def pictures(pipe: StableDiffusionPipeline, request: Request) -> Iterator[Any]:
             num_inference_steps=request.steps,
             guidance_scale=request.guidance,
             generator=[torch.Generator("cpu").manual_seed(seed)],
+            output_type="file",
+            output_path=PictureFile(path, {**settings, "seed": str(seed)}),
         )
         output = cast("StableDiffusionPipelineOutput", result)
         if output.nsfw_content_detected and output.nsfw_content_detected[0]:
             tell(f"The model's safety checker blacked out the picture of seed {seed}. Another --seed may pass.")
-        yield output.images[0]
+        typer.echo(path)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -38,6 +38,15 @@ class SchedulerName(StrEnum):
     DPM = "dpm"
 
 
+class Decode(StrEnum):
+    """The ways to decode that `--decode` knows."""
+
+    AUTO = "auto"
+    WHOLE = "whole"
+    EXACT = "exact"
+    BLENDED = "blended"
+
+
 class Offload(StrEnum):
     """The plans that `--offload` knows, from the most memory to the least."""
 
@@ -65,6 +74,7 @@ class Request:
     scheduler: SchedulerName | None
     variant: str | None
     offload: Offload = Offload.NONE
+    decode: Decode = Decode.AUTO
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lowtide.pictures import PictureFile, PngWriter
+from lowtide.pictures import PictureFile, PngWriter, fresh_path, numbered_paths
 from lowtide.pipelines.outputs import to_unit_range
 
 OutputPath = str | os.PathLike[str] | PictureFile
@@ -27,9 +27,9 @@ def picture_files(output_path: OutputPath | Sequence[OutputPath] | None, count: 
         if len(files) != count:
             raise ValueError(f"{len(files)} output paths for {count} pictures: give one for each, or one for all.")
     else:
-        files = _numbered(_file("picture.png") if output_path is None else _file(output_path), count)
-        if output_path is None:
-            files = [PictureFile(_fresh(file.path), file.text) for file in files]
+        first = _file("picture.png" if output_path is None else output_path)
+        paths = numbered_paths(first.path, count)
+        files = [PictureFile(fresh_path(path) if output_path is None else path, first.text) for path in paths]
     if len({file.path for file in files}) < count:
         raise ValueError("Two pictures cannot have one output path.")
     for file in files:
@@ -41,20 +41,6 @@ def picture_files(output_path: OutputPath | Sequence[OutputPath] | None, count: 
 
 def _file(path: OutputPath) -> PictureFile:
     return path if isinstance(path, PictureFile) else PictureFile(Path(os.fspath(path)).expanduser())
-
-
-def _numbered(file: PictureFile, count: int) -> list[PictureFile]:
-    if count == 1:
-        return [file]
-    return [PictureFile(file.path.with_stem(f"{file.path.stem}-{n}"), file.text) for n in range(1, count + 1)]
-
-
-def _fresh(path: Path) -> Path:
-    candidate, number = path, 1
-    while candidate.exists():
-        number += 1
-        candidate = path.with_stem(f"{path.stem}-{number}")
-    return candidate
 
 
 def write_picture(

@@ -71,6 +71,13 @@ def root_mean_square(x):
     return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-5)
 
 
+def seen_through_a_view(net, x):
+    """A function that could be written over its input, which another one still sees."""
+    y = net.before(x)
+    seen = y.flatten(2)
+    return F.relu(y) + net.norm(seen).view(y.shape) + seen.view(y.shape)
+
+
 def in_place(net, x):
     y = x * 2
     y += 1
@@ -94,6 +101,7 @@ LOCAL = {
     "linear on tokens": lambda net, x: net.project(tokens(x)).transpose(1, 2).reshape(x.shape),
     "activations": lambda net, x: F.gelu(F.leaky_relu(x)) + F.mish(x).clamp(-1, 1) * torch.tanh(x),
     "in place": in_place,
+    "seen through a view": seen_through_a_view,
     "several uses": several_uses,
     "chunks": lambda net, x: torch.cat([part * (i + 1) for i, part in enumerate(x.chunk(2, dim=1))], dim=1),
     "indexing": lambda net, x: torch.cat([x[:, :3], x[:, 3:, :, :]], dim=1)[:, None][:, 0],

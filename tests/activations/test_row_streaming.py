@@ -279,5 +279,18 @@ def test_somebody_elses_forward_is_not_replaced():
         apply_row_streaming(module)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", ["device", "host", "disk"])
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_on_a_gpu(part, rows, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    module, x = part_and_input("four levels", part, (24, 20))
+    module, x = module.cuda(), x.cuda()
+    found = streamed(module, x, rows=rows, work=50_000)
+    assert found.device == x.device
+    check(found, module(x))
+    assert torch.equal(streamed(module, x, rows="device", work=50_000), found)
+
+
 def test_sizes_may_be_written_as_people_do():
     assert RowSettings.of("disk", "1GB", "8MiB") == RowSettings(Tier.DISK, 10**9, 8 * 2**20)

@@ -67,6 +67,11 @@ class Value:
         return band.narrow(self.axis.dim, (wants[0] - has[0]) * width, (wants[1] - wants[0]) * width)
 
 
+def is_half(value: Value) -> bool:
+    """Whether a value is in half precision, and its norms are computed in single precision."""
+    return value.dtype.itemsize < 4
+
+
 class Step:
     """How a value is made. `inputs` have rows; what else it needs are weights, or numbers in `arguments`."""
 
@@ -268,6 +273,7 @@ class GroupNorm(Step):
         self.inputs = (source,)
         self.groups, self.eps = groups, eps
         self.weight, self.bias = weights
+        self.in_place = None if is_half(source) else torch.addcmul
 
     def weights(self) -> Iterator[Value]:
         """Scale and shift."""

@@ -15,7 +15,10 @@ from lowtide.ops.attention import OnlineSoftmax
 from lowtide.ops.statistics import ChannelStatistics
 
 RowSink = Callable[[int, torch.Tensor], None]
-"""Takes finished rows: the number of the first, and a map `[1, C, rows, W]`; from top to bottom, none twice."""
+"""Takes finished rows: the number of the first, and a map `[1, C, rows, W]`; from top to bottom, none twice.
+
+The map's memory is used again after the call.
+"""
 
 Bands = dict[Value, tuple[torch.Tensor, Span]]
 

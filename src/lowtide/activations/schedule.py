@@ -19,6 +19,7 @@ from lowtide.activations.graph import (
     Span,
     Value,
     inside,
+    is_half,
     union,
 )
 from lowtide.activations.trace import Trace
@@ -59,12 +60,12 @@ class Pass:
         return last - first
 
     def uses(self) -> dict[Value, int]:
-        """How often each value is needed within the pass."""
+        """How often each value is needed within the pass; what is seen through a view, once more than ever happens."""
         count = dict.fromkeys((*self.sources, *self.values), 0)
         for value in self.values:
             assert value.step is not None
             for source in value.step.inputs:
-                count[source] += 1
+                count[source] += 2 if value.step.is_view else 1
         for value in (*self.targets, *self.norms):
             count[value] += 1
         return count
@@ -187,7 +188,7 @@ def root(value: Value) -> Value:
 
 def band_row_bytes(value: Value) -> int:
     """Bytes of a row while it is worked on: what is normalised in half precision is so in single precision."""
-    widened = isinstance(value.step, GroupNorm) and value.dtype.itemsize < 4
+    widened = isinstance(value.step, GroupNorm) and is_half(value)
     return value.row_bytes * (2 if widened else 1)
 
 

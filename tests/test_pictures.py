@@ -100,6 +100,45 @@ def test_the_old_picture_stays_until_the_new_one_is_whole():
     assert file.path.read_bytes() == before
 
 
+@pytest.mark.parametrize("text", [{"ключ": "x"}, {"": "x"}, {"a" * 80: "x"}, {" a": "x"}, {"a": "x\0y"}])
+def test_keywords_that_a_png_cannot_have(text):
+    with pytest.raises(ValueError, match="no keyword for a PNG"):
+        PictureFile(Path("x.png"), text)
+
+
+def test_a_disk_that_is_full_when_the_file_is_closed(monkeypatch):
+    """The last bytes leave Python's buffer when the file is closed."""
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def close(self):
+            self.file.close()
+            raise OSError(28, "No space left on device")
+
+    png = PngWriter(PictureFile(Path("x.png")), 2, 2)
+    png.__enter__()
+    png._out = Full(png._out)
+    png.write(picture(2, 2))
+    with pytest.raises(OSError, match="No space"):
+        png.__exit__(None, None, None)
+    assert os.listdir() == []
+
+
+def test_two_writers_of_one_name_do_not_disturb_each_other():
+    first, second = picture(3, 3, 1), picture(3, 3, 2)
+    with PngWriter(PictureFile(Path("x.png")), 3, 3) as one:
+        with PngWriter(PictureFile(Path("x.png")), 3, 3) as other:
+            other.write(second)
+        one.write(first)
+    with Image.open("x.png") as found:
+        assert np.array_equal(np.asarray(found), first)
+
+
 def test_begun_anew():
     with PngWriter(PictureFile(Path("x.png"), {"a": "b"}), 3, 5) as png:
         png.write(picture(4, 3))

@@ -5,6 +5,7 @@ PNG as of the W3C Recommendation "Portable Network Graphics", third edition: 8-b
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import zlib
@@ -21,6 +22,7 @@ LARGEST_SIDE = 2**31 - 1
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHUNK = 2**18
 _LEVEL = 6
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class PictureFile:
     text: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:
+        for keyword, text in self.text.items():
+            plain = keyword.isprintable() and keyword.strip() == keyword and _is_latin(keyword)
+            if not plain or not 1 <= len(keyword) <= 79 or "\0" in text:
+                raise ValueError(f"{keyword!r} is no keyword for a PNG (1 to 79 Latin letters), or its text has a NUL.")
         if self.path.suffix.lower() != ".png":
             raise ValueError(f"{self.path}: pictures are written as PNG. Give a name that ends in .png.")
 
@@ -58,12 +64,16 @@ class PngWriter:
 
     def __init__(self, file: PictureFile, width: int, height: int) -> None:
         self.file, self.width, self.height = file, width, height
-        self._unfinished = file.path.with_name(f".{file.path.name[:200]}.{os.getpid()}.tmp")
+        self._unfinished = file.path.with_name(f".{file.path.name[:200]}.{os.getpid()}-{next(_numbers)}.tmp")
         self._out: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
-        self._out = self._unfinished.open("wb")
-        self.restart()
+        try:
+            self._out = self._unfinished.open("wb")
+            self.restart()
+        except BaseException:
+            self._unfinished.unlink(missing_ok=True)
+            raise
         return self
 
     def restart(self) -> None:
@@ -100,8 +110,10 @@ class PngWriter:
             if kind is None:
                 self._unfinished.replace(self.file.path)
         finally:
-            self._out.close()
-            self._unfinished.unlink(missing_ok=True)
+            try:
+                self._out.close()
+            finally:
+                self._unfinished.unlink(missing_ok=True)
 
     def _data(self, content: bytes, *, last: bool = False) -> None:
         self._pending += content
@@ -113,6 +125,10 @@ class PngWriter:
         assert self._out is not None
         checksum = zlib.crc32(kind + content)
         self._out.write(struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum))
+
+
+def _is_latin(text: str) -> bool:
+    return all(ord(letter) < 256 for letter in text)
 
 
 def _text_chunk(keyword: str, text: str) -> tuple[bytes, bytes]:

@@ -125,6 +125,17 @@ def test_every_rule(name, size):
     check(Network(LOCAL[name]), tiny.numbers((2, 8, *size), 3))
 
 
+def assigned(net, x):
+    x[:, :2] = 0
+    return x
+
+
+def uneven_attention(net, x):
+    keys = F.conv2d(x, net.before.weight, stride=(1, 7), padding=1)
+    values = F.conv2d(x, net.before.weight, stride=(7, 1), padding=1)
+    return F.scaled_dot_product_attention(tokens(x), tokens(keys), tokens(values)).transpose(1, 2).view(x.shape)
+
+
 class Looking(nn.Module):
     def forward(self, x):
         return x if x.mean() > 0 else -x
@@ -149,7 +160,21 @@ REFUSED = {
     "training dropout": (lambda net, x: F.dropout(x, 0.5), r"eval\(\)"),
     "training batch norm": (lambda net, x: F.batch_norm(x, None, None, training=True), r"eval\(\)"),
     "a mask": (lambda net, x: F.scaled_dot_product_attention(x, x, x, attn_mask=net.scale[:7, None] > 0), "mask"),
-    "written to a shared tensor": (lambda net, x: x[:, :4].add_(1).repeat(1, 2, 1, 1), "share"),
+    "written to a view": (lambda net, x: x[:, :4].add_(1).repeat(1, 2, 1, 1), "others see"),
+    "written behind a view": (lambda net, x: x + 0 * x.detach().mul_(3), "others see"),
+    "written by index": (assigned, "__setitem__"),
+    "written by out": (lambda net, x: torch.mul(x, 2, out=x), "writes into"),
+    "written to a weight": (lambda net, x: x * net.scale.mul_(2).view(1, -1, 1, 1), "others see"),
+    "a linear of the map": (
+        lambda net, x: F.linear(tokens(x), tokens(x)[0]).mean(2).view(1, 1, 7, 7),
+        "made of the map",
+    ),
+    "a scale that is not whole": (lambda net, x: F.interpolate(x, scale_factor=2.1), "interpolate"),
+    "rows counted": (lambda net, x: x.narrow(2, 0, 7), "narrow"),
+    "squeezing": (lambda net, x: x.squeeze()[None], "squeeze"),
+    "a weight as an index": (lambda net, x: x[:, net.scale.long()], "getitem"),
+    "keys and values of other rows": (uneven_attention, "keys and values"),
+    "columns for rows": (lambda net, x: x.transpose(2, 3), "convolves"),
     "the largest of all": (lambda net, x: x / x.amax(), "amax"),
 }
 
@@ -171,6 +196,64 @@ def test_a_network_that_looks_at_values_or_returns_several_is_refused():
         apply_row_streaming(module)
         with pytest.raises(ValueError, match=told):
             module(tiny.numbers((1, 8, 7, 7), 3))
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda x: torch.cat([x, x]),
+        lambda x: x.permute(0, 2, 3, 1) * 2,
+        lambda x: x.view(1, 2, 2, 2, 7, 7).permute(0, 1, 4, 2, 5, 3).reshape(1, 2, 14, 14) * 1,
+    ],
+    ids=["two pictures", "channels last", "pixels shuffled"],
+)
+def test_an_output_of_another_form_is_refused(returned):
+    module = Function(returned)
+    apply_row_streaming(module)
+    with pytest.raises(ValueError, match="returns a Tensor, not one map"):
+        module(tiny.numbers((1, 8, 7, 7), 3))
+
+
+@pytest.mark.parametrize("size", [(7, 7), (1, 5), (40, 3)], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x,
+        lambda x: x * 1,
+        lambda x: x.flatten(2).view(x.shape),
+        lambda x: F.group_norm(x, 2) + F.group_norm(x * 2, 4),
+        lambda x: F.pad(x, (0, 0, 9, 0)) - F.pad(x, (0, 0, 0, 9)),
+        lambda x: F.pad(x * 2, (0, 0, 3, 2)) + F.pad(x * 3, (0, 0, 0, 5)),
+    ],
+    ids=["nothing", "one", "views", "norms of the input", "rows far apart", "both ends"],
+)
+def test_networks_without_convolutions(function, size):
+    check(Function(function), tiny.numbers((2, 8, *size), 3))
+
+
+def test_a_plan_is_made_anew_when_the_network_changes():
+    x = tiny.numbers((2, 8, 9, 7), 3)
+    network = tiny.set_weights(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)))
+    network[1].running_var.abs_()
+    apply_row_streaming(network, work=3_000)
+    network(x)
+    network[2] = tiny.set_weights(nn.Conv2d(8, 8, 5, padding=2), 1)
+    network.append(nn.ReLU())
+    ours, streaming = network(x), network.__dict__.pop("forward")
+    assert psnr(ours, network(x)) > 120
+    network.__dict__["forward"] = streaming
+    network.train()
+    with pytest.raises(ValueError, match=r"eval\(\)"):
+        network(x)
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
 
 
 class Several(nn.Module):

@@ -165,6 +165,12 @@ def test_rows_go_where_there_is_room():
     short = apply_row_streaming(module, work=20_000, budget=needed.stored // 2).forecast(shape)
     assert short.rows is Tier.DISK
     assert short.peak <= needed.stored // 2
+    apply_row_streaming(module, budget=1000)
+    with pytest.raises(ValueError, match=r"budget=1000 B is too small .* one row of it at work takes .* KiB\. Give"):
+        module(x)
+    apply_row_streaming(module, budget=short.peak, rows="device")
+    with pytest.raises(ValueError, match=r"too small .* what rests on the device"):
+        module(x)
     remove_row_streaming(module)
 
 

@@ -72,6 +72,17 @@ def test_a_text_encoder_of_transformers(seen):
     assert seen == []
 
 
+def test_models_inside_a_model_are_given_back_too():
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    model = CLIPTextModelWithProjection(CLIPTextConfig(**tiny.TEXT, vocab_size=20))
+    before = model.config._attn_implementation
+    set_attention_backend([model], "chunked")
+    assert model.config._attn_implementation != before
+    set_attention_backend([model], "sdpa")
+    assert model.config._attn_implementation == before
+
+
 @pytest.mark.parametrize(("size", "heads"), [("auto", 1), ("max", 1), (1, 1), (2, 2)])
 @torch.no_grad()
 def test_slices_of_heads(seen, size, heads):

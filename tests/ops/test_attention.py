@@ -95,6 +95,25 @@ def test_keys_that_are_masked_out_to_begin_with():
 
 
 @pytest.mark.parametrize("name", HERE)
+def test_a_query_that_may_attend_to_nothing_gets_zeros(name):
+    q, k, v = inputs()
+    mask = torch.ones(65, 33, dtype=torch.bool)
+    mask[3] = False
+    found = attention(q, k, v, mask, AttentionBackend(name, 512))
+    assert torch.equal(found[:, :, 3], torch.zeros_like(found[:, :, 3]))
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["sdpa", "chunked"])
+def test_gradients_are_pytorchs(name):
+    q, k, v = (one.requires_grad_() for one in inputs())
+    attention(q, k, v, None, AttentionBackend(name, 512)).sum().backward()
+    twins = [one.detach().clone().requires_grad_() for one in (q, k, v)]
+    torch.nn.functional.scaled_dot_product_attention(*twins).sum().backward()
+    assert all(torch.equal(one.grad, twin.grad) for one, twin in zip((q, k, v), twins, strict=True))
+
+
+@pytest.mark.parametrize("name", HERE)
 def test_memory_grows_with_the_tokens_and_not_with_their_square(name):
     peaks = []
     for tokens in (512, 2048):

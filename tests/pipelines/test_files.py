@@ -83,6 +83,9 @@ def test_a_place_that_cannot_be_written(pipe, monkeypatch):
     Path("file").touch()
     with pytest.raises(OSError):  # noqa: PT011
         draw(pipe, output_type="file", output_path="file/x.png")
+    Path("folder.png").mkdir()
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        draw(pipe, output_type="file", output_path="folder.png")
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(PermissionError, match="another output_path"):
         draw(pipe, output_type="file", output_path="x.png")

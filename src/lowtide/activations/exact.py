@@ -75,7 +75,9 @@ class RowForecast:
 
     @property
     def peak(self) -> int:
-        """Bytes in the memory that is computed in (convolutions may need some more for themselves)."""
+        """Bytes in the memory that is computed in; not in it are the output, the copies of
+        a pass's weights and what convolutions need themselves.
+        """
         return self.work + (self.stored if self.rows is Tier.DEVICE else 0)
 
 
@@ -124,7 +126,7 @@ class RowStreaming:
             raise ValueError(f"Row streaming needs maps [B, C, H, W], and this is {list(x.shape)}.")
         if any(isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())):
             raise ValueError(f"Row streaming of {type(self.module).__name__} takes one map and no other tensors.")
-        key = (tuple(x.shape[1:]), x.dtype, repr(args), repr(kwargs))
+        key = (tuple(x.shape[1:]), x.dtype, repr(args), repr(kwargs), _form(self.module))
         if key not in self._schedules:
             try:
                 self._schedules[key] = plan(trace(self.module, (1, *x.shape[1:]), x.dtype, args, kwargs))
@@ -151,7 +153,14 @@ class RowStreaming:
         rows = self.settings.rows or self._place(stored, bands, device)
         if device.type == "cpu" and rows is Tier.HOST:
             rows = Tier.DEVICE  # the same memory
-        return RowForecast(rows, stored, bands, len(schedule.passes))
+        forecast, budget = RowForecast(rows, stored, bands, len(schedule.passes)), self.settings.budget
+        if budget is not None and forecast.peak > budget:
+            kept = "" if rows is Tier.DISK else f", and what rests on the {rows} {format_bytes(stored)}"
+            raise ValueError(
+                f"budget={format_bytes(budget)} is too small for this picture: one row of it at work takes "
+                f"{format_bytes(bands)}{kept}. Give more, or a narrower picture."
+            )
+        return forecast
 
     def _work(self, schedule: Schedule) -> int:
         widest = max((target.row_bytes for one in schedule.passes for target in one.targets), default=0)
@@ -218,6 +227,13 @@ def row_streaming_of(module: nn.Module) -> RowStreaming | None:
 def _page_bytes(stored: int) -> int:
     """Small beside what is stored, so that little of the pages is empty."""
     return min(LARGEST_PAGE, max(4096, stored // 128))
+
+
+def _form(module: nn.Module) -> tuple[Any, ...]:
+    """What a plan depends on besides the input: the parts of a module, and the forms of its weights."""
+    parts = tuple((name, type(part), part.training) for name, part in module.named_modules())
+    weights = (*module.named_parameters(), *module.named_buffers())
+    return parts, tuple((name, tensor.shape, tensor.dtype) for name, tensor in weights)
 
 
 def _put(output: torch.Tensor, first: int, rows: torch.Tensor) -> None:

@@ -64,6 +64,8 @@ class Value:
         if has == wants:
             return band
         width = self.axis.width
+        if wants[0] == wants[1]:
+            return band.narrow(self.axis.dim, 0, 0)
         return band.narrow(self.axis.dim, (wants[0] - has[0]) * width, (wants[1] - wants[0]) * width)
 
 
@@ -295,9 +297,7 @@ def missing(span: Span, rows: int) -> Span:
 
 
 def union(one: Span, other: Span) -> Span:
-    """The rows of both spans and those between them."""
-    if one[0] == one[1] or other[0] == other[1]:
-        return other if one[0] == one[1] else one
+    """The rows of both spans and those between them; an empty one counts as the place where it is."""
     return min(one[0], other[0]), max(one[1], other[1])
 
 

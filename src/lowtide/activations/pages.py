@@ -17,6 +17,7 @@ from lowtide.activations.graph import Span
 from lowtide.weights.files import SpillFile
 
 PAGES_IN_BLOCK = 40
+"""On a CPU, where memory that was not written to costs nothing; elsewhere a page is a block."""
 
 
 class Pages(Protocol):
@@ -66,19 +67,20 @@ class _Numbers:
 class MemoryPages(_Numbers):
     """Pages in the memory of a device, made when first needed and kept until the end.
 
-    They are made many at once: blocks so large lie outside malloc's heap, which the bands that come and go would
-    otherwise leave full of holes, and cost nothing before they are written to.
+    On a CPU they are made many at once: blocks so large lie outside malloc's heap, which the bands that come and go
+    would otherwise leave full of holes.
     """
 
     def __init__(self, page_bytes: int, device: torch.device) -> None:
         super().__init__(page_bytes)
         self._device = device
+        self._in_block = PAGES_IN_BLOCK if device.type == "cpu" else 1
         self._blocks: list[torch.Tensor] = []
 
     def write(self, page: int, start: int, content: torch.Tensor) -> None:
         """Write flat uint8 bytes into a page from `start` on."""
-        while len(self._blocks) * PAGES_IN_BLOCK <= page:
-            shape = (PAGES_IN_BLOCK, self.page_bytes)
+        while len(self._blocks) * self._in_block <= page:
+            shape = (self._in_block, self.page_bytes)
             self._blocks.append(torch.empty(shape, dtype=torch.uint8, device=self._device))
         self._page(page)[start : start + content.numel()].copy_(content)
 
@@ -87,7 +89,7 @@ class MemoryPages(_Numbers):
         target.copy_(self._page(page)[start : start + target.numel()])
 
     def _page(self, page: int) -> torch.Tensor:
-        return self._blocks[page // PAGES_IN_BLOCK][page % PAGES_IN_BLOCK]
+        return self._blocks[page // self._in_block][page % self._in_block]
 
 
 class FilePages(_Numbers):

@@ -27,6 +27,7 @@ from lowtide.activations.graph import (
     RowAxis,
     Step,
     Value,
+    holds,
     is_map,
 )
 
@@ -74,11 +75,16 @@ class Call:
         return dict(bound.arguments)
 
 
-def made_by(call: Call) -> Made:
-    """The step that a call is, and where the rows of its result are."""
+def made_by(call: Call) -> tuple[Step, RowAxis | None]:
+    """The step that a call is, and where the rows of its result are; nowhere if it is made of weights after all."""
     if call.name not in RULES:
         raise NotByRowsError(f"it calls {call.name}, for which no way to compute it row by row is known")
-    return RULES[call.name](call)
+    try:
+        return RULES[call.name](call)
+    except NotByRowsError:
+        raise
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise NotByRowsError(f"it calls {call.name} in a way for which no rule is known") from error
 
 
 def picking(func: Callable[..., Any], pick: int | None) -> Callable[..., Any]:
@@ -119,18 +125,18 @@ def _overwriting(call: Call) -> Callable[..., Any] | None:
     return getattr(torch.Tensor, f"{call.name.strip('_')}_", None)
 
 
-def _cast(call: Call) -> Made:
+def _cast(call: Call) -> tuple[Step, RowAxis | None]:
     source, dtype = call.first, call.result.dtype
     if dtype == source.dtype:
-        return Local(_same, ((source,), {}), is_view=True), _axis(source)
-    return Local(torch.Tensor.to, ((source, dtype), {})), _axis(source)
+        return Local(_same, ((source,), {}), is_view=True), source.axis
+    return Local(torch.Tensor.to, ((source, dtype), {})), source.axis
 
 
 def _same(band: torch.Tensor) -> torch.Tensor:
     return band
 
 
-def _dropout(call: Call) -> Made:
+def _dropout(call: Call) -> tuple[Step, RowAxis | None]:
     given = call.named("input", "p", "training")
     if given.get("training", True) and given.get("p", 0.5) > 0:
         raise NotByRowsError("it drops entries at random, as in training: call eval() on it")
@@ -144,10 +150,12 @@ def _view(call: Call) -> Made:
     """A function that chooses and reorders dimensions: a tensor whose strides tell its dimensions apart shows how."""
     source = call.first
     axis = _axis(source)
+    if call.name == "squeeze" and len(call.args) < 2 and not call.kwargs:
+        raise NotByRowsError("it drops whatever dimensions have one entry, in squeeze: name them")
     strides = [2**place for place in range(len(source.shape))]
     strides[axis.dim] = TELLING_STRIDE
     shape = list(source.shape)
-    shape[axis.dim] = max(2, shape[axis.dim])
+    shape[axis.dim] += axis.width  # more rows than there are: a call that counts them is seen
     probe = torch.empty_strided(shape, strides, dtype=source.dtype, device="meta")
     func = picking(call.func, call.pick)
     with torch.no_grad():
@@ -179,6 +187,8 @@ def _reshape(call: Call) -> Made:
 
 def _linear(call: Call) -> Made:
     _check_last(call, 1)
+    if len({value for value in holds(call.arguments) if value.axis is not None}) > 1:
+        raise NotByRowsError("the weight of its linear is made of the map")
     return Linear(call.func, call.arguments), _axis(call.first)
 
 
@@ -256,7 +266,12 @@ def _interpolate(call: Call) -> Made:
     source, mode = given["input"], given["mode"]
     sides = list(zip(call.result.shape[2:], source.shape[2:], strict=True))
     factors = [new // old for new, old in sides]
-    if not is_map(source) or mode not in ("nearest", "nearest-exact") or any(new % old for new, old in sides):
+    scale = given["scale_factor"]
+    if scale is not None and not given["recompute_scale_factor"]:
+        exact = [float(one) for one in (scale if isinstance(scale, (tuple, list)) else [scale] * 2)] == factors
+    else:
+        exact = not any(new % old for new, old in sides)
+    if not is_map(source) or mode not in ("nearest", "nearest-exact") or not exact:
         raise NotByRowsError(f"it resizes by interpolate({mode!r}), not by a whole number and the nearest neighbour")
     return Enlarge(source, (factors[0], factors[1])), RowAxis(2, call.result.shape[2])
 
@@ -283,6 +298,8 @@ def _attention(call: Call) -> Made:
     tokens = all(value.axis is not None and value.axis.dim == len(value.shape) - 2 for value in (q, k, v))
     if not tokens or any(given.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
         raise NotByRowsError("its attention has dropout, an order or grouped heads, or is not over pixels as tokens")
+    if (k.axis, k.shape[:-2]) != (v.axis, v.shape[:-2]):
+        raise NotByRowsError("its attention has keys and values of different rows")
     if given.get("attn_mask") is not None:
         raise NotByRowsError("its attention has a mask")
     return Attend(q, k, v, given.get("scale")), _axis(q)
@@ -292,10 +309,10 @@ DIM_DEFAULTS = {"glu": -1, "cat": 0, "concat": 0, "concatenate": 0}
 ELEMENTWISE = """
     add sub rsub mul div true_divide neg abs exp log sqrt rsqrt pow square reciprocal sin cos tanh sigmoid relu relu6
     silu gelu elu celu selu leaky_relu hardtanh hardswish hardsigmoid softplus softsign mish logsigmoid clamp clamp_min
-    clamp_max clip lerp addcmul addcdiv where maximum minimum nan_to_num __add__ __radd__ __sub__ __rsub__ __mul__
-    __rmul__ __truediv__ __rtruediv__ __pow__ __neg__
+    clamp_max clip maximum minimum nan_to_num __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__
+    __rtruediv__ __rdiv__ __pow__ __neg__
 """
-RULES: dict[str, Callable[[Call], Made]] = {
+RULES: dict[str, Callable[[Call], tuple[Step, RowAxis | None]]] = {
     **dict.fromkeys(ELEMENTWISE.split(), _elementwise),
     **dict.fromkeys("to type float half bfloat16 double type_as contiguous clone detach".split(), _cast),  # noqa: SIM905
     **dict.fromkeys(("dropout", "dropout2d", "alpha_dropout", "feature_dropout"), _dropout),

@@ -11,6 +11,7 @@ from torch import nn
 from lowtide.activations.graph import Attend, GroupNorm, Local, Span, Value, inside, is_map
 from lowtide.activations.pages import Pages, RowStore
 from lowtide.activations.schedule import Pass, Schedule, attended, freed, height_within, overwritten
+from lowtide.memory.host import trim_heap
 from lowtide.ops.attention import OnlineSoftmax
 from lowtide.ops.statistics import ChannelStatistics
 
@@ -47,10 +48,11 @@ class Run:
 
     def __call__(self, x: torch.Tensor, write: RowSink, tell: Callable[[Progress], None] | None = None) -> None:
         """Compute the output and hand it to `write`."""
-        self._x = x.contiguous(memory_format=torch.channels_last)
-        for value in self.schedule.input_norms:
-            self._statistics[value] = ChannelStatistics()
-            self._statistics[value].add(self._viewed(value, (0, x.shape[2]), "statistics"))
+        self._x = x
+        if self.schedule.trace.output is self.schedule.trace.source:
+            write(0, x)
+            return
+        self._look_at_input()
         total = sum(-(-one.rows // height) for one, height in zip(self.schedule.passes, self.heights, strict=True))
         done = 0
         for one, height in zip(self.schedule.passes, self.heights, strict=True):
@@ -61,6 +63,14 @@ class Run:
                 if tell is not None:
                     tell(Progress(done, total))
             self._end(one)
+
+    def _look_at_input(self) -> None:
+        """The statistics of norms directly on the input, some rows at a time."""
+        for value in self.schedule.input_norms:
+            self._statistics[value] = ChannelStatistics()
+            for first in range(0, value.rows, 16):
+                span = (first, min(first + 16, value.rows))
+                self._statistics[value].add(self._viewed(value, span, "statistics"))
 
     # ---- passes
 
@@ -76,6 +86,8 @@ class Run:
                 self._stores.pop(source).close()
         for held in (self._constants, self._affine, self._rooms):
             held.clear()
+        if self._x.device.type == "cpu":
+            trim_heap()
 
     def _band(self, one: Pass, span: Span, write: RowSink) -> None:
         spans, uses = one.spans(span), one.uses()

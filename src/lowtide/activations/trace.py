@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from lowtide.activations.graph import Local, RowAxis, Value, holds
+from lowtide.activations.graph import Local, RowAxis, Step, Value, holds, is_map
 from lowtide.activations.rules import Call, NotByRowsError, made_by, picking
 from lowtide.ops.attention import AttentionBackend
 
@@ -45,8 +45,8 @@ def trace(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: A
     except (RuntimeError, NotImplementedError) as error:
         raise NotByRowsError(f"it looks at values, or cannot take this input ({str(error).splitlines()[0]})") from error
     output = recorder.value_of(result) if isinstance(result, torch.Tensor) else None
-    if output is None or output.axis is None or len(output.shape) != 4:
-        raise NotByRowsError(f"it returns a {type(result).__name__}, not one map made of its input")
+    if output is None or not is_map(output):
+        raise NotByRowsError(f"it returns a {type(result).__name__}, not one map made of its input, row by row")
     return Trace(source, output, tuple(recorder.values))
 
 
@@ -89,6 +89,8 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.__name__ in ("__setitem__", "__set__", "set_") or kwargs.get("out") is not None:
+            raise NotByRowsError(f"it writes into a tensor by {func.__name__}")
         result = func(*args, **kwargs)
         outputs = list(result) if isinstance(result, (tuple, list)) else [result]
         seen: list[Value] = []
@@ -112,17 +114,22 @@ class _Recorder(TorchFunctionMode):
         return value
 
     def _note(self, func: Callable[..., Any], named: Any, output: torch.Tensor, pick: int | None) -> None:
-        if id(output) in self._known and self._is_shared(output):
-            raise NotByRowsError(f"it writes to a tensor that others share, in {func.__name__}")
         args, kwargs = named
-        if any(value.axis is not None for value in holds(named)):
+        has_rows = any(value.axis is not None for value in holds(named))
+        if _is_in_place(func, kwargs) and (self._is_shared(args[0], output) or not has_rows):
+            reason = "it writes to a tensor that others see, or to a weight"
+            raise NotByRowsError(f"{reason}, in {func.__name__} (is it in training? call eval() on it)")
+        step: Step = Local(picking(func, pick), named)
+        axis: RowAxis | None = None
+        if has_rows:
             step, axis = made_by(Call(func, args, kwargs, output, pick))
-        else:
-            step, axis = Local(picking(func, pick), named), None
         self.know(output, Value(tuple(output.shape), output.dtype, axis, step))
 
-    def _is_shared(self, tensor: torch.Tensor) -> bool:
-        return tensor._base is not None or any(other._base is tensor for other, _ in self._known.values())
+    def _is_shared(self, written: Value, tensor: torch.Tensor) -> bool:
+        """Whether another known tensor lies in the same memory."""
+        memory = tensor.untyped_storage()._cdata
+        others = (other for other, value in self._known.values() if value is not written and other is not tensor)
+        return any(other.untyped_storage()._cdata == memory for other in others)
 
 
 def _is_in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:

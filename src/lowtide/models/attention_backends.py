@@ -79,9 +79,8 @@ def attention_modules(module: nn.Module) -> list[nn.Module]:
     """The layers in a network whose attention can be chosen."""
     if _is_foreign(module):
         return [part for part in module.modules() if type(part).__name__.endswith("Attention")]
-    own = [part for part in module.modules() if isinstance(getattr(part, "attention_backend", None), AttentionBackend)]
-    inner = [part for part in module.modules() if part is not module and _is_foreign(part)]
-    return own + [layer for model in inner for layer in attention_modules(model)]
+    own = [module] if isinstance(getattr(module, "attention_backend", None), AttentionBackend) else []
+    return own + [layer for child in module.children() for layer in attention_modules(child)]
 
 
 def _has(module: nn.Module) -> tuple[str, ...]:
@@ -113,7 +112,7 @@ def _is_foreign(module: nn.Module) -> bool:
 
 def _take_over(module: nn.Module) -> None:
     """Put our attention into foreign models, or give theirs back where ours would do nothing else."""
-    for model in (part for part in module.modules() if _is_foreign(part)):
+    for model in foreign_models(module):
         plain = all(getattr(part, "attention_backend", DEFAULT) == DEFAULT for part in attention_modules(model))
         found: Any = model
         if plain and _BEFORE in model.__dict__:
@@ -124,6 +123,13 @@ def _take_over(module: nn.Module) -> None:
             _register()
             model.__dict__[_BEFORE] = found.config._attn_implementation
             found.set_attn_implementation(FOREIGN_NAME)
+
+
+def foreign_models(module: nn.Module) -> list[nn.Module]:
+    """The models of `transformers` in a network; not those inside another, whose setting they share."""
+    if _is_foreign(module):
+        return [module]
+    return [model for child in module.children() for model in foreign_models(child)]
 
 
 def _register() -> None:

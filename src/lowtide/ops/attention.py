@@ -6,6 +6,7 @@ All but "math" take memory that grows with the number of tokens and not with its
 from __future__ import annotations
 
 import importlib.util
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,10 @@ def available_backends(device: torch.device | str) -> tuple[str, ...]:
     return ("sdpa", *kernels, *(["xformers"] if with_xformers else []), "chunked", "math")
 
 
+_switches = threading.Lock()
+"""PyTorch's switches of kernels are those of the whole process."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What attention is computed of: q `[B, N, L, H]`, k and v `[B, N, S, H]`, a mask that fits `[B, N, L, S]`."""
@@ -66,6 +71,11 @@ class Inputs:
     def whole_mask(self) -> torch.Tensor | None:
         """A view of the mask as `[B, N, L, S]`."""
         return None if self.mask is None else self.mask.expand(*self.q.shape[:-1], self.k.shape[-2])
+
+    @property
+    def need_gradients(self) -> bool:
+        """Whether a backward pass may come."""
+        return torch.is_grad_enabled() and any(one.requires_grad for one in (self.q, self.k, self.v))
 
     def output(self) -> torch.Tensor:
         """Room for the result."""
@@ -91,8 +101,10 @@ def attention(
     Shapes: q `[B, N, L, H]`, k and v `[B, N, S, H]`, mask broadcastable to `[B, N, L, S]` (boolean: True attends;
     floating: added to the scores). Returns `[B, N, L, H]` in the dtype of q. Source: Vaswani et al. 2017, eq. 1.
     """
-    compute = _COMPUTE[backend.name]
     inputs = Inputs(q_BNLH, k_BNSH, v_BNSH, mask, scale)
+    compute = _COMPUTE[backend.name]
+    if inputs.need_gradients and backend.name in ("sdpa", "chunked"):
+        return _by_pytorch(inputs)  # chunks are for inference
     batch, heads = q_BNLH.shape[:2]
     if backend.heads_at_once is None or (batch == 1 and backend.heads_at_once >= heads):
         return compute(inputs, backend)
@@ -113,7 +125,7 @@ def _sdpa(inputs: Inputs, backend: AttentionBackend) -> torch.Tensor:
 
 def _kernel(inputs: Inputs, backend: AttentionBackend) -> torch.Tensor:
     """One of PyTorch's kernels alone; for a head size, dtype or mask that it refuses, chunks, with a warning."""
-    with sdpa_kernel(KERNELS[backend.name]):
+    with _switches, sdpa_kernel(KERNELS[backend.name]):
         if backend.name == "math" or _has_kernel(inputs):
             return _by_pytorch(inputs)
     masked = "without a mask" if inputs.mask is None else "with a mask"
@@ -212,6 +224,7 @@ class OnlineSoftmax:
         self._largest_BNL1 = largest
 
     def result(self) -> torch.Tensor:
-        """The attention `[B, N, L, H]`, in the dtype of q."""
+        """The attention `[B, N, L, H]`, in the dtype of q; zeros for queries that may attend to nothing."""
         assert self._sum_BNLH is not None
-        return (self._sum_BNLH / self._weight_BNL1).to(self._dtype)
+        weight_BNL1 = self._weight_BNL1.masked_fill(self._weight_BNL1 == 0, 1)
+        return (self._sum_BNLH / weight_BNL1).to(self._dtype)

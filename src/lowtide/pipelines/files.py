@@ -33,6 +33,8 @@ def picture_files(output_path: OutputPath | Sequence[OutputPath] | None, count: 
     if len({file.path for file in files}) < count:
         raise ValueError("Two pictures cannot have one output path.")
     for file in files:
+        if file.path.is_dir():
+            raise IsADirectoryError(f"{file.path} is a folder. Give the name of a file as output_path.")
         file.path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(file.path.parent, os.W_OK):
             raise PermissionError(f"Nothing can be written in {file.path.parent}. Give another output_path.")

@@ -11,12 +11,13 @@ import pytest
 import torch
 from tests import tiny
 from tests.activations.quality import psnr, worst
+from tests.memory.cases import RULES, all_at_rest, put
 
-from lowtide import apply_residency, apply_row_streaming, remove_row_streaming
+from lowtide import apply_row_streaming, remove_row_streaming
 from lowtide.activations import exact
 from lowtide.activations.exact import RowSettings, RowStreaming, row_streaming_of
 from lowtide.memory import detach
-from lowtide.memory.forms import Level, Tier
+from lowtide.memory.forms import Tier
 from lowtide.ops.statistics import ChannelStatistics
 
 LEAST_PSNR, MOST_ERROR = 120, 1e-4
@@ -118,18 +119,22 @@ def _without_last_row(read):
     return reading
 
 
-@pytest.mark.parametrize("level", list(Level))
-@pytest.mark.parametrize("rest", [Tier.HOST, Tier.DISK])
-def test_equal_under_every_residency(level, rest):
+@pytest.mark.parametrize("zero_copy", [True, False])
+@pytest.mark.parametrize("rule", RULES)
+def test_equal_under_every_residency(rule, zero_copy):
     """The two rivers meet in the slots alone: where weights rest changes no bit of what is streamed."""
     model, z = tiny.vae("four levels"), tiny.numbers((1, 4, 9, 7), 3)
     model.enable_tiling("exact", work=20_000)
     resident = model.decode(z).sample
     encoded = model.encode(resident).latent_dist.mean
-    attachment = apply_residency(model, rest=rest, level=level, device="cpu")
+    attachment = put(model, RULES[rule], zero_copy=zero_copy)
     for _ in range(2):
+        rows: list[torch.Tensor] = []
         assert torch.equal(model.decode(z).sample, resident)
         assert torch.equal(model.encode(resident).latent_dist.mean, encoded)
+        model.decode_rows(z, lambda _, band, rows=rows: rows.append(band.clone()))
+        assert torch.equal(torch.cat(rows, dim=2), resident)
+        assert all_at_rest(attachment)
     assert attachment.stream.ledger.peak <= attachment.bound
     detach(model)
     assert torch.equal(model.decode(z).sample, resident)

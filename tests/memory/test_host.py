@@ -63,3 +63,8 @@ def test_processors_granted_by_quota(cgroup):
     assert host.usable_cpus() == 0.5
     cgroup("0::/\n", {"cpu.max": "max 100000"})
     assert host.usable_cpus() >= 1
+
+
+def test_the_heap_can_be_trimmed_or_it_is_told():
+    assert host.trim_heap() in (True, False)
+    assert isinstance(host.trim_heap(), bool)

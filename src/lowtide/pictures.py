@@ -37,6 +37,8 @@ class PictureFile:
             plain = keyword.isprintable() and keyword.strip() == keyword and _is_latin(keyword)
             if not plain or not 1 <= len(keyword) <= 79 or "\0" in text:
                 raise ValueError(f"{keyword!r} is no keyword for a PNG (1 to 79 Latin letters), or its text has a NUL.")
+        if "\0" in str(self.path):
+            raise ValueError(f"{str(self.path)!r} cannot be the name of a file.")
         if self.path.suffix.lower() != ".png":
             raise ValueError(f"{self.path}: pictures are written as PNG. Give a name that ends in .png.")
 
@@ -64,7 +66,8 @@ class PngWriter:
 
     def __init__(self, file: PictureFile, width: int, height: int) -> None:
         self.file, self.width, self.height = file, width, height
-        self._unfinished = file.path.with_name(f".{file.path.name[:200]}.{os.getpid()}-{next(_numbers)}.tmp")
+        self._target = Path(os.path.realpath(file.path))  # a link stays one
+        self._unfinished = self._target.with_name(f".{self._target.name[:200]}.{os.getpid()}-{next(_numbers)}.tmp")
         self._out: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -108,7 +111,7 @@ class PngWriter:
                 self._chunk(b"IEND", b"")
             self._out.close()
             if kind is None:
-                self._unfinished.replace(self.file.path)
+                self._unfinished.replace(self._target)
         finally:
             try:
                 self._out.close()

@@ -261,6 +261,9 @@ def test_changed_weights_are_seen():
         ({"work": "much"}, "not a size"),
         ({"budget": -1}, "negative"),
         ({"work": True}, "not a size"),
+        ({"folder": "/nowhere"}, "no folder that can be written in"),
+        ({"folder": __file__}, "no folder that can be written in"),
+        ({"folder": 5}, "no folder that can be written in"),
     ],
 )
 def test_settings_that_are_not_possible(options, told):
@@ -273,8 +276,12 @@ def test_settings_that_are_not_possible(options, told):
 def test_inputs_that_are_not_possible():
     module, x = part_and_input("sd1", "decoder")
     apply_row_streaming(module)
-    with pytest.raises(ValueError, match=r"\[B, C, H, W\]"):
+    with pytest.raises(ValueError, match=r"\[B, C, H, W\], and this is \[4, 13, 11\]"):
         module(x[0])
+    with pytest.raises(ValueError, match="this is a NoneType"):
+        module(None)
+    with pytest.raises(TypeError, match=r"for a torch\.nn\.Module, not for a Tensor"):
+        apply_row_streaming(x)
     with pytest.raises(ValueError, match="no picture"):
         module(x[:0])
     with torch.enable_grad(), pytest.raises(ValueError, match=r"no_grad"):

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +70,9 @@ def test_without_a_name_nothing_is_replaced(pipe):
         ({"output_type": "file", "output_path": ["a.png", "b.png"]}, "2 output paths for 1 pictures"),
         ({"output_type": "file", "prompt": ["a", "b"], "output_path": ["a.png", "a.png"]}, "one output path"),
         ({"output_type": "tiff"}, "file"),
+        ({"output_type": "file", "output_path": 5}, "output_path=5 is not possible"),
+        ({"output_type": "file", "output_path": b"x.png"}, "output_path=b'x.png' is not possible"),
+        ({"output_type": "file", "output_path": "nul\0.png"}, "cannot be the name"),
     ],
 )
 def test_what_is_not_possible_is_told_before_any_work(pipe, options, told, monkeypatch):
@@ -81,14 +85,37 @@ def test_what_is_not_possible_is_told_before_any_work(pipe, options, told, monke
 def test_a_place_that_cannot_be_written(pipe, monkeypatch):
     monkeypatch.setattr(pipe, "encode_prompt", lambda *_: 1 / 0)
     Path("file").touch()
-    with pytest.raises(OSError):  # noqa: PT011
+    with pytest.raises(OSError, match=r"Nothing can be written in file: .* another output_path"):
         draw(pipe, output_type="file", output_path="file/x.png")
     Path("folder.png").mkdir()
     with pytest.raises(IsADirectoryError, match="is a folder"):
         draw(pipe, output_type="file", output_path="folder.png")
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(PermissionError, match="another output_path"):
-        draw(pipe, output_type="file", output_path="x.png")
+    with pytest.raises(OSError, match=r"Nothing can be written in /proc"):
+        draw(pipe, output_type="file", output_path="/proc/x.png")
+
+
+def test_a_link_stays_one(pipe):
+    Path("sub").mkdir()
+    Path("sub/x.png").touch()
+    Path("x.png").symlink_to("sub/x.png")
+    draw(pipe, output_type="file", output_path="x.png")
+    assert Path("x.png").is_symlink()
+    assert pixels("sub/x.png").shape == (24, 40, 3)
+    assert sorted(os.listdir("sub")) == ["x.png"]
+
+
+@pytest.mark.parametrize("output_type", ["pil", "file"])
+def test_a_decode_that_cannot_be_is_told_before_any_step(pipe, output_type, monkeypatch):
+    monkeypatch.setattr(pipe, "encode_prompt", lambda *_: 1 / 0)
+    pipe.enable_vae_tiling("exact", budget=100)
+    with pytest.raises(ValueError, match="budget=100 B is too small"):
+        draw(pipe, output_type=output_type)
+    pipe.enable_vae_tiling("exact", rows="disk")
+    monkeypatch.setattr("lowtide.activations.exact.shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(OSError, match="do not fit in"):
+        draw(pipe, output_type=output_type)
+    with pytest.raises(ZeroDivisionError):
+        draw(pipe, output_type="latent")
 
 
 def test_a_failed_decode_leaves_the_old_file(pipe, monkeypatch):

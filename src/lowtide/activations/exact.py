@@ -8,6 +8,7 @@ of every norm are those of the whole picture.
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -45,7 +46,7 @@ class RowSettings:
     rows: Tier | None = None
     budget: int | None = None
     work: int | None = None
-    folder: str | None = None
+    folder: str | os.PathLike[str] | None = None
 
     @classmethod
     def of(
@@ -53,13 +54,15 @@ class RowSettings:
         rows: Tier | str | None = None,
         budget: int | str | None = None,
         work: int | str | None = None,
-        folder: str | None = None,
+        folder: str | os.PathLike[str] | None = None,
     ) -> RowSettings:
         """From what people write; raises `ValueError` for what is not possible."""
         if rows is not None and rows not in list(Tier):
             raise ValueError(
                 f"rows={rows!r} is not possible: rows rest on 'device', 'host' or 'disk', or None chooses."
             )
+        if folder is not None:
+            _check_folder(folder)
         sizes = [None if size is None else parse_bytes(size) for size in (budget, work)]
         return cls(None if rows is None else Tier(rows), sizes[0], sizes[1], folder)
 
@@ -96,6 +99,7 @@ class RowStreaming:
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module's output for maps `[B, C, H, W]`, one picture at a time."""
+        _check_input(x)
         if x.shape[0] == 0:
             raise ValueError(f"There is no picture in a batch {list(x.shape)}.")
         output: torch.Tensor | None = None
@@ -115,15 +119,24 @@ class RowStreaming:
         """Compute one picture `[1, C, H, W]` and hand finished rows to `write` from top to bottom."""
         self._run(x, self.schedule(x, args, kwargs), write)
 
-    def forecast(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> RowForecast:
-        """What a run over one picture of this shape `[1, C, H, W]` will take, without running it."""
-        example = torch.empty(1, dtype=dtype, device=_device(self.module)).expand(shape)
+    def forecast(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> RowForecast:
+        """What a run over one picture `[1, C, H, W]` of this shape will take, without running it.
+
+        `dtype` is that of the weights unless given. Raises `ValueError` for a budget that is too small.
+        """
+        weight = next(self.module.parameters(), torch.empty(0))
+        example = torch.empty(1, dtype=dtype or weight.dtype, device=weight.device).expand(shape)
         return self._forecast(self.schedule(example, (), {}), example.device)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise now what a run over such a picture would raise: `ValueError`, or `OSError` for a disk too small."""
+        found = self.forecast(shape)
+        if found.rows is Tier.DISK:
+            _check_disk(found.stored, self.settings.folder)
 
     def schedule(self, x: torch.Tensor, args: Any, kwargs: Any) -> Schedule:
         """The plan for inputs of this form, made once; raises `NotByRowsError`, a `ValueError`, for what has none."""
-        if x.ndim != 4:
-            raise ValueError(f"Row streaming needs maps [B, C, H, W], and this is {list(x.shape)}.")
+        _check_input(x)
         if any(isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())):
             raise ValueError(f"Row streaming of {type(self.module).__name__} takes one map and no other tensors.")
         key = (tuple(x.shape[1:]), x.dtype, repr(args), repr(kwargs), _form(self.module))
@@ -132,8 +145,8 @@ class RowStreaming:
                 self._schedules[key] = plan(trace(self.module, (1, *x.shape[1:]), x.dtype, args, kwargs))
             except NotByRowsError as reason:
                 raise NotByRowsError(
-                    f"{type(self.module).__name__} cannot be computed row by row: {reason}. Compute it whole, or in "
-                    "tiles with enable_vae_tiling(mode='blended')."
+                    f"{type(self.module).__name__} cannot be computed row by row: {reason}. Compute it whole, or, an "
+                    "autoencoder, in tiles with enable_vae_tiling(mode='blended')."
                 ) from reason.__cause__
         return self._schedules[key]
 
@@ -190,7 +203,7 @@ def apply_row_streaming(
     rows: Tier | str | None = None,
     budget: int | str | None = None,
     work: int | str | None = None,
-    folder: str | None = None,
+    folder: str | os.PathLike[str] | None = None,
 ) -> RowStreaming:
     """Have any convolutional network over maps `[B, C, H, W]` computed row by row: the same result, in less memory.
 
@@ -203,6 +216,8 @@ def apply_row_streaming(
     `NotByRowsError`, a `ValueError`, naming what the network does that needs the whole map, and `OSError` if the disk
     is full.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"Row streaming is for a torch.nn.Module, not for a {type(module).__name__}.")
     settings = RowSettings.of(rows, budget, work, folder)
     remove_row_streaming(module)
     if "forward" in module.__dict__:
@@ -240,15 +255,22 @@ def _put(output: torch.Tensor, first: int, rows: torch.Tensor) -> None:
     output[:, :, first : first + rows.shape[2]].copy_(rows)
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-
-
 def _free(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory().available
 
 
-def _check_disk(nbytes: int, folder: str | None) -> None:
+def _check_input(x: object) -> None:
+    if not isinstance(x, torch.Tensor) or x.ndim != 4:
+        given = list(x.shape) if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
+        raise ValueError(f"Row streaming needs maps [B, C, H, W], and this is {given}.")
+
+
+def _check_folder(folder: object) -> None:
+    if not isinstance(folder, (str, os.PathLike)) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise ValueError(f"folder={folder!r} is not possible: it is no folder that can be written in.")
+
+
+def _check_disk(nbytes: int, folder: str | os.PathLike[str] | None) -> None:
     """Say that the disk is too small before an hour of work, not after it."""
     place = folder or tempfile.gettempdir()
     free = shutil.disk_usage(place).free

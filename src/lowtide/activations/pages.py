@@ -6,6 +6,7 @@ Pages that rows have left are taken by the next ones, so what is in use is what 
 from __future__ import annotations
 
 import heapq
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,7 +96,7 @@ class MemoryPages(_Numbers):
 class FilePages(_Numbers):
     """Pages in a file that has no name, so that nothing is left behind whatever happens; raises `OSError`."""
 
-    def __init__(self, page_bytes: int, folder: str | None) -> None:
+    def __init__(self, page_bytes: int, folder: str | os.PathLike[str] | None) -> None:
         super().__init__(page_bytes)
         self._folder = Path(folder or tempfile.gettempdir())
         self._file = SpillFile(self._folder)

@@ -30,11 +30,12 @@ class Tiles:
     overlap_width: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.height < 1 or self.width < 1:
-            raise ValueError(f"tile_size={self.height, self.width} is not possible: a tile has at least one pixel.")
+        for side in (self.height, self.width):
+            if isinstance(side, bool) or not isinstance(side, int) or side < 1:
+                raise ValueError(f"tile_size={side!r} is not possible: a tile has at least one pixel, a whole number.")
         for share in (self.overlap_height, self.overlap_width):
-            if not 0 <= share < 1:
-                raise ValueError(f"overlap={share} is not possible: it is a share of the tile, from 0 to below 1.")
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+                raise ValueError(f"overlap={share!r} is not possible: it is a share of the tile, from 0 to below 1.")
 
     def in_latents(self, scale: int) -> tuple[Sides, Sides]:
         """Height and width of a tile, and the steps from one to the next, in latents of `scale` pixels."""

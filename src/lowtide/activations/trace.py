@@ -42,7 +42,7 @@ def trace(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: A
             result = call(x, *args, **(kwargs or {}))
     except NotByRowsError:
         raise
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, TypeError) as error:
         raise NotByRowsError(f"it looks at values, or cannot take this input ({str(error).splitlines()[0]})") from error
     output = recorder.value_of(result) if isinstance(result, torch.Tensor) else None
     if output is None or not is_map(output):

@@ -1,5 +1,6 @@
 """The image autoencoder of Stable Diffusion (Esser et al. 2021; Rombach et al. 2022): pictures to latents and back."""
 
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -244,7 +245,7 @@ class AutoencoderKL(ModelMixin):
         rows: Tier | str | None = None,
         budget: int | str | None = None,
         work: int | str | None = None,
-        folder: str | None = None,
+        folder: str | os.PathLike[str] | None = None,
     ) -> None:
         """Encode and decode large pictures in little memory.
 

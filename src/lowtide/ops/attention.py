@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CHUNK_BYTES = 64 * 2**20
+LEAST_SIDE = 16
+"""Queries and keys of a chunk, at least: smaller ones only cost time."""
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -161,7 +163,7 @@ def _chunked(inputs: Inputs, backend: AttentionBackend) -> torch.Tensor:
     """Exact attention, some queries and some keys at a time."""
     out, mask = inputs.output(), inputs.whole_mask
     # Two matrices of `side` squared numbers at once: the scores, and what is made of them.
-    side = max(1, int((backend.chunk_bytes / 8 / inputs.q.shape[:-2].numel()) ** 0.5))
+    side = max(LEAST_SIDE, int((backend.chunk_bytes / 8 / inputs.q.shape[:-2].numel()) ** 0.5))
     for first in range(0, inputs.q.shape[-2], side):
         queries = slice(first, first + side)
         softmax = OnlineSoftmax(inputs.q[..., queries, :], inputs.scale)

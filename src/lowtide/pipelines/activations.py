@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from lowtide.activations.exact import row_streaming_of
+from lowtide.activations.exact import RowStreaming, row_streaming_of
 from lowtide.activations.run import Progress
 from lowtide.memory.forms import Tier
 from lowtide.models.attention_backends import set_attention_backend, set_attention_slicing, xformers_or_sdpa
@@ -42,7 +43,7 @@ class ActivationMethods:
         rows: Tier | str | None = None,
         budget: int | str | None = None,
         work: int | str | None = None,
-        folder: str | None = None,
+        folder: str | os.PathLike[str] | None = None,
     ) -> None:
         """Decode large pictures in tiles ("blended"), or row by row with the whole picture's result ("exact").
 
@@ -81,11 +82,20 @@ class ActivationMethods:
         """Compute all heads at once."""
         set_attention_slicing(self.modules().values(), None)
 
+    def check_decoding(self, shape: tuple[int, ...]) -> None:
+        """Raise now what decoding latents of this shape `[1, 4, h, w]` would raise after all the steps."""
+        streaming = self._streaming()
+        if streaming is not None:
+            streaming.check(shape)
+
+    def _streaming(self) -> RowStreaming | None:
+        decoder = getattr(self.vae, "decoder", None)
+        return row_streaming_of(decoder) if isinstance(decoder, nn.Module) else None
+
     @contextmanager
     def decoding(self, pictures: int) -> Iterator[None]:
         """The stage "decode" of so many pictures; row by row it counts percent."""
-        decoder = getattr(self.vae, "decoder", None)
-        streaming = row_streaming_of(decoder) if isinstance(decoder, nn.Module) else None
+        streaming = self._streaming()
         with self.stages.stage("decode", steps=None if streaming is None else 100) as stage:
             if streaming is None:
                 yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def picture_files(output_path: OutputPath | Sequence[OutputPath] | None, count: 
 
     Raises `ValueError` for names that do not fit, and `OSError` where no file can be made.
     """
-    if isinstance(output_path, Sequence) and not isinstance(output_path, str):
+    if isinstance(output_path, Sequence) and not isinstance(output_path, (str, bytes)):
         files = [_file(one) for one in output_path]
         if len(files) != count:
             raise ValueError(f"{len(files)} output paths for {count} pictures: give one for each, or one for all.")
@@ -35,13 +36,23 @@ def picture_files(output_path: OutputPath | Sequence[OutputPath] | None, count: 
     for file in files:
         if file.path.is_dir():
             raise IsADirectoryError(f"{file.path} is a folder. Give the name of a file as output_path.")
-        file.path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(file.path.parent, os.W_OK):
-            raise PermissionError(f"Nothing can be written in {file.path.parent}. Give another output_path.")
+        _check_writable(file.path.parent)
     return files
 
 
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".lowtide-"):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OSError(error.errno, f"Nothing can be written in {folder}: {reason}. Give another output_path") from error
+
+
 def _file(path: OutputPath) -> PictureFile:
+    if not isinstance(path, (str, os.PathLike, PictureFile)):
+        raise ValueError(f"output_path={path!r:.80} is not possible: give the name of a file, or a list of names.")
     return path if isinstance(path, PictureFile) else PictureFile(Path(os.fspath(path)).expanduser())
 
 

@@ -99,6 +99,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         checks.check_counts(num_inference_steps, num_images_per_prompt)
         checks.check_output_type(output_type, output_path)
         checks.check_callback_inputs(callback_on_step_end_tensor_inputs, CALLBACK_TENSORS)
+        if output_type != "latent":
+            self.check_decoding(self.latent_shape(1, height, width))
         files: list[PictureFile] = []
         if output_type == "file":
             files = picture_files(output_path, checks.count_prompts(prompt, prompt_embeds) * num_images_per_prompt)
@@ -182,12 +184,17 @@ class StableDiffusionPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The noise to start from `[batch, 4, height/8, width/8]`, of the scheduler's first deviation."""
-        shape = (batch, self.unet_config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        shape = self.latent_shape(batch, height, width)
         if latents is None:
             latents = draw_noise(shape, generator=generator, device=embeds.device, dtype=embeds.dtype)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents {list(latents.shape)} do not fit: these pictures need {list(shape)}.")
         return latents.to(embeds) * self.scheduler.init_noise_sigma
+
+    def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """The shape of latents for pictures of this size in pixels."""
+        scale = self.vae_scale_factor
+        return batch, self.unet_config.in_channels, height // scale, width // scale
 
     def predict_noise(
         self, latents: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, guidance_scale: float

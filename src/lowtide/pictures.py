@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import struct
+import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,6 +42,13 @@ class PictureFile:
             raise ValueError(f"{str(self.path)!r} cannot be the name of a file.")
         if self.path.suffix.lower() != ".png":
             raise ValueError(f"{self.path}: pictures are written as PNG. Give a name that ends in .png.")
+
+
+def try_folder(folder: Path) -> None:
+    """Make a folder if it is missing and try to write in it; raises `OSError` where that is not possible."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".lowtide-"):
+        pass
 
 
 def fresh_path(path: Path) -> Path:

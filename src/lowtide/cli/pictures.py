@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 from lowtide.cli.errors import InputError
-from lowtide.pictures import fresh_path, numbered_paths
+from lowtide.pictures import fresh_path, numbered_paths, try_folder
 
 _LONGEST_SLUG = 48
 
@@ -30,11 +29,8 @@ def picture_paths(out: Path | None, prompt: str, seeds: list[int]) -> list[Path]
 def prepare_folders(paths: list[Path]) -> None:
     """Make the folders that are missing and try to write in them. Raises `InputError` where that is not possible."""
     for folder in {path.parent for path in paths}:
-        probe = folder / f".lowtide-{os.getpid()}.probe"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
+            try_folder(folder)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise InputError(f"Cannot write in {folder}: {reason}. Give another place with --out.") from error

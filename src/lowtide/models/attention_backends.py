@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
@@ -64,7 +63,7 @@ def set_attention_slicing(modules: Iterable[nn.Module], slice_size: str | int | 
 def xformers_or_sdpa(modules: Iterable[nn.Module], op: Any = None) -> None:
     """The backend "xformers"; where the library or the GPU is missing, PyTorch's own kernels, with one note."""
     networks = list(modules)
-    if importlib.util.find_spec("xformers") is not None and all("xformers" in _has(module) for module in networks):
+    if all("xformers" in available_backends(_device(module)) for module in networks):
         set_attention_backend(networks, "xformers", op=op)
         return
     warnings.warn(
@@ -81,10 +80,6 @@ def attention_modules(module: nn.Module) -> list[nn.Module]:
         return [part for part in module.modules() if type(part).__name__.endswith("Attention")]
     own = [module] if isinstance(getattr(module, "attention_backend", None), AttentionBackend) else []
     return own + [layer for child in module.children() for layer in attention_modules(child)]
-
-
-def _has(module: nn.Module) -> tuple[str, ...]:
-    return available_backends(_device(module))
 
 
 def _check(name: str, device: torch.device) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lowtide.pictures import PictureFile, PngWriter, fresh_path, numbered_paths
+from lowtide.pictures import PictureFile, PngWriter, fresh_path, numbered_paths, try_folder
 from lowtide.pipelines.outputs import to_unit_range
 
 OutputPath = str | os.PathLike[str] | PictureFile
@@ -42,9 +41,7 @@ def picture_files(output_path: OutputPath | Sequence[OutputPath] | None, count: 
 
 def _check_writable(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".lowtide-"):
-            pass
+        try_folder(folder)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise OSError(error.errno, f"Nothing can be written in {folder}: {reason}. Give another output_path") from error

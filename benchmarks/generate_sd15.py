@@ -62,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variant", help="weight files to take, such as fp16")
     parser.add_argument("--model", type=Path, default=Path("runs/sd15"), help="from make_sd15.py")
     parser.add_argument("--plan", choices=sorted({*PLANS["lowtide"], *PLANS["diffusers"]}), default="resident")
+    parser.add_argument("--casting", choices=("fp8", "int8"), help="keep all weights in 8 bits, cast while loading")
     parser.add_argument("--cold", action="store_true", help="read everything from the disk")
     parser.add_argument("--picture", type=Path, help="save the picture here")
     return parser.parse_args()
@@ -74,6 +75,20 @@ def nothing(pipe: Any, folder: str) -> None:
 def grouped(kind: str) -> Callable[[Any, str], None]:
     """Our group offload on the CPU: weights rest in the checkpoint."""
     return lambda pipe, _: pipe.enable_group_offload("cpu", offload_type=f"{kind}_level", use_stream=True)
+
+
+def plain_fp8(pipe: Any, _: str) -> None:
+    """The U-Net's weights cast to e4m3fn, as the document does."""
+    import torch
+
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=pipe.unet.dtype)
+
+
+def channels_last(pipe: Any, _: str) -> None:
+    """The U-Net with channels last in memory."""
+    import torch
+
+    pipe.unet.to(memory_format=torch.channels_last)
 
 
 def residency(share: float) -> Callable[[Any, str], None]:
@@ -128,9 +143,12 @@ PLANS: dict[str, dict[str, Callable[[Any, str], None]]] = {
         "block": grouped("block"),
         "leaf": grouped("leaf"),
         "half": residency(0.5),
+        "fp8": plain_fp8,
+        "channels last": channels_last,
     },
     "diffusers": {
         "resident": nothing,
+        "fp8": plain_fp8,
         "block": peer_grouped("block"),
         "leaf": peer_grouped("leaf"),
         "accelerate": accelerate_disk,
@@ -202,8 +220,9 @@ def load(options: argparse.Namespace) -> Any:
         steady_malloc(mmap_threshold=8 * 2**20, trim_threshold=64 * 2**20)  # as `lowtide generate` does
     else:
         from diffusers import DDIMScheduler, StableDiffusionPipeline
+    casting = {} if options.casting is None else {"casting": options.casting}
     pipe = StableDiffusionPipeline.from_pretrained(
-        options.model, torch_dtype=getattr(torch, options.dtype), variant=options.variant
+        options.model, torch_dtype=getattr(torch, options.dtype), variant=options.variant, **casting
     )
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -260,7 +279,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
     """What was run, with which versions."""
     settings = {
         key: getattr(options, key)
-        for key in ("library", "plan", "cold", "dtype", "size", "steps", "threads", "variant")
+        for key in ("library", "plan", "casting", "cold", "dtype", "size", "steps", "threads", "variant")
     }
     versions = {package: version(package) for package in PACKAGES}
     return {**settings, "versions": {"python": sys.version.split()[0], **versions}}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lowtide.activations.exact import apply_row_streaming, remove_row_streaming
+    from lowtide.memory.forms import Casting
     from lowtide.memory.presets import apply_residency
     from lowtide.models.safety_checker import StableDiffusionSafetyChecker
     from lowtide.models.unet import UNet2DConditionModel
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoencoderKL",
+    "Casting",
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
     "DiffusionPipeline",
@@ -45,6 +47,7 @@ __all__ = [
 
 _HOME = {
     "AutoencoderKL": "lowtide.models.vae",
+    "Casting": "lowtide.memory.forms",
     "DDIMScheduler": "lowtide.schedulers",
     "DPMSolverMultistepScheduler": "lowtide.schedulers",
     "DiffusionPipeline": "lowtide.pipelines.base",

@@ -1,4 +1,4 @@
-"""The function API of group offloading, for any `torch.nn.Module`."""
+"""The function API of group offloading and layerwise casting, for any `torch.nn.Module`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lowtide.memory.attach import attach, detach
-from lowtide.memory.presets import group_rule, stream_for
+from lowtide.memory.presets import apply_casting, casting_rule, group_rule, remove_casting, stream_for
 
 
 def apply_group_offloading(
@@ -55,3 +55,38 @@ def apply_group_offloading(
 def disable_group_offloading(module: nn.Module) -> None:
     """Undo `apply_group_offloading`: the weights are where they were before. Does nothing where it was not applied."""
     detach(module)
+
+
+def apply_layerwise_casting(
+    module: nn.Module,
+    storage_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    skip_modules_pattern: str | Collection[str] | None = "auto",
+    skip_modules_classes: Collection[type[nn.Module]] | None = None,
+    non_blocking: bool = False,
+    *,
+    scaled: bool = False,
+) -> None:
+    """Let the weights of convolutions, linear layers and embeddings rest in `storage_dtype`, 8 bits.
+
+    They are turned into `compute_dtype` around the calls of their layers. `storage_dtype` is torch.float8_e4m3fn or
+    torch.float8_e5m2, a plain cast; with `scaled`, each output channel has a scale. torch.int8 is always scaled.
+    Relative errors of a product, whatever the size of the weights: e4m3fn scaled 2.6 %, int8 0.8 %; a plain e4m3fn
+    cast has 2.7 % for weights of deviation 0.05, 11 % for 0.005, 56 % for 0.001.
+    Modules whose name matches a pattern (`re.search`) of `skip_modules_pattern`, or that are of `skip_modules_classes`,
+    stay as they are with all inside them; "auto" means `lowtide.memory.forms.NEVER_CAST`. If both are None, every
+    module is cast. All that is not cast gets the `compute_dtype`. `non_blocking` is accepted and has no effect.
+    Weights are cast one after another, so memory falls from the first on; any offload, before or after, then moves the
+    8-bit bytes. `disable_layerwise_casting` undoes it. Raises `ValueError` for what is not possible.
+    """
+    rule = casting_rule(storage_dtype, compute_dtype, skip_modules_pattern, skip_modules_classes, scaled=scaled)
+    apply_casting(module, rule)
+    del non_blocking
+
+
+def disable_layerwise_casting(module: nn.Module) -> None:
+    """Undo `apply_layerwise_casting`: weights that came from a checkpoint are as its file has them.
+
+    Others keep the values that their 8 bits hold; a warning says so. Does nothing where nothing is cast.
+    """
+    remove_casting(module)

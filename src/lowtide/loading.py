@@ -14,7 +14,8 @@ from torch import nn
 
 from lowtide.configs import read_json, write_json
 from lowtide.hub import Source, weight_patterns
-from lowtide.memory.loading import Offload, put_weights
+from lowtide.memory.forms import Casting
+from lowtide.memory.loading import Offload, put_weights, resting_state
 from lowtide.models.foreign import read_foreign_config, reading
 from lowtide.models.mixin import WEIGHTS_NAME, ModelMixin
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker, position_ids
@@ -48,11 +49,15 @@ class ComponentSpec:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How weights are read: `dtype` None keeps the file's own; under an `offload` they are not read yet."""
+    """How weights are read: `dtype` None keeps the file's own; under an `offload` they are not read yet.
+
+    With `casting` they rest in 8 bits.
+    """
 
     dtype: torch.dtype | None
     variant: str | None = None
     offload: Offload | None = None
+    casting: Casting | None = None
 
 
 def read_model_index(folder: Path) -> tuple[str, dict[str, ComponentSpec | None], dict[str, Any]]:
@@ -107,7 +112,7 @@ def save_component(component: Any, folder: Path, *, variant: str | None, max_sha
         component.write_to(folder, variant=variant, max_shard_size=max_shard_size)
     elif isinstance(component, transformers.PreTrainedModel):
         write_json(folder / "config.json", component.config.to_dict())
-        tensors = {_published(component, name): tensor for name, tensor in component.state_dict().items()}
+        tensors = {_published(component, name): tensor for name, tensor in resting_state(component).items()}
         save_tensors(tensors, folder, "model", variant=variant, max_shard_size=max_shard_size)
     elif hasattr(component, "save_pretrained"):
         component.save_pretrained(folder)
@@ -136,7 +141,8 @@ def load_text_encoder(folder: Path, class_name: str, options: LoadOptions) -> nn
     with reading(folder, class_name), torch.device("meta"):
         model = cls(config)
     index = apply_names(index, TEXT_ENCODERS[class_name], state_names(model))
-    put_weights(model, index, dtype=options.dtype, offload=options.offload, buffers=position_ids(model))
+    buffers = position_ids(model)
+    put_weights(model, index, dtype=options.dtype, offload=options.offload, casting=options.casting, buffers=buffers)
     return model.eval()
 
 

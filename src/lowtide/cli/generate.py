@@ -11,7 +11,17 @@ import typer
 import lowtide
 from lowtide.cli.errors import InputError, reported, tell
 from lowtide.cli.pictures import picture_paths, prepare_folders
-from lowtide.cli.request import Decode, DType, Offload, Request, SchedulerName, parse_size, resolve_model, seeds_from
+from lowtide.cli.request import (
+    Casting,
+    Decode,
+    DType,
+    Offload,
+    Request,
+    SchedulerName,
+    parse_size,
+    resolve_model,
+    seeds_from,
+)
 from lowtide.pictures import PictureFile
 from lowtide.stages import Stages
 
@@ -68,6 +78,10 @@ def generate(
         Offload,
         typer.Option(metavar="NAME", help="Keep weights on disk or the host until needed: model, block, leaf; none."),
     ] = Offload.NONE,
+    casting: Annotated[
+        Casting,
+        typer.Option(metavar="NAME", help="Keep weights in 8 bits: fp8 or int8, with a scale a channel; none."),
+    ] = Casting.NONE,
     decode: Annotated[
         Decode,
         typer.Option(metavar="NAME", help="whole, exact (by rows, the same picture), blended (tiles); auto chooses."),
@@ -97,6 +111,7 @@ def generate(
             variant=variant,
             offload=offload,
             decode=decode,
+            casting=casting,
             model=resolve_model(model),
         )
         run(request)
@@ -130,7 +145,12 @@ def load_pipeline(request: Request, device: torch.device, dtype: torch.dtype) ->
     """The pipeline that `request` asks for, on `device`, with the scheduler asked for."""
     offload = None if request.offload is Offload.NONE else request.offload.value
     pipe = lowtide.StableDiffusionPipeline.from_pretrained(
-        request.model, torch_dtype=dtype, variant=request.variant, offload=offload, offload_device=device
+        request.model,
+        torch_dtype=dtype,
+        variant=request.variant,
+        offload=offload,
+        offload_device=device,
+        casting=None if request.casting is Casting.NONE else request.casting.value,
     )
     if request.scheduler is not None:
         pipe.scheduler = getattr(lowtide, _SCHEDULERS[request.scheduler]).from_config(pipe.scheduler.config)
@@ -208,6 +228,7 @@ def _settings(request: Request, pipe: StableDiffusionPipeline, dtype: torch.dtyp
         "guidance_scale": str(request.guidance),
         "scheduler": type(pipe.scheduler).__name__,
         "dtype": str(dtype).removeprefix("torch."),
+        "casting": request.casting.value,
         "model": _model_name(request),
         "Software": f"lowtide {lowtide.__version__}",
     }

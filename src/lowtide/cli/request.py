@@ -57,6 +57,14 @@ class Offload(StrEnum):
     SEQUENTIAL = "sequential"
 
 
+class Casting(StrEnum):
+    """The 8-bit forms that `--casting` knows."""
+
+    NONE = "none"
+    FP8 = "fp8"
+    INT8 = "int8"
+
+
 @dataclass(frozen=True)
 class Request:
     """One call of `lowtide generate`; `size` is (width, height) in pixels, `None` for what the model was made for."""
@@ -75,6 +83,7 @@ class Request:
     variant: str | None
     offload: Offload = Offload.NONE
     decode: Decode = Decode.AUTO
+    casting: Casting = Casting.NONE
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():

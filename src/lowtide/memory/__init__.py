@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lowtide.memory.attach import Attachment, attachment_of, detach
-    from lowtide.memory.forms import Form, Level, Rule, Tier
+    from lowtide.memory.forms import Casting, Form, Level, Rule, Tier
     from lowtide.memory.ledger import Ledger
     from lowtide.memory.meter import Meter, StageReading, steady_malloc
     from lowtide.memory.presets import apply_residency
 
 __all__ = [
     "Attachment",
+    "Casting",
     "Form",
     "Ledger",
     "Level",
@@ -32,7 +33,7 @@ __all__ = [
 
 _HOME = {
     **dict.fromkeys(("Attachment", "attachment_of", "detach"), "attach"),
-    **dict.fromkeys(("Form", "Level", "Rule", "Tier"), "forms"),
+    **dict.fromkeys(("Casting", "Form", "Level", "Rule", "Tier"), "forms"),
     **dict.fromkeys(("Meter", "StageReading", "steady_malloc"), "meter"),
     "Ledger": "ledger",
     "apply_residency": "presets",

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from lowtide.memory.blocks import split
 from lowtide.memory.forms import Level, Rule
 from lowtide.memory.order import Order
+from lowtide.memory.overrides import Overrides
 from lowtide.memory.rests import settle_rests
 from lowtide.memory.stream import Stream
 from lowtide.memory.unit import Unit
@@ -47,7 +48,7 @@ class Attachment:
         self.units: list[Unit] = []
         self.order: Order[Unit] = Order()
         self.weights: list[Weight] = []
-        self._overridden: list[tuple[nn.Module, str, Any]] = []
+        self._overrides = Overrides(_KEEPER, _MARK)
         self._depth = 0
 
     @property
@@ -82,10 +83,9 @@ class Attachment:
 
     def let_go(self) -> None:
         """Leave placeholders in every slot and the module as it was otherwise; the weights keep their resting place."""
-        self._put_back()
+        self._overrides.put_back()
         self.stream.dismiss(self.units)
         self.units = []
-        self.root.__dict__.pop(_MARK, None)
 
     def restore(self, *, to_given: bool) -> None:
         """After `let_go`: put ordinary tensors into the slots."""
@@ -150,8 +150,8 @@ class Attachment:
                     by_module.setdefault(module, []).append(unit)
         for module, units in by_module.items():
             if module is not self.root:
-                self._set(module, "_call_impl", self._around(module, module._call_impl, units))
-        self._set(
+                self._overrides.set(module, "_call_impl", self._around(module, module._call_impl, units))
+        self._overrides.set(
             self.root,
             "_call_impl",
             self._bracketed(self._around(self.root, self.root._call_impl, by_module.get(self.root, []))),
@@ -159,37 +159,13 @@ class Attachment:
         for name in ENTRY_POINTS:
             method = getattr(self.root, name, None)
             if callable(method) and not isinstance(method, nn.Module):
-                self._set(self.root, name, self._bracketed(method))
+                self._overrides.set(self.root, name, self._bracketed(method))
         for module in self.root.modules():
             for name in ("_apply", "load_state_dict"):
-                self._set(module, name, self._set_aside(module, name))
-            self._set(module, "__getstate__", functools.partial(self._plain_state, module))
+                self._overrides.set(module, name, self._set_aside(module, name))
+            self._overrides.set_state(module)
             module.__dict__[_KEEPER] = self
         self.root.__dict__[_MARK] = self
-
-    def _set(self, module: nn.Module, name: str, method: Callable[..., Any]) -> None:
-        self._overridden.append((module, name, module.__dict__.get(name)))
-        module.__dict__[name] = method
-
-    def _put_back(self) -> None:
-        for module, name, before in reversed(self._overridden):
-            if before is None:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = before
-        self._overridden = []
-        for module in self.root.modules():
-            module.__dict__.pop(_KEEPER, None)
-
-    def _plain_state(self, module: nn.Module) -> dict[str, Any]:
-        """The state of a module without the overrides, for copies and pickles."""
-        state: dict[str, Any] = dict(type(module).__getstate__(module))  # some classes leave out what cannot be copied
-        for owner, name, before in reversed(self._overridden):
-            if owner is module and before is None:
-                state.pop(name, None)
-            elif owner is module:
-                state[name] = before
-        return {name: value for name, value in state.items() if name not in (_MARK, _KEEPER)}
 
     def _around(self, module: nn.Module, call: Callable[..., Any], units: list[Unit]) -> Callable[..., Any]:
         def entered_call(*args: Any, **kwargs: Any) -> Any:
@@ -283,6 +259,25 @@ def detach(module: nn.Module) -> None:
         _check_idle(attachment)
         attachment.let_go()
         attachment.restore(to_given=True)
+
+
+@contextmanager
+def set_aside(module: nn.Module) -> Generator[None]:
+    """While this lasts, no rule is at work on `module`, its parts and what is around it; afterwards each one is again.
+
+    Raises `RuntimeError` while one of them is being called.
+    """
+    keepers = (keeper for inner in module.modules() if (keeper := inner.__dict__.get(_KEEPER)) is not None)
+    found = list(dict.fromkeys(keepers))
+    for attachment in found:
+        _check_idle(attachment)
+    for attachment in found:
+        attachment.let_go()
+    try:
+        yield
+    finally:
+        for one in found:
+            attach(one.root, one.rule, one.stream, exclude_kwargs=one.exclude_kwargs)
 
 
 def attachment_of(module: nn.Module) -> Attachment | None:

@@ -105,7 +105,7 @@ def _can_be_called(module: nn.Module) -> bool:
 def _homes(root: nn.Module, rule: Rule) -> dict[int, tuple[nn.Module, ...]]:
     """For every module inside `root`, the modules around whose calls its weights are needed."""
     homes: dict[int, tuple[nn.Module, ...]] = {}
-    for module, atomic in _with_atomic(root, None):
+    for module, atomic in with_atomic(root, None):
         homes.setdefault(id(module), (atomic or module,))
     if rule.level is Level.BLOCK:
         for blocks in blocks_of(root, rule.block_modules):
@@ -117,15 +117,16 @@ def _homes(root: nn.Module, rule: Rule) -> dict[int, tuple[nn.Module, ...]]:
     return homes
 
 
-def _with_atomic(module: nn.Module, atomic: nn.Module | None) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+def with_atomic(module: nn.Module, atomic: nn.Module | None) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+    """Every module inside `module`, and the one around it that cannot be split, if there is one."""
     atomic = atomic or (module if isinstance(module, ATOMIC) else None)
     yield module, atomic
     for child in module.children():
-        yield from _with_atomic(child, atomic)
+        yield from with_atomic(child, atomic)
 
 
 def _owners(root: nn.Module, owners: list[nn.Module]) -> tuple[nn.Module, ...]:
-    homes = {id(module): atomic or module for module, atomic in _with_atomic(root, None)}
+    homes = {id(module): atomic or module for module, atomic in with_atomic(root, None)}
     return tuple({id(homes[id(owner)]): homes[id(owner)] for owner in owners}.values())
 
 

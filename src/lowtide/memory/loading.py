@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from lowtide.memory.attach import attach
-from lowtide.memory.forms import Rule
-from lowtide.memory.presets import execution_device, named_rule, stream_for
+from lowtide.memory.forms import Casting, Rule
+from lowtide.memory.presets import apply_casting, execution_device, named_rule, stream_for
+from lowtide.memory.saved import computing_dtype, place, resting_state, saved_weights
 from lowtide.memory.stream import Stream
 from lowtide.weights.fill import fill
 from lowtide.weights.index import CheckpointIndex
+
+__all__ = ["Offload", "offload_named", "put_weights", "resting_state"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,29 @@ def put_weights(
     *,
     dtype: torch.dtype | None,
     offload: Offload | None = None,
+    casting: Casting | None = None,
+    never_cast: Collection[str] = (),
     buffers: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Give a module on meta the weights of `index`: as `fill` does, or at rest under a rule, with nothing read.
 
-    Raises as `fill` and `attach` do, also of weights that do not match.
+    Weights that are in 8 bits there stay so. With `casting` the others are cast one by one, from the file, but for
+    modules that match a pattern of `never_cast`. Raises as `fill`, `attach` and `cast` do.
     """
-    if offload is None:
-        fill(module, index, dtype=dtype, buffers=buffers)
+    saved, others = saved_weights(module, index)
+    if offload is not None and casting is None and not saved:
+        fill(module, index, dtype=dtype, device="meta", buffers=buffers)
+        attach(module, offload.rule, offload.stream, index=index)
         return
-    fill(module, index, dtype=dtype, device="meta", buffers=buffers)
-    attach(module, offload.rule, offload.stream, index=index)
+    compute = dtype or (computing_dtype(others) if saved else None)
+    named = [slot.name for one in saved for slot in one.slots]
+    keep = () if casting is None else ("*",)  # views of the file: what is cast is converted on the way
+    fill(module, others, dtype=compute, buffers=buffers, keep_dtype=keep, leave=named)
+    if saved:
+        place(module, saved, compute or torch.float32)
+    if casting is not None:
+        target = casting.compute or (None if compute is None else str(compute).removeprefix("torch."))
+        patterns = (*casting.skip_patterns, *never_cast)
+        apply_casting(module, replace(casting, compute=target, skip_patterns=patterns))
+    if offload is not None:
+        attach(module, offload.rule, offload.stream)

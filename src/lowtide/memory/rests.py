@@ -15,6 +15,7 @@ from lowtide.memory.unit import Unit, aligned
 from lowtide.memory.weight import AtRest, Weight
 from lowtide.weights.files import Origin, WeightFile, origin_of
 from lowtide.weights.index import CheckpointError, CheckpointIndex
+from lowtide.weights.layout import is_by_rows
 
 PINNED_SHARE = 0.5
 """Of the host's memory at most this share is locked."""
@@ -70,6 +71,7 @@ class _Mover:
             if unit.host_flat is None:
                 weight.rest = self._rest(weight, tier, stays=unit.stays)
             weight.lay_down()
+            weight.forget_given()
 
     def _tier(self, unit: Unit) -> Tier:
         if self.rule.rest is not Tier.HOST:
@@ -83,9 +85,9 @@ class _Mover:
     def _rest(self, weight: Weight, tier: Tier, *, stays: bool) -> Rest:
         if tier is Tier.HOST:
             return HostRest(weight.rest.on_host())
-        on_disk = _on_disk(weight)
-        if on_disk is not None:
-            return on_disk
+        in_file = on_disk(weight)
+        if in_file is not None:
+            return in_file
         may_spill = self.rule.spill or self.rule.host_bytes is not None
         return self.spill.write(weight.rest.on_host()) if may_spill and not stays else HostRest(weight.rest.on_host())
 
@@ -98,21 +100,23 @@ class _Mover:
         place = 0
         for weight, size in zip(unit.weights, sizes, strict=True):
             part = flat[place : place + weight.nbytes]
-            (_on_disk(weight) or weight.rest).copy_into(part)  # a file is read, not mapped: its pages would stay too
+            (on_disk(weight) or weight.rest).copy_into(part)  # a file is read, not mapped: its pages would stay too
             weight.rest = HostRest(part)
             place += size
         unit.host_flat = flat
 
 
-def _on_disk(weight: Weight) -> DiskRest | None:
+def on_disk(weight: Weight) -> DiskRest | None:
     """The file in which a weight is already, if it is in one unchanged."""
     if isinstance(weight.rest, DiskRest):
         return weight.rest
     first: Any = weight.views[0]
     if isinstance(first.slot.tensor, AtRest) or len({view.key[:4] for view in weight.views}) > 1:
         return None
+    if not is_by_rows(first.shape, first.stride):
+        return None
     origin = origin_of(first.slot.tensor)
-    return None if origin is None else DiskRest(origin, first.dtype)
+    return None if origin is None else DiskRest(origin, first.dtype, (first.shape, first.stride))
 
 
 class _Source:
@@ -138,7 +142,11 @@ class _Source:
             self._files[entry.file] = WeightFile(entry.file)
         if entry.offset + entry.nbytes > self._files[entry.file].size:
             raise CheckpointError(f"{entry.file}: the file has become shorter since its header was read.")
-        return DiskRest(Origin(self._files[entry.file], entry.offset, entry.nbytes, entry.dtype), view.dtype)
+        return DiskRest(
+            Origin(self._files[entry.file], entry.offset, entry.nbytes, entry.dtype),
+            view.dtype,
+            (view.shape, view.stride),
+        )
 
 
 def pin(flat: torch.Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,8 @@ import torch
 
 from lowtide.memory.forms import Tier
 from lowtide.sizes import format_bytes
-from lowtide.weights.files import Mapping, Origin, SpillFile, WeightFile, bring_in, let_go, read
+from lowtide.weights.files import CHUNK_BYTES, Mapping, Origin, SpillFile, WeightFile, bring_in, let_go, read
+from lowtide.weights.layout import contiguous_stride, same_order
 
 
 class Rest(Protocol):
@@ -65,33 +66,63 @@ class DeviceRest:
 
 
 class DiskRest:
-    """Bytes in a file. Numbers of another dtype than `dtype` are converted whenever they are read."""
+    """Bytes in a file. Numbers of another dtype, or in another order, are converted whenever they are read.
+
+    `layout` is the shape and the strides that the numbers have where they work, None for the file's own order.
+    """
 
     tier = Tier.DISK
 
-    def __init__(self, origin: Origin, dtype: torch.dtype) -> None:
+    def __init__(
+        self, origin: Origin, dtype: torch.dtype, layout: tuple[Sequence[int], Sequence[int]] | None = None
+    ) -> None:
         self.origin = origin
         self.dtype = dtype
+        self.layout = layout if layout is not None and is_reordered(*layout) else None
         self._window: Mapping | None = None
 
     @property
     def mappable(self) -> bool:
         """Whether the bytes can be used as they lie in the file."""
-        return self.origin.dtype == self.dtype and self.origin.offset % self.dtype.itemsize == 0
+        is_aligned = self.origin.offset % self.dtype.itemsize == 0
+        return self.origin.dtype == self.dtype and is_aligned and self.layout is None
 
     def on_host(self) -> torch.Tensor:
         """The bytes for somebody to keep: a private view of the file, or a copy where it must be converted."""
         if self.mappable:
             return _flat(self.origin.file.mapping(), self.origin)
-        numbers = torch.empty(self.origin.nbytes // self.origin.dtype.itemsize, dtype=self.dtype)
-        read(self.origin, numbers)
-        return numbers.view(torch.uint8)
+        flat = torch.empty(self._count * self.dtype.itemsize, dtype=torch.uint8)
+        self.copy_into(flat)
+        return flat
 
     def copy_into(self, target: torch.Tensor, start: int = 0) -> None:
         """Fill a flat uint8 tensor in host memory with the bytes from `start` on, counted as they work."""
-        first, count = start // self.dtype.itemsize, target.numel() // self.dtype.itemsize
+        first, numbers = start // self.dtype.itemsize, target.view(self.dtype)
+        if self.layout is None:
+            self._read(numbers, first)
+        else:
+            self._read_reordered(numbers, first, *self.layout)
+
+    @property
+    def _count(self) -> int:
+        return self.origin.nbytes // self.origin.dtype.itemsize
+
+    def _read(self, numbers: torch.Tensor, first: int) -> None:
         offset, size = self.origin.offset, self.origin.dtype.itemsize
-        read(replace(self.origin, offset=offset + first * size, nbytes=count * size), target.view(self.dtype))
+        read(replace(self.origin, offset=offset + first * size, nbytes=numbers.numel() * size), numbers)
+
+    def _read_reordered(self, numbers: torch.Tensor, first: int, shape: Sequence[int], stride: Sequence[int]) -> None:
+        """Read row by row of the first dimension, which is the outermost one in either order."""
+        row, end = self._count // shape[0], first + numbers.numel()
+        step = max(1, CHUNK_BYTES // (row * self.dtype.itemsize))
+        for top in range(first // row, -(-end // row), step):
+            count = min(step, shape[0] - top)
+            in_file = torch.empty((count, *shape[1:]), dtype=self.dtype)
+            self._read(in_file.view(-1), top * row)
+            at_work = torch.empty_strided(in_file.shape, (row, *stride[1:]), dtype=self.dtype).copy_(in_file)
+            run = at_work.as_strided((count * row,), (1,))
+            begin, stop = max(first, top * row), min(end, (top + count) * row)
+            numbers[begin - first : stop - first].copy_(run[begin - top * row : stop - top * row])
 
     def window(self) -> torch.Tensor:
         """The bytes as a view of a mapping that only the engine uses, flat uint8; `mappable` ones only."""
@@ -154,6 +185,11 @@ class Spill:
                 f"{format_bytes(flat.numel())} of weights cannot be written to {self._folder} ({error.strerror}; free: "
                 f"{free}). Choose another folder (offload_to_disk_path or spill_folder), or rest='host'.",
             ) from error
+
+
+def is_reordered(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether numbers with these strides are ordered in another way than in a file."""
+    return not same_order(shape, stride, contiguous_stride(shape))
 
 
 def _flat(mapping: Mapping, origin: Origin) -> torch.Tensor:

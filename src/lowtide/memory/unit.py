@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lowtide.memory.blocks import Part
 from lowtide.memory.store import DiskRest, HostRest, Window
-from lowtide.memory.weight import View, Weight
+from lowtide.memory.weight import Weight, spoil
 
 if TYPE_CHECKING:
     from lowtide.memory.stream import Load, Stream
@@ -69,11 +68,10 @@ class Unit:
     def lift(self) -> None:
         """Put the placeholders back, and keep what the module itself has changed."""
         for weight, group, versions in zip(self.weights, self._placed, self._versions, strict=True):
-            if any(_is_changed(*one) for one in zip(weight.views, group, versions, strict=True)):
+            if weight.is_changed(group, versions):
                 self._keep_changes(weight, group)
             weight.lay_down()
-        if torch.is_grad_enabled():
-            self._spoil()
+        spoil(tensor for group in self._placed for tensor in group)
         self._placed, self._versions, self.load, self.count = [], [], None, 0
 
     def _keep_changes(self, weight: Weight, group: list[torch.Tensor]) -> None:
@@ -83,19 +81,6 @@ class Unit:
             Window([before]).let_go()
         self.host_flat = None
         self.stream.changed(self)
-
-    def _spoil(self) -> None:
-        """A backward pass through dropped weights must be an error, not garbage."""
-        for tensor in (tensor for group in self._placed for tensor in group):
-            if not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)
-
-
-def _is_changed(view: View, tensor: torch.Tensor, version: int) -> bool:
-    """Whether the module wrote to a tensor or put another one in its slot. Running statistics tell no version."""
-    owner = view.slot.owner
-    writes_statistics = isinstance(owner, _NormBase) and owner.training and view.slot.kind != "parameter"
-    return writes_statistics or view.slot.now() is not tensor or tensor._version != version
 
 
 def is_alias_of_file(rest: Any) -> bool:

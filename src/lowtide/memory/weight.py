@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map_only
 
 from lowtide.memory.store import DeviceRest, DiskRest, HostRest, Rest
 from lowtide.weights.files import remember_origin
 from lowtide.weights.slots import Slot
 
+_NOTHING = torch.empty(0)
 PLAIN = (torch.Tensor, nn.Parameter, getattr(nn, "Buffer", nn.Parameter))
 
 
@@ -80,12 +82,44 @@ class Weight:
         for view, tensor in zip(self.views, tensors, strict=True):
             view.slot.put(tensor)
 
+    def is_changed(self, tensors: Sequence[torch.Tensor], versions: Sequence[int]) -> bool:
+        """Whether the module wrote to the tensors in its slots, or put others there."""
+        return any(_is_changed(*one) for one in zip(self.views, tensors, versions, strict=True))
+
+    def flat_on_host(self) -> torch.Tensor:
+        """The bytes that the slots view, on the host; perhaps those at rest themselves."""
+        return self.rest.on_host()
+
+    def flat_copy(self) -> torch.Tensor:
+        """The bytes that the slots view, as a copy in host memory."""
+        flat = torch.empty(self.nbytes, dtype=torch.uint8)
+        self.rest.copy_into(flat)
+        return flat
+
+    def flat_for_now(self) -> torch.Tensor:
+        """The bytes that the slots view, on the device, for one operation."""
+        if self.on_miss is not None:
+            self.on_miss(self)
+        return self.rest.on_host().to(self.device)
+
+    def taken_over(self, views: Sequence[View]) -> Weight:
+        """The same weight for another rule, seen by these slots."""
+        return Weight(views, self.nbytes, self.rest, self.given)
+
+    def forget_given(self) -> None:
+        """Hold on to the tensors that were given no longer."""
+        self.views = [replace(view, slot=replace(view.slot, tensor=_NOTHING)) for view in self.views]
+
     def lay_down(self) -> None:
         """Put placeholders into the slots."""
         for view in self.views:
             if view.key not in self._placeholders:
                 self._placeholders[view.key] = AtRest(self, view)
             view.slot.put(self._placeholders[view.key])
+
+    def rows(self, view: View, indices: torch.Tensor, *options: Any) -> torch.Tensor:
+        """The rows of an embedding that `indices` name; see `torch.embedding`."""
+        return torch.embedding(view.of(self.flat_for_now()).detach(), indices, *options)
 
     def restore(self, *, to_given: bool) -> None:
         """Put ordinary tensors into the slots: on the host, or where they were given."""
@@ -106,8 +140,7 @@ class Weight:
             if view.slot.now() is tensor:
                 kept.append(view)
         if kept:
-            flat = torch.empty(self.nbytes, dtype=torch.uint8)
-            self.rest.copy_into(flat)
+            flat = self.flat_copy()
             for view, tensor in zip(self.views, tensors, strict=True):
                 if view in kept:
                     view.of(flat).detach().copy_(tensor.detach())
@@ -152,6 +185,8 @@ class AtRest(torch.Tensor):
         """Run an operation on the weight itself."""
         if func is torch.ops.aten.detach.default:
             return args[0].in_host()
+        if func is torch.ops.aten.embedding.default and isinstance(args[0], AtRest):
+            return args[0].weight.rows(args[0].view_, *args[1:])
         kwargs = kwargs or {}
         _refuse_writes(func, args, kwargs)
         args, kwargs = tree_map_only(AtRest, lambda one: one.for_now(), (args, kwargs))
@@ -159,26 +194,49 @@ class AtRest(torch.Tensor):
 
     def in_host(self) -> torch.Tensor:
         """The weight in host memory, as an ordinary tensor."""
-        return self.view_.of(self.weight.rest.on_host()).detach()
+        return self.view_.of(self.weight.flat_on_host()).detach()
 
     def for_now(self) -> torch.Tensor:
         """The weight on its device, for one operation."""
-        if self.weight.on_miss is not None:
-            self.weight.on_miss(self.weight)
-        return self.view_.of(self.weight.rest.on_host().to(self.weight.device)).detach()
+        return self.view_.of(self.weight.flat_for_now()).detach()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
-            flat = torch.empty(self.weight.nbytes, dtype=torch.uint8)
-            self.weight.rest.copy_into(flat)
-            memo[id(self)] = self.view_.of(flat)
+            memo[id(self)] = self.view_.of(self.weight.flat_copy())
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.view_.of(self.weight.rest.on_host()).__reduce_ex__(protocol)
+        return self.view_.of(self.weight.flat_on_host()).__reduce_ex__(protocol)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"AtRest({self.weight.name}: {list(self.shape)}, {self.dtype}, on {self.weight.rest.tier})"
+
+
+@dataclass(frozen=True)
+class Became:
+    """The dtype, device and strides that a tensor was given."""
+
+    dtype: torch.dtype
+    device: torch.device
+    stride: tuple[int, ...]
+
+
+def became(view: View, device: torch.device, fn: Callable[[torch.Tensor], torch.Tensor]) -> Became:
+    """What `fn`, given to `Module._apply`, makes of a tensor like that of `view`: asked with a small one."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(len(view.shape))
+    shaped = torch.empty(view.shape, device="meta")
+    probe = torch.zeros((2,) * len(view.shape), dtype=view.dtype, device=device)
+    if last is not None:
+        last_stride = shaped.to(memory_format=last).stride()
+        is_last = view.stride == last_stride != shaped.stride()
+        probe = probe.to(memory_format=last) if is_last else probe
+        after = fn(probe)
+        if after.is_contiguous(memory_format=last):
+            return Became(after.dtype, after.device, last_stride)
+    else:
+        after = fn(probe)
+    return Became(after.dtype, after.device, shaped.stride() if after.is_contiguous() else view.stride)
 
 
 def gather(slots: Iterable[Slot]) -> list[Weight]:
@@ -207,10 +265,24 @@ def gather(slots: Iterable[Slot]) -> list[Weight]:
     return found + [_real(group) for group in _overlapping(placed)]
 
 
+def _is_changed(view: View, tensor: torch.Tensor, version: int) -> bool:
+    """Running statistics tell no version."""
+    owner = view.slot.owner
+    writes_statistics = isinstance(owner, _NormBase) and owner.training and view.slot.kind != "parameter"
+    return writes_statistics or view.slot.now() is not tensor or tensor._version != version
+
+
+def spoil(tensors: Iterable[torch.Tensor]) -> None:
+    """A backward pass through dropped weights must be an error, not garbage."""
+    for tensor in tensors if torch.is_grad_enabled() else ():
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
 def _taken_over(group: list[Slot]) -> Weight:
     old: Any = group[0].tensor
     views = [_view(slot, slot.tensor.view_.offset, slot.tensor.view_.requires_grad) for slot in group]  # type: ignore[attr-defined]
-    return Weight(views, old.weight.nbytes, old.weight.rest, old.weight.given)
+    return old.weight.taken_over(views)
 
 
 def _unfilled(group: list[Slot]) -> Weight:
@@ -250,11 +322,18 @@ def _overlapping(placed: list[tuple[str, int, int, Slot]]) -> list[list[tuple[in
     return groups
 
 
+def is_plain(slot: Slot) -> bool:
+    """Whether a slot holds strided numbers and nothing more, or the placeholder of such."""
+    tensor = slot.tensor
+    is_known = isinstance(tensor, AtRest) or type(tensor) in PLAIN
+    return is_known and tensor.layout == torch.strided and not tensor.is_quantized
+
+
 def _check_plain(slot: Slot) -> None:
     tensor = slot.tensor
     if isinstance(slot.owner, torch.jit.ScriptModule):
         raise ValueError(f"{slot.name} is inside a traced or scripted module, whose weights are frozen into its code.")
-    if type(tensor) not in PLAIN or tensor.layout != torch.strided or tensor.is_quantized:
+    if not is_plain(slot):
         raise ValueError(
             f"{slot.name} is a {type(tensor).__name__}, which cannot be moved as bytes. Offload the module before it "
             "is quantized or distributed, and after a first call if it is lazy; or leave this part out."

@@ -11,9 +11,16 @@ import torch
 from torch import nn
 
 from lowtide.configs import Config, read_json, write_json
-from lowtide.hooks import apply_group_offloading, disable_group_offloading
+from lowtide.hooks import (
+    apply_group_offloading,
+    apply_layerwise_casting,
+    disable_group_offloading,
+    disable_layerwise_casting,
+)
 from lowtide.hub import Source, weight_patterns
-from lowtide.memory.loading import Offload, offload_named, put_weights
+from lowtide.memory.forms import NEVER_CAST, Casting
+from lowtide.memory.loading import Offload, offload_named, put_weights, resting_state
+from lowtide.memory.presets import named_casting
 from lowtide.models.attention_backends import set_attention_backend, set_attention_slicing, xformers_or_sdpa
 from lowtide.weights.fill import state_names
 from lowtide.weights.index import find_weights
@@ -31,6 +38,8 @@ class ModelMixin(nn.Module):
 
     config_class: ClassVar[type[Config]]
     names: ClassVar[NameTable] = NameTable()
+    never_cast: ClassVar[tuple[str, ...]] = ()
+    """Patterns of the names of modules that are not cast, besides `lowtide.memory.forms.NEVER_CAST`."""
     config: Config
 
     def __init__(self, config: Config) -> None:
@@ -60,6 +69,7 @@ class ModelMixin(nn.Module):
         local_files_only: bool = False,
         offload: str | None = None,
         offload_device: torch.device | str | None = None,
+        casting: Casting | str | None = None,
     ) -> Self:
         """Load from a folder or a Hub id: a `config.json` and safetensors weights, in `subfolder` if given.
 
@@ -67,6 +77,8 @@ class ModelMixin(nn.Module):
         "auto". Where it is the file's, the weights are views of the mapped file, not copies of it.
         With `offload` ("model", "block", "leaf" or "sequential") no weights are read now: they rest where they are,
         and come to `offload_device` (a GPU if there is one, else the CPU) when they are called.
+        With `casting` ("fp8", "int8" or a `lowtide.Casting`) they rest in 8 bits, cast one by one as they are read.
+        A checkpoint that was saved so is loaded so.
         Raises `FileNotFoundError` for a missing model or variant, `CheckpointError` for files that are malformed or do
         not match the model, `ValueError` for configurations that are not supported.
         """
@@ -82,11 +94,18 @@ class ModelMixin(nn.Module):
             dtype=chosen_dtype(torch_dtype, dtype),
             variant=variant,
             offload=offload_named(offload, offload_device),
+            casting=named_casting(casting),
         )
 
     @classmethod
     def from_folder(
-        cls, folder: Path, *, dtype: torch.dtype | None, variant: str | None = None, offload: Offload | None = None
+        cls,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None,
+        variant: str | None = None,
+        offload: Offload | None = None,
+        casting: Casting | None = None,
     ) -> Self:
         """Load from a local folder; `dtype` None keeps the file's. Raises as `from_pretrained`."""
         if not (folder / CONFIG_NAME).is_file():
@@ -98,13 +117,17 @@ class ModelMixin(nn.Module):
         index = find_weights(folder, WEIGHTS_NAME, variant)
         with torch.device("meta"):
             model = cls.from_config(config)
-        put_weights(model, apply_names(index, cls.names, state_names(model)), dtype=dtype, offload=offload)
+        index = apply_names(index, cls.names, state_names(model))
+        put_weights(model, index, dtype=dtype, offload=offload, casting=casting, never_cast=cls.never_cast)
         return model.eval()
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, variant: str | None = None, max_shard_size: int | str | None = None
     ) -> None:
-        """Write `config.json` and the weights, all or nothing: a killed save leaves what was there before."""
+        """Write `config.json` and the weights, all or nothing: a killed save leaves what was there before.
+
+        Weights that rest in 8 bits are written so, each with its scale as `NAME_scale`.
+        """
         with atomic_folder(Path(folder)) as target:
             self.write_to(target, variant=variant, max_shard_size=max_shard_size)
 
@@ -112,7 +135,7 @@ class ModelMixin(nn.Module):
         """Write the files of `save_pretrained` straight into an existing folder."""
         own = {"_class_name": type(self).__name__, "_diffusers_version": PEER_VERSION}
         write_json(folder / CONFIG_NAME, {**self.config.to_dict(), **own})
-        save_tensors(self.state_dict(), folder, WEIGHTS_NAME, variant=variant, max_shard_size=max_shard_size)
+        save_tensors(resting_state(self), folder, WEIGHTS_NAME, variant=variant, max_shard_size=max_shard_size)
 
     def enable_group_offload(
         self,
@@ -147,6 +170,37 @@ class ModelMixin(nn.Module):
     def disable_group_offload(self) -> None:
         """Undo `enable_group_offload`, or any other offload of this model: the weights are where they were before."""
         disable_group_offloading(self)
+
+    def enable_layerwise_casting(
+        self,
+        storage_dtype: torch.dtype = torch.float8_e4m3fn,
+        compute_dtype: torch.dtype | None = None,
+        skip_modules_pattern: str | Collection[str] | None = None,
+        skip_modules_classes: Collection[type[nn.Module]] | None = None,
+        non_blocking: bool = False,
+        *,
+        scaled: bool = False,
+    ) -> None:
+        """Let the weights rest in 8 bits; see `lowtide.hooks.apply_layerwise_casting`.
+
+        `compute_dtype` is the model's dtype if None. The model's own patterns of modules that are never cast are added
+        to `skip_modules_pattern`, which is the usual one if None.
+        """
+        asked = NEVER_CAST if skip_modules_pattern in (None, "auto") else skip_modules_pattern
+        patterns = (asked,) if isinstance(asked, str) else tuple(asked or ())
+        apply_layerwise_casting(
+            self,
+            storage_dtype,
+            compute_dtype or self.dtype,
+            (*patterns, *self.never_cast),
+            skip_modules_classes,
+            non_blocking,
+            scaled=scaled,
+        )
+
+    def disable_layerwise_casting(self) -> None:
+        """Undo `enable_layerwise_casting`; see `lowtide.hooks.disable_layerwise_casting`."""
+        disable_layerwise_casting(self)
 
     def set_attention_backend(
         self, backend: str, *, chunk_bytes: int | str | None = None, attention_op: Any = None

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import CLIPConfig, CLIPVisionModel
 
 from lowtide.configs import write_json
-from lowtide.memory.loading import Offload, put_weights
+from lowtide.memory.forms import Casting
+from lowtide.memory.loading import Offload, put_weights, resting_state
 from lowtide.models.foreign import read_foreign_config, reading
 from lowtide.weights.fill import state_names
 from lowtide.weights.index import find_weights
@@ -42,7 +43,13 @@ class StableDiffusionSafetyChecker(nn.Module):
 
     @classmethod
     def from_folder(
-        cls, folder: Path, *, dtype: torch.dtype | None, variant: str | None = None, offload: Offload | None = None
+        cls,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None,
+        variant: str | None = None,
+        offload: Offload | None = None,
+        casting: Casting | None = None,
     ) -> Self:
         """Load from a local folder; `dtype` None keeps the file's. Raises as `ModelMixin.from_pretrained`."""
         config = read_foreign_config(folder, CLIPConfig, cls.__name__)
@@ -50,13 +57,13 @@ class StableDiffusionSafetyChecker(nn.Module):
         with reading(folder, cls.__name__), torch.device("meta"):
             model = cls(config)
         index = apply_names(index, SAFETY_CHECKER_NAMES, state_names(model))
-        put_weights(model, index, dtype=dtype, offload=offload, buffers=position_ids(model))
+        put_weights(model, index, dtype=dtype, offload=offload, casting=casting, buffers=position_ids(model))
         return model.eval()
 
     def write_to(self, folder: Path, *, variant: str | None, max_shard_size: int | str | None) -> None:
         """Write configuration and weights into an existing folder, under the published names."""
         write_json(folder / "config.json", self.config.to_dict())
-        tensors = {_published(name): tensor for name, tensor in self.state_dict().items()}
+        tensors = {_published(name): tensor for name, tensor in resting_state(self).items()}
         save_tensors(tensors, folder, "model", variant=variant, max_shard_size=max_shard_size)
 
     @torch.no_grad()

@@ -26,10 +26,19 @@ from lowtide.loading import (
     spec_of,
 )
 from lowtide.memory.attach import attachment_of, detach
-from lowtide.memory.forms import Rule
+from lowtide.memory.forms import Casting, Rule
+from lowtide.memory.host import trim_heap
 from lowtide.memory.loading import offload_named
-from lowtide.memory.presets import attach_all, execution_device, group_rule, model_rule, sequential_rule
+from lowtide.memory.presets import (
+    attach_all,
+    execution_device,
+    group_rule,
+    model_rule,
+    named_casting,
+    sequential_rule,
+)
 from lowtide.memory.stream import Stream
+from lowtide.memory.tidy import Tidy
 from lowtide.models.mixin import PEER_VERSION, chosen_dtype
 from lowtide.pipelines.activations import ActivationMethods
 from lowtide.progress import ProgressBar
@@ -71,6 +80,7 @@ class DiffusionPipeline(ActivationMethods):
         local_files_only: bool = False,
         offload: str | None = None,
         offload_device: torch.device | str | None = None,
+        casting: Casting | str | None = None,
         **components: Any,
     ) -> Self:
         """Load from a folder with a `model_index.json`, or a Hub id, of which only the files needed are fetched.
@@ -80,6 +90,7 @@ class DiffusionPipeline(ActivationMethods):
         checkpoint's; None leaves an optional one out.
         With `offload` ("model", "block", "leaf" or "sequential") no weights are read now: they rest where they are,
         and come to `offload_device` (a GPU if there is one, else the CPU) when they are called.
+        With `casting` ("fp8", "int8" or a `lowtide.Casting`) the weights of every network rest in 8 bits.
         Raises `FileNotFoundError` for a missing model, file or variant, `CheckpointError` for malformed files,
         `ValueError` for classes, components or settings that are not possible.
         """
@@ -87,13 +98,16 @@ class DiffusionPipeline(ActivationMethods):
             raise ValueError(
                 "use_safetensors=False is not possible: pickled weights can run code, so they are refused."
             )
-        options = LoadOptions(chosen_dtype(torch_dtype, dtype), variant, offload_named(offload, offload_device))
+        chosen = chosen_dtype(torch_dtype, dtype)
+        options = LoadOptions(chosen, variant, offload_named(offload, offload_device), named_casting(casting))
         cache = None if cache_dir is None else Path(cache_dir)
         source = Source(os.fspath(pretrained), revision, cache, token, local_files_only)
         class_name, specs, _ = read_model_index(source.fetch([MODEL_INDEX]))
         pipeline_class = cls if cls is not DiffusionPipeline else _pipeline_class(class_name)
         to_load = pipeline_class._to_load(specs, components)
-        return pipeline_class(**components, **load_components(source, to_load, options))
+        loaded = pipeline_class(**components, **load_components(source, to_load, options))
+        trim_heap()
+        return loaded
 
     @classmethod
     def _to_load(cls, specs: dict[str, ComponentSpec | None], given: dict[str, Any]) -> dict[str, ComponentSpec | None]:
@@ -265,7 +279,7 @@ class DiffusionPipeline(ActivationMethods):
             for stream in self._streams():
                 stack.enter_context(stream.held())
             stack.enter_context(torch.no_grad())
-            stack.enter_context(self.stages.observed(ProgressBar(disable=self._progress_disabled)))
+            stack.enter_context(self.stages.observed(ProgressBar(disable=self._progress_disabled), Tidy()))
             yield
 
     def _streams(self) -> list[Stream]:

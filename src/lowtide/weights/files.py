@@ -184,10 +184,11 @@ def remember_origin(tensor: torch.Tensor, origin: Origin) -> None:
 
 def origin_of(tensor: torch.Tensor) -> Origin | None:
     """Where in a file the very numbers of a tensor are, or None if there is none or they were changed since."""
-    if not tensor.is_contiguous() or tensor.numel() == 0:
+    if tensor.numel() == 0:
         return None
     nbytes = tensor.numel() * tensor.itemsize
-    found = _mappings.holding(tensor.data_ptr()) if tensor.device.type == "cpu" else None
+    is_as_in_file = tensor.device.type == "cpu" and tensor.is_contiguous()
+    found = _mappings.holding(tensor.data_ptr()) if is_as_in_file else None
     if found is not None and found[1] + nbytes <= found[0].file.size:
         origin = Origin(found[0].file, found[1], nbytes, tensor.dtype)
         return origin if _untouched(tensor.data_ptr(), nbytes) or _still_equal(tensor, origin) else None

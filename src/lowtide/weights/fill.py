@@ -42,6 +42,7 @@ def fill(
     device: torch.device | str = "cpu",
     keep_dtype: Collection[str] = (),
     buffers: abc.Mapping[str, torch.Tensor] | None = None,
+    leave: Collection[str] = (),
 ) -> None:
     """Put the tensors of `index` into `module`, all or none; no parameter requires a gradient afterwards.
 
@@ -49,12 +50,12 @@ def fill(
     `keep_dtype`. A tied parameter needs one of its names in the file and stays one storage. `buffers` are the
     non-persistent ones, which no file holds: each that is on meta must be given. Peak memory: the new tensors that are
     not views of the file, plus `CHUNK_BYTES`. On the device "meta" nothing is read: everything is checked, and the
-    module gets the dtypes that it would have; `buffers` are put in as they are.
+    module gets the dtypes that it would have; `buffers` are put in as they are. Places named in `leave` are left alone.
     Raises `WeightsMismatchError` if any name, shape or kind of number differs, `ValueError` if `buffers` do not suit,
     `CheckpointError` if a file has changed since it was indexed.
     """
     is_dry = torch.device(device).type == "meta"
-    places = list(slots(module))
+    places = [slot for slot in slots(module) if slot.name not in leave]
     groups = _by_tensor(slot for slot in places if slot.kind != "transient")
     _check_match(module, index, groups)
     transient = _match_buffers(module, [slot for slot in places if slot.kind == "transient"], buffers or {})
@@ -67,7 +68,8 @@ def fill(
             remember_origin(placed, reader.origin(index[source]))
     for slot, tensor in transient:
         _place([slot], tensor if is_dry else tensor.to(device))
-    assert is_dry or not any(slot.tensor.is_meta for slot in slots(module)), "a tensor was left on meta"
+    left = (slot for slot in slots(module) if slot.name not in leave)
+    assert is_dry or not any(slot.tensor.is_meta for slot in left), "a tensor was left on meta"
 
 
 def load_tensors(

@@ -12,6 +12,9 @@ from fnmatch import fnmatchcase
 
 from lowtide.weights.index import CheckpointIndex, TensorEntry
 
+SCALE_SUFFIX = "_scale"
+"""What the name of a weight's scale has behind the name of the weight."""
+
 
 @dataclass(frozen=True)
 class Rename:
@@ -63,7 +66,9 @@ def apply_names(index: CheckpointIndex, table: NameTable, expected: Collection[s
 
     A key is renamed only if the module lacks it, has the result, and the file has no other key for that; one table
     thus serves old and new files and old and new classes. All else is left as it is, for `fill` to complain about.
+    The scales of weights in 8 bits go with them.
     """
+    expected = {*expected, *(name + SCALE_SUFFIX for name in expected)}
     entries = {name: entry for name, entry in index.items() if name in expected}
     for name, entry in index.items():
         if name in entries:

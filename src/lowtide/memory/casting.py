@@ -1,0 +1,294 @@
+"""Layerwise casting: weights rest in 8 bits, and are dequantized around the calls of the layer that they belong to.
+
+A leaf (one layer, or several that share a weight) gets a `_call_impl` of its own, as units do in `attach.py`, but
+inside of theirs: whatever rule moves the weights moves 8-bit bytes, and the leaf turns into numbers what has come.
+Between calls a slot holds a placeholder, which is dequantized for one operation if somebody reads it. Embeddings are
+never dequantized whole: their placeholder gives the rows that are asked for.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowtide.memory.blocks import with_atomic
+from lowtide.memory.forms import Casting
+from lowtide.memory.overrides import Overrides
+from lowtide.memory.rests import on_disk
+from lowtide.memory.scratch import SCRATCH
+from lowtide.memory.small import FLOATING, CastWeight, small_of
+from lowtide.memory.unit import aligned
+from lowtide.memory.weight import Weight, gather, is_plain, spoil
+from lowtide.ops.quantization import STORAGE
+from lowtide.weights.files import let_go
+from lowtide.weights.slots import slots
+
+CASTABLE = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+    nn.Embedding,
+)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+_MARK = "_lowtide_leaf"
+
+
+class Leaf:
+    """Layers whose weights are dequantized together, around the calls of `triggers`; each weight is in one leaf."""
+
+    def __init__(self, triggers: Sequence[nn.Module], weights: Sequence[CastWeight]) -> None:
+        self.weights = list(weights)
+        self._triggers = triggers
+        self._overrides = Overrides(_MARK)
+        self._lock = threading.Lock()
+        self._count = 0
+        self._flat: torch.Tensor | None = None
+        self._placed: list[tuple[CastWeight, list[torch.Tensor], list[int]]] = []
+
+    def install(self) -> None:
+        """Let the placeholders in, and the calls through this leaf."""
+        for weight in self.weights:
+            weight.lay_down()
+        owners = {view.slot.owner: None for weight in self.weights for view in weight.views}
+        if any(not weight.gives_rows for weight in self.weights):
+            for module in self._triggers:
+                self._overrides.set(module, "_call_impl", self._around(module._call_impl))
+        for module in owners:
+            self._overrides.set(module, "_apply", self._applied(module, module._apply))
+            self._overrides.set(module, "_load_from_state_dict", self._loaded(module._load_from_state_dict))
+            module.__dict__[_MARK] = self
+        for module in {*owners, *self._triggers}:
+            self._overrides.set_state(module)
+
+    def undo(self) -> None:
+        """Leave placeholders in the slots and the modules as they were otherwise."""
+        self._overrides.put_back()
+
+    # ---- two verbs
+
+    def enter(self) -> None:
+        """Dequantize, if it is the first call that needs it."""
+        with self._lock:
+            self._count += 1
+            if self._count > 1:
+                return
+            try:
+                self._place()
+            except BaseException:
+                self._lift()
+                self._count = 0
+                raise
+
+    def leave(self) -> None:
+        """Drop the numbers after the last call."""
+        with self._lock:
+            self._count = max(0, self._count - 1)
+            if self._count == 0:
+                self._lift()
+
+    def _place(self) -> None:
+        working = [weight for weight in self.weights if not weight.gives_rows]
+        self._flat = SCRATCH.take(sum(aligned(weight.working_bytes) for weight in working), working[0].device)
+        place = 0
+        for weight in working:
+            part = self._flat[place : place + weight.working_bytes]
+            weight.dequantize_into(part)
+            place += aligned(weight.working_bytes)
+            tensors = weight.tensors(part)
+            self._placed.append((weight, tensors, [tensor._version for tensor in tensors]))
+            weight.put(tensors)
+
+    def _lift(self) -> None:
+        for weight, tensors, versions in self._placed:
+            if weight.is_changed(tensors, versions):
+                weight.adopt(tensors)
+            weight.lay_down()
+            spoil(tensors)
+        self._placed = []
+        self.weights = [weight for weight in self.weights if weight.views]
+        if self._flat is not None:
+            SCRATCH.give(self._flat)
+            self._flat = None
+
+    # ---- the overrides
+
+    def _around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def dequantized_call(*args: Any, **kwargs: Any) -> Any:
+            self.enter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.leave()
+
+        return dequantized_call
+
+    def _applied(self, module: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
+        """`_apply` (`.to`, `.half` and so on) for a module: its 8-bit weights follow, without a way through numbers."""
+
+        def apply(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+            own = [weight for weight in self.weights if any(view.slot.owner is module for view in weight.views)]
+            names = {view.slot.leaf for weight in own for view in weight.views if view.slot.owner is module}
+            held = {name: module._parameters[name] for name in names}
+            try:
+                module._parameters.update(dict.fromkeys(names))
+                method(fn, recurse)
+            finally:
+                module._parameters.update(held)
+            for weight in own:
+                weight.follow(fn)
+            return module
+
+        return apply
+
+    def _loaded(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """`_load_from_state_dict`: what is loaded is quantized."""
+
+        def load(*args: Any, **kwargs: Any) -> None:
+            before = [(weight, weight.tensors(weight.flat_for_now())) for weight in self.weights]
+            versions = [[tensor._version for tensor in tensors] for _, tensors in before]
+            for weight, tensors in before:
+                weight.put(tensors)
+            try:
+                method(*args, **kwargs)
+            finally:
+                for (weight, tensors), known in zip(before, versions, strict=True):
+                    loaded = weight.views[0].slot.now()
+                    if weight.is_changed(tensors, known) and loaded is not None:
+                        weight.take(loaded)
+                    weight.lay_down()
+
+        return load
+
+
+def cast(module: nn.Module, casting: Casting) -> None:
+    """Let the weights of `module` that `casting` means rest in 8 bits, one after another; the others are left alone.
+
+    Weights that are cast already in another way are cast anew. Raises `ValueError` for weights that are on meta, or
+    that a scale is not possible for; what was cast until then stays so.
+    """
+    _undo([leaf for leaf in leaves(module) if not all(_is_so(weight, casting) for weight in leaf.weights)])
+    chosen = set(_chosen(module, casting))
+    weights = [weight for weight in _own_weights(module) if _is_meant(weight, chosen, casting)]
+    compute = None if casting.compute is None else getattr(torch, casting.compute)
+    made: list[CastWeight] = []
+    try:
+        while weights:
+            made.append(_cast_weight(weights.pop(), casting, compute))
+    finally:
+        install(module, made)
+
+
+def install(module: nn.Module, weights: Iterable[CastWeight]) -> None:
+    """Bring weights that rest in 8 bits to their layers, inside `module`."""
+    homes = {id(inner): atomic or inner for inner, atomic in with_atomic(module, None)}
+    groups: dict[int, tuple[list[nn.Module], list[CastWeight]]] = {}
+    for weight in weights:
+        triggers = [homes[id(view.slot.owner)] for view in weight.views]
+        merged: tuple[list[nn.Module], list[CastWeight]] = ([], [weight])
+        for found in {id(groups[id(one)]): groups[id(one)] for one in triggers if id(one) in groups}.values():
+            merged = (merged[0] + found[0], merged[1] + found[1])
+        merged = (list({id(one): one for one in [*merged[0], *triggers]}.values()), merged[1])
+        groups.update({id(one): merged for one in merged[0]})
+    for triggers, group in {id(one): one for one in groups.values()}.values():
+        Leaf(triggers, group).install()
+
+
+def uncast(module: nn.Module) -> None:
+    """Have the weights as they were before they were cast: those of a checkpoint as its file has them.
+
+    Others keep the values that their 8 bits hold, in the dtype they compute in; a warning says so.
+    """
+    _undo(leaves(module))
+
+
+def _undo(undone: list[Leaf]) -> None:
+    rounded = [weight.name for leaf in undone for weight in leaf.weights if weight.original is None]
+    for leaf in undone:
+        leaf.undo()
+        for weight in leaf.weights:
+            weight.restore_numbers()
+    if rounded:
+        warnings.warn(
+            f"{len(rounded)} weights ({rounded[0]} and so on) are in no file, so they keep the values that their 8 "
+            "bits hold. Load the model again to have them as they were.",
+            stacklevel=5,
+        )
+
+
+def _is_so(weight: CastWeight, casting: Casting) -> bool:
+    """Whether a weight is cast already as `casting` says."""
+    same_dtype = casting.compute is None or weight.dtype == getattr(torch, casting.compute)
+    return same_dtype and weight.storage == STORAGE[casting.storage] and (weight.scale is not None) == casting.scaled
+
+
+def leaves(module: nn.Module) -> list[Leaf]:
+    """The leaves inside `module` whose weights are cast."""
+    found = (inner.__dict__.get(_MARK) for inner in module.modules())
+    return list({id(leaf): leaf for leaf in found if leaf is not None}.values())
+
+
+def _chosen(module: nn.Module, casting: Casting) -> Iterator[nn.Module]:
+    """The layers that `casting` means."""
+    if not casting.skip_patterns and not casting.skip_classes:
+        yield from module.modules()
+        return
+    yield from _walk(module, "", casting)
+
+
+def _walk(module: nn.Module, name: str, casting: Casting) -> Iterator[nn.Module]:
+    is_named = any(re.search(pattern, name) for pattern in casting.skip_patterns)
+    if is_named or isinstance(module, casting.skip_classes):
+        return
+    if isinstance(module, CASTABLE):
+        yield module
+        return
+    for child_name, child in module.named_children():
+        yield from _walk(child, f"{name}.{child_name}" if name else child_name, casting)
+
+
+def _own_weights(module: nn.Module) -> list[Weight]:
+    """The weights of `module`, those included that no rule could move."""
+    return gather(slot for slot in slots(module) if is_plain(slot) and small_of(slot.tensor) is None)
+
+
+def _is_meant(weight: Weight, chosen: set[nn.Module], casting: Casting) -> bool:
+    """Whether a weight is one floating-point parameter of chosen layers alone, and, with scales, a matrix or more."""
+    view = weight.views[0]
+    return (
+        all(one.slot.owner in chosen and one.slot.kind == "parameter" and one.key == view.key for one in weight.views)
+        and view.dtype in FLOATING
+        and len(view.shape) > (1 if casting.scaled else 0)
+        and weight.nbytes == view.dtype.itemsize * _count(view.shape)
+    )
+
+
+def _count(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _cast_weight(weight: Weight, casting: Casting, compute: torch.dtype | None) -> CastWeight:
+    view = weight.views[0]
+    if weight.rest is None:
+        raise ValueError(f"{weight.name} is on meta: it has a shape and no values to cast. Load the model first.")
+    original = on_disk(weight)
+    flat = weight.rest.flat if hasattr(weight.rest, "flat") else weight.rest.on_host()
+    dim = 1 if isinstance(view.slot.owner, TRANSPOSED) else 0
+    numbers = view.of(flat).detach()
+    made = CastWeight.of(weight, numbers, STORAGE[casting.storage], casting.scaled, dim, compute)
+    if original is not None:
+        made.keep_original(original, numbers.dtype)
+        if original.mappable and numbers.device.type == "cpu":
+            let_go(numbers.data_ptr(), weight.nbytes)
+    made.lay_down()
+    return made

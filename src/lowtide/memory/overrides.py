@@ -1,0 +1,47 @@
+"""Methods that one module is given in place of its class's, and gives back again. Copies of the module lack them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class Overrides:
+    """A set of overrides that are undone together; `marks` are entries of modules that go with them."""
+
+    def __init__(self, *marks: str) -> None:
+        self._marks = marks
+        self._before: list[tuple[nn.Module, str, Any]] = []
+
+    def set(self, module: nn.Module, name: str, method: Callable[..., Any]) -> None:
+        """Let `module.name` be `method` from now on."""
+        self._before.append((module, name, module.__dict__.get(name)))
+        module.__dict__[name] = method
+
+    def set_state(self, module: nn.Module) -> None:
+        """Have copies and pickles of `module` made without the overrides."""
+        plain = module.__getstate__
+
+        def plain_state() -> dict[str, Any]:
+            state: dict[str, Any] = dict(plain())  # some classes leave out what cannot be copied
+            for owner, name, before in reversed(self._before):
+                if owner is module and before is None:
+                    state.pop(name, None)
+                elif owner is module and name in state:
+                    state[name] = before
+            return {name: value for name, value in state.items() if name not in self._marks}
+
+        self.set(module, "__getstate__", plain_state)
+
+    def put_back(self) -> None:
+        """Undo all of them."""
+        for module, name, before in reversed(self._before):
+            if before is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = before
+            for mark in self._marks:
+                module.__dict__.pop(mark, None)
+        self._before = []

@@ -1,0 +1,41 @@
+"""Memory in which weights are dequantized while they work: for each device one buffer, as large as the largest leaf."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+
+class Scratch:
+    """Flat buffers, lent and given back. Who takes one while another is lent gets one of their own."""
+
+    def __init__(self) -> None:
+        self._free: dict[torch.device, torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        """A flat uint8 tensor of `nbytes` or more."""
+        with self._lock:
+            kept = self._free.pop(device, None)
+        if kept is not None and kept.numel() >= nbytes:
+            return kept
+        del kept  # before the larger one is made
+        with torch.inference_mode(mode=False):
+            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def give(self, flat: torch.Tensor) -> None:
+        """Give a buffer back; the largest is kept."""
+        with self._lock:
+            kept = self._free.get(flat.device)
+            if kept is None or kept.numel() < flat.numel():
+                self._free[flat.device] = flat
+
+    def release(self) -> None:
+        """Keep nothing."""
+        with self._lock:
+            self._free.clear()
+
+
+SCRATCH = Scratch()
+"""The one of this process."""

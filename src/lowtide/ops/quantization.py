@@ -1,0 +1,110 @@
+"""Weights in 8 bits: quantize once, dequantize whenever they are used.
+
+w ≈ scale · q, with q in 8 bits and one scale for each output channel, or none (a plain cast). Scales are numbers that
+bfloat16 holds exactly; those of fp8 are powers of two. So q · scale has at most 16 significant bits, it is rounded
+once, to the dtype that is computed in, and every way of computing it below gives the same bits.
+fp8 formats: Micikevicius et al. 2022, "FP8 formats for deep learning", sec. 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+STORAGE = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8": torch.int8}
+"""The 8-bit dtypes by name."""
+LARGEST_INT8 = 127
+CHUNK = 2**18
+"""Numbers that are converted at once: what lies between the steps stays in the cache."""
+
+
+def quantize(
+    weight: torch.Tensor, storage: torch.dtype, *, scaled: bool, channel_dim: int = 0, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The numbers of `weight` in 8 bits, laid out as they are, and the scale (float32, `[O, 1, ...]`), None for plain.
+
+    `dtype` is a dtype that the numbers are rounded to before. Memory beyond the result: `CHUNK` numbers. Plain casts
+    round as PyTorch does; beyond 448 (e4m3fn) or 57344 (e5m2) they are not numbers any more.
+    Raises `ValueError` for a scale of numbers that are not finite, and for int8 without a scale.
+    """
+    if storage == torch.int8 and not scaled:
+        raise ValueError("int8 without a scale is not possible: it would round every weight to a whole number.")
+    values = torch.empty_strided(weight.shape, weight.stride(), dtype=storage, device=weight.device)
+    scale = _scale(weight, storage, channel_dim, dtype or weight.dtype) if scaled else None
+    for rows in slabs(weight):
+        piece = weight[rows] if dtype is None else weight[rows].to(dtype)
+        if scale is not None:
+            piece = piece.float() / _of_rows(scale, rows)
+        values[rows].copy_(piece.round_() if storage == torch.int8 else piece)
+    return values, scale
+
+
+def dequantize(
+    values: torch.Tensor, scale: torch.Tensor | None, out: torch.Tensor, *, has_nan: bool = False
+) -> torch.Tensor:
+    """Fill `out` with `scale` · `values`, rounded once to the dtype of `out`; both have one layout. Returns `out`.
+
+    `has_nan` says that e4m3fn values hold patterns that are not numbers (see `holds_nan`): PyTorch's own conversion is
+    used for these; on a CPU it takes six times as long as this one.
+    """
+    in_steps = values.dtype == torch.float8_e4m3fn and values.device.type == "cpu" and not has_nan
+    for rows in slabs(values):
+        piece, target = values[rows], out[rows]
+        factor = None if scale is None else _of_rows(scale, rows)
+        if in_steps:
+            target.copy_(_e4m3_to_float(piece, factor))
+        elif factor is None or target.dtype == torch.bfloat16:
+            target.copy_(piece)
+            if factor is not None:
+                target.mul_(factor.to(target.dtype))
+        else:
+            target.copy_(piece.float().mul_(factor))
+    return out
+
+
+def holds_nan(values: torch.Tensor) -> bool:
+    """Whether e4m3fn values hold the pattern of what is not a number."""
+    if values.dtype != torch.float8_e4m3fn:
+        return False
+    return any(bool((values[rows].view(torch.int8) & 0x7F).eq(0x7F).any()) for rows in slabs(values))
+
+
+def slabs(weight: torch.Tensor) -> Iterator[slice]:
+    """Rows of a weight that hold about `CHUNK` numbers together; on a GPU sixteen times as many."""
+    if weight.numel() == 0:
+        return
+    chunk = CHUNK if weight.device.type == "cpu" else 16 * CHUNK
+    step = max(1, chunk // weight[0].numel())
+    yield from (slice(start, start + step) for start in range(0, len(weight), step))
+
+
+def _e4m3_to_float(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """float32 by way of float16, whose sign, 4 of 5 exponent bits and 3 leading fraction bits are those of e4m3fn.
+
+    Moved there, the number is 2⁻⁸ of what it was, since the exponents' biases are 15 and 7.
+    """
+    bits = torch.empty_strided(values.shape, values.stride(), dtype=torch.int16)
+    bits.copy_(values.view(torch.int8))  # the sign fills the upper byte
+    bits.bitwise_left_shift_(7).bitwise_and_(-0x4001)  # and leaves bit 14, the highest of the exponent
+    return bits.view(torch.float16).float().mul_(256.0 if factor is None else factor * 256.0)
+
+
+def _scale(weight: torch.Tensor, storage: torch.dtype, channel_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """One positive scale for each channel, `[O, 1, ...]`, of numbers rounded to `dtype`; 1 for a channel of zeros."""
+    others = [dim for dim in range(weight.dim()) if dim != channel_dim]
+    parts = [weight[rows].abs().amax(others, keepdim=True).float() for rows in slabs(weight)]
+    largest = (torch.cat(parts) if channel_dim == 0 else torch.stack(parts).amax(0)).to(dtype).float()
+    if not bool(largest.isfinite().all()):
+        raise ValueError("a weight with numbers that are not finite has no scale")
+    if storage == torch.int8:
+        # up to the next number of bfloat16, so that the largest weight stays within 127
+        scale = (largest / LARGEST_INT8 * (1 + 2.0**-8)).bfloat16().float()
+    else:
+        _, exponent = torch.frexp(largest / torch.finfo(storage).max)
+        scale = torch.ldexp(torch.ones_like(largest), exponent)
+    return torch.where(largest > 0, scale.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
+
+
+def _of_rows(scale: torch.Tensor, rows: slice) -> torch.Tensor:
+    return scale[rows] if len(scale) > 1 else scale

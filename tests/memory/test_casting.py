@@ -1,0 +1,244 @@
+"""Casting against weights that were rounded beforehand: the same bits, under every rule and whatever is done to it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+import warnings
+
+import pytest
+import torch
+from tests.memory.cases import CASES, DTYPES, RULES, plain, put
+from torch import nn
+
+from lowtide.memory import attachment_of, detach
+from lowtide.memory.casting import CASTABLE, leaves
+from lowtide.memory.forms import NEVER_CAST, Casting
+from lowtide.memory.presets import apply_casting, remove_casting
+from lowtide.memory.small import small_of
+from lowtide.memory.weight import AtRest
+
+CASTINGS = {
+    "e4m3": Casting("float8_e4m3fn"),
+    "e5m2": Casting("float8_e5m2"),
+    "e4m3 scaled": Casting("float8_e4m3fn", scaled=True),
+    "e5m2 scaled": Casting("float8_e5m2", scaled=True),
+    "int8": Casting("int8"),
+}
+LARGEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
+
+
+def rounded(weight: torch.Tensor, casting: Casting, dim: int = 0) -> torch.Tensor:
+    """What 8 bits hold of a weight, written down once more, plainly."""
+    w = weight.detach().double()
+    if not casting.scaled:
+        return weight.detach().to(getattr(torch, casting.storage)).to(weight.dtype)
+    largest = w.abs().amax([d for d in range(w.dim()) if d != dim], keepdim=True)
+    if casting.storage == "int8":
+        scale = (largest.float() / 127 * (1 + 1 / 256)).bfloat16().double()
+        q = (w.float() / scale.float()).round().double()
+        assert q.abs().max() <= 127
+    else:
+        scale = 2.0 ** (torch.floor(torch.log2(largest / LARGEST[casting.storage])) + 1)
+        q = (w / scale).float().to(getattr(torch, casting.storage)).double()
+    return (q * scale).to(weight.dtype)
+
+
+def round_offline(module: nn.Module, casting: Casting) -> nn.Module:
+    """Round the weights that casting means, in place; a layer and its weight counted once."""
+    done: set[int] = set()
+    skipped = [name for name, _ in module.named_modules() if any(re.search(pattern, name) for pattern in NEVER_CAST)]
+    layers = {
+        name: layer
+        for name, layer in module.named_modules(remove_duplicate=False)
+        if isinstance(layer, CASTABLE) and not any(name == one or name.startswith(f"{one}.") for one in skipped)
+    }
+    with torch.no_grad():
+        for layer in layers.values():
+            for parameter in layer._parameters.values():
+                if parameter is None or id(parameter) in done or (casting.scaled and parameter.dim() < 2):
+                    continue
+                done.add(id(parameter))
+                parameter.copy_(rounded(parameter, casting))
+    return module
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[tuple[str, str, str], torch.Tensor]:
+    return {}
+
+
+def reference(name: str, dtype: str, how: str, known: dict[tuple[str, str, str], torch.Tensor]) -> torch.Tensor:
+    key = (name, dtype, how)
+    if key not in known:
+        case = CASES[name](DTYPES[dtype])
+        round_offline(case.module, CASTINGS[how])
+        known[key] = case.run()
+        assert not torch.equal(known[key], plain(name, dtype)), "rounding must change what comes out"
+    return known[key]
+
+
+@pytest.mark.parametrize("how", CASTINGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_cast_equals_weights_rounded_beforehand(name, dtype, how, expected):
+    case = CASES[name](DTYPES[dtype])
+    apply_casting(case.module, CASTINGS[how])
+    assert torch.equal(case.run(), reference(name, dtype, how, expected))
+    assert torch.equal(case.run(), reference(name, dtype, how, expected))
+    assert all(
+        isinstance(view.slot.now(), AtRest) for leaf in leaves(case.module) for w in leaf.weights for view in w.views
+    )
+
+
+@pytest.mark.parametrize("zero_copy", [True, False], ids=["mapped", "ring"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", CASES)
+def test_cast_under_every_rule(name, rule, zero_copy, expected):
+    how = "int8" if name in ("toy", "vae", "t5") else "e4m3"
+    case = CASES[name](torch.bfloat16)
+    apply_casting(case.module, CASTINGS[how])
+    attachment = put(case.module, RULES[rule], zero_copy=zero_copy)
+    for _ in range(2):
+        assert torch.equal(case.run(), reference(name, "bf16", how, expected))
+    assert all(u.load is None or u.stays or attachment.stream.holders == 0 for u in attachment.units)
+    assert attachment.stream.ledger.peak <= attachment.bound
+    detach(case.module)
+    assert torch.equal(case.run(), reference(name, "bf16", how, expected))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cast_under_a_rule_and_undone_under_it(name, expected):
+    case = CASES[name](torch.float32)
+    put(case.module, RULES["blocks ahead"])
+    case.run()
+    apply_casting(case.module, CASTINGS["int8"])
+    assert torch.equal(case.run(), reference(name, "fp32", "int8", expected))
+    assert attachment_of(case.module) is not None
+    remove_casting(case.module)
+    assert not leaves(case.module)
+    assert attachment_of(case.module) is not None
+    assert torch.equal(case.run(), plain(name, "fp32"))  # the spilled file has them as they were
+    detach(case.module)
+    assert torch.equal(case.run(), plain(name, "fp32"))
+
+
+def test_undone_without_a_file_keeps_what_8_bits_hold(expected):
+    case = CASES["unet"](torch.float32)
+    apply_casting(case.module, CASTINGS["int8"])
+    with pytest.warns(UserWarning, match=r"weights \(conv_.* are in no file"):
+        remove_casting(case.module)
+    assert torch.equal(case.run(), reference("unet", "fp32", "int8", expected))
+    assert not any(isinstance(parameter, AtRest) for parameter in case.module.parameters())
+
+
+def test_another_casting_begins_from_what_there_is(expected):
+    case = CASES["unet"](torch.float32)
+    apply_casting(case.module, CASTINGS["e4m3"])
+    apply_casting(case.module, CASTINGS["e4m3"])  # as it is: nothing to do
+    with pytest.warns(UserWarning, match="in no file"):
+        apply_casting(case.module, CASTINGS["e5m2"])
+    twice = CASES["unet"](torch.float32)
+    round_offline(round_offline(twice.module, CASTINGS["e4m3"]), CASTINGS["e5m2"])
+    assert torch.equal(case.run(), twice.run())
+
+
+@pytest.mark.parametrize("rule", [None, "blocks ahead", "model"])
+def test_state_copies_pickles_and_conversions(rule, expected):
+    case = CASES["unet"](torch.float32)
+    apply_casting(case.module, CASTINGS["int8"])
+    if rule is not None:
+        put(case.module, RULES[rule])
+    right = reference("unet", "fp32", "int8", expected)
+    state = case.module.state_dict()
+    assert all(type(tensor) is torch.Tensor for tensor in state.values())
+    for made in (copy.deepcopy(case.module), pickle.loads(pickle.dumps(case.module))):
+        assert not leaves(made)
+        assert not [key for module in made.modules() for key in vars(module) if key.startswith(("_lowtide", "_call_"))]
+        with torch.no_grad():
+            assert torch.equal(case.call(made), right)
+    case.module.to(torch.bfloat16)  # the 8 bits stay, their product with the scale is rounded to bfloat16
+    assert case.module.dtype == torch.bfloat16
+    assert leaves(case.module)
+    half = CASES["unet"](torch.bfloat16)
+    half.module.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(half.call(case.module), half.run())
+        case.module.load_state_dict(state)  # loaded numbers are cast
+        round_offline(half.module, CASTINGS["int8"])
+        assert torch.equal(half.call(case.module), half.run())
+
+
+def test_nothing_is_left_behind_by_an_error(expected):
+    case = CASES["unet"](torch.float32)
+    apply_casting(case.module, CASTINGS["int8"])
+    right = reference("unet", "fp32", "int8", expected)
+    handle = case.module.mid_block.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        case.run()
+    handle.remove()
+    assert all(
+        isinstance(view.slot.now(), AtRest) for leaf in leaves(case.module) for w in leaf.weights for view in w.views
+    )
+    assert torch.equal(case.run(), right)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_backward_pass_through_dropped_numbers_is_an_error():
+    layers = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    apply_casting(layers, Casting("int8"))
+    x = torch.randn(2, 8, requires_grad=True)
+    y = layers(x).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_embeddings_give_rows_alone():
+    from lowtide.memory.scratch import SCRATCH
+
+    embedding = nn.Embedding(1000, 64)
+    weight = embedding.weight.detach().clone()
+    for how in CASTINGS.values():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            remove_casting(embedding)
+        embedding.weight = nn.Parameter(weight.clone())
+        apply_casting(nn.Sequential(embedding), how)
+        SCRATCH.release()
+        ids = torch.tensor([[0, 999], [5, 5]])
+        with torch.no_grad():
+            out = embedding(ids)
+        assert torch.equal(out, rounded(weight, how)[ids])
+        assert not SCRATCH._free
+        with pytest.raises(IndexError):
+            embedding(torch.tensor([1000]))
+
+
+def test_channels_last_weights_are_dequantized_in_their_order(expected):
+    case = CASES["unet"](torch.float32)
+    apply_casting(case.module, CASTINGS["int8"])
+    case.module.to(memory_format=torch.channels_last)
+    weight = case.module.conv_in.weight
+    small = small_of(weight)
+    assert small is not None
+    assert weight.stride() == small.values().stride() == (36, 1, 12, 4)
+    assert case.module.state_dict()["conv_in.weight"].stride() == (36, 1, 12, 4)
+    plain_last = CASES["unet"](torch.float32)
+    round_offline(plain_last.module, CASTINGS["int8"]).to(memory_format=torch.channels_last)
+    assert torch.equal(case.run(), plain_last.run())
+
+
+def test_bytes_that_move_are_the_small_ones():
+    sizes = {}
+    for how in (None, "int8", "e4m3"):
+        case = CASES["unet"](torch.float32)
+        if how is not None:
+            apply_casting(case.module, CASTINGS[how])
+        attachment = put(case.module, RULES["leaves ahead"], zero_copy=False)
+        case.run()
+        sizes[how] = attachment.stream.ledger.moved
+    assert sizes["e4m3"] < sizes["int8"] < 0.45 * sizes[None]

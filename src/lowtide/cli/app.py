@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import lowtide
+from lowtide.cli import bench
 from lowtide.cli.doctor import doctor
 from lowtide.cli.errors import tell
 from lowtide.cli.generate import generate
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(doctor)
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(asked: bool) -> None:

@@ -111,27 +111,12 @@ def _version(package: str) -> str | None:
 def _processor() -> Processor:
     import torch
 
-    from lowtide.memory.host import usable_cpus
+    from lowtide.memory.host import processor_name_and_flags, usable_cpus
 
     sizes = {torch.float32: 1024, torch.bfloat16: 1024, torch.float16: 256}
     rates = {str(dtype).removeprefix("torch."): probes.matmul_rate(dtype, size) for dtype, size in sizes.items()}
-    name, features = _cpu_name_and_features()
-    return Processor(name, usable_cpus(), features, rates)
-
-
-def _cpu_name_and_features() -> tuple[str, tuple[str, ...]]:
-    """From Linux's `/proc/cpuinfo`; elsewhere the name that Python knows, and no features."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
-    entries = dict(_entry(line) for line in reversed(text.splitlines()) if ":" in line)
-    flags = set(entries.get("flags", entries.get("Features", "")).split())
-    name = entries.get("model name") or platform.processor() or platform.machine()
-    return name, tuple(feature for feature in _CPU_FEATURES if feature in flags)
-
-
-def _entry(line: str) -> tuple[str, str]:
-    key, _, value = line.partition(":")
-    return key.strip(), value.strip()
+    name, flags = processor_name_and_flags()
+    return Processor(name, usable_cpus(), tuple(feature for feature in _CPU_FEATURES if feature in flags), rates)
 
 
 def _memory() -> Memory:

@@ -86,16 +86,31 @@ class Request:
     casting: Casting = Casting.NONE
 
     def __post_init__(self) -> None:
-        if not self.prompt.strip():
-            raise InputError('The prompt is empty. Say what to draw, for example "a red sailboat at sunset".')
-        for text in (self.prompt, self.negative):
-            _check_text(text)
-        if self.steps < 1:
-            raise InputError(f"--steps {self.steps}: at least one step is needed. 20 to 50 are usual.")
+        check_prompt(self.prompt)
+        _check_text(self.negative)
+        check_steps(self.steps)
         if not math.isfinite(self.guidance) or self.guidance < 0:
             raise InputError(f"--guidance {self.guidance}: give a number from 0 up. 7.5 is usual, 1 turns it off.")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device, re.ASCII):
-            raise InputError(f"--device {self.device}: possible are auto, cpu, cuda and cuda:N (the N-th GPU, from 0).")
+        check_device(self.device)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise `InputError` for a prompt that is empty or no text."""
+    if not prompt.strip():
+        raise InputError('The prompt is empty. Say what to draw, for example "a red sailboat at sunset".')
+    _check_text(prompt)
+
+
+def check_steps(steps: int) -> None:
+    """Raise `InputError` for less than one step."""
+    if steps < 1:
+        raise InputError(f"--steps {steps}: at least one step is needed. 20 to 50 are usual.")
+
+
+def check_device(name: str) -> None:
+    """Raise `InputError` for a name that is no device; whether it is here, `generate.resolve_device` tells."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name, re.ASCII):
+        raise InputError(f"--device {name}: possible are auto, cpu, cuda and cuda:N (the N-th GPU, from 0).")
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import psutil
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,19 @@ def usable_cpus() -> float:
         if quota.isdigit() and period.isdigit():
             count = min(count, int(quota) / int(period))
     return count
+
+
+def processor_name_and_flags() -> tuple[str, frozenset[str]]:
+    """From Linux's `/proc/cpuinfo`; elsewhere the name that Python knows, and no flags."""
+    text = _CPU_INFO.read_text(encoding="utf-8", errors="replace") if _CPU_INFO.is_file() else ""
+    entries = dict(_entry(line) for line in reversed(text.splitlines()) if ":" in line)
+    name = entries.get("model name") or platform.processor() or platform.machine()
+    return name, frozenset(entries.get("flags", entries.get("Features", "")).split())
+
+
+def _entry(line: str) -> tuple[str, str]:
+    key, _, value = line.partition(":")
+    return key.strip(), value.strip()
 
 
 def _cgroup_limits() -> Iterator[tuple[int, int]]:

@@ -97,10 +97,25 @@ def _can_reset_high_water_mark() -> bool:
 
 
 def _take_high_water_mark() -> int:
+    peak = _high_water_mark()
+    _CLEAR_REFS.write_text("5", encoding="ascii")
+    return peak
+
+
+def _high_water_mark() -> int:
     status = Path("/proc/self/status").read_text(encoding="ascii")
     kibibytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
-    _CLEAR_REFS.write_text("5", encoding="ascii")
     return int(kibibytes) * 1024
+
+
+def process_peak() -> int | None:
+    """Peak bytes of resident memory since this process began, or since a `PeakSource` last took it; None if unknown.
+
+    From the kernel on Linux and on Windows; the other systems keep no such figure for one process.
+    """
+    if sys.platform == "linux":
+        return _high_water_mark()
+    return getattr(psutil.Process().memory_info(), "peak_wset", None)
 
 
 def _in_use() -> Peaks:

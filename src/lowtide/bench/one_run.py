@@ -1,0 +1,128 @@
+"""The process of one run: reads a `Spec` as JSON from stdin, makes pictures, and prints a `Reading` as JSON.
+
+Run by `lowtide.bench.children`. Nothing is called in either library but what the spec's technique stands for: no
+allocator setting (`lowtide.memory.steady_malloc`, which `lowtide generate` calls), no number of threads, no backend.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from lowtide.bench.children import ANSWER
+from lowtide.bench.runs import Reading, Spec
+from lowtide.bench.techniques import TECHNIQUES, Context
+
+if TYPE_CHECKING:
+    import torch
+
+GUIDANCE = 7.5
+WARM_UP_STEPS = 2
+
+
+def main() -> None:
+    """Do as stdin says; the last line on stdout is the reading, or the reason why there is none."""
+    spec = Spec(**json.loads(sys.stdin.read()))
+    try:
+        answer: dict[str, Any] = {"reading": asdict(measured(spec))}
+    except Exception as error:  # any failure of a technique is a result: the table shows it
+        answer = {"failure": f"{type(error).__name__}: {str(error).strip()}"}
+    print(f"\n{json.dumps({ANSWER: answer})}", flush=True)
+
+
+def measured(spec: Spec) -> Reading:
+    """Load, apply the technique, call once to warm up, then time one call of the whole pipeline."""
+    import torch
+
+    from lowtide.memory.peaks import process_peak
+
+    device = torch.device(spec.device)
+    library = importlib.import_module(spec.library)
+    began = time.perf_counter()
+    pipe = loaded(library, spec, getattr(torch, spec.dtype))
+    load = time.perf_counter()
+    TECHNIQUES[spec.technique].apply(pipe, library, context_of(spec, device, getattr(torch, spec.dtype)))
+    _finish(device)
+    applied = time.perf_counter()
+    pictures(pipe, spec, WARM_UP_STEPS)
+    latency, images, allocated, reserved = _timed(pipe, spec, device)
+    return Reading(
+        load=load - began,
+        apply=applied - load,
+        latency=latency,
+        peak_rss=process_peak(),
+        cuda_allocated=allocated,
+        cuda_reserved=reserved,
+        checksum=hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest(),
+        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        versions=versions(library),
+    )
+
+
+def loaded(library: ModuleType, spec: Spec, dtype: torch.dtype) -> Any:
+    """The pipeline of the library, with DDIM as its scheduler."""
+    pipe = library.StableDiffusionPipeline.from_pretrained(spec.model, torch_dtype=dtype, variant=spec.variant)
+    pipe.scheduler = library.DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def context_of(spec: Spec, device: torch.device, dtype: torch.dtype) -> Context:
+    """What the technique may know of the run."""
+    return Context(device, dtype, spec.width, spec.height, spec.batch, spec.folder)
+
+
+def pictures(pipe: Any, spec: Spec, steps: int) -> list[Any]:
+    """One call of the whole pipeline; the noise is drawn on the CPU, so it is the same on every device."""
+    import torch
+
+    return pipe(
+        [spec.prompt] * spec.batch,
+        height=spec.height,
+        width=spec.width,
+        num_inference_steps=steps,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator("cpu").manual_seed(spec.seed),
+    ).images
+
+
+def versions(library: ModuleType) -> dict[str, str]:
+    """What was measured, by name."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {"python": platform.python_version(), **packages, library.__name__: library.__version__}
+
+
+def _timed(pipe: Any, spec: Spec, device: torch.device) -> tuple[float, list[Any], int | None, int | None]:
+    """Seconds, the pictures, and the CUDA allocator's peaks of allocated and of reserved bytes."""
+    import torch
+
+    _finish(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    began = time.perf_counter()
+    images = pictures(pipe, spec, spec.steps)
+    _finish(device)
+    latency = time.perf_counter() - began
+    if device.type != "cuda":
+        return latency, images, None, None
+    return latency, images, torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for the device: here it is measured, not used."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()

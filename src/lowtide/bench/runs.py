@@ -1,0 +1,139 @@
+"""What is measured and what comes back: options, one run's orders, its reading, and the order of the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowtide.bench.techniques import OURS, TECHNIQUES
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row's technique, by name, in one library."""
+
+    technique: str
+    library: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The orders of one run, as they are sent to its process; `folder` is an empty one on disk."""
+
+    library: str
+    technique: str
+    model: str
+    variant: str | None
+    device: str
+    dtype: str
+    width: int
+    height: int
+    steps: int
+    batch: int
+    prompt: str
+    seed: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one run took; seconds and bytes, `None` where this machine cannot tell.
+
+    `peak_rss` is that of the whole process from its start, imports and loading included; the CUDA peaks are those of
+    the timed call. `checksum` is of the pictures' bytes, `gpu` the name of the device, if it is one.
+    """
+
+    load: float
+    apply: float
+    latency: float
+    peak_rss: int | None
+    cuda_allocated: int | None
+    cuda_reserved: int | None
+    checksum: str
+    gpu: str | None
+    versions: dict[str, str]
+
+    @property
+    def peak(self) -> int | None:
+        """The peak that matters: of the GPU's memory where one computes, else of the process."""
+        return self.peak_rss if self.cuda_allocated is None else self.cuda_allocated
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run that has ended: with a reading, or with the reason why there is none. Rounds count from 1."""
+
+    round: int
+    job: Job
+    reading: Reading | None
+    failure: str | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a table is asked for. `half` is the name of the dtype of all rows but `original`; `timeout` in seconds."""
+
+    model: str
+    variant: str | None
+    device: str
+    half: str
+    width: int
+    height: int
+    steps: int
+    batch: int
+    prompt: str
+    rounds: int
+    rows: tuple[str, ...]
+    peer: str | None
+    seed: int
+    timeout: float | None
+    out: Path
+
+    def jobs(self) -> list[Job]:
+        """The runs of one round: row by row, in each the library's own run and the peer's, if it has the technique."""
+        libraries = [OURS] if self.peer is None else [OURS, self.peer]
+        return [
+            Job(row, library) for row in self.rows for library in libraries if library == OURS or TECHNIQUES[row].peer
+        ]
+
+    def spec(self, job: Job, folder: str) -> Spec:
+        """The orders of one run."""
+        dtype = self.half if TECHNIQUES[job.technique].precision == "half" else "float32"
+        return Spec(
+            library=job.library,
+            technique=job.technique,
+            model=self.model,
+            variant=self.variant,
+            device=self.device,
+            dtype=dtype,
+            width=self.width,
+            height=self.height,
+            steps=self.steps,
+            batch=self.batch,
+            prompt=self.prompt,
+            seed=self.seed,
+            folder=folder,
+        )
+
+
+Outcome = tuple[Reading | None, str | None]
+
+
+def in_turn(
+    jobs: list[Job], rounds: int, run_one: Callable[[Job], Outcome], round_ended: Callable[[], object]
+) -> Iterator[Run]:
+    """Run every job once a round, round after round, so that a machine's drift meets all of them alike.
+
+    A job that failed is not tried again. `round_ended` is called after each round.
+    """
+    failed: set[Job] = set()
+    for number in range(1, rounds + 1):
+        for job in jobs:
+            if job in failed:
+                continue
+            reading, failure = run_one(job)
+            if failure is not None:
+                failed.add(job)
+            yield Run(number, job, reading, failure)
+        round_ended()

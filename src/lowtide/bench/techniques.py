@@ -1,0 +1,198 @@
+"""The rows of `lowtide bench table`: what a user calls, on a pipeline just loaded, to have each technique.
+
+Our methods have the peer's names, so one function serves both libraries unless it says otherwise. Each one puts the
+weights where they belong: on the device, or, for an offload, where they rest.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+OURS = "lowtide"
+ORIGINAL = "original"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a technique may need to know: where and in what to compute, the pictures' pixels, an empty folder."""
+
+    device: torch.device
+    dtype: torch.dtype
+    width: int
+    height: int
+    batch: int
+    folder: str
+
+
+Apply = Callable[[Any, ModuleType, Context], None]
+
+
+@dataclass(frozen=True)
+class Technique:
+    """One row: its name for `--rows`, its title, the precision it is loaded in, and how to have it.
+
+    `apply` takes the pipeline, the library it is from, and the context. `peer` is false where the peer lacks it.
+    """
+
+    name: str
+    title: str
+    precision: Literal["float32", "half"]
+    apply: Apply
+    peer: bool = True
+
+
+def _resident(pipe: Any, library: ModuleType, context: Context) -> None:
+    pipe.to(context.device)
+
+
+def _channels_last(pipe: Any, library: ModuleType, context: Context) -> None:
+    import torch
+
+    pipe.to(context.device)
+    pipe.unet.to(memory_format=torch.channels_last)
+
+
+def _traced(pipe: Any, library: ModuleType, context: Context) -> None:
+    from lowtide.bench.tracing import TracedUNet, example_inputs
+
+    _channels_last(pipe, library, context)
+    pipe.unet = TracedUNet(pipe.unet, example_inputs(pipe, context))
+
+
+def _attention(pipe: Any, library: ModuleType, context: Context) -> None:
+    """Before the trace: a traced network's attention is fixed."""
+    pipe.enable_xformers_memory_efficient_attention()
+    _traced(pipe, library, context)
+
+
+def _vae_sliced(pipe: Any, library: ModuleType, context: Context) -> None:
+    """By the autoencoder's own method: the peer's pipeline has none any more."""
+    pipe.to(context.device)
+    pipe.vae.enable_slicing()
+
+
+def _vae_tiled(pipe: Any, library: ModuleType, context: Context) -> None:
+    pipe.to(context.device)
+    pipe.vae.enable_tiling()
+
+
+def _vae_exact(pipe: Any, library: ModuleType, context: Context) -> None:
+    pipe.to(context.device)
+    pipe.enable_vae_tiling("exact")
+
+
+def _attention_sliced(pipe: Any, library: ModuleType, context: Context) -> None:
+    pipe.to(context.device)
+    pipe.enable_attention_slicing()
+
+
+def _offloaded(method: str) -> Apply:
+    """A whole pipeline's offload. On a CPU no device is named: the peer takes that name, and then moves nothing."""
+
+    def apply(pipe: Any, library: ModuleType, context: Context) -> None:
+        named = {} if context.device.type == "cpu" else {"device": context.device}
+        getattr(pipe, method)(**named)
+
+    return apply
+
+
+def _grouped(kind: str, *, to_disk: bool = False) -> Apply:
+    """Group offload with a stream."""
+
+    def apply(pipe: Any, library: ModuleType, context: Context) -> None:
+        options: dict[str, Any] = {"offload_type": f"{kind}_level"}
+        if kind == "block":
+            options["num_blocks_per_group"] = 1
+        if context.device.type == "cpu" and library.__name__ != OURS:
+            _group_on_disk(pipe, library, context, options)
+            return
+        if to_disk:
+            options["offload_to_disk_path"] = context.folder
+        pipe.enable_group_offload(context.device, use_stream=True, **options)
+
+    return apply
+
+
+def _group_on_disk(pipe: Any, library: ModuleType, context: Context, options: dict[str, Any]) -> None:
+    """The peer's group offload on a CPU: to disk is the only one that saves memory, and it has no streams there.
+
+    Each network has a folder of its own: the files of two would have the same names.
+    """
+    for name, module in _networks(pipe).items():
+        folder = Path(context.folder) / name
+        folder.mkdir()
+        _hooks(library).apply_group_offloading(
+            module, onload_device=context.device, offload_to_disk_path=str(folder), **options
+        )
+
+
+def _cast(storage: str, **options: Any) -> Apply:
+    """The U-Net's weights kept in fewer bits. It is moved first: moving the pipeline ends what changed its weights."""
+
+    def apply(pipe: Any, library: ModuleType, context: Context) -> None:
+        import torch
+
+        pipe.to(context.device)
+        dtype = getattr(torch, storage)
+        pipe.unet.enable_layerwise_casting(storage_dtype=dtype, compute_dtype=context.dtype, **options)
+
+    return apply
+
+
+def _int8_everywhere(pipe: Any, library: ModuleType, context: Context) -> None:
+    import torch
+
+    pipe.to(context.device)
+    for module in _networks(pipe).values():
+        _hooks(library).apply_layerwise_casting(module, torch.int8, context.dtype)
+
+
+def _int8_grouped(pipe: Any, library: ModuleType, context: Context) -> None:
+    import torch
+
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.int8, compute_dtype=context.dtype)
+    _grouped("block")(pipe, library, context)
+
+
+def _networks(pipe: Any) -> dict[str, Any]:
+    """The components that are networks, of either library's pipeline."""
+    import torch
+
+    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def _hooks(library: ModuleType) -> Any:
+    return importlib.import_module(f"{library.__name__}.hooks")
+
+
+_ROWS = (
+    Technique(ORIGINAL, "original", "float32", _resident),
+    Technique("half", "half precision", "half", _resident),
+    Technique("channels-last", "channels last", "half", _channels_last),
+    Technique("traced", "traced UNet", "half", _traced),
+    Technique("attention", "memory-efficient attention", "half", _attention),
+    Technique("vae-slicing", "VAE slicing", "half", _vae_sliced),
+    Technique("vae-tiling", "VAE tiling, blended", "half", _vae_tiled),
+    Technique("vae-exact", "VAE by rows, exact", "half", _vae_exact, peer=False),
+    Technique("attention-slicing", "attention slicing", "half", _attention_sliced),
+    Technique("model-offload", "model offload", "half", _offloaded("enable_model_cpu_offload")),
+    Technique("sequential-offload", "sequential offload", "half", _offloaded("enable_sequential_cpu_offload")),
+    Technique("group-block", "group offload, blocks", "half", _grouped("block")),
+    Technique("group-leaf", "group offload, leaves", "half", _grouped("leaf")),
+    Technique("group-block-disk", "group offload, blocks on disk", "half", _grouped("block", to_disk=True)),
+    Technique("fp8", "fp8 UNet", "half", _cast("float8_e4m3fn")),
+    Technique("fp8-scaled", "fp8 UNet, scaled", "half", _cast("float8_e4m3fn", scaled=True), peer=False),
+    Technique("int8", "int8 UNet", "half", _cast("int8"), peer=False),
+    Technique("int8-all", "int8, every network", "half", _int8_everywhere, peer=False),
+    Technique("int8-group-block", "int8 UNet + group offload, blocks", "half", _int8_grouped, peer=False),
+)
+TECHNIQUES = {technique.name: technique for technique in _ROWS}
+"""Every technique by its name. The first five are each on top of the one before; the others are on top of `half`."""

@@ -21,14 +21,15 @@ from torch.utils._pytree import tree_map_only
 
 from lowtide.memory.blocks import split
 from lowtide.memory.forms import Level, Rule
+from lowtide.memory.gather import gather
 from lowtide.memory.order import Order
 from lowtide.memory.overrides import Overrides
 from lowtide.memory.rests import settle_rests
 from lowtide.memory.stream import Stream
 from lowtide.memory.unit import Unit
-from lowtide.memory.weight import Weight, gather
+from lowtide.memory.weight import Weight
 from lowtide.weights.index import CheckpointIndex
-from lowtide.weights.slots import slots
+from lowtide.weights.slots import emptied, slots
 
 ENTRY_POINTS = ("encode", "decode", "decode_rows", "generate", "get_text_features", "get_image_features")
 """Methods besides `forward` by which a module may be called as a whole."""
@@ -207,9 +208,15 @@ class Attachment:
                 raise RuntimeError(f"{name} is not possible while {type(self.root).__name__} is being called.")
             moves = name == "_apply" and _moves(args[0], self.device)
             self.let_go()
+            following = self._following(module) if name == "_apply" and not moves else []
+            self.weights = [weight for weight in self.weights if weight not in following]
             self.restore(to_given=False)
             try:
-                return getattr(module, name)(*args, **kwargs)
+                with emptied(view.slot for weight in following for view in weight.views):
+                    result = getattr(module, name)(*args, **kwargs)
+                for weight in following:
+                    weight.follow(args[0])
+                return result
             finally:
                 if not moves and not _has_moved(self.root, self.device):
                     attach(self.root, self.rule, self.stream, exclude_kwargs=self.exclude_kwargs)
@@ -217,6 +224,15 @@ class Attachment:
                     _warn_undone(self.root, f"a part of it ({type(module).__name__}) was moved")
 
         return plain_call
+
+    def _following(self, module: nn.Module) -> list[Weight]:
+        """The weights of `module` and its parts that become another dtype or order without being read."""
+        own = set(module.modules())
+        return [
+            weight
+            for weight in self.weights
+            if weight.can_follow and all(view.slot.owner in own for view in weight.views)
+        ]
 
 
 def attach(

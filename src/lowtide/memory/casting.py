@@ -19,15 +19,16 @@ from torch import nn
 
 from lowtide.memory.blocks import with_atomic
 from lowtide.memory.forms import Casting
+from lowtide.memory.gather import gather, is_plain
 from lowtide.memory.overrides import Overrides
 from lowtide.memory.rests import on_disk
 from lowtide.memory.scratch import SCRATCH
 from lowtide.memory.small import FLOATING, CastWeight, small_of
 from lowtide.memory.unit import aligned
-from lowtide.memory.weight import Weight, gather, is_plain, spoil
+from lowtide.memory.weight import Weight, spoil
 from lowtide.ops.quantization import STORAGE
 from lowtide.weights.files import let_go
-from lowtide.weights.slots import slots
+from lowtide.weights.slots import emptied, slots
 
 CASTABLE = (
     nn.Conv1d,
@@ -49,6 +50,8 @@ class Leaf:
 
     def __init__(self, triggers: Sequence[nn.Module], weights: Sequence[CastWeight]) -> None:
         self.weights = list(weights)
+        self.room = 0
+        """Bytes to take at least: what the largest leaf of the same module needs, so that one buffer serves all."""
         self._triggers = triggers
         self._overrides = Overrides(_MARK)
         self._lock = threading.Lock()
@@ -61,7 +64,7 @@ class Leaf:
         for weight in self.weights:
             weight.lay_down()
         owners = {view.slot.owner: None for weight in self.weights for view in weight.views}
-        if any(not weight.gives_rows for weight in self.weights):
+        if self._working():
             for module in self._triggers:
                 self._overrides.set(module, "_call_impl", self._around(module._call_impl))
         for module in owners:
@@ -74,6 +77,14 @@ class Leaf:
     def undo(self) -> None:
         """Leave placeholders in the slots and the modules as they were otherwise."""
         self._overrides.put_back()
+
+    def _working(self) -> list[CastWeight]:
+        return [weight for weight in self.weights if not weight.gives_rows]
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes of the numbers while they work."""
+        return sum(aligned(weight.working_bytes) for weight in self._working())
 
     # ---- two verbs
 
@@ -98,10 +109,9 @@ class Leaf:
                 self._lift()
 
     def _place(self) -> None:
-        working = [weight for weight in self.weights if not weight.gives_rows]
-        self._flat = SCRATCH.take(sum(aligned(weight.working_bytes) for weight in working), working[0].device)
+        self._flat = SCRATCH.take(max(self.room, self.working_bytes), self.weights[0].device)
         place = 0
-        for weight in working:
+        for weight in self._working():
             part = self._flat[place : place + weight.working_bytes]
             weight.dequantize_into(part)
             place += aligned(weight.working_bytes)
@@ -138,13 +148,8 @@ class Leaf:
 
         def apply(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
             own = [weight for weight in self.weights if any(view.slot.owner is module for view in weight.views)]
-            names = {view.slot.leaf for weight in own for view in weight.views if view.slot.owner is module}
-            held = {name: module._parameters[name] for name in names}
-            try:
-                module._parameters.update(dict.fromkeys(names))
+            with emptied(view.slot for weight in own for view in weight.views if view.slot.owner is module):
                 method(fn, recurse)
-            finally:
-                module._parameters.update(held)
             for weight in own:
                 weight.follow(fn)
             return module
@@ -200,8 +205,11 @@ def install(module: nn.Module, weights: Iterable[CastWeight]) -> None:
             merged = (merged[0] + found[0], merged[1] + found[1])
         merged = (list({id(one): one for one in [*merged[0], *triggers]}.values()), merged[1])
         groups.update({id(one): merged for one in merged[0]})
-    for triggers, group in {id(one): one for one in groups.values()}.values():
-        Leaf(triggers, group).install()
+    made = [Leaf(triggers, group) for triggers, group in {id(one): one for one in groups.values()}.values()]
+    room = max((leaf.working_bytes for leaf in made), default=0)
+    for leaf in made:
+        leaf.room = room
+        leaf.install()
 
 
 def uncast(module: nn.Module) -> None:
@@ -287,7 +295,7 @@ def _cast_weight(weight: Weight, casting: Casting, compute: torch.dtype | None) 
     numbers = view.of(flat).detach()
     made = CastWeight.of(weight, numbers, STORAGE[casting.storage], casting.scaled, dim, compute)
     if original is not None:
-        made.keep_original(original, numbers.dtype)
+        made.keep_original(original, view)
         if original.mappable and numbers.device.type == "cpu":
             let_go(numbers.data_ptr(), weight.nbytes)
     made.lay_down()

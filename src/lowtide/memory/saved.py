@@ -15,7 +15,7 @@ from torch import nn
 from lowtide.memory.casting import install
 from lowtide.memory.small import CastWeight, small_of
 from lowtide.memory.store import DiskRest
-from lowtide.memory.weight import View
+from lowtide.memory.view import View
 from lowtide.ops.quantization import STORAGE
 from lowtide.weights.files import Origin, WeightFile
 from lowtide.weights.fill import WeightsMismatchError, load_tensors

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lowtide.memory.store import DeviceRest, DiskRest, HostRest, Rest
-from lowtide.memory.weight import AtRest, View, Weight, became
+from lowtide.memory.view import View, became, numbers_in_file
+from lowtide.memory.weight import AtRest, Weight
 from lowtide.ops.quantization import dequantize, holds_nan, quantize
 from lowtide.weights.layout import same_order
 
@@ -61,7 +62,7 @@ class CastWeight(Weight):
             )
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
-        self._has_nan = None
+        self._has_nan = False if scaled else None  # a scale is of finite numbers, and leaves none out of range
         self.rest = _rest(values)
 
     # ---- what it is
@@ -169,10 +170,10 @@ class CastWeight(Weight):
         self.scale = scale.to(self.device)
         self.channel_dim = next((dim for dim, size in enumerate(scale.shape) if size != 1), 0)
 
-    def keep_original(self, rest: DiskRest, dtype: torch.dtype) -> None:
-        """Remember the place in a file that holds the numbers as they were, of type `dtype` if it tells none."""
-        origin = replace(rest.origin, dtype=dtype) if rest.origin.dtype == torch.uint8 else rest.origin
-        self.original = DiskRest(origin, self.dtype, rest.layout)
+    def keep_original(self, rest: DiskRest, view: View) -> None:
+        """Remember the place in a file that holds the numbers as they were, seen as `view`, if they are in order."""
+        origin = numbers_in_file(rest, view)
+        self.original = None if origin is None else DiskRest(origin, self.dtype, (view.shape, view.stride))
 
     def restore_numbers(self) -> None:
         """Put ordinary tensors into the slots: as the file has them, or else as the 8 bits do."""
@@ -266,6 +267,11 @@ class Carried(Weight):
         """The bytes are gone."""
         self.whole.now = None
         self.whole.lay_down()
+
+    @property
+    def can_follow(self) -> bool:
+        """Never: its layer sees to that."""
+        return False
 
     def restore(self, *, to_given: bool) -> None:
         """Rest on the host, or where they were given."""

@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map_only
 
-from lowtide.memory.store import DeviceRest, DiskRest, HostRest, Rest
+from lowtide.memory.store import DiskRest, HostRest, Rest
+from lowtide.memory.view import View, became, numbers_in_file
 from lowtide.weights.files import remember_origin
-from lowtide.weights.slots import Slot
+from lowtide.weights.layout import is_by_rows
 
 _NOTHING = torch.empty(0)
-PLAIN = (torch.Tensor, nn.Parameter, getattr(nn, "Buffer", nn.Parameter))
-
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """How one slot sees the bytes of its weight, from `offset` on."""
-
-    slot: Slot
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for slots that hold one and the same tensor."""
-        return self.offset, self.shape, self.stride, self.dtype, self.slot.kind == "parameter"
-
-    def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """The tensor for the slot, on the bytes `flat`.
-
-        It requires a gradient if the slot's did: some kernels sum in another order then, also where none is taken.
-        """
-        span = _span(self.shape, self.stride) * self.dtype.itemsize
-        with torch.inference_mode(mode=False):
-            # .data: a version counter of its own, so that a write to one tensor is not taken for a write to another
-            tensor = flat[self.offset : self.offset + span].view(self.dtype).as_strided(self.shape, self.stride).data
-            return nn.Parameter(tensor, self.requires_grad) if self.slot.kind == "parameter" else tensor
 
 
 class Weight:
@@ -105,6 +75,25 @@ class Weight:
     def taken_over(self, views: Sequence[View]) -> Weight:
         """The same weight for another rule, seen by these slots."""
         return Weight(views, self.nbytes, self.rest, self.given)
+
+    @property
+    def can_follow(self) -> bool:
+        """Whether it can become another dtype or order of numbers without being read: it is one tensor in a file."""
+        view, is_one = self.views[0], len({view.key for view in self.views}) == 1
+        is_in_file = isinstance(self.rest, DiskRest) and numbers_in_file(self.rest, view) is not None
+        return is_one and is_in_file and is_by_rows(view.shape, view.stride)
+
+    def follow(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Become what `fn`, given to `Module._apply`, makes of such a tensor on the same device."""
+        view = self.views[0]
+        now = became(view, self.device, fn)
+        origin = numbers_in_file(self.rest, view)
+        assert origin is not None
+        self.rest = DiskRest(origin, now.dtype, (view.shape, now.stride))
+        self.views = [replace(one, dtype=now.dtype, stride=now.stride) for one in self.views]
+        self.nbytes = torch.Size(view.shape).numel() * now.dtype.itemsize
+        self._placeholders = {}
+        self.lay_down()
 
     def forget_given(self) -> None:
         """Hold on to the tensors that were given no longer."""
@@ -212,59 +201,6 @@ class AtRest(torch.Tensor):
         return f"AtRest({self.weight.name}: {list(self.shape)}, {self.dtype}, on {self.weight.rest.tier})"
 
 
-@dataclass(frozen=True)
-class Became:
-    """The dtype, device and strides that a tensor was given."""
-
-    dtype: torch.dtype
-    device: torch.device
-    stride: tuple[int, ...]
-
-
-def became(view: View, device: torch.device, fn: Callable[[torch.Tensor], torch.Tensor]) -> Became:
-    """What `fn`, given to `Module._apply`, makes of a tensor like that of `view`: asked with a small one."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(len(view.shape))
-    shaped = torch.empty(view.shape, device="meta")
-    probe = torch.zeros((2,) * len(view.shape), dtype=view.dtype, device=device)
-    if last is not None:
-        last_stride = shaped.to(memory_format=last).stride()
-        is_last = view.stride == last_stride != shaped.stride()
-        probe = probe.to(memory_format=last) if is_last else probe
-        after = fn(probe)
-        if after.is_contiguous(memory_format=last):
-            return Became(after.dtype, after.device, last_stride)
-    else:
-        after = fn(probe)
-    return Became(after.dtype, after.device, shaped.stride() if after.is_contiguous() else view.stride)
-
-
-def gather(slots: Iterable[Slot]) -> list[Weight]:
-    """The weights that lie in `slots`, tied and overlapping ones as one; a weight on meta has no rest yet.
-
-    Raises `ValueError` for tensors that are more than strided numbers.
-    """
-    found: list[Weight] = []
-    by_old: dict[int, list[Slot]] = {}
-    on_meta: dict[int, list[Slot]] = {}
-    placed: list[tuple[str, int, int, Slot]] = []
-    for slot in slots:
-        tensor = slot.tensor
-        if isinstance(tensor, AtRest):
-            by_old.setdefault(id(tensor.weight), []).append(slot)
-            continue
-        _check_plain(slot)
-        if tensor.is_meta:
-            on_meta.setdefault(id(tensor), []).append(slot)
-        elif tensor.numel() > 0:
-            start = tensor.data_ptr()
-            end = start + _span(tensor.shape, tensor.stride()) * tensor.itemsize
-            placed.append((str(tensor.device), start, end, slot))
-    found += [_taken_over(group) for group in by_old.values()]
-    found += [_unfilled(group) for group in on_meta.values()]
-    return found + [_real(group) for group in _overlapping(placed)]
-
-
 def _is_changed(view: View, tensor: torch.Tensor, version: int) -> bool:
     """Running statistics tell no version."""
     owner = view.slot.owner
@@ -279,67 +215,6 @@ def spoil(tensors: Iterable[torch.Tensor]) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
-def _taken_over(group: list[Slot]) -> Weight:
-    old: Any = group[0].tensor
-    views = [_view(slot, slot.tensor.view_.offset, slot.tensor.view_.requires_grad) for slot in group]  # type: ignore[attr-defined]
-    return old.weight.taken_over(views)
-
-
-def _unfilled(group: list[Slot]) -> Weight:
-    tensor = group[0].tensor
-    nbytes = _span(tensor.shape, tensor.stride()) * tensor.itemsize
-    return Weight([_view(slot, 0, slot.tensor.requires_grad) for slot in group], nbytes, None, torch.device("cpu"))
-
-
-def _real(group: list[tuple[int, int, Slot]]) -> Weight:
-    start, end = min(one[0] for one in group), max(one[1] for one in group)
-    lowest = next(slot.tensor for first, _, slot in group if first == start)
-    views = [_view(slot, first - start, slot.tensor.requires_grad) for first, _, slot in group]
-    with torch.inference_mode(mode=False):
-        storage = lowest.untyped_storage()
-        flat = torch.empty(0, dtype=torch.uint8, device=lowest.device)
-        flat.set_(storage, lowest.storage_offset() * lowest.itemsize, (end - start,))  # type: ignore[call-overload]
-    rest = HostRest(flat) if lowest.device.type == "cpu" else DeviceRest(flat)
-    return Weight(views, end - start, rest, lowest.device)
-
-
-def _view(slot: Slot, offset: int, requires_grad: bool) -> View:
-    tensor = slot.tensor
-    return View(slot, offset, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, requires_grad)
-
-
-def _overlapping(placed: list[tuple[str, int, int, Slot]]) -> list[list[tuple[int, int, Slot]]]:
-    """Group ranges of bytes that touch the same bytes."""
-    groups: list[list[tuple[int, int, Slot]]] = []
-    reach, where = 0, ""
-    for device, start, end, slot in sorted(placed, key=lambda one: one[:3]):
-        if groups and device == where and start < reach:
-            groups[-1].append((start, end, slot))
-            reach = max(reach, end)
-        else:
-            groups.append([(start, end, slot)])
-            reach, where = end, device
-    return groups
-
-
-def is_plain(slot: Slot) -> bool:
-    """Whether a slot holds strided numbers and nothing more, or the placeholder of such."""
-    tensor = slot.tensor
-    is_known = isinstance(tensor, AtRest) or type(tensor) in PLAIN
-    return is_known and tensor.layout == torch.strided and not tensor.is_quantized
-
-
-def _check_plain(slot: Slot) -> None:
-    tensor = slot.tensor
-    if isinstance(slot.owner, torch.jit.ScriptModule):
-        raise ValueError(f"{slot.name} is inside a traced or scripted module, whose weights are frozen into its code.")
-    if not is_plain(slot):
-        raise ValueError(
-            f"{slot.name} is a {type(tensor).__name__}, which cannot be moved as bytes. Offload the module before it "
-            "is quantized or distributed, and after a first call if it is lazy; or leave this part out."
-        )
-
-
 def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
@@ -351,10 +226,3 @@ def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
                     f"{one.weight.name} rests on {one.weight.rest.tier}, so it cannot be written to ({func}). Undo the "
                     "offload first (disable_..., or lowtide.memory.detach(module)), write, and enable it again."
                 )
-
-
-def _span(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements from the first to the last of a strided tensor."""
-    if math.prod(shape) == 0:
-        return 0
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -20,6 +20,7 @@ from lowtide.hooks import (
 from lowtide.hub import Source, weight_patterns
 from lowtide.memory.forms import NEVER_CAST, Casting
 from lowtide.memory.loading import Offload, offload_named, put_weights, resting_state
+from lowtide.memory.origins import keeping_origins
 from lowtide.memory.presets import named_casting
 from lowtide.models.attention_backends import set_attention_backend, set_attention_slicing, xformers_or_sdpa
 from lowtide.weights.fill import state_names
@@ -120,6 +121,9 @@ class ModelMixin(nn.Module):
         index = apply_names(index, cls.names, state_names(model))
         put_weights(model, index, dtype=dtype, offload=offload, casting=casting, never_cast=cls.never_cast)
         return model.eval()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        return super()._apply(keeping_origins(fn), recurse)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, variant: str | None = None, max_shard_size: int | str | None = None

@@ -71,7 +71,9 @@ class UNet2DConditionModel(ModelMixin):
         self, sample: torch.Tensor, timestep: torch.Tensor | float, added: dict[str, torch.Tensor] | None
     ) -> torch.Tensor:
         """The time embedding `[B, T]` in the dtype of `sample`, with SDXL's additions where the model has them."""
-        timesteps_B = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
+        if not isinstance(timestep, torch.Tensor) or timestep.device != sample.device:
+            timestep = torch.as_tensor(timestep, device=sample.device)  # a trace would fix its dtype here
+        timesteps_B = timestep.reshape(-1).expand(sample.shape[0])
         time_BT = self.time_embedding(self._sinusoid(timesteps_B, self.config.block_out_channels[0]).to(sample.dtype))
         if self.add_embedding is None:
             return time_BT

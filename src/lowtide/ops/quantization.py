@@ -15,7 +15,7 @@ import torch
 STORAGE = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8": torch.int8}
 """The 8-bit dtypes by name."""
 LARGEST_INT8 = 127
-CHUNK = 2**18
+CHUNK = 2**19
 """Numbers that are converted at once: what lies between the steps stays in the cache."""
 
 
@@ -48,16 +48,21 @@ def dequantize(
     `has_nan` says that e4m3fn values hold patterns that are not numbers (see `holds_nan`): PyTorch's own conversion is
     used for these; on a CPU it takes six times as long as this one.
     """
+    in_bfloat16 = out.dtype == torch.bfloat16 and scale is not None and _fits_bfloat16(scale)
     in_steps = values.dtype == torch.float8_e4m3fn and values.device.type == "cpu" and not has_nan
+    floats = torch.empty(0)
     for rows in slabs(values):
         piece, target = values[rows], out[rows]
         factor = None if scale is None else _of_rows(scale, rows)
-        if in_steps:
-            target.copy_(_e4m3_to_float(piece, factor))
-        elif factor is None or target.dtype == torch.bfloat16:
+        if in_steps and in_bfloat16:
+            _e4m3_in_bfloat16(piece, factor, target)
+        elif in_steps:
+            floats = _e4m3_to_float(piece, factor, target, floats)
+            target.copy_(floats)
+        elif factor is None:
             target.copy_(piece)
-            if factor is not None:
-                target.mul_(factor.to(target.dtype))
+        elif in_bfloat16:
+            target.copy_(piece).mul_(factor.bfloat16())
         else:
             target.copy_(piece.float().mul_(factor))
     return out
@@ -79,15 +84,37 @@ def slabs(weight: torch.Tensor) -> Iterator[slice]:
     yield from (slice(start, start + step) for start in range(0, len(weight), step))
 
 
-def _e4m3_to_float(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+def _e4m3_in_bfloat16(values: torch.Tensor, factor: torch.Tensor | None, target: torch.Tensor) -> None:
+    """bfloat16, whose fields e4m3fn moves into: there the number is 2⁻¹²⁰ of what it was (biases 127 and 7).
+
+    The few numbers that are below normal in e4m3fn are so here, and arithmetic with such is slow on a CPU: a way for
+    scaled weights, which have hardly any, and not for plain ones, half of which can be such.
+    """
+    assert factor is not None
+    bits = target.view(torch.int16).copy_(values.view(torch.int8))  # the sign fills the upper byte
+    bits.bitwise_left_shift_(4).bitwise_and_(-0x7810)  # sign, the low 4 bits of the exponent, 3 of the fraction
+    target.mul_((factor * 2.0**120).bfloat16())
+
+
+def _fits_bfloat16(scale: torch.Tensor) -> bool:
+    """Whether bfloat16 holds the scales exactly, and 2¹²⁰ times each; those of `quantize` are so."""
+    return bool((scale.bfloat16() == scale).all()) and bool((scale < 2.0**7).all())
+
+
+def _e4m3_to_float(
+    values: torch.Tensor, factor: torch.Tensor | None, room: torch.Tensor, floats: torch.Tensor
+) -> torch.Tensor:
     """float32 by way of float16, whose sign, 4 of 5 exponent bits and 3 leading fraction bits are those of e4m3fn.
 
-    Moved there, the number is 2⁻⁸ of what it was, since the exponents' biases are 15 and 7.
+    Moved there, the number is 2⁻⁸ of what it was, since the exponents' biases are 15 and 7. `room` is overwritten if
+    its numbers are of 16 bits; `floats` is where the result goes if it has its shape.
     """
-    bits = torch.empty_strided(values.shape, values.stride(), dtype=torch.int16)
+    bits = room.view(torch.int16) if room.itemsize == 2 else torch.empty_like(values, dtype=torch.int16)
     bits.copy_(values.view(torch.int8))  # the sign fills the upper byte
     bits.bitwise_left_shift_(7).bitwise_and_(-0x4001)  # and leaves bit 14, the highest of the exponent
-    return bits.view(torch.float16).float().mul_(256.0 if factor is None else factor * 256.0)
+    if floats.shape != values.shape:
+        floats = torch.empty_strided(values.shape, values.stride())
+    return floats.copy_(bits.view(torch.float16)).mul_(256.0 if factor is None else factor * 256.0)
 
 
 def _scale(weight: torch.Tensor, storage: torch.dtype, channel_dim: int, dtype: torch.dtype) -> torch.Tensor:

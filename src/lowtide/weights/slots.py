@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -31,8 +32,25 @@ class Slot:
 
     def now(self) -> torch.Tensor | None:
         """What sits in the slot at this moment."""
-        place = self.owner._parameters if self.kind == "parameter" else self.owner._buffers
-        return place.get(self.leaf)
+        return self.table.get(self.leaf)
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """The table of the owner that the slot is in."""
+        return self.owner._parameters if self.kind == "parameter" else self.owner._buffers
+
+
+@contextmanager
+def emptied(places: Iterable[Slot]) -> Generator[None]:
+    """While this lasts, nothing is in these places; afterwards what was there is there again."""
+    held = [(slot, slot.now()) for slot in places]
+    for slot, _ in held:
+        slot.table[slot.leaf] = None
+    try:
+        yield
+    finally:
+        for slot, tensor in held:
+            slot.table[slot.leaf] = tensor
 
 
 def slots(module: nn.Module) -> Iterator[Slot]:

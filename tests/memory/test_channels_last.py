@@ -1,0 +1,119 @@
+"""Channels last: the strides stay under every plan, and nothing is held twice."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from tests import tiny
+from tests.memory.cases import CASES, RULES, put
+from tests.memory_peaks import peak_bytes
+from torch import nn
+
+from lowtide import UNet2DConditionModel
+from lowtide.memory import detach
+from lowtide.memory.store import DiskRest
+from lowtide.models.mixin import ModelMixin
+
+LAST = torch.channels_last
+STRIDE = (36, 1, 12, 4)  # of conv_in's weight [8, 4, 3, 3]
+
+
+def in_last(name: str, dtype: torch.dtype) -> torch.Tensor:
+    case = CASES[name](dtype)
+    case.module.to(memory_format=LAST)
+    return case.run()
+
+
+@pytest.mark.parametrize("zero_copy", [True, False], ids=["mapped", "ring"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("before", [True, False], ids=["before the rule", "under the rule"])
+def test_strides_stay_under_every_rule(before, rule, zero_copy):
+    case = CASES["unet"](torch.bfloat16)
+    if before:
+        case.module.to(memory_format=LAST)
+    put(case.module, RULES[rule], zero_copy=zero_copy)
+    case.module.to(memory_format=LAST)
+    assert case.module.conv_in.weight.stride() == STRIDE
+    assert case.module.state_dict()["conv_in.weight"].stride() == STRIDE
+    seen: list[tuple[int, ...]] = []
+    case.module.conv_in.register_forward_pre_hook(lambda module, _: seen.append(module.weight.stride()))
+    assert torch.equal(case.run(), in_last("unet", torch.bfloat16))
+    assert torch.equal(case.run(), in_last("unet", torch.bfloat16))
+    assert seen == [STRIDE] * 2
+    detach(case.module)
+    assert case.module.conv_in.weight.stride() == STRIDE
+    assert torch.equal(case.run(), in_last("unet", torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offload", ["model", "block", "leaf", "sequential"])
+def test_weights_of_a_checkpoint_go_on_resting_in_its_file(tmp_path, offload, dtype):
+    tiny.unet().save_pretrained(tmp_path)
+    inputs = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in tiny.unet_inputs().items()
+    }
+    plain = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=dtype)
+    plain.to(memory_format=LAST)
+    model = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=dtype, offload=offload, offload_device="cpu")
+    for _ in range(2):
+        model.to(memory_format=LAST)
+        assert all(isinstance(parameter.weight.rest, DiskRest) for parameter in model.parameters())
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).sample, plain(**inputs).sample)
+    model.to(memory_format=torch.contiguous_format)
+    assert model.conv_in.weight.stride() == (36, 9, 3, 1)
+    model.disable_group_offload()
+    model.to(memory_format=LAST)
+    model.enable_group_offload("cpu", offload_type="leaf_level")
+    assert all(isinstance(parameter.weight.rest, DiskRest) for parameter in model.parameters())
+
+
+def test_another_dtype_under_a_rule_reads_nothing(tmp_path):
+    tiny.unet().save_pretrained(tmp_path)
+    inputs = tiny.unet_inputs()
+    model = UNet2DConditionModel.from_pretrained(tmp_path, offload="leaf", offload_device="cpu")
+    model.to(torch.bfloat16)
+    assert all(isinstance(parameter.weight.rest, DiskRest) for parameter in model.parameters())
+    half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
+    with torch.no_grad():
+        plain = tiny.unet().to(torch.bfloat16)
+        assert torch.equal(model(**half).sample, plain(**half).sample)
+        model.to(torch.float32)  # from the file again: nothing was lost on the way
+        assert torch.equal(model(**inputs).sample, tiny.unet()(**inputs).sample)
+
+
+def test_a_part_alone(tmp_path):
+    tiny.unet().save_pretrained(tmp_path)
+    model = UNet2DConditionModel.from_pretrained(tmp_path, offload="leaf", offload_device="cpu")
+    model.conv_in.to(memory_format=LAST)
+    assert model.conv_in.weight.stride() == STRIDE
+    assert model.conv_out.weight.is_contiguous()
+
+
+class Wide(ModelMixin):
+    """Convolutions of 64 MiB in all."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.layers = nn.ModuleList([nn.Conv2d(456, 512, 3, bias=False) for _ in range(8)])
+
+
+@pytest.mark.slow
+def test_no_second_copy(tmp_path):
+    from lowtide.memory.loading import put_weights
+    from lowtide.weights.index import find_weights
+    from lowtide.weights.save import save_tensors
+
+    save_tensors(Wide().state_dict(), tmp_path, "model")
+    with torch.device("meta"):
+        model = Wide()
+    put_weights(model, find_weights(tmp_path, "model"), dtype=torch.float32)
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    peak = peak_bytes(lambda: model.to(memory_format=LAST))
+    assert peak < total + 2 * largest
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(parameter.is_contiguous(memory_format=LAST) for parameter in model.parameters())

@@ -32,14 +32,20 @@ def relative_error(result, exact):
     return ((result.double() - exact).norm() / exact.norm()).item()
 
 
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("map_layout", LAYOUTS)
+@pytest.mark.parametrize("weight_layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_product_is_the_convolution(shape):
+def test_the_product_is_the_convolution(shape, weight_layout, map_layout):
     x, weight, bias = example(shape, torch.float64)
+    x, weight = x.contiguous(memory_format=map_layout), weight.contiguous(memory_format=weight_layout)
     stride, padding = shape[-2:]
     result = conv2d_as_product(x, weight, bias, stride=stride, padding=padding)
     expected = F.conv2d(x, weight, bias, stride, padding)
     assert result.shape == expected.shape
-    assert result.is_contiguous()
+    assert result.is_contiguous(memory_format=map_layout)
     assert relative_error(result, expected) < 1e-14
 
 
@@ -61,7 +67,7 @@ def test_the_product_is_as_exact_as_the_kernel():
     [
         (torch.bfloat16, FEW_PIXELS, torch.contiguous_format, True),
         (torch.bfloat16, FEW_PIXELS + 1, torch.contiguous_format, False),
-        (torch.bfloat16, FEW_PIXELS, torch.channels_last, False),
+        (torch.bfloat16, FEW_PIXELS, torch.channels_last, True),
         (torch.float32, 1, torch.contiguous_format, False),
     ],
 )

@@ -26,6 +26,7 @@ from lowtide.memory.order import Order
 from lowtide.memory.overrides import Overrides
 from lowtide.memory.rests import settle_rests
 from lowtide.memory.stream import Stream
+from lowtide.memory.tracing import Uncompiled, refuse_tracing
 from lowtide.memory.unit import Unit
 from lowtide.memory.weight import Weight
 from lowtide.weights.index import CheckpointIndex
@@ -169,22 +170,26 @@ class Attachment:
         self.root.__dict__[_MARK] = self
 
     def _around(self, module: nn.Module, call: Callable[..., Any], units: list[Unit]) -> Callable[..., Any]:
+        enter, leave = Uncompiled(self.enter), Uncompiled(Unit.leave)
+
         def entered_call(*args: Any, **kwargs: Any) -> Any:
+            refuse_tracing(module)
             begun: list[Unit] = []
             try:
                 for unit in units:
                     begun.append(unit)
-                    self.enter(unit)
+                    enter(unit)
                 return call(*args, **kwargs)
             finally:
                 for unit in reversed(begun):
-                    unit.leave(module, may_wait=self._depth > 0)
+                    leave(unit, module, may_wait=self._depth > 0)
 
         return entered_call if units else call
 
     def _bracketed(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def bracketed_call(*args: Any, **kwargs: Any) -> Any:
+            refuse_tracing(self.root)
             with self.running():
                 args, kwargs = self._inputs(args, kwargs)
                 return method(*args, **kwargs)

@@ -24,6 +24,7 @@ from lowtide.memory.overrides import Overrides
 from lowtide.memory.rests import on_disk
 from lowtide.memory.scratch import SCRATCH
 from lowtide.memory.small import FLOATING, CastWeight, small_of
+from lowtide.memory.tracing import Uncompiled, refuse_tracing
 from lowtide.memory.unit import aligned
 from lowtide.memory.weight import Weight, spoil
 from lowtide.ops.quantization import STORAGE
@@ -66,7 +67,7 @@ class Leaf:
         owners = {view.slot.owner: None for weight in self.weights for view in weight.views}
         if self._working():
             for module in self._triggers:
-                self._overrides.set(module, "_call_impl", self._around(module._call_impl))
+                self._overrides.set(module, "_call_impl", self._around(module, module._call_impl))
         for module in owners:
             self._overrides.set(module, "_apply", self._applied(module, module._apply))
             self._overrides.set(module, "_load_from_state_dict", self._loaded(module._load_from_state_dict))
@@ -133,13 +134,16 @@ class Leaf:
 
     # ---- the overrides
 
-    def _around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _around(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+        enter, leave = Uncompiled(self.enter), Uncompiled(self.leave)
+
         def dequantized_call(*args: Any, **kwargs: Any) -> Any:
-            self.enter()
+            refuse_tracing(module)
+            enter()
             try:
                 return call(*args, **kwargs)
             finally:
-                self.leave()
+                leave()
 
         return dequantized_call
 

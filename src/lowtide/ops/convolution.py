@@ -21,8 +21,7 @@ def conv2d(
     may differ from the kernel's by the rounding of bfloat16. Every other convolution is PyTorch's own.
     """
     is_bfloat16_on_cpu = x_BCHW.device.type == "cpu" and x_BCHW.dtype == torch.bfloat16
-    # Maps with channels last stay so in PyTorch's kernel; the product would give them back with channels first.
-    if is_bfloat16_on_cpu and x_BCHW.is_contiguous():
+    if is_bfloat16_on_cpu:
         rows, columns = ((side + 2 * padding - weight.shape[-1]) // stride + 1 for side in x_BCHW.shape[2:])
         if len(x_BCHW) * rows * columns <= FEW_PIXELS:
             return conv2d_as_product(x_BCHW, weight, bias_O, stride=stride, padding=padding)
@@ -32,14 +31,21 @@ def conv2d(
 def conv2d_as_product(
     x_BCHW: torch.Tensor, weight: torch.Tensor, bias_O: torch.Tensor, *, stride: int, padding: int
 ) -> torch.Tensor:
-    """Convolve as one product: the weight `[O, C·K·K]` times a column of `C·K·K` values for each output pixel."""
+    """Convolve as one product: the weight `[O, C·K·K]` times a column of `C·K·K` values for each output pixel.
+
+    With channels last in the weight these are `K·K·C`, so that it is read as it lies. The result lies as the map.
+    """
     size = weight.shape[-1]
     padded = F.pad(x_BCHW, (padding,) * 4)
     patches_BCHWKK = padded.unfold(2, size, stride).unfold(3, size, stride)
     batch, _, rows, columns, _, _ = patches_BCHWKK.shape
-    patches = patches_BCHWKK.permute(1, 4, 5, 0, 2, 3).reshape(weight[0].numel(), -1)
-    product = torch.addmm(bias_O[:, None], weight.flatten(1), patches)
-    return product.view(-1, batch, rows, columns).transpose(0, 1).contiguous()
+    if weight.is_contiguous():
+        patches, matrix = patches_BCHWKK.permute(1, 4, 5, 0, 2, 3), weight.flatten(1)
+    else:
+        patches, matrix = patches_BCHWKK.permute(4, 5, 1, 0, 2, 3), weight.permute(0, 2, 3, 1).flatten(1)
+    product = torch.addmm(bias_O[:, None], matrix, patches.reshape(matrix.shape[1], -1))
+    layout = torch.contiguous_format if x_BCHW.is_contiguous() else torch.channels_last
+    return product.view(-1, batch, rows, columns).transpose(0, 1).contiguous(memory_format=layout)
 
 
 def in_faster_layout(x_BCHW: torch.Tensor) -> torch.Tensor:

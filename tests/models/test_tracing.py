@@ -1,0 +1,128 @@
+"""Our U-Net traced, exported and compiled; and refused, kindly, while its weights come and go."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tests import tiny
+from torch import nn
+
+from lowtide.memory.casting import leaves
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+def inputs(seed: int = 0):
+    draw = torch.Generator().manual_seed(seed)
+    sample = torch.randn(2, 4, 8, 8, generator=draw)
+    return sample, torch.rand(1, generator=draw) * 999, torch.randn(2, 6, 24, generator=draw)
+
+
+def unet(**changes):
+    module = tiny.unet(**changes)
+    module.forward = functools.partial(module.forward, return_dict=False)
+    return module
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_a_trace_saved_and_loaded_equals_the_network(tmp_path, kind, layout):
+    module = unet(kind=kind).to(memory_format=layout)
+    traced = torch.jit.trace(module, inputs())
+    traced.save(tmp_path / "unet.pt")
+    loaded = torch.jit.load(tmp_path / "unet.pt")
+    for seed in (1, 2):
+        expected = module(*inputs(seed))[0]
+        for one in (traced, loaded):
+            assert (one(*inputs(seed))[0] - expected).abs().max() <= 1e-5
+        assert (traced(inputs(seed)[0], torch.zeros(1), inputs(seed)[2])[0] - expected).abs().max() > 1e-3
+
+
+def test_a_traced_network_in_the_pipeline(tmp_path):
+    pipe = tiny.pipeline(tmp_path)
+    draw = functools.partial(pipe, "a cat", num_inference_steps=3, output_type="pt", height=32, width=32)
+    expected = draw(generator=torch.Generator().manual_seed(0)).images
+
+    @dataclass
+    class Output:
+        sample: torch.Tensor
+
+    class TracedUNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_channels = pipe.unet.config.in_channels
+            self.device = pipe.unet.device
+            pipe.unet.forward = functools.partial(pipe.unet.forward, return_dict=False)
+            size = 32 // pipe.vae_scale_factor
+            example = (torch.randn(2, 4, size, size), torch.tensor(7), torch.randn(2, 16, 24))
+            self.traced = torch.jit.trace(pipe.unet, example)
+
+        def forward(self, latent_model_input, t, encoder_hidden_states):
+            return Output(self.traced(latent_model_input, t, encoder_hidden_states)[0])
+
+    pipe.unet = TracedUNet()
+    assert (draw(generator=torch.Generator().manual_seed(0)).images - expected).abs().max() <= 1e-5
+    assert (draw(generator=torch.Generator().manual_seed(1)).images - expected).abs().max() > 1e-3
+
+
+def test_exported_and_compiled():
+    module = unet()
+    expected = module(*inputs(1))[0]
+    exported = torch.export.export(module, inputs())
+    assert (exported.module()(*inputs(1))[0] - expected).abs().max() <= 1e-5
+    compiled = torch.compile(module, backend="aot_eager")
+    assert (compiled(*inputs(1))[0] - expected).abs().max() <= 1e-5
+
+
+def offloaded(module):
+    module.enable_group_offload("cpu", offload_type="leaf_level")
+
+
+def whole(module):
+    module.enable_group_offload("cpu", offload_type="block_level")
+
+
+def cast(module):
+    module.enable_layerwise_casting(torch.int8)
+
+
+PLANS = [offloaded, whole, cast]
+WAYS = {"trace": torch.jit.trace, "export": torch.export.export}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_trace_of_weights_that_come_and_go_is_refused(plan, way):
+    module = unet()
+    plan(module)
+    expected = module(*inputs())[0]
+    with pytest.raises(RuntimeError, match=r"cannot be traced, exported or compiled .*disable_layerwise_casting"):
+        WAYS[way](module, inputs())
+    assert torch.equal(module(*inputs())[0], expected)  # nothing is left in the slots
+    module.disable_group_offload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module.disable_layerwise_casting()
+    assert not leaves(module)
+    WAYS[way](module, inputs())
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_compiling_goes_around_the_plan(plan):
+    module = unet()
+    plan(module)
+    expected = module(*inputs())[0]
+    compiled = torch.compile(module, backend="eager")
+    for _ in range(2):
+        assert torch.equal(compiled(*inputs())[0], expected)

@@ -66,6 +66,7 @@ def apply_layerwise_casting(
     non_blocking: bool = False,
     *,
     scaled: bool = False,
+    fp8_matmul: bool = False,
 ) -> None:
     """Let the weights of convolutions, linear layers and embeddings rest in `storage_dtype`, 8 bits.
 
@@ -76,10 +77,14 @@ def apply_layerwise_casting(
     Modules whose name matches a pattern (`re.search`) of `skip_modules_pattern`, or that are of `skip_modules_classes`,
     stay as they are with all inside them; "auto" means `lowtide.memory.forms.NEVER_CAST`. If both are None, every
     module is cast. All that is not cast gets the `compute_dtype`. `non_blocking` is accepted and has no effect.
+    `fp8_matmul` has linear layers multiply in fp8, their inputs rounded as well (3.7 % in all): for GPUs that do
+    (compute capability 8.9 or more), with e4m3fn and bfloat16.
     Weights are cast one after another, so memory falls from the first on; any offload, before or after, then moves the
     8-bit bytes. `disable_layerwise_casting` undoes it. Raises `ValueError` for what is not possible.
     """
-    rule = casting_rule(storage_dtype, compute_dtype, skip_modules_pattern, skip_modules_classes, scaled=scaled)
+    rule = casting_rule(
+        storage_dtype, compute_dtype, skip_modules_pattern, skip_modules_classes, scaled=scaled, fp8_matmul=fp8_matmul
+    )
     apply_casting(module, rule)
     del non_blocking
 

@@ -242,3 +242,45 @@ def test_bytes_that_move_are_the_small_ones():
         case.run()
         sizes[how] = attachment.stream.ledger.moved
     assert sizes["e4m3"] < sizes["int8"] < 0.45 * sizes[None]
+
+
+FP8 = Casting("float8_e4m3fn", scaled=True, fp8_matmul=True)
+
+
+@pytest.mark.parametrize("std", [0.001, 0.005, 0.02, 0.05])
+def test_products_in_fp8(std):
+    torch.manual_seed(0)
+    layer = nn.Linear(320, 64).to(torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.normal_(std=std)
+        x = torch.randn(2, 7, 320).bfloat16()
+        exact = x.double() @ layer.weight.double().T + layer.bias.double()
+        rounded_weight = x.double() @ rounded(layer.weight, FP8).double().T + layer.bias.double()
+        apply_casting(nn.Sequential(layer), FP8)
+        out = layer(x).double()
+    product = exact - layer.bias.double()
+    assert (out - exact).norm() / product.norm() < 0.045
+    assert (out - rounded_weight).norm() / product.norm() > 0.015  # the input is rounded too
+
+
+def test_products_in_fp8_under_rules_and_conversions():
+    layers = nn.Sequential(nn.Linear(32, 48), nn.SiLU(), nn.Linear(48, 7), nn.Linear(7, 16)).to(torch.bfloat16)
+    x = torch.randn(3, 32).bfloat16()
+    with torch.no_grad():
+        apply_casting(layers, FP8)
+        expected = layers(x)
+        for rule in RULES.values():
+            put(layers, rule)
+            assert torch.equal(layers(x), expected)
+            assert torch.equal(layers(x), expected)
+        detach(layers)
+        assert torch.equal(layers(x), expected)
+        layers.to(torch.float32)  # not in fp8 any more
+        plain = copy.deepcopy(layers)
+        assert torch.equal(layers(x.float()), plain(x.float()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            remove_casting(layers)
+    assert "forward" not in vars(layers[0])
+    with pytest.raises(ValueError, match="fp8_matmul with storage='int8' is not possible"):
+        Casting("int8", fp8_matmul=True)

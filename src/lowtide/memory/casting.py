@@ -27,7 +27,7 @@ from lowtide.memory.small import FLOATING, CastWeight, small_of
 from lowtide.memory.tracing import Uncompiled, refuse_tracing
 from lowtide.memory.unit import aligned
 from lowtide.memory.weight import Weight, spoil
-from lowtide.ops.quantization import STORAGE
+from lowtide.ops.quantization import STORAGE, fp8_linear
 from lowtide.weights.files import let_go
 from lowtide.weights.slots import emptied, slots
 
@@ -65,9 +65,13 @@ class Leaf:
         for weight in self.weights:
             weight.lay_down()
         owners = {view.slot.owner: None for weight in self.weights for view in weight.views}
-        if self._working():
+        if any(not weight.gives_rows for weight in self.weights):
             for module in self._triggers:
                 self._overrides.set(module, "_call_impl", self._around(module, module._call_impl))
+        for weight in self.weights:
+            if weight.multiplies:
+                layer: Any = weight.views[0].slot.owner
+                self._overrides.set(layer, "forward", _in_fp8(layer, weight))
         for module in owners:
             self._overrides.set(module, "_apply", self._applied(module, module._apply))
             self._overrides.set(module, "_load_from_state_dict", self._loaded(module._load_from_state_dict))
@@ -80,7 +84,7 @@ class Leaf:
         self._overrides.put_back()
 
     def _working(self) -> list[CastWeight]:
-        return [weight for weight in self.weights if not weight.gives_rows]
+        return [weight for weight in self.weights if weight.is_dequantized]
 
     @property
     def working_bytes(self) -> int:
@@ -178,6 +182,24 @@ class Leaf:
                     weight.lay_down()
 
         return load
+
+
+def _in_fp8(layer: nn.Linear, weight: CastWeight) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The `forward` of a linear layer that multiplies in fp8, where it computes in bfloat16."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if weight.is_dequantized:
+            return nn.functional.linear(x, layer.weight, layer.bias)
+        return fp8_linear(x, weight.values(), weight.scale, layer.bias)
+
+    return forward
+
+
+def _can_multiply(weight: CastWeight) -> bool:
+    """Whether the hardware's product takes a weight, and its layers do nothing else with it."""
+    layers = [view.slot.owner for view in weight.views]
+    plain = all(type(layer).forward is nn.Linear.forward and "forward" not in vars(layer) for layer in layers)
+    return plain and len(layers) == 1 and all(size % 16 == 0 for size in weight.views[0].shape)
 
 
 def cast(module: nn.Module, casting: Casting) -> None:
@@ -298,6 +320,7 @@ def _cast_weight(weight: Weight, casting: Casting, compute: torch.dtype | None) 
     dim = 1 if isinstance(view.slot.owner, TRANSPOSED) else 0
     numbers = view.of(flat).detach()
     made = CastWeight.of(weight, numbers, STORAGE[casting.storage], casting.scaled, dim, compute)
+    made.multiplies = casting.fp8_matmul and _can_multiply(made)
     if original is not None:
         made.keep_original(original, view)
         if original.mappable and numbers.device.type == "cpu":

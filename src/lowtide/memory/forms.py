@@ -111,11 +111,13 @@ class Casting:
     stay as they are. Without it fp8 is a plain cast; int8 is always scaled. `compute` is the dtype that layers compute
     in (None: the one they have). Modules whose name matches a pattern (`re.search`) of `skip_patterns`, or whose class
     is one of `skip_classes`, are left out with all that is inside them; with neither, every module is cast.
-    Raises `ValueError` for a storage that there is not.
+    With `fp8_matmul` linear layers whose sides are multiples of 16 multiply in fp8, the input rounded too, where they
+    compute in bfloat16: for GPUs of compute capability 8.9 or more. Raises `ValueError` for what is not possible.
     """
 
     storage: str = "float8_e4m3fn"
     scaled: bool = False
+    fp8_matmul: bool = False
     compute: str | None = None
     skip_patterns: tuple[str, ...] = NEVER_CAST
     skip_classes: tuple[type, ...] = ()
@@ -123,6 +125,8 @@ class Casting:
     def __post_init__(self) -> None:
         if self.storage not in EIGHT_BITS:
             raise ValueError(f"storage={self.storage!r} is not possible: it is one of {', '.join(EIGHT_BITS)}.")
+        if self.fp8_matmul and self.storage != "float8_e4m3fn":
+            raise ValueError(f"fp8_matmul with storage={self.storage!r} is not possible: hardware takes float8_e4m3fn.")
         if self.storage == "int8":
             object.__setattr__(self, "scaled", True)
 

@@ -192,6 +192,7 @@ def casting_rule(
     skip_modules_classes: Collection[type[nn.Module]] | None = None,
     *,
     scaled: bool = False,
+    fp8_matmul: bool = False,
 ) -> Casting:
     """What these arguments of layerwise casting mean; see `lowtide.hooks.apply_layerwise_casting`.
 
@@ -213,6 +214,7 @@ def casting_rule(
     return Casting(
         _dtype_name(storage_dtype),
         scaled=scaled,
+        fp8_matmul=fp8_matmul,
         compute=None if compute_dtype is None else _dtype_name(compute_dtype),
         skip_patterns=patterns,
         skip_classes=tuple(skip_modules_classes or ()),

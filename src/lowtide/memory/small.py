@@ -33,6 +33,8 @@ class CastWeight(Weight):
         self.channel_dim = 0
         self.original: DiskRest | None = None
         self.now: torch.Tensor | None = None
+        self.multiplies = False
+        """Whether its layer multiplies by the 8-bit numbers themselves."""
         self._has_nan: bool | None = None
 
     @classmethod
@@ -82,6 +84,11 @@ class CastWeight(Weight):
         """Whether its layers only look rows up, so that it need not be dequantized whole."""
         layers = [view.slot.owner for view in self.views]
         return all(isinstance(layer, nn.Embedding) and layer.max_norm is None for layer in layers)
+
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether its numbers are made around the calls of its layers."""
+        return not self.gives_rows and not (self.multiplies and self.dtype == torch.bfloat16)
 
     def values(self) -> torch.Tensor:
         """The 8-bit numbers on the device, in the shape of the weight."""

@@ -184,6 +184,7 @@ class ModelMixin(nn.Module):
         non_blocking: bool = False,
         *,
         scaled: bool = False,
+        fp8_matmul: bool = False,
     ) -> None:
         """Let the weights rest in 8 bits; see `lowtide.hooks.apply_layerwise_casting`.
 
@@ -200,6 +201,7 @@ class ModelMixin(nn.Module):
             skip_modules_classes,
             non_blocking,
             scaled=scaled,
+            fp8_matmul=fp8_matmul,
         )
 
     def disable_layerwise_casting(self) -> None:

@@ -144,6 +144,16 @@ def test_another_casting_begins_from_what_there_is(expected):
     assert torch.equal(case.run(), twice.run())
 
 
+def test_castings_of_different_layers_add_up():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    weights = [layer.weight.detach().clone() for layer in layers]
+    apply_casting(layers, Casting("int8", skip_patterns=("1", "2")))
+    apply_casting(layers, Casting("float8_e4m3fn", scaled=True, skip_patterns=("0", "2")))
+    expected = [rounded(weights[0], CASTINGS["int8"]), rounded(weights[1], CASTINGS["e4m3 scaled"]), weights[2]]
+    assert all(torch.equal(layer.state_dict()["weight"], one) for layer, one in zip(layers, expected, strict=True))
+
+
 @pytest.mark.parametrize("rule", [None, "blocks ahead", "model"])
 def test_state_copies_pickles_and_conversions(rule, expected):
     case = CASES["unet"](torch.float32)

@@ -10,10 +10,11 @@ from torch import nn
 
 from lowtide.memory import cuda, detach
 from lowtide.memory.attach import attach
-from lowtide.memory.forms import Level, Rule, Tier
-from lowtide.memory.presets import apply_residency, stream_for
+from lowtide.memory.forms import Casting, Level, Rule, Tier
+from lowtide.memory.presets import apply_casting, apply_residency, stream_for
 from lowtide.memory.store import HostRest
 from lowtide.memory.unit import aligned
+from lowtide.ops.quantization import FP8_CAPABILITY
 
 
 class FakeEvent:
@@ -141,3 +142,46 @@ def test_inputs_come_along_and_nothing_is_allocated_in_later_steps() -> None:
             module(x)
     assert out.device.type == "cuda"
     assert torch.cuda.memory_stats()["segment.all.allocated"] == segments
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("casting", [Casting("float8_e4m3fn"), Casting("float8_e4m3fn", scaled=True), Casting("int8")])
+@pytest.mark.parametrize("level", [None, "block", "leaf", "whole"])
+def test_cast_weights_on_a_gpu(casting: Casting, level: str | None) -> None:
+    """The same numbers as on the CPU, resident and under every rule; moving does not undo the casting."""
+    module, x = blocks(torch.bfloat16), torch.randn(3, 16, dtype=torch.bfloat16, device="cuda")
+    apply_casting(module, casting)
+    numbers = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with torch.no_grad():
+        plain = blocks(torch.bfloat16)
+        plain.load_state_dict(numbers)
+        expected = plain.to("cuda")(x)
+        if level is None:
+            module.to("cuda")
+        else:
+            apply_residency(module, level=level, device="cuda")
+        for _ in range(3):
+            assert torch.equal(module(x), expected)
+        detach(module)
+        module.to("cuda")
+        assert torch.equal(module(x), expected)
+        module.to("cpu")
+    assert all(torch.equal(tensor, numbers[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < FP8_CAPABILITY, reason="no fp8 units"
+)
+def test_products_in_fp8_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(320, 640).to(torch.bfloat16)
+    x = torch.randn(77, 320, dtype=torch.bfloat16)
+    with torch.no_grad():
+        exact = x.double() @ layer.weight.double().T + layer.bias.double()
+        module = nn.Sequential(layer)
+        apply_casting(module, Casting("float8_e4m3fn", scaled=True, fp8_matmul=True))
+        on_cpu = module(x).double()
+        on_gpu = module.to("cuda")(x.to("cuda")).double().cpu()
+    assert (on_gpu - exact).norm() / exact.norm() < 0.045
+    assert (on_gpu - on_cpu).norm() / exact.norm() < 0.01

@@ -64,7 +64,6 @@ class Leaf:
         """Let the placeholders in, and the calls through this leaf."""
         for weight in self.weights:
             weight.lay_down()
-        owners = {view.slot.owner: None for weight in self.weights for view in weight.views}
         if any(not weight.gives_rows for weight in self.weights):
             for module in self._triggers:
                 self._overrides.set(module, "_call_impl", self._around(module, module._call_impl))
@@ -72,12 +71,17 @@ class Leaf:
             if weight.multiplies:
                 layer: Any = weight.views[0].slot.owner
                 self._overrides.set(layer, "forward", _in_fp8(layer, weight))
-        for module in owners:
+        for module in self.owners:
             self._overrides.set(module, "_apply", self._applied(module, module._apply))
             self._overrides.set(module, "_load_from_state_dict", self._loaded(module._load_from_state_dict))
             module.__dict__[_MARK] = self
-        for module in {*owners, *self._triggers}:
+        for module in {*self.owners, *self._triggers}:
             self._overrides.set_state(module)
+
+    @property
+    def owners(self) -> set[nn.Module]:
+        """The layers."""
+        return {view.slot.owner for weight in self.weights for view in weight.views}
 
     def undo(self) -> None:
         """Leave placeholders in the slots and the modules as they were otherwise."""
@@ -205,11 +209,12 @@ def _can_multiply(weight: CastWeight) -> bool:
 def cast(module: nn.Module, casting: Casting) -> None:
     """Let the weights of `module` that `casting` means rest in 8 bits, one after another; the others are left alone.
 
-    Weights that are cast already in another way are cast anew. Raises `ValueError` for weights that are on meta, or
-    that a scale is not possible for; what was cast until then stays so.
+    Of the layers that `casting` means, those cast in another way are cast anew. Raises `ValueError` for weights
+    that are on meta, or that a scale is not possible for; what was cast until then stays so.
     """
-    _undo([leaf for leaf in leaves(module) if not all(_is_so(weight, casting) for weight in leaf.weights)])
     chosen = set(_chosen(module, casting))
+    meant = [leaf for leaf in leaves(module) if not chosen.isdisjoint(leaf.owners)]
+    _undo([leaf for leaf in meant if not all(_is_so(weight, casting) for weight in leaf.weights)])
     weights = [weight for weight in _own_weights(module) if _is_meant(weight, chosen, casting)]
     compute = None if casting.compute is None else getattr(torch, casting.compute)
     made: list[CastWeight] = []

@@ -12,7 +12,7 @@ from torch import nn
 from lowtide.memory.store import DeviceRest, DiskRest, HostRest, Rest
 from lowtide.memory.view import View, became, numbers_in_file
 from lowtide.memory.weight import AtRest, Weight
-from lowtide.ops.quantization import dequantize, holds_nan, quantize
+from lowtide.ops.quantization import dequantize, fits_bfloat16, holds_nan, quantize
 from lowtide.weights.layout import same_order
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -36,6 +36,7 @@ class CastWeight(Weight):
         self.multiplies = False
         """Whether its layer multiplies by the 8-bit numbers themselves."""
         self._has_nan: bool | None = None
+        self._scale_fits: bool | None = None
 
     @classmethod
     def of(
@@ -64,6 +65,7 @@ class CastWeight(Weight):
             )
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
+        self._scale_fits = None
         self._has_nan = False if scaled else None  # a scale is of finite numbers, and leaves none out of range
         self.rest = _rest(values)
 
@@ -120,10 +122,12 @@ class CastWeight(Weight):
         self._fill(self.values(), flat.view(self.dtype).as_strided(view.shape, view.stride))
 
     def _fill(self, values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        if self._has_nan is None:
+        if self._has_nan is None and values.device.type == "cpu":  # elsewhere it makes no difference, and takes a wait
             self._has_nan = holds_nan(values)
+        if self._scale_fits is None:
+            self._scale_fits = fits_bfloat16(self.scale)
         scale = None if self.scale is None else self.scale.to(out.device)
-        return dequantize(values, scale, out, has_nan=self._has_nan)
+        return dequantize(values, scale, out, has_nan=bool(self._has_nan), scale_fits=self._scale_fits)
 
     def flat_on_host(self) -> torch.Tensor:
         """The numbers on the host."""
@@ -174,7 +178,7 @@ class CastWeight(Weight):
 
     def set_scale(self, scale: torch.Tensor) -> None:
         """Have this scale, one number for each channel of the one dimension that is not 1."""
-        self.scale = scale.to(self.device)
+        self.scale, self._scale_fits = scale.to(self.device), None
         self.channel_dim = next((dim for dim, size in enumerate(scale.shape) if size != 1), 0)
 
     def keep_original(self, rest: DiskRest, view: View) -> None:

@@ -294,3 +294,29 @@ def test_products_in_fp8_under_rules_and_conversions():
     assert "forward" not in vars(layers[0])
     with pytest.raises(ValueError, match="fp8_matmul with storage='int8' is not possible"):
         Casting("int8", fp8_matmul=True)
+
+
+@pytest.mark.parametrize("is_cast", [True, False])
+@pytest.mark.parametrize("rule", [None, "leaves ahead", "model", "blocks on the host"])
+def test_a_layer_that_is_given_another_weight_has_it(rule, is_cast):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 16)).requires_grad_(False)
+    new, x = torch.randn(24, 16), torch.randn(3, 16)
+    if is_cast:
+        apply_casting(layers, Casting("int8"))
+    if rule is not None:
+        put(layers, RULES[rule])
+    layers(x)
+    layers[0].weight = nn.Parameter(new, requires_grad=False)
+    expected = layers[2](layers[1](nn.functional.linear(x, new, layers[0].bias)))
+    for _ in range(2):
+        assert torch.equal(layers(x), expected)
+    layers.to(torch.float32)
+    assert torch.equal(layers(x), expected)
+    detach(layers)
+    assert torch.equal(layers(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        remove_casting(layers)
+    assert torch.equal(layers(x), expected)
+    assert torch.equal(layers[0].weight, new)

@@ -88,6 +88,9 @@ class Attachment:
         self._overrides.put_back()
         self.stream.dismiss(self.units)
         self.units = []
+        for weight in self.weights:
+            weight.disown_replaced()
+        self.weights = [weight for weight in self.weights if weight.views]
 
     def restore(self, *, to_given: bool) -> None:
         """After `let_go`: put ordinary tensors into the slots."""

@@ -86,6 +86,7 @@ class Leaf:
     def undo(self) -> None:
         """Leave placeholders in the slots and the modules as they were otherwise."""
         self._overrides.put_back()
+        self._disown_replaced()
 
     def _working(self) -> list[CastWeight]:
         return [weight for weight in self.weights if weight.is_dequantized]
@@ -118,6 +119,9 @@ class Leaf:
                 self._lift()
 
     def _place(self) -> None:
+        self._disown_replaced()
+        if not self._working():
+            return
         self._flat = SCRATCH.take(max(self.room, self.working_bytes), self.weights[0].device)
         place = 0
         for weight in self._working():
@@ -127,6 +131,11 @@ class Leaf:
             tensors = weight.tensors(part)
             self._placed.append((weight, tensors, [tensor._version for tensor in tensors]))
             weight.put(tensors)
+
+    def _disown_replaced(self) -> None:
+        for weight in self.weights:
+            weight.disown_replaced()
+        self.weights = [weight for weight in self.weights if weight.views]
 
     def _lift(self) -> None:
         for weight, tensors, versions in self._placed:
@@ -159,6 +168,7 @@ class Leaf:
         """`_apply` (`.to`, `.half` and so on) for a module: its 8-bit weights follow, without a way through numbers."""
 
         def apply(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+            self._disown_replaced()
             own = [weight for weight in self.weights if any(view.slot.owner is module for view in weight.views)]
             with emptied(view.slot for weight in own for view in weight.views if view.slot.owner is module):
                 method(fn, recurse)
@@ -172,6 +182,7 @@ class Leaf:
         """`_load_from_state_dict`: what is loaded is quantized."""
 
         def load(*args: Any, **kwargs: Any) -> None:
+            self._disown_replaced()
             before = [(weight, weight.tensors(weight.flat_for_now())) for weight in self.weights]
             versions = [[tensor._version for tensor in tensors] for _, tensors in before]
             for weight, tensors in before:
@@ -192,7 +203,7 @@ def _in_fp8(layer: nn.Linear, weight: CastWeight) -> Callable[[torch.Tensor], to
     """The `forward` of a linear layer that multiplies in fp8, where it computes in bfloat16."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        if weight.is_dequantized:
+        if weight.is_dequantized or small_of(layer.weight) is not weight:
             return nn.functional.linear(x, layer.weight, layer.bias)
         return fp8_linear(x, weight.values(), weight.scale, layer.bias)
 

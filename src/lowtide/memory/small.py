@@ -274,6 +274,10 @@ class Carried(Weight):
         """Never: nobody but the layer sees the bytes."""
         return False
 
+    def disown_replaced(self) -> bool:
+        """Its layer sees to that."""
+        return False
+
     def lay_down(self) -> None:
         """The bytes are gone."""
         self.whole.now = None

@@ -43,6 +43,9 @@ class Unit:
         """Have the weights in their slots, loaded if they are not."""
         self.count += 1
         if self.load is None:
+            replaced = [weight for weight in self.weights if weight.disown_replaced()]
+            if replaced:
+                self.stream.changed(self)
             self.stream.fetch(self)
 
     def leave(self, module: nn.Module, *, may_wait: bool) -> None:

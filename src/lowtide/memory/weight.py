@@ -37,7 +37,7 @@ class Weight:
     @property
     def name(self) -> str:
         """The first of its names."""
-        return self.views[0].slot.name
+        return self.views[0].slot.name if self.views else "(replaced)"
 
     def tensors(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """One tensor for each view, the same object where it is the same tensor."""
@@ -94,6 +94,13 @@ class Weight:
         self.nbytes = torch.Size(view.shape).numel() * now.dtype.itemsize
         self._placeholders = {}
         self.lay_down()
+
+    def disown_replaced(self) -> bool:
+        """While it rests: slots that were given another tensor are the module's own from now on; whether any were."""
+        kept = [view for view in self.views if isinstance(view.slot.now(), AtRest)]
+        is_replaced = len(kept) < len(self.views)
+        self.views = kept
+        return is_replaced
 
     def forget_given(self) -> None:
         """Hold on to the tensors that were given no longer."""

@@ -16,6 +16,7 @@ from lowtide.pictures import PngWriter
 from lowtide.stages import Stages
 
 PROMPT = "a red sailboat at sunset"
+NO_OFFLOAD, NO_CASTING = requests.Offload.NONE, requests.Casting.NONE
 
 
 class FakePipeline:
@@ -297,7 +298,7 @@ def test_every_scheduler_name_leads_to_its_class(monkeypatch):
         fake.to = lambda device, fake=fake: fake
         loader = SimpleNamespace(from_pretrained=lambda *_, fake=fake, **__: fake)
         monkeypatch.setitem(vars(library), "StableDiffusionPipeline", loader)
-        request = SimpleNamespace(model="m", variant=None, scheduler=name, offload=requests.Offload.NONE)
+        request = SimpleNamespace(model="m", variant=None, scheduler=name, offload=NO_OFFLOAD, casting=NO_CASTING)
         command.load_pipeline(request, "cpu", "float32")
         assert name.value in type(fake.scheduler).__name__.lower()
 
@@ -313,8 +314,29 @@ def test_an_offload_reaches_the_loader_and_the_pipeline_stays_where_it_is(monkey
             from_pretrained=lambda *_, fake=fake, given=given, **kwargs: given.update(kwargs) or fake
         )
         monkeypatch.setitem(vars(library), "StableDiffusionPipeline", loader)
-        request = SimpleNamespace(model="m", variant=None, scheduler=None, offload=name)
+        request = SimpleNamespace(model="m", variant=None, scheduler=None, offload=name, casting=NO_CASTING)
         command.load_pipeline(request, "cpu", "float32")
         assert given["offload"] == (None if name == "none" else name.value)
         assert given["offload_device"] == "cpu"
         assert ("moved" in given) == (name == "none")
+
+
+def test_a_casting_reaches_the_loader(monkeypatch):
+    import lowtide as library
+
+    for name, expected in (("none", None), ("fp8", "fp8"), ("int8", "int8")):
+        given = {}
+        fake = FakePipeline()
+        fake.to = lambda device, fake=fake: fake
+        loader = SimpleNamespace(from_pretrained=lambda *_, given=given, fake=fake, **more: given.update(more) or fake)
+        monkeypatch.setitem(vars(library), "StableDiffusionPipeline", loader)
+        casting = requests.Casting(name)
+        request = SimpleNamespace(model="m", variant=None, scheduler=None, offload=NO_OFFLOAD, casting=casting)
+        command.load_pipeline(request, "cpu", "float32")
+        assert given["casting"] == expected
+
+
+def test_the_casting_is_in_the_metadata(pipe):
+    assert lowtide(PROMPT, "--out", "x.png", "--casting", "int8").exit_code == 0
+    with Image.open("x.png") as picture:
+        assert picture.text["casting"] == "int8"

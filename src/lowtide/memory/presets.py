@@ -13,6 +13,7 @@ from torch import nn
 from lowtide.memory.attach import Attachment, attach, detach, set_aside
 from lowtide.memory.casting import cast, uncast
 from lowtide.memory.forms import NAMED_CASTINGS, NEVER_CAST, Casting, Level, Rule, Tier
+from lowtide.memory.host import trim_heap
 from lowtide.memory.small import FLOATING
 from lowtide.memory.stream import Stream
 from lowtide.ops.quantization import STORAGE
@@ -242,6 +243,7 @@ def apply_casting(module: nn.Module, casting: Casting) -> None:
         cast(module, casting)
         if casting.compute is not None:
             module.to(getattr(torch, casting.compute))
+    trim_heap()
 
 
 def remove_casting(module: nn.Module) -> None:

@@ -197,3 +197,46 @@ def test_what_cannot_be_is_told(folder):
         model.conv_in.weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"conv_in\.weight: .* not finite"):
         model.enable_layerwise_casting(torch.int8)
+
+
+@pytest.mark.parametrize("rule", ["sequential", "blocks on the host", "model"])
+@pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_not_cast_gets_the_dtype_and_keeps_its_values(tmp_path, compute, file_dtype, rule):
+    tiny.unet().to(file_dtype).save_pretrained(tmp_path)
+    model = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=file_dtype)
+    put(model, RULES[rule])
+    model.enable_layerwise_casting(torch.int8, compute)
+    right = tiny.unet().to(file_dtype).to(compute).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == compute
+        if tensor.dim() == 1:
+            assert torch.equal(tensor, right[name]), name
+    model.disable_layerwise_casting()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def conversions(model):
+    yield model.double
+    yield model.float
+    yield lambda: model.to(memory_format=torch.channels_last)
+    yield lambda: model.to(memory_format=torch.contiguous_format)
+    yield model.bfloat16
+    yield lambda: model.enable_layerwise_casting(torch.int8)
+
+
+def test_tensors_that_others_hold_are_not_lost(tmp_path):
+    """Pages of a file may be dropped, memory may not: copies made by conversions have an origin in a file too."""
+    config = {**tiny.UNETS["sd1"], "block_out_channels": [64, 64, 64, 64], "cross_attention_dim": 64}
+    big = tiny.set_weights(UNet2DConditionModel.from_config(config))
+    big.save_pretrained(tmp_path)
+    model = UNet2DConditionModel.from_pretrained(tmp_path)
+    held: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
+    for convert in conversions(model):
+        state = model.state_dict()
+        held.append((state, {name: tensor.clone() for name, tensor in state.items()}))
+        convert()
+        for now, then in held:
+            for name in now:
+                assert torch.equal(now[name], then[name]), name

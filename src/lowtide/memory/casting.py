@@ -24,11 +24,12 @@ from lowtide.memory.overrides import Overrides
 from lowtide.memory.rests import on_disk
 from lowtide.memory.scratch import SCRATCH
 from lowtide.memory.small import FLOATING, CastWeight, small_of
+from lowtide.memory.store import DiskRest
 from lowtide.memory.tracing import Uncompiled, refuse_tracing
 from lowtide.memory.unit import aligned
 from lowtide.memory.weight import Weight, spoil
 from lowtide.ops.quantization import STORAGE, fp8_linear
-from lowtide.weights.files import let_go
+from lowtide.weights.files import let_go_of_file, origin_of
 from lowtide.weights.slots import emptied, slots
 
 CASTABLE = (
@@ -335,11 +336,12 @@ def _cast_weight(weight: Weight, casting: Casting, compute: torch.dtype | None) 
     flat = weight.rest.flat if hasattr(weight.rest, "flat") else weight.rest.on_host()
     dim = 1 if isinstance(view.slot.owner, TRANSPOSED) else 0
     numbers = view.of(flat).detach()
+    if original is None and (origin := origin_of(numbers)) is not None:  # host memory may be a view of a file, too
+        original = DiskRest(origin, view.dtype, (view.shape, view.stride))
     made = CastWeight.of(weight, numbers, STORAGE[casting.storage], casting.scaled, dim, compute)
     made.multiplies = casting.fp8_matmul and _can_multiply(made)
     if original is not None:
         made.keep_original(original, view)
-        if original.mappable and numbers.device.type == "cpu":
-            let_go(numbers.data_ptr(), weight.nbytes)
+    let_go_of_file(numbers)
     made.lay_down()
     return made

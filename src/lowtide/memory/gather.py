@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def gather(slots: Iterable[Slot]) -> list[Weight]:
 
 def _taken_over(group: list[Slot]) -> Weight:
     old: Any = group[0].tensor
-    views = [_view(slot, slot.tensor.view_.offset, slot.tensor.view_.requires_grad) for slot in group]  # type: ignore[attr-defined]
+    views = [replace(slot.tensor.view_, slot=slot) for slot in group]  # type: ignore[attr-defined]
     return old.weight.taken_over(views)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from lowtide.weights.files import let_go, origin_of, remember_origin
+from lowtide.weights.files import let_go_of_file, origin_of, remember_origin
 
 
 def keeping_origins(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -22,8 +22,7 @@ def keeping_origins(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[tor
             return made
         origin = origin_of(tensor)
         if origin is not None:
-            if tensor.is_contiguous() and tensor.dtype == origin.dtype:
-                let_go(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
+            let_go_of_file(tensor)
             remember_origin(tensor, origin)  # the parameter stays, what it holds is changed
         return made
 

@@ -241,8 +241,8 @@ def apply_casting(module: nn.Module, casting: Casting) -> None:
     """
     with set_aside(module):
         cast(module, casting)
-        if casting.compute is not None:
-            module.to(getattr(torch, casting.compute))
+    if casting.compute is not None:
+        module.to(getattr(torch, casting.compute))  # under its rule again: what rests must follow, not be written to
     trim_heap()
 
 

@@ -238,6 +238,20 @@ def let_go(address: int, nbytes: int, *, edges: bool = False) -> None:
         _madvise(start, length, _DONTNEED)
 
 
+def let_go_of_file(tensor: torch.Tensor) -> None:
+    """Drop the mapped pages of a contiguous tensor, if it is a view of a file and nobody wrote to it; else nothing.
+
+    Whoever else holds a view of these bytes sees the same: the pages come again from the file. Memory that is not of a
+    file would be lost.
+    """
+    address, nbytes = tensor.data_ptr(), tensor.numel() * tensor.itemsize
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or nbytes == 0:
+        return
+    found = _mappings.holding(address)
+    if found is not None and found[1] + nbytes <= found[0].file.size and _untouched(address, nbytes):
+        let_go(address, nbytes)
+
+
 def pieces(origin: Origin) -> Iterator[torch.Tensor]:
     """The numbers as they are in the file, in order, in one reused buffer of at most `CHUNK_BYTES`."""
     size = CHUNK_BYTES // origin.dtype.itemsize * origin.dtype.itemsize

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+import random
 import re
+import signal
 import warnings
 
 import pytest
@@ -320,3 +323,92 @@ def test_a_layer_that_is_given_another_weight_has_it(rule, is_cast):
         remove_casting(layers)
     assert torch.equal(layers(x), expected)
     assert torch.equal(layers[0].weight, new)
+
+
+def linears(count: int = 2) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(8, 8) for _ in range(count)]).requires_grad_(False)
+
+
+X = torch.linspace(-1, 1, 24).view(3, 8)
+
+
+@pytest.mark.parametrize("rule", [None, "blocks on the host"])
+def test_interrupts_anywhere_lose_nothing(rule):
+    """A real signal at random moments: afterwards everything is as before."""
+    layers = linears(4)
+    apply_casting(layers, Casting("int8"))
+    if rule is not None:
+        put(layers, RULES[rule])
+    expected, draw, hits = layers(X), random.Random(0), 0
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(300):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-5, 2e-3))
+                for _ in range(10):
+                    layers(X)
+                hits -= 1
+            hits += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert torch.equal(layers(X), expected)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert hits > 30
+
+
+@pytest.mark.parametrize("made", [lambda w: w.t().contiguous().t(), lambda w: w.repeat(2, 2)[::2, ::2], lambda w: w])
+def test_assigned_weights_of_any_layout(made):
+    layers, new = linears(1), torch.randn(8, 8)
+    apply_casting(layers, Casting("int8"))
+    layers.load_state_dict({"0.weight": made(new), "0.bias": torch.zeros(8)}, assign=True)
+    assert torch.equal(layers.state_dict()["0.weight"], rounded(made(new), CASTINGS["int8"]))
+
+
+@pytest.mark.parametrize("is_cast", [True, False])
+@pytest.mark.parametrize("rule", [None, "leaves ahead"])
+def test_ties_made_afterwards_are_ties(rule, is_cast):
+    layers = linears()
+    if is_cast:
+        apply_casting(layers, Casting("int8"))
+    if rule is not None:
+        put(layers, RULES[rule])
+    layers[1].weight = layers[0].weight
+    layers[1].bias = layers[0].bias
+    for _ in range(2):
+        assert torch.equal(layers[1](X), layers[0](X))
+    assert layers[1].weight is layers[0].weight
+
+
+def test_writes_to_data_are_told():
+    layers = linears()
+    apply_casting(layers, Casting("int8"))
+    expected = layers(X)
+    with pytest.raises(RuntimeError, match=r"0\.weight rests on host, so it cannot be written to"):
+        layers[0].weight.data += 1
+    with pytest.raises(RuntimeError, match="cannot be written to"):
+        layers[0].weight.data = torch.zeros(8, 8)
+    assert torch.equal(layers(X), expected)
+
+
+def test_cast_in_inference_mode_serves_everywhere():
+    with torch.inference_mode():
+        layers = linears()
+        apply_casting(layers, Casting("int8"))
+        put(layers, RULES["leaves ahead"])
+        expected = layers(X)
+    assert torch.equal(layers(X), expected)
+
+
+def test_products_in_fp8_are_switched():
+    layers = nn.Sequential(nn.Linear(32, 32)).to(torch.bfloat16).requires_grad_(False)
+    x = torch.randn(3, 32).bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        apply_casting(layers, Casting("float8_e4m3fn", scaled=True))
+        plain_product = layers(x)
+        apply_casting(layers, FP8)
+        assert not torch.equal(layers(x), plain_product)
+        apply_casting(layers, Casting("float8_e4m3fn", scaled=True))
+        assert torch.equal(layers(x), plain_product)

@@ -347,7 +347,7 @@ def test_a_backward_pass_through_dropped_weights_is_an_error(*, zero_copy: bool)
 def test_writing_to_a_weight_at_rest_is_an_error_that_says_what_to_do() -> None:
     module = Toy()
     put(module, RULES["leaves ahead"])
-    with torch.no_grad(), pytest.raises(RuntimeError, match="Undo the offload first"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Undo that first"):
         module.scale.add_(1)
 
 

@@ -286,10 +286,11 @@ def detach(module: nn.Module) -> None:
 
 
 @contextmanager
-def set_aside(module: nn.Module) -> Generator[None]:
+def set_aside(module: nn.Module) -> Generator[bool]:
     """While this lasts, no rule is at work on `module`, its parts and what is around it; afterwards each one is again.
 
-    Raises `RuntimeError` while one of them is being called.
+    Gives whether a rule was at work on all of it: then its weights may be left at rest. Raises `RuntimeError` while one
+    of the modules is being called.
     """
     keepers = (keeper for inner in module.modules() if (keeper := inner.__dict__.get(_KEEPER)) is not None)
     found = list(dict.fromkeys(keepers))
@@ -298,7 +299,7 @@ def set_aside(module: nn.Module) -> Generator[None]:
     for attachment in found:
         attachment.let_go()
     try:
-        yield
+        yield any(module in set(one.root.modules()) for one in found)
     finally:
         for one in found:
             attach(one.root, one.rule, one.stream, exclude_kwargs=one.exclude_kwargs)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,12 +24,12 @@ from lowtide.memory.gather import gather, is_plain
 from lowtide.memory.overrides import Overrides
 from lowtide.memory.rests import on_disk
 from lowtide.memory.scratch import SCRATCH
-from lowtide.memory.small import FLOATING, CastWeight, small_of
+from lowtide.memory.small import FLOATING, CastWeight, can_multiply, in_fp8, small_of
 from lowtide.memory.store import DiskRest
 from lowtide.memory.tracing import Uncompiled, refuse_tracing
 from lowtide.memory.unit import aligned
 from lowtide.memory.weight import Weight, spoil
-from lowtide.ops.quantization import STORAGE, fp8_linear
+from lowtide.ops.quantization import STORAGE
 from lowtide.weights.files import let_go_of_file, origin_of
 from lowtide.weights.slots import emptied, slots
 
@@ -47,6 +48,10 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _MARK = "_lowtide_leaf"
 
 
+class Call:
+    """One call of a leaf. An interrupt may keep it from taking leave; it is forgotten with its frame then."""
+
+
 class Leaf:
     """Layers whose weights are dequantized together, around the calls of `triggers`; each weight is in one leaf."""
 
@@ -57,7 +62,7 @@ class Leaf:
         self._triggers = triggers
         self._overrides = Overrides(_MARK)
         self._lock = threading.Lock()
-        self._count = 0
+        self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
         self._flat: torch.Tensor | None = None
         self._placed: list[tuple[CastWeight, list[torch.Tensor], list[int]]] = []
 
@@ -71,7 +76,7 @@ class Leaf:
         for weight in self.weights:
             if weight.multiplies:
                 layer: Any = weight.views[0].slot.owner
-                self._overrides.set(layer, "forward", _in_fp8(layer, weight))
+                self._overrides.set(layer, "forward", in_fp8(layer, weight))
         for module in self.owners:
             self._overrides.set(module, "_apply", self._applied(module, module._apply))
             self._overrides.set(module, "_load_from_state_dict", self._loaded(module._load_from_state_dict))
@@ -99,24 +104,19 @@ class Leaf:
 
     # ---- two verbs
 
-    def enter(self) -> None:
+    def enter(self, call: Call) -> None:
         """Dequantize, if it is the first call that needs it."""
         with self._lock:
-            self._count += 1
-            if self._count > 1:
-                return
-            try:
+            if not self._calls:
+                self._lift()  # what an interrupted call may have left
                 self._place()
-            except BaseException:
-                self._lift()
-                self._count = 0
-                raise
+            self._calls.add(call)
 
-    def leave(self) -> None:
-        """Drop the numbers after the last call."""
+    def leave(self, call: Call) -> None:
+        """Drop the numbers after the last call. Right also for a call whose `enter` did not come to its end."""
         with self._lock:
-            self._count = max(0, self._count - 1)
-            if self._count == 0:
+            self._calls.discard(call)
+            if not self._calls:
                 self._lift()
 
     def _place(self) -> None:
@@ -130,7 +130,7 @@ class Leaf:
             weight.dequantize_into(part)
             place += aligned(weight.working_bytes)
             tensors = weight.tensors(part)
-            self._placed.append((weight, tensors, [tensor._version for tensor in tensors]))
+            self._placed.append((weight, tensors, [tensor._version for tensor in tensors]))  # before they are in slots
             weight.put(tensors)
 
     def _disown_replaced(self) -> None:
@@ -139,12 +139,14 @@ class Leaf:
         self.weights = [weight for weight in self.weights if weight.views]
 
     def _lift(self) -> None:
-        for weight, tensors, versions in self._placed:
+        """May be called again after an interrupt anywhere in it."""
+        while self._placed:
+            weight, tensors, versions = self._placed[-1]
             if weight.is_changed(tensors, versions):
                 weight.adopt(tensors)
             weight.lay_down()
-            spoil(tensors)
-        self._placed = []
+            self._placed.pop()
+            spoil(tensors)  # counts as a write: not before it is certain that nobody looks for writes any more
         self.weights = [weight for weight in self.weights if weight.views]
         if self._flat is not None:
             SCRATCH.give(self._flat)
@@ -157,11 +159,12 @@ class Leaf:
 
         def dequantized_call(*args: Any, **kwargs: Any) -> Any:
             refuse_tracing(module)
-            enter()
+            this = Call()
             try:
+                enter(this)
                 return call(*args, **kwargs)
             finally:
-                leave()
+                leave(this)
 
         return dequantized_call
 
@@ -200,33 +203,16 @@ class Leaf:
         return load
 
 
-def _in_fp8(layer: nn.Linear, weight: CastWeight) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The `forward` of a linear layer that multiplies in fp8, where it computes in bfloat16."""
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        if weight.is_dequantized or small_of(layer.weight) is not weight:
-            return nn.functional.linear(x, layer.weight, layer.bias)
-        return fp8_linear(x, weight.values(), weight.scale, layer.bias)
-
-    return forward
-
-
-def _can_multiply(weight: CastWeight) -> bool:
-    """Whether the hardware's product takes a weight, and its layers do nothing else with it."""
-    layers = [view.slot.owner for view in weight.views]
-    plain = all(type(layer).forward is nn.Linear.forward and "forward" not in vars(layer) for layer in layers)
-    return plain and len(layers) == 1 and all(size % 16 == 0 for size in weight.views[0].shape)
-
-
-def cast(module: nn.Module, casting: Casting) -> None:
+def cast(module: nn.Module, casting: Casting, *, at_rest: bool = False) -> None:
     """Let the weights of `module` that `casting` means rest in 8 bits, one after another; the others are left alone.
 
-    Of the layers that `casting` means, those cast in another way are cast anew. Raises `ValueError` for weights
-    that are on meta, or that a scale is not possible for; what was cast until then stays so.
+    With `at_rest` another rule takes them over afterwards. Layers that `casting` means and that are cast in another way
+    are cast anew. Raises `ValueError` for weights that are on meta, or that a scale is not possible for; what was cast
+    until then stays so.
     """
     chosen = set(_chosen(module, casting))
     meant = [leaf for leaf in leaves(module) if not chosen.isdisjoint(leaf.owners)]
-    _undo([leaf for leaf in meant if not all(_is_so(weight, casting) for weight in leaf.weights)])
+    _undo([leaf for leaf in meant if not all(_is_so(weight, casting) for weight in leaf.weights)], at_rest=at_rest)
     weights = [weight for weight in _own_weights(module) if _is_meant(weight, chosen, casting)]
     compute = None if casting.compute is None else getattr(torch, casting.compute)
     made: list[CastWeight] = []
@@ -255,20 +241,21 @@ def install(module: nn.Module, weights: Iterable[CastWeight]) -> None:
         leaf.install()
 
 
-def uncast(module: nn.Module) -> None:
+def uncast(module: nn.Module, *, at_rest: bool = False) -> None:
     """Have the weights as they were before they were cast: those of a checkpoint as its file has them.
 
-    Others keep the values that their 8 bits hold, in the dtype they compute in; a warning says so.
+    With `at_rest` another rule takes them over. Others keep the values that their 8 bits hold, in the dtype they
+    compute in; a warning says so.
     """
-    _undo(leaves(module))
+    _undo(leaves(module), at_rest=at_rest)
 
 
-def _undo(undone: list[Leaf]) -> None:
+def _undo(undone: list[Leaf], *, at_rest: bool) -> None:
     rounded = [weight.name for leaf in undone for weight in leaf.weights if weight.original is None]
     for leaf in undone:
         leaf.undo()
         for weight in leaf.weights:
-            weight.restore_numbers()
+            weight.restore_numbers(at_rest=at_rest)
     if rounded:
         warnings.warn(
             f"{len(rounded)} weights ({rounded[0]} and so on) are in no file, so they keep the values that their 8 "
@@ -280,7 +267,13 @@ def _undo(undone: list[Leaf]) -> None:
 def _is_so(weight: CastWeight, casting: Casting) -> bool:
     """Whether a weight is cast already as `casting` says."""
     same_dtype = casting.compute is None or weight.dtype == getattr(torch, casting.compute)
-    return same_dtype and weight.storage == STORAGE[casting.storage] and (weight.scale is not None) == casting.scaled
+    multiplies = casting.fp8_matmul and (weight.multiplies or can_multiply(weight))
+    return (
+        same_dtype
+        and weight.multiplies == multiplies
+        and weight.storage == STORAGE[casting.storage]
+        and (weight.scale is not None) == casting.scaled
+    )
 
 
 def leaves(module: nn.Module) -> list[Leaf]:
@@ -339,7 +332,7 @@ def _cast_weight(weight: Weight, casting: Casting, compute: torch.dtype | None) 
     if original is None and (origin := origin_of(numbers)) is not None:  # host memory may be a view of a file, too
         original = DiskRest(origin, view.dtype, (view.shape, view.stride))
     made = CastWeight.of(weight, numbers, STORAGE[casting.storage], casting.scaled, dim, compute)
-    made.multiplies = casting.fp8_matmul and _can_multiply(made)
+    made.multiplies = casting.fp8_matmul and can_multiply(made)
     if original is not None:
         made.keep_original(original, view)
     let_go_of_file(numbers)

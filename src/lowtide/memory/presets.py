@@ -239,8 +239,8 @@ def apply_casting(module: nn.Module, casting: Casting) -> None:
     Where `casting` names a dtype to compute in, all that is not cast gets it too. Raises `ValueError` for weights that
     cannot be cast.
     """
-    with set_aside(module):
-        cast(module, casting)
+    with set_aside(module) as is_ruled:
+        cast(module, casting, at_rest=is_ruled)
     if casting.compute is not None:
         module.to(getattr(torch, casting.compute))  # under its rule again: what rests must follow, not be written to
     trim_heap()
@@ -248,8 +248,8 @@ def apply_casting(module: nn.Module, casting: Casting) -> None:
 
 def remove_casting(module: nn.Module) -> None:
     """Undo `apply_casting`: weights of a checkpoint are as its file has them, others keep what their 8 bits hold."""
-    with set_aside(module):
-        uncast(module)
+    with set_aside(module) as is_ruled:
+        uncast(module, at_rest=is_ruled)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from lowtide.memory.store import DeviceRest, DiskRest, HostRest, Rest
 from lowtide.memory.view import View, became, numbers_in_file
 from lowtide.memory.weight import AtRest, Weight
-from lowtide.ops.quantization import dequantize, fits_bfloat16, holds_nan, quantize
+from lowtide.ops.quantization import dequantize, fits_bfloat16, fp8_linear, holds_nan, quantize
 from lowtide.weights.layout import same_order
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,6 +29,8 @@ class CastWeight(Weight):
     def __init__(self, views: Sequence[View], rest: Rest, device: torch.device, storage: torch.dtype) -> None:
         super().__init__(views, torch.Size(views[0].shape).numel(), rest, device)
         self.storage = storage
+        self.form = self.views[0]
+        """How its slots see it; kept when none of them does any more, for placeholders that others hold."""
         self.scale: torch.Tensor | None = None
         self.channel_dim = 0
         self.original: DiskRest | None = None
@@ -51,7 +53,7 @@ class CastWeight(Weight):
         """Quantize `numbers`, those of `weight`, which compute in `compute` (None: in the dtype they have)."""
         dtype = compute or numbers.dtype
         views = [replace(view, offset=0, dtype=dtype) for view in weight.views]
-        made = cls(views, HostRest(torch.empty(0)), numbers.device, storage)
+        made = cls(views, HostRest(torch.empty(0)), weight.given, storage)
         made.channel_dim = channel_dim
         made._quantize(numbers, scaled=scaled)
         made.forget_given()
@@ -60,9 +62,10 @@ class CastWeight(Weight):
     def _quantize(self, numbers: torch.Tensor, *, scaled: bool) -> None:
         dtype = None if numbers.dtype == self.dtype else self.dtype
         try:
-            values, self.scale = quantize(
-                numbers, self.storage, scaled=scaled, channel_dim=self.channel_dim, dtype=dtype
-            )
+            with torch.inference_mode(mode=False), torch.no_grad():  # what rests must serve in every mode
+                values, self.scale = quantize(
+                    numbers, self.storage, scaled=scaled, channel_dim=self.channel_dim, dtype=dtype
+                )
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         self._scale_fits = None
@@ -74,7 +77,7 @@ class CastWeight(Weight):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype it computes in."""
-        return self.views[0].dtype
+        return self.form.dtype
 
     @property
     def working_bytes(self) -> int:
@@ -107,7 +110,7 @@ class CastWeight(Weight):
         return self.rest.flat if isinstance(self.rest, DeviceRest) else self.rest.on_host().to(self.device)
 
     def _shaped(self, flat: torch.Tensor) -> torch.Tensor:
-        view = self.views[0]
+        view = self.form
         return flat.view(self.storage).as_strided(view.shape, view.stride)
 
     def saved(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -118,7 +121,7 @@ class CastWeight(Weight):
 
     def dequantize_into(self, flat: torch.Tensor) -> None:
         """Fill flat bytes on the device with the numbers."""
-        view = self.views[0]
+        view = self.form
         self._fill(self.values(), flat.view(self.dtype).as_strided(view.shape, view.stride))
 
     def _fill(self, values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -186,21 +189,30 @@ class CastWeight(Weight):
         origin = numbers_in_file(rest, view)
         self.original = None if origin is None else DiskRest(origin, self.dtype, (view.shape, view.stride))
 
-    def restore_numbers(self) -> None:
-        """Put ordinary tensors into the slots: as the file has them, or else as the 8 bits do."""
-        plain = Weight(self.views, self.working_bytes, self.original or HostRest(self.flat_on_host()), self.device)
-        plain.restore(to_given=True)
+    def restore_numbers(self, *, at_rest: bool) -> None:
+        """Have ordinary numbers again: as the file has them, or else as the 8 bits do.
+
+        They are in the slots, where they were given; `at_rest`, for another rule that takes over, placeholders are.
+        """
+        plain = Weight(self.views, self.working_bytes, self.original or HostRest(self.flat_on_host()), self.given)
+        if at_rest:
+            plain.lay_down()
+        else:
+            plain.restore(to_given=True)
 
     def adopt(self, tensors: Sequence[torch.Tensor]) -> None:
         """Keep what a layer wrote to its weight; a slot that was given another tensor is the layer's own now."""
-        kept = [(view, one) for view, one in zip(self.views, tensors, strict=True) if view.slot.now() is one]
+        pairs = zip(self.views, tensors, strict=True)
+        kept = [pair for pair in pairs if pair[0].slot.now() is pair[1] or self._holds(pair[0].slot.now())]
         self.views = [view for view, _ in kept]
         if kept:
             self.take(kept[0][1])
 
     def take(self, numbers: torch.Tensor) -> None:
         """Rest as these numbers from now on."""
-        self._quantize(numbers.detach().to(self.device), scaled=self.scale is not None)
+        form = self.form
+        laid_out = torch.empty_strided(form.shape, form.stride, dtype=numbers.dtype, device=self.device)
+        self._quantize(laid_out.copy_(numbers.detach()), scaled=self.scale is not None)
         self.original = None
 
     def follow(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -208,16 +220,17 @@ class CastWeight(Weight):
 
         Raises `ValueError` for a dtype that layers cannot compute in.
         """
-        view = self.views[0]
+        view = self.form
         now = became(view, self.device, fn)
         if now.dtype not in FLOATING:
             raise ValueError(f"{self.name} cannot compute in {now.dtype}; it rests in 8 bits already.")
         if not same_order(view.shape, view.stride, now.stride):
             values = self._shaped(self.rest.on_host() if self.device.type == "cpu" else self._on_device())
-            self.rest = _rest(
-                torch.empty_strided(view.shape, now.stride, dtype=values.dtype, device=values.device).copy_(values)
-            )
+            with torch.inference_mode(mode=False):
+                ordered = torch.empty_strided(view.shape, now.stride, dtype=values.dtype, device=values.device)
+            self.rest = _rest(ordered.copy_(values))
         self.views = [replace(one, stride=now.stride, dtype=now.dtype) for one in self.views]
+        self.form = replace(view, stride=now.stride, dtype=now.dtype)
         if now.device != self.device:
             self.rest = _rest(self.rest.on_host().to(now.device))
             self.given = now.device
@@ -297,6 +310,24 @@ def small_of(tensor: torch.Tensor) -> CastWeight | None:
     """The 8-bit weight whose placeholder a tensor is."""
     weight = tensor.weight if isinstance(tensor, AtRest) else None
     return weight if isinstance(weight, CastWeight) else None
+
+
+def in_fp8(layer: nn.Linear, weight: CastWeight) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The `forward` of a linear layer that multiplies in fp8, where it computes in bfloat16."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if weight.is_dequantized or small_of(layer.weight) is not weight:
+            return nn.functional.linear(x, layer.weight, layer.bias)
+        return fp8_linear(x, weight.values(), weight.scale, layer.bias)
+
+    return forward
+
+
+def can_multiply(weight: CastWeight) -> bool:
+    """Whether the hardware's product takes a weight, and its layers do nothing else with it."""
+    layers = [view.slot.owner for view in weight.views]
+    plain = all(type(layer).forward is nn.Linear.forward and "forward" not in vars(layer) for layer in layers)
+    return plain and len(layers) == 1 and all(size % 16 == 0 for size in weight.views[0].shape)
 
 
 def _rest(values: torch.Tensor) -> Rest:

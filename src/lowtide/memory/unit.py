@@ -36,8 +36,7 @@ class Unit:
         self.count = 0
         self.load: Load | None = None
         self.host_flat: torch.Tensor | None = None
-        self._placed: list[list[torch.Tensor]] = []
-        self._versions: list[list[int]] = []
+        self._placed: list[tuple[list[torch.Tensor], list[int]]] = []
 
     def enter(self) -> None:
         """Have the weights in their slots, loaded if they are not."""
@@ -62,20 +61,21 @@ class Unit:
 
     def place(self, load: Load, tensors: list[list[torch.Tensor]]) -> None:
         """Put loaded tensors into the slots."""
-        self.load = load
-        self._placed = tensors
-        self._versions = [[tensor._version for tensor in group] for group in tensors]
+        self._placed = [(group, [tensor._version for tensor in group]) for group in tensors]
+        self.load = load  # from here on `lift` knows what to do
         for weight, group in zip(self.weights, tensors, strict=True):
             weight.put(group)
 
     def lift(self) -> None:
         """Put the placeholders back, and keep what the module itself has changed."""
-        for weight, group, versions in zip(self.weights, self._placed, self._versions, strict=True):
+        for weight, (group, versions) in zip(self.weights, self._placed, strict=True):
             if weight.is_changed(group, versions):
                 self._keep_changes(weight, group)
             weight.lay_down()
-        spoil(tensor for group in self._placed for tensor in group)
-        self._placed, self._versions, self.load, self.count = [], [], None, 0
+        placed = self._placed
+        self.load = None
+        self._placed, self.count = [], 0
+        spoil(tensor for group, _ in placed for tensor in group)  # counts as a write, so not before the end
 
     def _keep_changes(self, weight: Weight, group: list[torch.Tensor]) -> None:
         before: Any = weight.rest

@@ -97,10 +97,13 @@ class Weight:
 
     def disown_replaced(self) -> bool:
         """While it rests: slots that were given another tensor are the module's own from now on; whether any were."""
-        kept = [view for view in self.views if isinstance(view.slot.now(), AtRest)]
+        kept = [view for view in self.views if self._holds(view.slot.now())]
         is_replaced = len(kept) < len(self.views)
         self.views = kept
         return is_replaced
+
+    def _holds(self, tensor: torch.Tensor | None) -> bool:
+        return isinstance(tensor, AtRest) and tensor.weight is self
 
     def forget_given(self) -> None:
         """Hold on to the tensors that were given no longer."""
@@ -133,7 +136,7 @@ class Weight:
         """
         kept: list[View] = []
         for view, tensor in zip(self.views, tensors, strict=True):
-            if view.slot.now() is tensor:
+            if view.slot.now() is tensor or isinstance(view.slot.now(), AtRest):
                 kept.append(view)
         if kept:
             flat = self.flat_copy()
@@ -188,6 +191,15 @@ class AtRest(torch.Tensor):
         args, kwargs = tree_map_only(AtRest, lambda one: one.for_now(), (args, kwargs))
         return func(*args, **kwargs)
 
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        """The weight in host memory, as `detach` gives it."""
+        return self.in_host()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        raise _cannot_be_written_to(self, ".data = ...")
+
     def in_host(self) -> torch.Tensor:
         """The weight in host memory, as an ordinary tensor."""
         return self.view_.of(self.weight.flat_on_host()).detach()
@@ -212,7 +224,9 @@ def _is_changed(view: View, tensor: torch.Tensor, version: int) -> bool:
     """Running statistics tell no version."""
     owner = view.slot.owner
     writes_statistics = isinstance(owner, _NormBase) and owner.training and view.slot.kind != "parameter"
-    return writes_statistics or view.slot.now() is not tensor or tensor._version != version
+    now = view.slot.now()  # a placeholder: an interrupted call had begun to lay it down
+    is_replaced = now is not tensor and not isinstance(now, AtRest)
+    return writes_statistics or is_replaced or tensor._version != version
 
 
 def spoil(tensors: Iterable[torch.Tensor]) -> None:
@@ -229,7 +243,11 @@ def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
         given = args[index] if index < len(args) else kwargs.get(argument.name)
         for one in given if isinstance(given, (list, tuple)) else [given]:  # type: ignore[union-attr]
             if isinstance(one, AtRest):
-                raise RuntimeError(
-                    f"{one.weight.name} rests on {one.weight.rest.tier}, so it cannot be written to ({func}). Undo the "
-                    "offload first (disable_..., or lowtide.memory.detach(module)), write, and enable it again."
-                )
+                raise _cannot_be_written_to(one, str(func))
+
+
+def _cannot_be_written_to(tensor: AtRest, how: str) -> RuntimeError:
+    return RuntimeError(
+        f"{tensor.weight.name} rests on {tensor.weight.rest.tier}, so it cannot be written to ({how}). Undo that first "
+        "(disable_..., or lowtide.memory.detach(module)), write, and enable it again; or load a state dict."
+    )

@@ -119,3 +119,12 @@ def test_products_in_fp8():
     exact = x.double() @ weight.double().T
     assert 0.02 < (right - exact).norm() / exact.norm() < 0.045
     assert torch.equal(fp8_linear(torch.zeros_like(x), values, None, None), torch.zeros(3, 9, 48).bfloat16())
+    assert fp8_linear(x[:0], values, scale, bias).shape == (0, 9, 48)
+    with pytest.raises(ValueError, match="takes bfloat16"):
+        fp8_linear(x.float(), values, scale, bias)
+    for bad in (float("inf"), float("nan")):
+        broken = x.clone()
+        broken[1, 2, 3] = bad
+        found = fp8_linear(broken, values, scale, bias)
+        assert not bool(found[1, 2].isfinite().any())
+        assert torch.equal(found[0], out[0])

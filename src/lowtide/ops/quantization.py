@@ -84,15 +84,21 @@ def fp8_linear(
 
     The product is the hardware's (`torch._scaled_mm`), its sums are rounded to bfloat16 once: all scales are powers of
     two. Relative error about 3.7 %, half of it from `x`; 2.6 % where only the weight is rounded. K and N are multiples
-    of 16. Raises `RuntimeError` on a GPU without fp8 matrix units.
+    of 16. A row with what is
+    not finite gives a row that is not. Raises `ValueError` for an `x` that is not bfloat16, `RuntimeError` on a GPU
+    without fp8 matrix units.
     """
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < FP8_CAPABILITY:
         raise RuntimeError(
             f"fp8_matmul needs a GPU of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or more; "
             f"{torch.cuda.get_device_name(x.device)} has less. Cast without it: weights are then dequantized."
         )
+    if x.dtype != torch.bfloat16:
+        raise ValueError(f"fp8_matmul takes bfloat16, not {x.dtype}.")
     rows = x.reshape(-1, x.shape[-1])
-    row_scale = _power_of_two(rows.abs().amax(1, keepdim=True).float() / torch.finfo(torch.float8_e4m3fn).max)
+    largest = rows.abs().amax(1, keepdim=True).float()
+    row_scale = _power_of_two(largest / torch.finfo(torch.float8_e4m3fn).max)
+    row_scale = torch.where(largest.isfinite(), row_scale, torch.nan)  # e4m3fn would make 448 of what is not finite
     one = torch.ones((), device=x.device)
     small = (rows.float() / row_scale).to(torch.float8_e4m3fn)
     multiply: Any = getattr(torch, "_scaled_mm")  # noqa: B009
@@ -101,7 +107,7 @@ def fp8_linear(
     if scale is not None:
         out = out * scale.view(1, -1).bfloat16()
     out = out if bias is None else out + bias
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], len(values))
 
 
 def holds_nan(values: torch.Tensor) -> bool:

@@ -333,6 +333,9 @@ def linears(count: int = 2) -> nn.Sequential:
 X = torch.linspace(-1, 1, 24).view(3, 8)
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # a signal inside a weak reference's call
 @pytest.mark.parametrize("rule", [None, "blocks on the host"])
 def test_interrupts_anywhere_lose_nothing(rule):
     """A real signal at random moments: afterwards everything is as before."""
@@ -412,3 +415,24 @@ def test_products_in_fp8_are_switched():
         assert not torch.equal(layers(x), plain_product)
         apply_casting(layers, Casting("float8_e4m3fn", scaled=True))
         assert torch.equal(layers(x), plain_product)
+
+
+class Tokens(nn.Module):
+    """A layer that gives its own parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(8, 8), requires_grad=False)
+
+    def forward(self) -> torch.Tensor:
+        return self.tokens[1:]
+
+
+def test_a_layer_that_gives_its_own_parameter():
+    tokens, layer = Tokens(), linears(1)
+    right = rounded(tokens.tokens, CASTINGS["e4m3"])[1:]
+    apply_casting(tokens, Casting("float8_e4m3fn", skip_patterns=()))
+    apply_casting(layer, Casting("int8"))
+    given = tokens()
+    layer(given)
+    assert torch.equal(given, right)

@@ -85,6 +85,12 @@ def test_saved_in_8_bits_and_loaded_again(folder, tmp_path, how, shards, variant
             assert torch.equal(tensor.view(torch.uint8), files[name].view(torch.uint8)), name
 
 
+def test_what_is_in_8_bits_already_is_not_cast_again(folder, tmp_path):
+    UNet2DConditionModel.from_pretrained(folder, casting="int8").save_pretrained(tmp_path / "saved")
+    model = UNet2DConditionModel.from_pretrained(tmp_path / "saved", casting="fp8")  # without a warning
+    assert torch.equal(run(model), expected(torch.float32, "int8"))
+
+
 def test_8_bits_on_disk_move_8_bits(folder, tmp_path):
     model = UNet2DConditionModel.from_pretrained(folder, casting="int8")
     model.save_pretrained(tmp_path / "saved")

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from lowtide.memory.blocks import with_atomic
 from lowtide.memory.forms import Casting
-from lowtide.memory.gather import gather, is_plain
+from lowtide.memory.gather import PLAIN, gather, is_plain
 from lowtide.memory.overrides import Overrides
 from lowtide.memory.rests import on_disk
 from lowtide.memory.scratch import SCRATCH
@@ -154,6 +155,12 @@ class Leaf:
 
     # ---- the overrides
 
+    def _for_others(self, result: torch.Tensor) -> torch.Tensor:
+        """A result that lies in the numbers of this leaf, such as a parameter itself, as a copy: they are gone soon."""
+        is_lent = self._flat is not None and result.layout == torch.strided and type(result) in PLAIN
+        is_own = is_lent and result.untyped_storage().data_ptr() == self._flat.untyped_storage().data_ptr()  # type: ignore[union-attr]
+        return result.clone() if is_own else result
+
     def _around(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
         enter, leave = Uncompiled(self.enter), Uncompiled(self.leave)
 
@@ -162,7 +169,7 @@ class Leaf:
             this = Call()
             try:
                 enter(this)
-                return call(*args, **kwargs)
+                return tree_map_only(torch.Tensor, self._for_others, call(*args, **kwargs))
             finally:
                 leave(this)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -64,7 +65,8 @@ def put_weights(
         place(module, saved, compute or torch.float32)
     if casting is not None:
         target = casting.compute or (None if compute is None else str(compute).removeprefix("torch."))
-        patterns = (*casting.skip_patterns, *never_cast)
+        as_saved = (f"^{re.escape(name.rpartition('.')[0])}$" for name in named)  # these stay as they are
+        patterns = (*casting.skip_patterns, *never_cast, *as_saved)
         apply_casting(module, replace(casting, compute=target, skip_patterns=patterns))
     if offload is not None:
         attach(module, offload.rule, offload.stream)

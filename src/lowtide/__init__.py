@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lowtide.models.safety_checker import StableDiffusionSafetyChecker
     from lowtide.models.unet import UNet2DConditionModel
     from lowtide.models.vae import AutoencoderKL
+    from lowtide.models.video_vae import AutoencoderKLCogVideoX
     from lowtide.pipelines.base import DiffusionPipeline
     from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
     from lowtide.schedulers import (
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoencoderKL",
+    "AutoencoderKLCogVideoX",
     "Casting",
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
@@ -47,6 +49,7 @@ __all__ = [
 
 _HOME = {
     "AutoencoderKL": "lowtide.models.vae",
+    "AutoencoderKLCogVideoX": "lowtide.models.video_vae",
     "Casting": "lowtide.memory.forms",
     "DDIMScheduler": "lowtide.schedulers",
     "DPMSolverMultistepScheduler": "lowtide.schedulers",

@@ -46,28 +46,28 @@ class Tiles:
 
 
 def blended(network: Network, x: torch.Tensor, sides: Sides, steps: Sides, kept: Sides, write: RowSink) -> None:
-    """Compute `network` in tiles of x `[B, C, H, W]`, `sides` large and `steps` apart, and cross-fade the overlaps.
+    """Compute `network` in tiles of x `[B, C, ..., H, W]`, `sides` large and `steps` apart; cross-fade the overlaps.
 
     Of each tile's result the first `kept` rows and columns are its own part of the output (`steps`, in the output's
     pixels); the others fade into the next tiles. Finished rows go to `write`; alive are one row of tiles' edges.
     """
     above: list[torch.Tensor] = []
-    for top in range(0, x.shape[2], steps[0]):
+    for top in range(0, x.shape[-2], steps[0]):
         edges: list[torch.Tensor] = []
         parts: list[torch.Tensor] = []
         before: torch.Tensor | None = None
-        for place, left in enumerate(range(0, x.shape[3], steps[1])):
-            tile = network(x[:, :, top : top + sides[0], left : left + sides[1]])
+        for place, left in enumerate(range(0, x.shape[-1], steps[1])):
+            tile = network(x[..., top : top + sides[0], left : left + sides[1]])
             if above:
-                _fade(above[place], tile, 2)
+                _fade(above[place], tile, -2)
             if before is not None:
-                _fade(before, tile, 3)
-            edges.append(tile[:, :, kept[0] :].clone())
-            before = tile[:, :, :, kept[1] :].clone()
-            parts.append(tile[:, :, : kept[0], : kept[1]].clone())
+                _fade(before, tile, -1)
+            edges.append(tile[..., kept[0] :, :].clone())
+            before = tile[..., kept[1] :].clone()
+            parts.append(tile[..., : kept[0], : kept[1]].clone())
             del tile
         above = edges
-        write(top // steps[0] * kept[0], torch.cat(parts, dim=3))
+        write(top // steps[0] * kept[0], torch.cat(parts, dim=-1))
 
 
 def _fade(edge: torch.Tensor, tile: torch.Tensor, dim: int) -> None:
@@ -101,8 +101,8 @@ def gathered(produce: Callable[[RowSink], None], rows: int) -> torch.Tensor:
 
     def write(first: int, band: torch.Tensor) -> None:
         if not out:
-            out.append(band.new_empty((*band.shape[:2], rows, band.shape[3])))
-        out[0][:, :, first : first + band.shape[2]].copy_(band)
+            out.append(band.new_empty((*band.shape[:-2], rows, band.shape[-1])))
+        out[0].narrow(-2, first, band.shape[-2]).copy_(band)
 
     produce(write)
     return out[0]

@@ -32,7 +32,8 @@ from lowtide.memory.weight import Weight
 from lowtide.weights.index import CheckpointIndex
 from lowtide.weights.slots import emptied, slots
 
-ENTRY_POINTS = ("encode", "decode", "decode_rows", "generate", "get_text_features", "get_image_features")
+_FOREIGN = ("generate", "get_text_features", "get_image_features")
+ENTRY_POINTS = ("encode", "decode", "decode_rows", "decode_frames", *_FOREIGN)
 """Methods besides `forward` by which a module may be called as a whole."""
 
 _MARK = "_lowtide_attachment"  # on the root

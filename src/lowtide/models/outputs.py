@@ -14,7 +14,7 @@ class UNet2DConditionOutput:
 
 @dataclass
 class DecoderOutput:
-    """The decoded picture, `sample` `[B, 3, H, W]`, nominally in [-1, 1]."""
+    """The decoded pictures `[B, 3, H, W]` or clips `[B, 3, F, H, W]` as `sample`, nominally in [-1, 1]."""
 
     sample: torch.Tensor
 
@@ -39,7 +39,7 @@ class DiagonalGaussianDistribution:
 
     def kl(self) -> torch.Tensor:
         """Divergence from the standard normal, summed over each latent, `[B]`; Kingma & Welling 2014, eq. 10."""
-        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
 
 
 @dataclass

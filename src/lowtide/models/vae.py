@@ -1,26 +1,20 @@
 """The image autoencoder of Stable Diffusion (Esser et al. 2021; Rombach et al. 2022): pictures to latents and back."""
 
-import os
-from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import nn
 
-from lowtide.activations.exact import RowSettings, apply_row_streaming, remove_row_streaming, row_streaming_of
+from lowtide.activations.exact import row_streaming_of
 from lowtide.activations.run import RowSink
-from lowtide.activations.tiling import Tiles, blended, gathered, sliced
-from lowtide.memory.forms import Tier
+from lowtide.activations.tiling import Tiles
+from lowtide.models.autoencoder import AutoencoderMixin, both
 from lowtide.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, silu_of_fresh
-from lowtide.models.mixin import ModelMixin
-from lowtide.models.outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
 from lowtide.models.vae_config import AutoencoderKLConfig
 from lowtide.ops.attention import DEFAULT, AttentionBackend, attention
 from lowtide.ops.convolution import in_faster_layout
 from lowtide.weights.names import VAE_NAMES
 
-TILING_MODES = ("blended", "exact")
 EPS = 1e-6  # of every norm in the published autoencoders
 
 
@@ -147,7 +141,7 @@ class Decoder(nn.Module):
         return self.conv_out(silu_of_fresh(self.conv_norm_out(z)))
 
 
-class AutoencoderKL(ModelMixin):
+class AutoencoderKL(AutoencoderMixin):
     """Encode pictures in [-1, 1] to a normal distribution over latents, and decode latents to pictures.
 
     Shapes: pictures `[B, 3, H, W]` with H and W multiples of `config.scale` (8), latents `[B, 4, H/8, W/8]`, not yet
@@ -165,20 +159,10 @@ class AutoencoderKL(ModelMixin):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(moments, moments, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latents, latents, 1) if config.use_post_quant_conv else None
-        self.use_slicing = False
-        self.tiles: Tiles | None = None
 
-    def encode(
-        self, x: torch.Tensor, return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """The distribution over latents of pictures `x` `[B, 3, H, W]`."""
-        posterior = DiagonalGaussianDistribution(self._by_slices(self._encoded, x))
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
-
-    def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
-        """The pictures `[B, 3, H, W]` of latents `z` `[B, 4, H/8, W/8]`."""
-        sample = self._by_slices(self._decoded, z)
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+    def usual_tiles(self) -> Tiles:
+        """The published size with a quarter of overlap."""
+        return Tiles(*both(self.config.sample_size), 0.25, 0.25)
 
     def decode_rows(self, z: torch.Tensor, write: RowSink) -> None:
         """Decode one picture's latents `[1, 4, H/8, W/8]` and hand finished rows to `write`, from top to bottom.
@@ -189,117 +173,16 @@ class AutoencoderKL(ModelMixin):
         streaming = row_streaming_of(self.decoder)
         if streaming is not None:
             streaming.stream(z if self.post_quant_conv is None else self.post_quant_conv(z), write)
-        elif self._needs_tiles(z, self.config.scale):
-            self._write_tiles(z, write)
+        elif self.needs_tiles(z, self.config.scale):
+            self.write_tiles(z, write)
         else:
-            write(0, self._pixels(z))
+            write(0, self.pixels(z))
 
-    def _by_slices(self, network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return sliced(network, x) if self.use_slicing and len(x) > 1 else network(x)
-
-    def _encoded(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._needs_tiles(x, 1):
-            return self._moments(x)
-        assert self.tiles is not None
-        scale = self.config.scale
-        sides, steps = self.tiles.in_latents(scale)
-        in_pixels = (sides[0] * scale, sides[1] * scale), (steps[0] * scale, steps[1] * scale)
-        return gathered(lambda write: blended(self._moments, x, *in_pixels, steps, write), x.shape[2] // scale)
-
-    def _decoded(self, z: torch.Tensor) -> torch.Tensor:
-        if not self._needs_tiles(z, self.config.scale):
-            return self._pixels(z)
-        return gathered(lambda write: self._write_tiles(z, write), z.shape[2] * self.config.scale)
-
-    def _write_tiles(self, z: torch.Tensor, write: RowSink) -> None:
-        assert self.tiles is not None
-        sides, steps = self.tiles.in_latents(self.config.scale)
-        blended(self._pixels, z, sides, steps, (steps[0] * self.config.scale, steps[1] * self.config.scale), write)
-
-    def _needs_tiles(self, x: torch.Tensor, scale: int) -> bool:
-        """Whether a picture whose side is `scale` times that of `x` is larger than one tile."""
-        tiles = self.tiles
-        return tiles is not None and (x.shape[2] * scale > tiles.height or x.shape[3] * scale > tiles.width)
-
-    def _moments(self, x: torch.Tensor) -> torch.Tensor:
+    def moments(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean and log variance `[B, 8, H/8, W/8]` of pictures, whole."""
         moments = self.encoder(x)
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
-    def _pixels(self, z: torch.Tensor) -> torch.Tensor:
+    def pixels(self, z: torch.Tensor) -> torch.Tensor:
+        """Pictures of latents, whole."""
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
-
-    def enable_slicing(self) -> None:
-        """Encode and decode one picture of a batch at a time."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        """Encode and decode a batch at once."""
-        self.use_slicing = False
-
-    def enable_tiling(
-        self,
-        mode: str = "blended",
-        *,
-        tile_size: int | tuple[int, int] | None = None,
-        overlap: float | tuple[float, float] | None = None,
-        rows: Tier | str | None = None,
-        budget: int | str | None = None,
-        work: int | str | None = None,
-        folder: str | os.PathLike[str] | None = None,
-    ) -> None:
-        """Encode and decode large pictures in little memory.
-
-        "blended": in tiles of `tile_size` pixels (height and width, or one number; default: the model's own size), of
-        which a share `overlap` (default 0.25) fades into the next; pictures up to one tile are done whole. The tone
-        may vary from tile to tile. "exact": row by row, with the result of the whole picture up to rounding; see
-        `lowtide.apply_row_streaming` for `rows`, `budget`, `work` and `folder`. Either one replaces the other.
-        Raises `ValueError` for what is not possible.
-        """
-        if mode not in TILING_MODES:
-            raise ValueError(f"mode={mode!r} is not possible: it is one of {', '.join(TILING_MODES)}.")
-        stray = _given(tile_size=tile_size, overlap=overlap)
-        if mode == "blended":
-            stray = _given(rows=rows, budget=budget, work=work, folder=folder)
-        if stray:
-            raise ValueError(f"{', '.join(stray)} cannot be set for mode={mode!r}: the other mode has it.")
-        if mode == "blended":
-            height, width = _both(self.config.sample_size if tile_size is None else tile_size)
-            tiles = Tiles(height, width, *_both(0.25 if overlap is None else overlap))
-            self.disable_tiling()
-            self.tiles = tiles
-            return
-        settings = RowSettings.of(rows, budget, work, folder)
-        self.disable_tiling()
-        for part in (self.encoder, self.decoder):
-            apply_row_streaming(part, **vars(settings))
-
-    def disable_tiling(self) -> None:
-        """Encode and decode pictures whole."""
-        self.tiles = None
-        remove_row_streaming(self.encoder)
-        remove_row_streaming(self.decoder)
-
-    def forward(
-        self,
-        sample: torch.Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple[torch.Tensor]:
-        """Encode and decode pictures `[B, 3, H, W]`."""
-        encoded = self.encode(sample)
-        assert isinstance(encoded, AutoencoderKLOutput)
-        posterior = encoded.latent_dist
-        return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
-
-
-def _both(size: Any) -> tuple[Any, Any]:
-    """A pair, or one number for both sides."""
-    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(pair) != 2:
-        raise ValueError(f"{size!r} is not possible: give one number, or height and width.")
-    return pair
-
-
-def _given(**options: Any) -> list[str]:
-    return [name for name, value in options.items() if value is not None]

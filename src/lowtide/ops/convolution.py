@@ -48,7 +48,12 @@ def conv2d_as_product(
     return product.view(-1, batch, rows, columns).transpose(0, 1).contiguous(memory_format=layout)
 
 
-def in_faster_layout(x_BCHW: torch.Tensor) -> torch.Tensor:
+def channels_last(x: torch.Tensor) -> torch.memory_format:
+    """The layout with the channels of each pixel side by side, for maps `[B, C, H, W]` or clips `[B, C, F, H, W]`."""
+    return torch.channels_last_3d if x.ndim == 5 else torch.channels_last
+
+
+def in_faster_layout(x: torch.Tensor) -> torch.Tensor:
     """The same values with channels last in memory, where convolutions of large maps are faster so: bfloat16 on a CPU.
 
     With channels first every convolution rearranges its map before and after, and holds both forms: a 256x256 picture
@@ -56,6 +61,6 @@ def in_faster_layout(x_BCHW: torch.Tensor) -> torch.Tensor:
     PyTorch's group norm with channels last loses digits: a relative error of 3e-5 instead of 4e-7 where a group's mean
     is ten times its deviation.
     """
-    if x_BCHW.device.type == "cpu" and x_BCHW.dtype == torch.bfloat16:
-        return x_BCHW.contiguous(memory_format=torch.channels_last)
-    return x_BCHW
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        return x.contiguous(memory_format=channels_last(x))
+    return x

@@ -1,0 +1,72 @@
+"""Batches of frames of a clip, and what a causal convolution must remember from one batch to the next.
+
+Shapes: clips `[B, C, F, H, W]` with `F` frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from lowtide.activations.pages import Pages, RowStore
+
+
+def frame_batches(frames: int, size: int) -> Iterator[slice]:
+    """Batches of `size` frames; what is left over joins the first one, so a clip shorter than one is one batch.
+
+    Thirteen frames by two are 3 + 2 + 2 + 2 + 2 + 2: the published video autoencoder's own order.
+    """
+    first = frames - (max(frames // size, 1) - 1) * size
+    yield slice(0, first)
+    for start in range(first, frames, size):
+        yield slice(start, start + size)
+
+
+class FrameCache:
+    """The last frames that each causal convolution saw: they stand before the next batch of frames.
+
+    Convolutions ask in the order of the network, which is the same for every batch. Call `begin` before each batch.
+    A network that is computed row by row keeps its frames in `stores` on `pages`, by the same places.
+    """
+
+    def __init__(self) -> None:
+        self.has_before = False
+        self.is_last = False
+        self.pages: Pages | None = None
+        self.stores: dict[int, RowStore] = {}
+        self._frames: dict[int, torch.Tensor] = {}
+        self._place = 0
+        self._begun = 0
+
+    def begin(self, *, is_last: bool) -> None:
+        """A batch of frames begins; after the last one nothing is kept."""
+        self.has_before = self._begun > 0
+        self.is_last = is_last
+        self._begun += 1
+        self._place = 0
+
+    def joined(self, x_BCFHW: torch.Tensor, frames: int) -> torch.Tensor:
+        """The clip behind the `frames` frames that came before it; the first batch, behind its first one repeated."""
+        if frames == 0:
+            return x_BCFHW
+        place, self._place = self._place, self._place + 1
+        before = [self._before(place, x_BCFHW, frames)] if self.has_before else [x_BCFHW[:, :, :1]] * frames
+        joined = torch.cat([*before, x_BCFHW], dim=2)
+        if not self.is_last:
+            source = x_BCFHW if x_BCFHW.shape[2] >= frames else joined
+            self._keep(place, source[:, :, -frames:])
+        return joined
+
+    def _before(self, place: int, x_BCFHW: torch.Tensor, frames: int) -> torch.Tensor:
+        return self._frames.pop(place)
+
+    def _keep(self, place: int, frames_BCFHW: torch.Tensor) -> None:
+        self._frames[place] = frames_BCFHW.clone()
+
+
+def only_batch() -> FrameCache:
+    """For a clip that is one batch."""
+    cache = FrameCache()
+    cache.begin(is_last=True)
+    return cache

@@ -1,0 +1,75 @@
+"""Configuration of the video autoencoder, as published in `vae/config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lowtide.configs import Config
+from lowtide.models.config_checks import check_types
+
+# Entries of published configurations that change the network and of which we build one kind only.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu",),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "use_quant_conv": (False,),
+    "use_post_quant_conv": (False,),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderKLCogVideoXConfig(Config):
+    """Shape of an `AutoencoderKLCogVideoX`; `sample_height` and `sample_width` are in pixels."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("CogVideoXDownBlock3D",) * 4
+    up_block_types: tuple[str, ...] = ("CogVideoXUpBlock3D",) * 4
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
+    latent_channels: int = 16
+    layers_per_block: int = 3
+    norm_eps: float = 1e-6
+    norm_num_groups: int = 32
+    temporal_compression_ratio: int | float = 4
+    sample_height: int = 480
+    sample_width: int = 720
+    scaling_factor: float = 1.15258426
+    shift_factor: float | None = None
+    force_upcast: bool | float = True
+    invert_scale_latents: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse, by name, what we cannot build: it must never be built wrongly in silence."""
+        check_types(self, "Video VAE")
+        for key, possible in SUPPORTED.items():
+            if key in self.unused and self.unused[key] not in possible:
+                raise ValueError(
+                    f"Video VAE config: {key}={self.unused[key]!r} is not supported; possible: {possible}."
+                )
+        for kinds, possible in (
+            (self.down_block_types, "CogVideoXDownBlock3D"),
+            (self.up_block_types, "CogVideoXUpBlock3D"),
+        ):
+            if len(kinds) != len(self.block_out_channels):
+                raise ValueError(
+                    f"Video VAE config: {len(kinds)} blocks for {len(self.block_out_channels)} channel widths."
+                )
+            for kind in set(kinds) - {possible}:
+                raise ValueError(f"Video VAE config: block type {kind!r} is not supported; possible: {possible!r}.")
+        ratio, most = self.temporal_compression_ratio, 2 ** (len(self.block_out_channels) - 1)
+        if ratio not in [2**level for level in range(len(self.block_out_channels))]:
+            raise ValueError(
+                f"Video VAE config: temporal_compression_ratio={ratio!r} is not supported; it must be a power of two "
+                f"from 1 to {most}."
+            )
+
+    @property
+    def scale(self) -> int:
+        """Pixels a latent is wide and high: 8 in the published models."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def temporal_levels(self) -> int:
+        """Levels that halve the number of frames: 2 in the published models."""
+        return int(self.temporal_compression_ratio).bit_length() - 1

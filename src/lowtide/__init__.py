@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lowtide.pipelines.base import DiffusionPipeline
     from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
     from lowtide.schedulers import (
+        CogVideoXDDIMScheduler,
+        CogVideoXDPMScheduler,
         DDIMScheduler,
         DPMSolverMultistepScheduler,
         EulerDiscreteScheduler,
@@ -30,6 +32,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoencoderKL",
     "Casting",
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
     "DiffusionPipeline",
@@ -48,6 +52,8 @@ __all__ = [
 _HOME = {
     "AutoencoderKL": "lowtide.models.vae",
     "Casting": "lowtide.memory.forms",
+    "CogVideoXDDIMScheduler": "lowtide.schedulers",
+    "CogVideoXDPMScheduler": "lowtide.schedulers",
     "DDIMScheduler": "lowtide.schedulers",
     "DPMSolverMultistepScheduler": "lowtide.schedulers",
     "DiffusionPipeline": "lowtide.pipelines.base",

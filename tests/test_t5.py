@@ -15,6 +15,7 @@ from lowtide.loading import LoadOptions, load_text_encoder, save_component, spec
 from lowtide.memory.forms import NAMED_CASTINGS
 from lowtide.memory.loading import offload_named
 from lowtide.models import tokenizers
+from lowtide.models.attention_backends import set_attention_backend, set_attention_slicing
 from lowtide.models.tokenizers import load_tokenizer
 from lowtide.weights.fill import WeightsMismatchError
 from lowtide.weights.index import CheckpointError
@@ -150,6 +151,27 @@ def test_cast_while_loading(folder, dtype, casting, offload):
     again = load(save(plain, folder.parent / "again"), dtype)
     assert torch.equal(states(again), expected)
     assert again.shared.weight is again.encoder.embed_tokens.weight
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("how", ["math", "chunked", "flash", "slices"])
+def test_attention_by_other_kernels_keeps_the_biases_of_positions(how, masked):
+    model, mask = tiny_video.text_encoder(), (IDS < 12).long() if masked else None
+    model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.mul_(3)
+
+    def compute():
+        with torch.no_grad():
+            return model(IDS, attention_mask=mask).last_hidden_state
+
+    expected = compute()
+    if how == "slices":
+        set_attention_slicing([model], "max")
+    else:
+        set_attention_backend([model], how)
+    assert model.config._attn_implementation == "lowtide"
+    assert tiny.difference(compute(), expected) < 1e-5
+    model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.mul_(0)
+    assert tiny.difference(compute(), expected) > 0.01  # negative control
 
 
 # ---- tokenizers

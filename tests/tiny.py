@@ -20,7 +20,7 @@ from lowtide.models.safety_checker import StableDiffusionSafetyChecker
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.vae import AutoencoderKL
 from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
-from lowtide.schedulers import SCHEDULERS
+from lowtide.schedulers import SCHEDULERS as ALL_SCHEDULERS
 
 MAX_TOKENS = 16
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -31,6 +31,9 @@ SCHEDULE = {
     "steps_offset": 1,
     "clip_sample": False,
 }
+
+# Those for pictures; CogVideoX's are for videos.
+SCHEDULERS = {name: cls for name, cls in ALL_SCHEDULERS.items() if not name.startswith("CogVideoX")}
 
 UNETS = {
     "sd1": {
@@ -224,7 +227,7 @@ def image_processor(folder: Path):
 def scheduler(name="DDIMScheduler", **changes):
     """One of our schedulers, with Stable Diffusion's schedule."""
     own = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
-    return SCHEDULERS[name].from_config({**SCHEDULE, **own, **changes})
+    return ALL_SCHEDULERS[name].from_config({**SCHEDULE, **own, **changes})
 
 
 def pipeline(folder: Path, *, checker=False, schedule=None, **models):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lowtide.pipelines.base import DiffusionPipeline
     from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
     from lowtide.schedulers import (
+        CogVideoXDDIMScheduler,
+        CogVideoXDPMScheduler,
         DDIMScheduler,
         DPMSolverMultistepScheduler,
         EulerDiscreteScheduler,
@@ -32,6 +34,8 @@ __all__ = [
     "AutoencoderKL",
     "AutoencoderKLCogVideoX",
     "Casting",
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
     "DiffusionPipeline",
@@ -51,6 +55,8 @@ _HOME = {
     "AutoencoderKL": "lowtide.models.vae",
     "AutoencoderKLCogVideoX": "lowtide.models.video_vae",
     "Casting": "lowtide.memory.forms",
+    "CogVideoXDDIMScheduler": "lowtide.schedulers",
+    "CogVideoXDPMScheduler": "lowtide.schedulers",
     "DDIMScheduler": "lowtide.schedulers",
     "DPMSolverMultistepScheduler": "lowtide.schedulers",
     "DiffusionPipeline": "lowtide.pipelines.base",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.schedulers.trajectories import SD15, start, trajectory
+from tests.schedulers.trajectories import COGVIDEOX_5B, SD15, seeded, start, trajectory, with_memory
 
 PATH = Path(__file__).with_name("schedulers.json")
 SHAPE = (1, 1, 2, 3)
@@ -25,6 +25,9 @@ CASES = {
     "dpm": ("DPMSolverMultistepScheduler", {}),
     "dpm karras order 3": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "solver_order": 3}),
     "dpm cosine": ("DPMSolverMultistepScheduler", {**V, "beta_schedule": "squaredcos_cap_v2"}),
+    "cogvideox ddim": ("CogVideoXDDIMScheduler", {**COGVIDEOX_5B, "snr_shift_scale": 3.0}),
+    "cogvideox dpm": ("CogVideoXDPMScheduler", COGVIDEOX_5B),
+    "cogvideox dpm epsilon": ("CogVideoXDPMScheduler", {}),
 }
 
 
@@ -40,8 +43,8 @@ def main() -> None:
     goldens = {"diffusers": diffusers.__version__, "cases": {}}
     for case, (name, changes) in CASES.items():
         entries = entries_of(name, changes)
-        scheduler = getattr(diffusers, name).from_config(entries)
-        samples = trajectory(scheduler, 8, start(1, shape=SHAPE))
+        scheduler = with_memory(getattr(diffusers, name).from_config(entries))
+        samples = trajectory(scheduler, 8, start(1, shape=SHAPE), **seeded(name))
         goldens["cases"][case] = {
             "entries": entries,
             "timesteps": scheduler.timesteps.tolist(),

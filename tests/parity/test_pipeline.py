@@ -8,8 +8,6 @@ import torch
 from tests import tiny
 from tests.parity import pairs
 
-from lowtide.schedulers import SCHEDULERS
-
 diffusers = pytest.importorskip("diffusers")
 pytestmark = [
     pytest.mark.parity,
@@ -40,7 +38,7 @@ def pair(folder, name="DDIMScheduler", kind="sd1", **schedule):
     return ours, theirs
 
 
-@pytest.fixture(scope="module", params=SCHEDULERS)
+@pytest.fixture(scope="module", params=tiny.SCHEDULERS)
 def both(request, tmp_path_factory):
     return pair(tmp_path_factory.mktemp("both"), request.param)
 

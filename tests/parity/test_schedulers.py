@@ -5,9 +5,18 @@ import json
 
 import pytest
 import torch
-from tests.schedulers.trajectories import SD15, start, toy_model, trajectory, worst_difference
+from tests.schedulers.trajectories import (
+    COGVIDEOX_5B,
+    SD15,
+    seeded,
+    start,
+    toy_model,
+    trajectory,
+    with_memory,
+    worst_difference,
+)
 
-from lowtide.schedulers import SCHEDULERS
+from lowtide.schedulers import SCHEDULERS, schedule
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = [
@@ -16,7 +25,7 @@ pytestmark = [
 ]
 
 TOLERANCE = 1e-6
-DDIM, PNDM, UNIPC, EULER, DPM = SCHEDULERS
+DDIM, PNDM, UNIPC, EULER, DPM, COG_DDIM, COG_DPM = SCHEDULERS
 SPACINGS = ("leading", "trailing", "linspace")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -54,22 +63,34 @@ SPECIAL = [
     (DPM, {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, "timestep_spacing": "trailing"}),
     (DDIM, {"clip_sample": True, "clip_sample_range": 0.7, "set_alpha_to_one": False}),
     (PNDM, {"skip_prk_steps": True, "set_alpha_to_one": True}),
+    *((name, {**COGVIDEOX_5B, "snr_shift_scale": shift}) for name in (COG_DDIM, COG_DPM) for shift in (1.0, 3.0, 7.5)),
+    *(
+        (name, {"rescale_betas_zero_snr": True, "prediction_type": p, "timestep_spacing": s, "snr_shift_scale": 1.0})
+        for name in (COG_DDIM, COG_DPM)
+        for p in ("v_prediction", "sample")
+        for s in SPACINGS
+    ),
+    *((name, {"set_alpha_to_one": False, "clip_sample": True}) for name in (COG_DDIM, COG_DPM)),
+    *(
+        (name, {"num_train_timesteps": 300, "trained_betas": [0.0001 + 0.00004 * i for i in range(300)]})
+        for name in (COG_DDIM, COG_DPM)
+    ),
     (PNDM, {"num_train_timesteps": 300, "trained_betas": [0.0001 + 0.00004 * i for i in range(300)]}),
 ]
 
 
 def pair(name, entries):
     """Our scheduler and the peer's, from the same entries."""
-    entries = {**BASE, **entries}
+    entries = {key: value for key, value in {**BASE, **entries}.items() if not key.startswith("_")}
     if name == PNDM:
         entries = {"skip_prk_steps": True, **entries}
-    return SCHEDULERS[name].from_config(entries), getattr(diffusers, name)(**entries)
+    return SCHEDULERS[name].from_config(entries), with_memory(getattr(diffusers, name)(**entries))
 
 
 def difference(name, entries, num_steps, dtype=torch.float32):
     ours, theirs = pair(name, entries)
     noise = start(num_steps, dtype)
-    return worst_difference(trajectory(ours, num_steps, noise), trajectory(theirs, num_steps, noise))
+    return worst_difference(*(trajectory(s, num_steps, noise, **seeded(name)) for s in (ours, theirs)))
 
 
 def label(value):
@@ -100,7 +121,7 @@ def test_runge_kutta_trajectory(spacing, prediction):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_trajectory_and_dtype(name, dtype):
     ours, theirs = pair(name, {})
-    ours_samples, theirs_samples = (trajectory(s, 20, start(0, dtype)) for s in (ours, theirs))
+    ours_samples, theirs_samples = (trajectory(s, 20, start(0, dtype), **seeded(name)) for s in (ours, theirs))
     assert [s.dtype for s in ours_samples] == [s.dtype for s in theirs_samples]
     assert ours_samples[-1].dtype == dtype
     assert worst_difference(ours_samples, theirs_samples) <= TOLERANCE
@@ -119,6 +140,55 @@ def test_stochastic_ddim_draws_the_same_noise(eta):
     assert worst_difference(one[0], each[0]) > 0.01
 
 
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "sample"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [torch.float32, None], ids=["float32 outputs", "outputs in the dtype"])
+def test_cogvideox_dpm_draws_the_same_noise(kind, dtype, outputs):
+    """One generator or one for each item; outputs in float32 and samples cast back, as the peer's pipeline does."""
+
+    def model(sample, t):
+        return toy_model(sample.to(dtype), t).to(outputs or dtype)
+
+    def run(scheduler, seeds):
+        seeds = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generator = seeds[0] if len(seeds) == 1 else seeds
+        samples = trajectory(scheduler, 20, start(0, dtype), model=model, generator=generator)
+        return samples, torch.stack([one.get_state() for one in seeds])
+
+    changes = {"prediction_type": kind, "rescale_betas_zero_snr": kind != "epsilon"}
+    ours, theirs = pair(COG_DPM, {**COGVIDEOX_5B, **changes})
+    for seeds in ((3,), (4, 5)):
+        (a, used), (b, used_by_peer) = run(ours, seeds), run(theirs, seeds)
+        assert worst_difference(a, b) <= TOLERANCE
+        assert torch.equal(used, used_by_peer)
+        assert [s.dtype for s in a] == [s.dtype for s in b]
+    assert worst_difference(run(ours, (3,))[0], run(theirs, (4, 5))[0]) > 0.01  # negative control
+
+
+def test_cogvideox_dpm_comparison_sees_a_single_draw(monkeypatch):
+    """Negative control: with noise drawn once a step instead of twice, the trajectories part."""
+    ours, theirs = pair(COG_DPM, COGVIDEOX_5B)
+    drawn = []
+
+    def once(sample, generator):
+        if len(drawn) % 2 == 0 or not drawn:
+            drawn.append(torch.randn(sample.shape, generator=generator, dtype=sample.dtype))
+            return drawn[-1]
+        return drawn.pop()
+
+    monkeypatch.setattr(ours, "_draw", once)
+    assert worst_difference(*(trajectory(s, 7, start(), **seeded(COG_DPM)) for s in (ours, theirs))) > 0.01
+
+
+@pytest.mark.parametrize("name", [COG_DDIM, COG_DPM])
+def test_cogvideox_comparison_sees_the_order_of_shift_and_rescaling(name):
+    """Negative control: the schedule is shifted first, then stretched to end in pure noise."""
+    ours, theirs = pair(name, {**COGVIDEOX_5B, "snr_shift_scale": 3.0})
+    stretched = schedule.stretch_to_zero_snr(pair(name, {"snr_shift_scale": 1.0})[0].alphas_cumprod)
+    assert worst_difference([ours.alphas_cumprod], [theirs.alphas_cumprod]) <= TOLERANCE
+    assert worst_difference([schedule.shift_snr(stretched, 3.0)], [theirs.alphas_cumprod]) > 1e-4
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize(
     "broken",
@@ -128,15 +198,15 @@ def test_stochastic_ddim_draws_the_same_noise(eta):
 def test_comparison_sees_a_small_change(name, broken):
     """Negative control: the comparison fails where one entry differs, even by a hundred-thousandth."""
     ours, theirs = pair(name, broken)[0], pair(name, {"timestep_spacing": "leading"})[1]
-    assert worst_difference(trajectory(ours, 7, start()), trajectory(theirs, 7, start())) > TOLERANCE
+    assert worst_difference(*(trajectory(s, 7, start(), **seeded(name)) for s in (ours, theirs))) > TOLERANCE
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_comparison_sees_a_changed_model(name):
     """Negative control: a model output off by a hundred-thousandth is found out."""
     ours, theirs = pair(name, {})
-    wrong = trajectory(ours, 7, start(), model=lambda x, t: toy_model(x, t) * (1 + 1e-5))
-    assert worst_difference(wrong, trajectory(theirs, 7, start())) > TOLERANCE
+    wrong = trajectory(ours, 7, start(), model=lambda x, t: toy_model(x, t) * (1 + 1e-5), **seeded(name))
+    assert worst_difference(wrong, trajectory(theirs, 7, start(), **seeded(name))) > TOLERANCE
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -144,12 +214,12 @@ def test_comparison_sees_a_changed_model(name):
 def test_from_config_across_classes(source, name):
     """A published PNDM file, through a second class to a third: same entries in force, same pictures."""
     ours = SCHEDULERS[name].from_config(SCHEDULERS[source].from_config(SD15).config)
-    theirs = getattr(diffusers, name).from_config(getattr(diffusers, source).from_config(SD15).config)
+    theirs = with_memory(getattr(diffusers, name).from_config(getattr(diffusers, source).from_config(SD15).config))
     effective = ours.config.to_dict()
     assert {key: effective[key] for key in effective if key in theirs.config} == {
         key: theirs.config[key] for key in effective if key in theirs.config
     }
-    assert worst_difference(trajectory(ours, 7, start()), trajectory(theirs, 7, start())) <= TOLERANCE
+    assert worst_difference(*(trajectory(s, 7, start(), **seeded(name)) for s in (ours, theirs))) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -157,14 +227,14 @@ def test_files_are_read_by_both(name, tmp_path):
     ours, theirs = pair(name, {"timestep_spacing": "trailing"})
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs" / "scheduler")
-    read_by_peer = getattr(diffusers, name).from_pretrained(tmp_path / "ours")
+    read_by_peer = with_memory(getattr(diffusers, name).from_pretrained(tmp_path / "ours"))
     read_by_us = SCHEDULERS[name].from_pretrained(tmp_path / "theirs", subfolder="scheduler")
     written = json.loads((tmp_path / "ours" / "scheduler_config.json").read_text())
     assert written["_class_name"] == name
     assert written.keys() - {"_class_name", "_diffusers_version"} <= dict(theirs.config).keys()
-    expected = trajectory(theirs, 7, start())
+    expected = trajectory(theirs, 7, start(), **seeded(name))
     for scheduler in (read_by_peer, read_by_us):
-        assert worst_difference(trajectory(scheduler, 7, start()), expected) <= TOLERANCE
+        assert worst_difference(trajectory(scheduler, 7, start(), **seeded(name)), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -179,8 +249,9 @@ def test_add_noise(name):
     assert worst_difference([wrong], [b]) > TOLERANCE
 
 
-def test_velocity():
-    ours, theirs = pair(DDIM, {})
+@pytest.mark.parametrize("name", [DDIM, COG_DDIM, COG_DPM])
+def test_velocity(name):
+    ours, theirs = pair(name, {})
     timesteps = torch.tensor([20, 900])
     a, b = (s.get_velocity(start(1), start(2), timesteps) for s in (ours, theirs))
     wrong = ours.get_velocity(start(1), start(2), torch.tensor([21, 900]))

@@ -8,7 +8,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.schedulers.trajectories import SD15
+from tests.schedulers.trajectories import COGVIDEOX_5B, SD15
 
 from lowtide.schedulers import (
     SCHEDULERS,
@@ -33,6 +33,16 @@ def test_a_published_file_survives_another_class(name, other):
     assert again.config.to_dict() == first.config.to_dict()
 
 
+@pytest.mark.parametrize("source", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
+@pytest.mark.parametrize("name", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDIMScheduler"])
+def test_a_published_video_model_file_survives_another_class(name, source):
+    first = SCHEDULERS[source].from_config(COGVIDEOX_5B).config
+    other = SCHEDULERS[name].from_config(first).config
+    published = {key: value for key, value in COGVIDEOX_5B.items() if not key.startswith("_")}
+    assert {key: other[key] for key in published} == published
+    assert SCHEDULERS[source].from_config(other).config == first
+
+
 ENTRIES = st.fixed_dictionaries(
     {},
     optional={
@@ -51,6 +61,7 @@ ENTRIES = st.fixed_dictionaries(
         "final_sigmas_type": st.sampled_from(["zero", "sigma_min"]),
         "solver_type": st.sampled_from(["midpoint", "heun", "bh1", "bh2"]),
         "lambda_min_clipped": st.sampled_from([-math.inf, -5.1]),
+        "snr_shift_scale": st.sampled_from([1.0, 3.0]),
         "a_key_of_tomorrow": st.integers(),
     },
 )
@@ -139,6 +150,8 @@ def test_a_missing_file_is_named(tmp_path):
         ("DDIMScheduler", {"steps_offset": -1}, "steps_offset=-1 .* from 0 to 999"),
         ("DDIMScheduler", {"beta_end": 1.5}, r"beta_end=1\.5"),
         ("DDIMScheduler", {"beta_start": math.nan}, "beta_start=nan"),
+        ("CogVideoXDDIMScheduler", {"snr_shift_scale": 0}, "CogVideoXDDIM: snr_shift_scale=0 .* a number from 1e-06"),
+        ("CogVideoXDPMScheduler", {"prediction_type": "flow"}, "CogVideoXDPM: prediction_type='flow' .* 'epsilon'"),
         ("DDIMScheduler", {"trained_betas": [0.1, 0.2]}, "trained_betas=.* 1000 numbers"),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.schedulers.trajectories import start, toy_model, trajectory, worst_difference
+from tests.schedulers.trajectories import seeded, start, toy_model, trajectory, worst_difference
 
 from lowtide.schedulers import SCHEDULERS
 
@@ -16,8 +16,9 @@ TOLERANCE = 1e-6
 
 def run(case, model=toy_model):
     """Our samples and the recorded ones, and our timesteps."""
-    scheduler = SCHEDULERS[case["entries"]["_class_name"]].from_config(case["entries"])
-    ours = trajectory(scheduler, 8, start(1, shape=(1, 1, 2, 3)), model=model)
+    name = case["entries"]["_class_name"]
+    scheduler = SCHEDULERS[name].from_config(case["entries"])
+    ours = trajectory(scheduler, 8, start(1, shape=(1, 1, 2, 3)), model=model, **seeded(name))
     theirs = [torch.tensor(sample).reshape(1, 1, 2, 3) for sample in case["samples"]]
     return ours, theirs, scheduler.timesteps.tolist()
 

@@ -5,14 +5,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.schedulers.trajectories import SD15, SHAPE, start, toy_model, trajectory
+from tests.schedulers.trajectories import ALWAYS_DRAWS, COGVIDEOX_5B, SD15, SHAPE, seeded, start, toy_model, trajectory
 
 from lowtide.schedulers import SCHEDULERS, SHORT_NAMES, Scheduler, draw_noise
 from lowtide.schedulers.ddim import DDIMConfig, DDIMScheduler
 from lowtide.schedulers.schedule import rescale_to_zero_snr, training_betas
 from lowtide.schedulers.unipc import UniPCMultistepConfig, UniPCMultistepScheduler
 
-DDIM, PNDM, UNIPC, EULER, DPM = SCHEDULERS
+DDIM, PNDM, UNIPC, EULER, DPM, COG_DDIM, COG_DPM = SCHEDULERS
+FIXED_GAP = (DDIM, PNDM, COG_DDIM, COG_DPM)  # their steps meet the next timestep only if it is "leading"
 SPACINGS = ("leading", "trailing", "linspace")
 BASE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
@@ -50,7 +51,7 @@ def _alpha_bar(scheduler, timestep):
 )
 @settings(max_examples=80, deadline=None)
 def test_a_perfect_model_leads_to_the_clean_sample(name, num_steps, spacing, kind, seed):
-    if name in (DDIM, PNDM):  # they step by a fixed gap, which meets the next timestep only if "leading"
+    if name in FIXED_GAP:
         spacing = "leading"
     if name == PNDM:  # it combines predictions as they come, which is exact for constant ones, and v is not
         kind = "epsilon"
@@ -170,11 +171,11 @@ def test_steps_after_the_last_and_unknown_timesteps_are_refused(name):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_second_run_equals_the_first(name):
     scheduler = build(name)
-    first = trajectory(scheduler, 7, start())
+    first = trajectory(scheduler, 7, start(), **seeded(name))
     scheduler.set_timesteps(5)  # a run broken off after two steps must leave no trace
     for t in scheduler.timesteps[:2]:
         scheduler.step(toy_model(scheduler.scale_model_input(start(), t), t), t, start())
-    assert torch.equal(trajectory(scheduler, 7, start())[-1], first[-1])
+    assert torch.equal(trajectory(scheduler, 7, start(), **seeded(name))[-1], first[-1])
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -200,7 +201,9 @@ def _held_tensors(scheduler):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_eta_and_generator_are_accepted_by_all(name):
     end = trajectory(build(name), 3, start(), eta=0.0, generator=torch.Generator().manual_seed(0))[-1]
-    assert torch.equal(end, trajectory(build(name), 3, start())[-1])
+    assert torch.equal(end, trajectory(build(name), 3, start(), **seeded(name))[-1])
+    other = trajectory(build(name), 3, start(), eta=0.0, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(other[1], trajectory(build(name), 3, start(), **seeded(name))[1]) == (name not in ALWAYS_DRAWS)
 
 
 def test_eta_out_of_range_is_refused():
@@ -210,11 +213,64 @@ def test_eta_out_of_range_is_refused():
         scheduler.step(start(), 0, start(), eta=1.5)
 
 
-def test_epsilon_at_zero_snr_is_refused():
-    scheduler = build(DDIM, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+@pytest.mark.parametrize("name", [DDIM, COG_DDIM, COG_DPM])
+def test_epsilon_at_zero_snr_is_refused(name):
+    scheduler = build(name, rescale_betas_zero_snr=True, timestep_spacing="trailing")
     with pytest.raises(ValueError, match="prediction_type='v_prediction' or timestep_spacing='leading'"):
         trajectory(scheduler, 4, start())
-    assert trajectory(build(DDIM, rescale_betas_zero_snr=True), 4, start())[-1].isfinite().all()
+    assert trajectory(build(name, rescale_betas_zero_snr=True), 4, start())[-1].isfinite().all()
+
+
+@pytest.mark.parametrize("name", [COG_DDIM, COG_DPM])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_cogvideox_begins_in_pure_noise_and_stays_finite(name, shift):
+    scheduler = SCHEDULERS[name].from_config({**COGVIDEOX_5B, "snr_shift_scale": shift})
+    assert scheduler.alphas_cumprod[-1] == 0
+    for num_steps in range(1, 51):
+        samples = trajectory(scheduler, num_steps, start(shape=(1, 2, 3, 2, 2)), **seeded(name))
+        assert scheduler.timesteps[0] == 999
+        assert all(sample.isfinite().all() for sample in samples), num_steps
+
+
+@pytest.mark.parametrize("name", [COG_DDIM, COG_DPM])
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_cogvideox_from_pure_noise_to_the_clean_sample(name, kind):
+    """At ᾱ = 0 the first sample says nothing of the clean one, and the model's prediction all."""
+    scheduler, clean = SCHEDULERS[name].from_config({**COGVIDEOX_5B, "prediction_type": kind}), start(1).double()
+
+    def model(sample, t):
+        bar = scheduler.alphas_cumprod[int(t)]
+        noise = (sample.double() - bar.sqrt() * clean) / (1 - bar).sqrt()
+        return (clean if kind == "sample" else bar.sqrt() * noise - (1 - bar).sqrt() * clean).float()
+
+    for num_steps in (1, 5, 50):
+        assert (trajectory(scheduler, num_steps, start(2), model=model)[-1] - clean).abs().max() < 2e-4
+        wrong = trajectory(scheduler, num_steps, start(2), model=lambda x, t: 0.99 * model(x, t))
+        assert (wrong[-1] - clean).abs().max() > 2e-4  # negative control
+
+
+def test_cogvideox_dpm_steps_out_of_order_are_refused():
+    scheduler = SCHEDULERS[COG_DPM].from_config(COGVIDEOX_5B)
+    scheduler.set_timesteps(5)
+    scheduler.step(start(), 799, start())
+    with pytest.raises(ValueError, match=r"Timestep 999 does not follow 799: .*set_timesteps"):
+        scheduler.step(start(), 999, start())
+
+
+def test_cogvideox_dpm_forgets_where_a_run_began_late():
+    """A video made from another leaves out the first timesteps; the last one ends it all the same."""
+    scheduler = SCHEDULERS[COG_DPM].from_config(COGVIDEOX_5B)
+    scheduler.set_timesteps(5)
+    before = _held_tensors(scheduler)
+    for t in scheduler.timesteps[2:]:
+        scheduler.step(start(), t, start())
+    assert _held_tensors(scheduler) == before
+
+
+@pytest.mark.parametrize("name", [COG_DDIM, COG_DPM])
+def test_the_shift_divides_the_signal_to_noise_ratio(name):
+    plain, shifted = (build(name, snr_shift_scale=scale).alphas_cumprod for scale in (1.0, 3.0))
+    assert torch.allclose(plain / (1 - plain) / 3, shifted / (1 - shifted))
 
 
 def test_rescaled_schedule_ends_in_pure_noise():
@@ -268,18 +324,18 @@ def test_noise_prediction_cannot_end_at_sigma_zero():
 
 def test_short_names():
     assert {SCHEDULERS[full].__name__ for full in SHORT_NAMES.values()} == set(SCHEDULERS)
-    assert list(SHORT_NAMES) == ["ddim", "pndm", "unipc", "euler", "dpm"]
+    assert list(SHORT_NAMES) == ["ddim", "pndm", "unipc", "euler", "dpm", "cogvideox-ddim", "cogvideox-dpm"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_samples_on_a_gpu_equal_those_on_the_cpu(name):
     scheduler = build(name)
-    expected = trajectory(scheduler, 7, start())[-1]
+    expected = trajectory(scheduler, 7, start(), **seeded(name))[-1]
     scheduler.set_timesteps(7, device="cuda")
-    sample = start().cuda() * scheduler.init_noise_sigma
+    sample, options = start().cuda() * scheduler.init_noise_sigma, seeded(name)
     for t in scheduler.timesteps:
         output = toy_model(scheduler.scale_model_input(sample, t), t)
-        sample = scheduler.step(output, t, sample).prev_sample
+        sample = scheduler.step(output, t, sample, **options).prev_sample
     assert sample.device.type == "cuda"
     assert (sample.cpu() - expected).abs().max() < 1e-5

@@ -5,6 +5,8 @@ Only exact arithmetic (no random numbers, no transcendental functions), so that 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
 SHAPE = (2, 3, 4, 5)
@@ -21,6 +23,56 @@ SD15 = {
     "steps_offset": 1,
     "trained_betas": None,
 }
+
+
+COGVIDEOX_5B = {
+    "_class_name": "CogVideoXDPMScheduler",
+    "_diffusers_version": "0.31.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": True,
+    "snr_shift_scale": 1.0,
+    "steps_offset": 0,
+    "timestep_spacing": "trailing",
+    "trained_betas": None,
+}
+ALWAYS_DRAWS = ("CogVideoXDPMScheduler",)  # noise at every step
+
+
+def seeded(name, seed=0):
+    """The options of a step that make a trajectory repeatable."""
+    return {"generator": torch.Generator().manual_seed(seed)} if name in ALWAYS_DRAWS else {}
+
+
+class PeerDPM:
+    """The peer's CogVideoX DPM scheduler with the interface of all others: it is told of the step before by hand."""
+
+    def __init__(self, scheduler):
+        self.scheduler, self.init_noise_sigma = scheduler, scheduler.init_noise_sigma
+
+    def __getattr__(self, name):
+        return getattr(self.scheduler, name)
+
+    def set_timesteps(self, num_steps):
+        self.scheduler.set_timesteps(num_steps)
+        self.original = self.before = None
+
+    def step(self, output, t, sample, **options):
+        results = self.scheduler.step(output, self.original, t, self.before, sample, **options, return_dict=False)
+        self.before, self.original = t, results[1]
+        return SimpleNamespace(prev_sample=results[0])
+
+
+def with_memory(scheduler):
+    """One of the peer's schedulers, so that the loop below can drive it."""
+    return PeerDPM(scheduler) if type(scheduler).__name__ in ALWAYS_DRAWS else scheduler
 
 
 def toy_model(sample, timestep):

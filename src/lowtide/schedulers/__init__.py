@@ -1,5 +1,7 @@
 """Schedulers: which noise levels to visit, and how to step from one to the next."""
 
+from lowtide.schedulers.cogvideox_ddim import CogVideoXDDIMConfig, CogVideoXDDIMScheduler
+from lowtide.schedulers.cogvideox_dpm import CogVideoXDPMConfig, CogVideoXDPMScheduler
 from lowtide.schedulers.common import (
     CONFIG_NAME,
     Generators,
@@ -20,6 +22,8 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     "UniPCMultistepScheduler": UniPCMultistepScheduler,
     "EulerDiscreteScheduler": EulerDiscreteScheduler,
     "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
+    "CogVideoXDDIMScheduler": CogVideoXDDIMScheduler,
+    "CogVideoXDPMScheduler": CogVideoXDPMScheduler,
 }
 
 SHORT_NAMES: dict[str, str] = {
@@ -28,12 +32,18 @@ SHORT_NAMES: dict[str, str] = {
     "unipc": "UniPCMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
     "dpm": "DPMSolverMultistepScheduler",
+    "cogvideox-ddim": "CogVideoXDDIMScheduler",
+    "cogvideox-dpm": "CogVideoXDPMScheduler",
 }
 
 __all__ = [
     "CONFIG_NAME",
     "SCHEDULERS",
     "SHORT_NAMES",
+    "CogVideoXDDIMConfig",
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMConfig",
+    "CogVideoXDPMScheduler",
     "DDIMConfig",
     "DDIMScheduler",
     "DPMSolverMultistepConfig",

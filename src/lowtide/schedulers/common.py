@@ -36,7 +36,7 @@ class Scheduler(Protocol):
     Call `set_timesteps`, multiply noise by `init_noise_sigma`, then for each of `timesteps` in order: give
     `scale_model_input(sample, t)` to the model and its output to `step`. Schedules live on the CPU; only `timesteps`
     are moved to the device asked for. `eta` matters only to DDIM, `generator` only where noise is drawn (DDIM with
-    eta > 0); the others accept and ignore them.
+    eta > 0, and always CogVideoX's DPM-Solver++); the others accept and ignore them.
     """
 
     @property
@@ -125,14 +125,14 @@ class SchedulerConfig(Config):
         entries = self.to_dict()
         for key, allowed in self.ALLOWED.items():
             if key in entries and entries[key] not in allowed:
-                raise _unsupported(self, key, f"one of {', '.join(map(repr, allowed))}")
-        _check_number(self, "num_train_timesteps", int, 1, 1_000_000)
-        _check_number(self, "steps_offset", int, 0, self.num_train_timesteps - 1)
+                raise unsupported(self, key, f"one of {', '.join(map(repr, allowed))}")
+        check_number(self, "num_train_timesteps", int, 1, 1_000_000)
+        check_number(self, "steps_offset", int, 0, self.num_train_timesteps - 1)
         for key in ("beta_start", "beta_end"):
-            _check_number(self, key, (int, float), 1e-12, 1 - 1e-6)
+            check_number(self, key, (int, float), 1e-12, 1 - 1e-6)
         betas = self.trained_betas
         if betas is not None and not (len(betas) == self.num_train_timesteps and all(0 < b < 1 for b in betas)):
-            raise _unsupported(self, "trained_betas", f"null or {self.num_train_timesteps} numbers between 0 and 1")
+            raise unsupported(self, "trained_betas", f"null or {self.num_train_timesteps} numbers between 0 and 1")
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
@@ -161,13 +161,16 @@ ConfigT = TypeVar("ConfigT", bound=SchedulerConfig)
 
 
 class SchedulerBase(Generic[ConfigT]):
-    """Configuration, training schedule (on the CPU) and file format; the subclasses add the solver."""
+    """Configuration, training schedule (on the CPU) and file format; the subclasses add the solver.
+
+    The training schedule follows from the configuration, unless `alphas_cumprod` gives another.
+    """
 
     config_class: type[ConfigT]
 
-    def __init__(self, config: ConfigT, *, zero_snr: bool = False) -> None:
+    def __init__(self, config: ConfigT, *, zero_snr: bool = False, alphas_cumprod: Tensor | None = None) -> None:
         self.config = config
-        self.alphas_cumprod = _training_alphas(config, zero_snr)
+        self.alphas_cumprod = _training_alphas(config, zero_snr) if alphas_cumprod is None else alphas_cumprod
         self.timesteps = torch.arange(config.num_train_timesteps - 1, -1, -1)
         self.num_inference_steps: int | None = None
 
@@ -251,24 +254,28 @@ def draw_noise(
     return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)
 
 
-def _training_alphas(config: SchedulerConfig, zero_snr: bool) -> Tensor:
+def betas_of(config: SchedulerConfig, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The betas that `config` describes, ascending in the timestep, in `dtype`."""
     if config.trained_betas is not None:
-        betas = torch.tensor(config.trained_betas, dtype=torch.float32)
-    else:
-        count = config.num_train_timesteps
-        betas = schedule.training_betas(config.beta_schedule, config.beta_start, config.beta_end, count)
-    if zero_snr:
-        betas = schedule.rescale_to_zero_snr(betas)
-    return schedule.cumulative_alphas(betas)
+        return torch.tensor(config.trained_betas, dtype=dtype)
+    count = config.num_train_timesteps
+    return schedule.training_betas(config.beta_schedule, config.beta_start, config.beta_end, count, dtype=dtype)
 
 
-def _check_number(config: SchedulerConfig, key: str, kind: type | tuple[type, ...], low: float, high: float) -> None:
+def _training_alphas(config: SchedulerConfig, zero_snr: bool) -> Tensor:
+    betas = betas_of(config)
+    return schedule.cumulative_alphas(schedule.rescale_to_zero_snr(betas) if zero_snr else betas)
+
+
+def check_number(config: SchedulerConfig, key: str, kind: type | tuple[type, ...], low: float, high: float) -> None:
+    """Raise `ValueError` unless the entry `key` is a number of a `kind`, from `low` to `high`."""
     value = getattr(config, key)
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
         noun = "a whole number" if kind is int else "a number"
-        raise _unsupported(config, key, f"{noun} from {low:g} to {high:g}")
+        raise unsupported(config, key, f"{noun} from {low:g} to {high:g}")
 
 
-def _unsupported(config: SchedulerConfig, key: str, possible: str) -> ValueError:
+def unsupported(config: SchedulerConfig, key: str, possible: str) -> ValueError:
+    """The error for the value of the entry `key`, saying what is `possible`."""
     name = type(config).__name__.removesuffix("Config")
     return ValueError(f"{name}: {key}={config.get(key)!r} is not supported; it must be {possible}.")

@@ -95,9 +95,5 @@ class DDIMScheduler(SchedulerBase[DDIMConfig]):
     def _alpha_bars(self, timestep: int) -> tuple[Tensor, Tensor]:
         previous = timestep - self.config.num_train_timesteps // self._num_inference_steps()
         bar = self.alphas_cumprod[timestep]
-        if bar == 0 and self.config.prediction_type == "epsilon":
-            raise ValueError(
-                f"Timestep {timestep} is pure noise (rescale_betas_zero_snr), where prediction_type='epsilon' says "
-                "nothing of the picture: use prediction_type='v_prediction' or timestep_spacing='leading'."
-            )
+        schedule.check_predicts(self.config.prediction_type, bar, timestep)
         return bar, self.alphas_cumprod[previous] if previous >= 0 else self.final_alpha_cumprod

@@ -30,19 +30,21 @@ class NoiseLevel(NamedTuple):
     lam: Tensor
 
 
-def training_betas(schedule: str, start: float, end: float, count: int) -> Tensor:
-    """The `count` betas that the model was trained with, float32.
+def training_betas(
+    schedule: str, start: float, end: float, count: int, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The `count` betas that the model was trained with, in `dtype`.
 
     "linear" is DDPM's (arXiv 2006.11239), "scaled_linear" latent diffusion's (linear in √β, arXiv 2112.10752),
     "squaredcos_cap_v2" the cosine schedule of Improved DDPM (arXiv 2102.09672, Eq. 17), which takes no end points.
     """
     if schedule == "linear":
-        return torch.linspace(start, end, count, dtype=torch.float32)
+        return torch.linspace(start, end, count, dtype=dtype)
     if schedule == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
+        return torch.linspace(start**0.5, end**0.5, count, dtype=dtype) ** 2
     assert schedule == "squaredcos_cap_v2", schedule
     bar = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
-    return torch.tensor([min(1 - bar[i + 1] / bar[i], 0.999) for i in range(count)], dtype=torch.float32)
+    return torch.tensor([min(1 - bar[i + 1] / bar[i], 0.999) for i in range(count)], dtype=dtype)
 
 
 def cumulative_alphas(betas: Tensor) -> Tensor:
@@ -50,12 +52,21 @@ def cumulative_alphas(betas: Tensor) -> Tensor:
     return torch.cumprod(1.0 - betas, dim=0)
 
 
-def rescale_to_zero_snr(betas: Tensor) -> Tensor:
+def shift_snr(alphas_cumprod: Tensor, scale: float) -> Tensor:
+    """Divide the signal-to-noise ratio ᾱ/(1-ᾱ) of every timestep by `scale` (arXiv 2403.03206, section 5.3.2)."""
+    return alphas_cumprod / (scale + (1 - scale) * alphas_cumprod)
+
+
+def stretch_to_zero_snr(alphas_cumprod: Tensor) -> Tensor:
     """Shift and stretch √ᾱ so that the last timestep is pure noise (arXiv 2305.08891, Algorithm 1)."""
-    root = cumulative_alphas(betas).sqrt()
+    root = alphas_cumprod.sqrt()
     first, last = root[0].clone(), root[-1].clone()
-    root = (root - last) * (first / (first - last))
-    bar = root**2
+    return ((root - last) * (first / (first - last))) ** 2
+
+
+def rescale_to_zero_snr(betas: Tensor) -> Tensor:
+    """The betas whose products are those of `betas`, stretched to end in pure noise."""
+    bar = stretch_to_zero_snr(cumulative_alphas(betas))
     return 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
 
 
@@ -126,6 +137,15 @@ def timesteps_of_sigmas(sigmas: NDArray[np.floating], training: NDArray[np.float
     """The fractional timesteps of `sigmas`, linear in log σ between the `training` sigmas (ascending)."""
     logs = np.log(np.maximum(sigmas, 1e-10))
     return np.interp(logs, np.log(training), np.arange(len(training)))
+
+
+def check_predicts(kind: str, alpha_bar: Tensor, timestep: int) -> None:
+    """Raise `ValueError` where the model predicts noise from pure noise, which says nothing of the clean sample."""
+    if alpha_bar == 0 and kind == "epsilon":
+        raise ValueError(
+            f"Timestep {timestep} is pure noise (rescale_betas_zero_snr), where prediction_type='epsilon' says "
+            "nothing of the picture: use prediction_type='v_prediction' or timestep_spacing='leading'."
+        )
 
 
 def check_num_steps(num_steps: int, num_train: int, least: int = 1) -> None:

@@ -1,0 +1,73 @@
+"""What CogVideoX's schedulers share (arXiv 2408.06072): a noise schedule with its signal-to-noise ratio shifted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from lowtide.schedulers import schedule
+from lowtide.schedulers.common import SchedulerBase, SchedulerConfig, betas_of, check_number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CogVideoXConfig(SchedulerConfig):
+    """`snr_shift_scale` divides the signal-to-noise ratio of every timestep, before `rescale_betas_zero_snr` acts.
+
+    `set_alpha_to_one` ends at the clean sample instead of at timestep 0. Samples are never clipped: the published
+    schedulers have an entry `clip_sample`, too, and do not heed it.
+    """
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    set_alpha_to_one: bool = True
+    rescale_betas_zero_snr: bool = False
+    snr_shift_scale: float = 3.0
+
+    ALLOWED: ClassVar[Mapping[str, tuple[Any, ...]]] = {**SchedulerConfig.ALLOWED, "thresholding": (False, None)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self, "snr_shift_scale", (int, float), 1e-6, 1e6)
+
+
+CogVideoXConfigT = TypeVar("CogVideoXConfigT", bound=CogVideoXConfig)
+
+
+class CogVideoXScheduler(SchedulerBase[CogVideoXConfigT]):
+    """Timesteps and noise levels; `alphas_cumprod` is float64 where the schedule is "scaled_linear"."""
+
+    def __init__(self, config: CogVideoXConfigT) -> None:
+        super().__init__(config, alphas_cumprod=_shifted_alphas(config))
+        self.final_alpha_cumprod = torch.tensor(1.0) if config.set_alpha_to_one else self.alphas_cumprod[0]
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Lay out `num_inference_steps` timesteps. Raises `ValueError` if they do not fit the training schedule."""
+        spaced = self._spaced(num_inference_steps).round()
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = torch.as_tensor(spaced, dtype=torch.int64, device=device)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The target of v-prediction, √ᾱ_t `noise` - √(1-ᾱ_t) `sample` (arXiv 2202.00512, section 4)."""
+        alpha, sigma = self._levels_like(timesteps, sample)
+        return alpha * noise - sigma * sample
+
+    def _target(self, timestep: int) -> int:
+        """Where the step from `timestep` leads, a fixed gap below; the clean sample or its like if negative."""
+        return timestep - self.config.num_train_timesteps // self._num_inference_steps()
+
+    def _alpha_bar(self, timestep: int) -> Tensor:
+        """ᾱ at `timestep`, a scalar on the CPU."""
+        return self.alphas_cumprod[timestep] if timestep >= 0 else self.final_alpha_cumprod
+
+
+def _shifted_alphas(config: CogVideoXConfig) -> Tensor:
+    # In the precision of the published schedulers, which differs between kinds of schedule.
+    precise = config.trained_betas is None and config.beta_schedule == "scaled_linear"
+    betas = betas_of(config, dtype=torch.float64 if precise else torch.float32)
+    bars = schedule.shift_snr(schedule.cumulative_alphas(betas), config.snr_shift_scale)
+    return schedule.stretch_to_zero_snr(bars) if config.rescale_betas_zero_snr else bars

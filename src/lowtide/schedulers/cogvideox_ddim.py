@@ -1,0 +1,53 @@
+"""DDIM (arXiv 2010.02502) on CogVideoX's noise schedule, without fresh noise."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from lowtide.schedulers import schedule
+from lowtide.schedulers.cogvideox import CogVideoXConfig, CogVideoXScheduler
+from lowtide.schedulers.common import Generators, StepOutput, Timestep
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CogVideoXDDIMConfig(CogVideoXConfig):
+    """The entries of `CogVideoXConfig`."""
+
+
+def cogvideox_ddim_step(sample: Tensor, original: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
+    """The next sample from x_t and x₀ (arXiv 2010.02502, Eq. 12 with σ = 0, its ε replaced by x_t and x₀).
+
+    It is a x_t + (√ᾱ_prev - √ᾱ_t a) x₀ with a = √((1-ᾱ_prev)/(1-ᾱ_t)).
+    """
+    kept = ((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5
+    return kept * sample + (alpha_bar_prev**0.5 - alpha_bar**0.5 * kept) * original
+
+
+class CogVideoXDDIMScheduler(CogVideoXScheduler[CogVideoXDDIMConfig]):
+    """DDIM for CogVideoX; a step depends on its arguments alone, so steps may be taken in any order."""
+
+    config_class = CogVideoXDDIMConfig
+
+    def __init__(self, config: CogVideoXDDIMConfig | None = None) -> None:
+        super().__init__(config or CogVideoXDDIMConfig())
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        *,
+        eta: float = 0.0,
+        generator: Generators = None,
+    ) -> StepOutput:
+        """From `sample` at `timestep` to the next timestep; `eta` and `generator` have no effect.
+
+        Raises `ValueError` before `set_timesteps`, and where noise is predicted from pure noise.
+        """
+        now, kind = int(timestep), self.config.prediction_type
+        bar, bar_prev = self._alpha_bar(now), self._alpha_bar(self._target(now))
+        schedule.check_predicts(kind, bar, now)
+        original = schedule.predict_original(kind, model_output, sample, bar**0.5, (1 - bar) ** 0.5)
+        return StepOutput(cogvideox_ddim_step(sample, original, bar, bar_prev), original)

@@ -1,0 +1,112 @@
+"""SDE-DPM-Solver++ (arXiv 2211.01095), first order and 2M, on CogVideoX's noise schedule: fresh noise at each step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowtide.schedulers import schedule
+from lowtide.schedulers.cogvideox import CogVideoXConfig, CogVideoXScheduler
+from lowtide.schedulers.common import Generators, StepOutput, Timestep, draw_noise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CogVideoXDPMConfig(CogVideoXConfig):
+    """The entries of `CogVideoXConfig`."""
+
+
+class Prediction(NamedTuple):
+    """A clean-sample prediction and the timestep at which it was made."""
+
+    timestep: int
+    original: Tensor
+
+
+def half_log_snr(alpha_bar: Tensor) -> Tensor:
+    """λ = log √(ᾱ/(1-ᾱ)), which is minus infinity at ᾱ = 0 and infinity at ᾱ = 1."""
+    return ((alpha_bar / (1 - alpha_bar)) ** 0.5).log()
+
+
+def sde_dpm_step(sample: Tensor, original: Tensor, fresh: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
+    """One step of SDE-DPM-Solver++ (arXiv 2211.01095), with `fresh` standard normal noise.
+
+    It is (σ_t/σ_s) e^-h x_s + α_t (1 - e^-2h) x₀ + σ_t √(1 - e^-2h) z over h = λ_t - λ_s, which may be infinite; s is
+    the level of `alpha_bar`, t that of `alpha_bar_prev`.
+    """
+    h = half_log_snr(alpha_bar_prev) - half_log_snr(alpha_bar)
+    kept = ((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5 * torch.exp(-h)
+    mean = kept * sample - (torch.expm1(-2 * h) * alpha_bar_prev**0.5) * original
+    return mean + ((1 - alpha_bar_prev) ** 0.5 * (1 - torch.exp(-2 * h)) ** 0.5) * fresh
+
+
+def extrapolated(original: Tensor, before: Tensor, alpha_bars: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The x₀ of the multistep 2M, (1 + 1/2r) x₀ - (1/2r) x₀' with r = (λ_s - λ_r)/(λ_t - λ_s) (arXiv 2211.01095).
+
+    `before` is x₀', and `alpha_bars` are ᾱ_r at which it was predicted, ᾱ_s of `original`, and ᾱ_t of the next sample.
+    """
+    oldest, now, target = (half_log_snr(bar) for bar in alpha_bars)
+    ratio = (now - oldest) / (target - now)
+    return (1 + 1 / (2 * ratio)) * original - (1 / (2 * ratio)) * before
+
+
+class CogVideoXDPMScheduler(CogVideoXScheduler[CogVideoXDPMConfig]):
+    """SDE-DPM-Solver++(2M) for CogVideoX; steps must be taken in the order of `timesteps`.
+
+    The previous clean-sample prediction is remembered until the last step, or the next `set_timesteps`.
+    """
+
+    config_class = CogVideoXDPMConfig
+
+    def __init__(self, config: CogVideoXDPMConfig | None = None) -> None:
+        super().__init__(config or CogVideoXDPMConfig())
+        self._last = 0
+        self._past: Prediction | None = None
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Lay out `num_inference_steps` timesteps. Raises `ValueError` if they do not fit the training schedule."""
+        super().set_timesteps(num_inference_steps)
+        self._last = int(self.timesteps[-1])  # noted here, on the CPU, so that no step waits for the device
+        self.timesteps = self.timesteps.to(device)
+        self._past = None
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        *,
+        eta: float = 0.0,
+        generator: Generators = None,
+    ) -> StepOutput:
+        """From `sample` at `timestep` to the next timestep, with noise drawn from `generator`; `eta` has no effect.
+
+        Raises `ValueError` before `set_timesteps`, for a timestep not below the last one, and where noise is predicted
+        from pure noise.
+        """
+        at, kind, past = int(timestep), self.config.prediction_type, self._past
+        target = self._target(at)
+        self._check_falls(at)
+        bar, bar_prev = self._alpha_bar(at), self._alpha_bar(target)
+        schedule.check_predicts(kind, bar, at)
+        original = schedule.predict_original(kind, model_output, sample, bar**0.5, (1 - bar) ** 0.5)
+        fresh, denoised = self._draw(sample, generator), original
+        if past is not None and target >= 0:
+            # The published step draws again here and drops the first noise: so must we, for a seed's same video.
+            fresh = self._draw(sample, generator)
+            denoised = extrapolated(original, past.original, (self._alpha_bar(past.timestep), bar, bar_prev))
+        prev_sample = sde_dpm_step(sample, denoised, fresh, bar, bar_prev)
+        self._past = None if at == self._last else Prediction(at, original)
+        return StepOutput(prev_sample, original)
+
+    def _draw(self, sample: Tensor, generator: Generators) -> Tensor:
+        return draw_noise(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+
+    def _check_falls(self, timestep: int) -> None:
+        if self._past is not None and timestep >= self._past.timestep:
+            raise ValueError(
+                f"Timestep {timestep} does not follow {self._past.timestep}: steps must be taken in the order of "
+                "CogVideoXDPMScheduler.timesteps. Call set_timesteps to begin anew."
+            )

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from tests import tiny
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from lowtide.models.video_transformer import CogVideoXTransformer3DModel
+from lowtide.models.video_vae import AutoencoderKLCogVideoX
+from lowtide.pipelines.cogvideox import CogVideoXPipeline
+from lowtide.schedulers import SCHEDULERS
 
 MAX_TOKENS = 10
 TEXT_WIDTH = 16
@@ -20,6 +25,45 @@ TEXT = {
     "num_heads": 2,
     "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,  # so in the published configurations, and the class ties them all the same
+}
+TRANSFORMER = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 8,
+    "text_embed_dim": TEXT_WIDTH,
+    "num_layers": 2,
+    "sample_width": 6,
+    "sample_height": 4,
+    "sample_frames": 9,
+    "max_text_seq_length": MAX_TOKENS,
+}
+TRANSFORMERS = {
+    "2b": TRANSFORMER,
+    "5b": {**TRANSFORMER, "use_rotary_positional_embeddings": True},
+    "1.5": {**TRANSFORMER, "use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False},
+}
+"""Two layers as published: with sines added to the input, with rotary positions, and of two frames a patch."""
+VAE = {
+    "block_out_channels": [8, 8, 8, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "latent_channels": 4,
+    "sample_height": 32,
+    "sample_width": 48,
+    "scaling_factor": 0.7,
+}
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True,
+    "snr_shift_scale": 1.0,
+    "timestep_spacing": "trailing",
 }
 SENTENCE = "a panda in a red jacket plays the guitar near some bamboo while others watch the sea and a boat at night"
 SENTINELS = [f"<extra_id_{n}>" for n in range(100)]
@@ -93,3 +137,51 @@ def write_config(folder: Path, **config):
 
 
 WRITERS = {"spiece.model": write_pieces, "tokenizer.json": write_tokenizer_json}
+
+
+def tokenizer(folder: Path):
+    """A T5 tokenizer; `folder` keeps its files."""
+    write_pieces(folder)
+    return T5Tokenizer.from_pretrained(folder)
+
+
+def transformer(kind="5b", **changes):
+    """Our transformer, ready to compute."""
+    return tiny.set_weights(CogVideoXTransformer3DModel.from_config({**TRANSFORMERS[kind], **changes}))
+
+
+def vae(**changes):
+    """Our autoencoder, ready to compute."""
+    model = tiny.set_weights(AutoencoderKLCogVideoX.from_config({**VAE, **changes}))
+    model.decoder.conv_out.conv.weight.mul_(0.3)  # frames that are not black and white
+    return model
+
+
+def scheduler(name="CogVideoXDDIMScheduler", **changes):
+    """One of our schedulers, with CogVideoX's schedule."""
+    return SCHEDULERS[name].from_config({**SCHEDULE, **changes})
+
+
+def pipeline(folder: Path, kind="5b", schedule=None, **parts):
+    """Our pipeline of tiny parts, 9 frames of 32x48 pixels by default; `folder` keeps the vocabulary."""
+    words = tokenizer(folder / "words")
+    usual = {
+        "tokenizer": words,
+        "text_encoder": text_encoder(len(words)),
+        "vae": vae(),
+        "transformer": transformer(kind),
+        "scheduler": schedule or scheduler(),
+    }
+    pipe = CogVideoXPipeline(**{**usual, **parts})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def write_checkpoint(folder: Path, kind="5b", schedule=None, **options):
+    """Write a checkpoint as it is published: the tokenizer's pieces alone."""
+    pipe = pipeline(folder.parent / f"{folder.name}-words", kind, schedule)
+    pipe.save_pretrained(folder, **options)
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    write_pieces(folder / "tokenizer")
+    return folder

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lowtide.models.vae import AutoencoderKL
     from lowtide.models.video_vae import AutoencoderKLCogVideoX
     from lowtide.pipelines.base import DiffusionPipeline
+    from lowtide.pipelines.cogvideox import CogVideoXPipeline
     from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
     from lowtide.schedulers import (
         CogVideoXDDIMScheduler,
@@ -36,6 +37,7 @@ __all__ = [
     "Casting",
     "CogVideoXDDIMScheduler",
     "CogVideoXDPMScheduler",
+    "CogVideoXPipeline",
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
     "DiffusionPipeline",
@@ -57,6 +59,7 @@ _HOME = {
     "Casting": "lowtide.memory.forms",
     "CogVideoXDDIMScheduler": "lowtide.schedulers",
     "CogVideoXDPMScheduler": "lowtide.schedulers",
+    "CogVideoXPipeline": "lowtide.pipelines.cogvideox",
     "DDIMScheduler": "lowtide.schedulers",
     "DPMSolverMultistepScheduler": "lowtide.schedulers",
     "DiffusionPipeline": "lowtide.pipelines.base",

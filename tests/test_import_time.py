@@ -7,7 +7,7 @@ import pytest
 
 import lowtide
 
-HEAVY = ("torch", "transformers", "numpy", "PIL", "rich", "huggingface_hub", "safetensors", "diffusers")
+HEAVY = ("torch", "transformers", "numpy", "PIL", "rich", "huggingface_hub", "safetensors", "diffusers", "av")
 
 
 def loaded_after(statement):

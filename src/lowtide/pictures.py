@@ -10,7 +10,8 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -65,6 +66,26 @@ def numbered_paths(path: Path, count: int) -> list[Path]:
     return [path] if count == 1 else [path.with_stem(f"{path.stem}-{n}") for n in range(1, count + 1)]
 
 
+def unfinished_path(target: Path) -> Path:
+    """A name beside `target` that nobody else has, for what is renamed to it when it is whole."""
+    return target.with_name(f".{target.name[:200]}.{os.getpid()}-{next(_numbers)}.tmp")
+
+
+@contextmanager
+def whole_or_not(path: Path) -> Iterator[Path]:
+    """Give the name of a file to write: it becomes `path` if the block ends well, and is removed if not.
+
+    Until then the old file, if any, stays under the name, also when the block is interrupted.
+    """
+    target = Path(os.path.realpath(path))  # a link stays one
+    unfinished = unfinished_path(target)
+    try:
+        yield unfinished
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 class PngWriter:
     """Write one PNG, band by band from top to bottom: `with PngWriter(file, width, height) as png: png.write(rows)`.
 
@@ -75,7 +96,7 @@ class PngWriter:
     def __init__(self, file: PictureFile, width: int, height: int) -> None:
         self.file, self.width, self.height = file, width, height
         self._target = Path(os.path.realpath(file.path))  # a link stays one
-        self._unfinished = self._target.with_name(f".{self._target.name[:200]}.{os.getpid()}-{next(_numbers)}.tmp")
+        self._unfinished = unfinished_path(self._target)
         self._out: IO[bytes] | None = None
 
     def __enter__(self) -> Self:

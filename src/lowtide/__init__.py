@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from lowtide.models.safety_checker import StableDiffusionSafetyChecker
     from lowtide.models.unet import UNet2DConditionModel
     from lowtide.models.vae import AutoencoderKL
+    from lowtide.models.video_transformer import CogVideoXTransformer3DModel
     from lowtide.models.video_vae import AutoencoderKLCogVideoX
     from lowtide.pipelines.base import DiffusionPipeline
+    from lowtide.pipelines.cogvideox import CogVideoXPipeline
     from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
     from lowtide.schedulers import (
         CogVideoXDDIMScheduler,
@@ -36,6 +38,8 @@ __all__ = [
     "Casting",
     "CogVideoXDDIMScheduler",
     "CogVideoXDPMScheduler",
+    "CogVideoXPipeline",
+    "CogVideoXTransformer3DModel",
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
     "DiffusionPipeline",
@@ -57,6 +61,8 @@ _HOME = {
     "Casting": "lowtide.memory.forms",
     "CogVideoXDDIMScheduler": "lowtide.schedulers",
     "CogVideoXDPMScheduler": "lowtide.schedulers",
+    "CogVideoXPipeline": "lowtide.pipelines.cogvideox",
+    "CogVideoXTransformer3DModel": "lowtide.models.video_transformer",
     "DDIMScheduler": "lowtide.schedulers",
     "DPMSolverMultistepScheduler": "lowtide.schedulers",
     "DiffusionPipeline": "lowtide.pipelines.base",

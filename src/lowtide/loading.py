@@ -16,16 +16,19 @@ from lowtide.configs import read_json, write_json
 from lowtide.hub import Source, weight_patterns
 from lowtide.memory.forms import Casting
 from lowtide.memory.loading import Offload, put_weights, resting_state
+from lowtide.memory.saved import computing_dtype
 from lowtide.models.foreign import read_foreign_config, reading
 from lowtide.models.mixin import WEIGHTS_NAME, ModelMixin
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker, position_ids
+from lowtide.models.tokenizers import TOKENIZERS, load_tokenizer
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.vae import AutoencoderKL
+from lowtide.models.video_transformer import CogVideoXTransformer3DModel
 from lowtide.models.video_vae import AutoencoderKLCogVideoX
 from lowtide.schedulers import SCHEDULERS
 from lowtide.weights.fill import state_names
-from lowtide.weights.index import CheckpointError, find_weights
-from lowtide.weights.names import CLIP_TEXT_NAMES, NameTable, apply_names
+from lowtide.weights.index import CheckpointError, CheckpointIndex, find_weights
+from lowtide.weights.names import CLIP_TEXT_NAMES, T5_NAMES, NameTable, apply_names
 from lowtide.weights.save import save_tensors
 
 MODEL_INDEX = "model_index.json"
@@ -34,12 +37,11 @@ MODELS: dict[str, type[ModelMixin]] = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "AutoencoderKL": AutoencoderKL,
     "AutoencoderKLCogVideoX": AutoencoderKLCogVideoX,
+    "CogVideoXTransformer3DModel": CogVideoXTransformer3DModel,
 }
-TEXT_ENCODERS: dict[str, NameTable] = {"CLIPTextModel": CLIP_TEXT_NAMES}
-TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-VOCABULARY = ("vocab.json", "merges.txt")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json")
-MOST_TOKENS = 100_000
+TEXT_ENCODERS: dict[str, NameTable] = {"CLIPTextModel": CLIP_TEXT_NAMES, "T5EncoderModel": T5_NAMES}
+FLOAT32_BESIDE_FLOAT16: dict[str, tuple[str, ...]] = {"T5EncoderModel": ("*.DenseReluDense.wo.weight",)}
+"""Patterns of weights that overflow in float16: they are float32 where the others are float16."""
 IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 
 
@@ -146,25 +148,22 @@ def load_text_encoder(folder: Path, class_name: str, options: LoadOptions) -> nn
     with reading(folder, class_name), torch.device("meta"):
         model = cls(config)
     index = apply_names(index, TEXT_ENCODERS[class_name], state_names(model))
-    buffers = position_ids(model)
-    put_weights(model, index, dtype=options.dtype, offload=options.offload, casting=options.casting, buffers=buffers)
+    put_weights(
+        model,
+        index,
+        dtype=options.dtype,
+        offload=options.offload,
+        casting=options.casting,
+        own_dtypes=_own_dtypes(class_name, index, options.dtype),
+        buffers=position_ids(model),
+    )
     return model.eval()
 
 
-def load_tokenizer(folder: Path, class_name: str, options: LoadOptions) -> Any:
-    """Read a tokenizer of `transformers` from its files, which must be there: the class itself would do without."""
-    del options
-    if not (folder / "tokenizer.json").is_file() and not all((folder / name).is_file() for name in VOCABULARY):
-        raise FileNotFoundError(f"{folder} has neither tokenizer.json nor {' and '.join(VOCABULARY)}: no vocabulary.")
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            read_json(folder / name)
-    with reading(folder, class_name):
-        tokenizer = getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
-    length = tokenizer.model_max_length
-    if not isinstance(length, int) or not 2 < length < MOST_TOKENS:
-        raise CheckpointError(f"{folder}/tokenizer_config.json: model_max_length={length!r:.80} is not possible.")
-    return tokenizer
+def _own_dtypes(class_name: str, index: CheckpointIndex, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """What is not loaded in `dtype` (None: that of the file), by pattern."""
+    is_float16 = (dtype or computing_dtype(index)) == torch.float16
+    return dict.fromkeys(FLOAT32_BESIDE_FLOAT16.get(class_name, ()) if is_float16 else (), torch.float32)
 
 
 def _loader(spec: ComponentSpec) -> Callable[[Path, LoadOptions], Any]:
@@ -179,7 +178,7 @@ def _loader(spec: ComponentSpec) -> Callable[[Path, LoadOptions], Any]:
     if name in TEXT_ENCODERS:
         return lambda folder, options: load_text_encoder(folder, name, options)
     if name in TOKENIZERS:
-        return lambda folder, options: load_tokenizer(folder, name, options)
+        return lambda folder, _: load_tokenizer(folder, name)
     if name in IMAGE_PROCESSORS:
         return lambda folder, _: load_image_processor(folder)
     possible = [*MODELS, *SCHEDULERS, *TEXT_ENCODERS, *TOKENIZERS, *IMAGE_PROCESSORS, "StableDiffusionSafetyChecker"]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowtide.cli.errors import InputError
-from lowtide.cli.pictures import picture_paths, slug
+from lowtide.cli.pictures import output_paths, slug
 
 
 @pytest.mark.parametrize(
@@ -35,10 +35,10 @@ def test_a_slug_is_a_short_plain_file_name(prompt):
 def test_a_folder_with_a_dot_in_its_name_is_a_folder_when_it_is_there(tmp_path):
     folder = tmp_path / "pictures.v2"
     with pytest.raises(InputError, match=r"\.png"):
-        picture_paths(folder, "sea", [1])
+        output_paths(folder, "sea", [1])
     folder.mkdir()
-    assert picture_paths(folder, "sea", [1]) == [folder / "sea-1.png"]
+    assert output_paths(folder, "sea", [1]) == [folder / "sea-1.png"]
 
 
 def test_the_suffix_may_be_in_capitals():
-    assert picture_paths(Path("X.PNG"), "sea", [1]) == [Path("X.PNG")]
+    assert output_paths(Path("X.PNG"), "sea", [1]) == [Path("X.PNG")]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tests.document.snippets import Replacement, replaced, stored
 
-MODEL_ID = '"stable-diffusion-v1-5/stable-diffusion-v1-5"'
+MODEL_ID, VIDEO_ID = '"stable-diffusion-v1-5/stable-diffusion-v1-5"', '"THUDM/CogVideoX-5b"'
 SLICING, TILING, SEQUENTIAL, MODEL_OFFLOAD, GROUP, CASTING, CHANNELS_LAST, TRACE, TRACED, XFORMERS = range(10)
 """The document's snippets, in its order."""
 
@@ -25,11 +25,21 @@ COUNTS = {
     TILING: (1, 1, 1, 0),
     SEQUENTIAL: (1, 1, 0, 0),
     MODEL_OFFLOAD: (1, 1, 0, 0),
+    GROUP: (3, 1, 1, 0),
+    CASTING: (2, 1, 1, 0),
     CHANNELS_LAST: (0, 0, 0, 0),
     TRACE: (1, 1, 4, 4),
     TRACED: (1, 1, 1, 0),
     XFORMERS: (1, 1, 1, 0),
 }
+VIDEO_CASES = ("group-offload", "fp8-casting")
+"""Those of `CASES` that need a checkpoint of CogVideoX."""
+_VIDEO_NUMBERS = (GROUP, CASTING)
+
+
+def model_id(number: int) -> str:
+    """The model id that stands in a snippet, in its quotes."""
+    return VIDEO_ID if number in _VIDEO_NUMBERS else MODEL_ID
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class Step:
     """A snippet in a process of its own; `evidence` is asked there at its end.
 
     `before` takes from the first snippet's text what the document has its reader run before this one; `printed` gives
-    what must be printed, from the U-Net's configuration.
+    what must be printed, from the denoiser's configuration.
     """
 
     number: int
@@ -62,16 +72,23 @@ def _strides(unet: dict[str, Any]) -> list[str]:
     return [str((9 * c, 9, 3, 1)), str((9 * c, 1, 3 * c, c))]
 
 
+def _peak(_: dict[str, Any]) -> list[str]:
+    return ["Max memory reserved: "]
+
+
 def _stages(_: dict[str, Any]) -> list[str]:
     return ["tracing..", "done tracing", "unet traced inference took", "unet inference took"]
 
 
+CLIP = "evidence.clip(video, frames={frames}, size={own}); evidence.is_film('output.mp4')"
 ONE = "evidence.pictures([image], count=1, size={own})"
 CASES = {
     "vae-slicing": (Step(SLICING, "evidence.pictures(images, count={pictures}, size={own})"),),
     "vae-tiling": (Step(TILING, "evidence.pictures([image], count=1, size={large})"),),
     "sequential-offload": (Step(SEQUENTIAL, f"{ONE}; evidence.offloaded(pipe)"),),
     "model-offload": (Step(MODEL_OFFLOAD, f"{ONE}; evidence.offloaded(pipe)"),),
+    "group-offload": (Step(GROUP, f"{CLIP}; evidence.offloaded(pipe)", printed=_peak),),
+    "fp8-casting": (Step(CASTING, f"{CLIP}; evidence.cast(pipe, 'transformer')"),),
     # The document has `pipe` and `torch` from an earlier snippet here.
     "channels-last": (Step(CHANNELS_LAST, "evidence.channels_last(pipe, size={own})", _loading, _strides),),
     # The second script loads the file that the first one saved, and has `prompt` from an earlier snippet.
@@ -81,8 +98,6 @@ CASES = {
     ),
     "xformers": (Step(XFORMERS, "evidence.pictures(sample.images, count=1, size={own})"),),
 }
-LATER = {"group-offload": GROUP, "fp8-casting": CASTING}
-"""Snippets of CogVideoX, which is not in this version yet."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +111,17 @@ class Setting:
     large: tuple[int, int] = (3840, 2224)
 
     @property
-    def unet(self) -> dict[str, Any]:
-        """The configuration of the checkpoint's U-Net."""
-        return json.loads((self.model / "unet" / "config.json").read_text(encoding="utf-8"))
+    def denoiser(self) -> dict[str, Any]:
+        """The configuration of the checkpoint's U-Net or transformer."""
+        files = [self.model / name / "config.json" for name in ("unet", "transformer")]
+        return json.loads(next(file for file in files if file.is_file()).read_text(encoding="utf-8"))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels of what the checkpoint makes by itself."""
+        config = self.denoiser
+        sides = [config.get(name, config.get("sample_size")) for name in ("sample_width", "sample_height")]
+        return sides[0] * 8, sides[1] * 8
 
 
 def source_of(number: int, setting: Setting) -> str:
@@ -106,7 +129,7 @@ def source_of(number: int, setting: Setting) -> str:
     imports, models, devices, clocks = COUNTS[number]
     table = [
         Replacement("diffusers", "lowtide", imports, "the import name"),
-        Replacement(MODEL_ID, json.dumps(str(setting.model)), models, "the model id: there is no network"),
+        Replacement(model_id(number), json.dumps(str(setting.model)), models, "the model id: there is no network"),
     ]
     if setting.device != "cuda":
         table += [
@@ -119,16 +142,17 @@ def source_of(number: int, setting: Setting) -> str:
 
 def script_of(step: Step, setting: Setting) -> str:
     """A script: what was run before, the snippet, and the questions at the end."""
-    size = setting.unet["sample_size"] * 8
     facts = {
         "pictures": setting.pictures,
         "large": setting.large,
-        "own": (size, size),
+        "own": setting.size,
+        "frames": setting.denoiser.get("sample_frames"),
         "model": repr(str(setting.model)),
         "device": repr(setting.device),
     }
     questions = ["from tests.document import evidence", "evidence.of_this_tree()", step.evidence.format(**facts), ""]
-    return "\n".join([step.before(source_of(SLICING, setting)), source_of(step.number, setting), *questions])
+    before = "" if step.number in _VIDEO_NUMBERS else step.before(source_of(SLICING, setting))
+    return "\n".join([before, source_of(step.number, setting), *questions])
 
 
 def fewer(*entries: tuple[int, str, str, int], why: str) -> dict[int, tuple[Replacement, ...]]:
@@ -181,7 +205,7 @@ def for_this_cpu(table: dict[int, tuple[Replacement, ...]]) -> dict[int, tuple[R
     """`table`, and bfloat16 for float16 where PyTorch would emulate float16: minutes for one call of the U-Net."""
     if torch.ops.mkldnn._is_mkldnn_fp16_supported():
         return table
-    counts = {TRACE: 4, CHANNELS_LAST: 0}
+    counts = {TRACE: 4, CHANNELS_LAST: 0, GROUP: 0, CASTING: 0}
     return {
         number: (
             *table.get(number, ()),

@@ -1,6 +1,7 @@
 """Checkpoints and processes for the scripts of the document and of our guides."""
 
 import pytest
+from tests import tiny_video
 from tests.document import checkpoints
 from tests.document.processes import Fresh, Warm
 
@@ -23,6 +24,12 @@ def fresh():
 def tiny_model(tmp_path_factory):
     """A tiny checkpoint."""
     return checkpoints.write_tiny(tmp_path_factory.mktemp("tiny"), [8, 8, 16])
+
+
+@pytest.fixture(scope="session")
+def video_model(tmp_path_factory):
+    """A tiny checkpoint of CogVideoX 5b's kind."""
+    return tiny_video.write_checkpoint(tmp_path_factory.mktemp("video") / "model")
 
 
 @pytest.fixture(scope="session")

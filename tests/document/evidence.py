@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from lowtide.memory.attach import attachment_of
+from lowtide.memory.casting import leaves
 
 
 def of_this_tree() -> None:
@@ -27,6 +28,23 @@ def pictures(images: list[Image.Image], *, count: int, size: tuple[int, int]) ->
         assert image.size == tuple(size), f"{image.size} is not {size}"
         assert any(low != high for low, high in image.getextrema()), "a picture of one colour"
     assert len({image.tobytes() for image in images}) == count, "the same picture twice"
+
+
+def clip(video: list[Image.Image], *, frames: int, size: tuple[int, int]) -> None:
+    """So many frames of this width and height, none of one colour, no two the same."""
+    pictures(video, count=frames, size=size)
+
+
+def is_film(name: str) -> None:
+    """The file is an MP4 film, as its first box says, and not an empty one."""
+    content = Path(name).read_bytes()
+    assert content[4:8] == b"ftyp", content[:16]
+    assert len(content) > 1000, f"{len(content)} bytes"
+
+
+def cast(pipe: Any, name: str) -> None:
+    """This network's weights rest in 8 bits, and no other's."""
+    assert {part for part, module in pipe.modules().items() if leaves(module)} == {name}
 
 
 def offloaded(pipe: Any) -> None:

@@ -12,8 +12,6 @@ from tests.document import evidence
 from tests.document.cases import (
     CASES,
     CHANNELS_LAST,
-    GROUP,
-    LATER,
     SD15,
     SD15_LARGE,
     SHIPPED,
@@ -21,53 +19,58 @@ from tests.document.cases import (
     SLICING,
     TINY,
     TINY_LARGE,
+    VIDEO_CASES,
     Setting,
+    fewer,
     for_this_cpu,
     script_of,
     source_of,
 )
 from tests.document.checkpoints import SHIPPED as SHIPPED_MODEL
-from tests.document.snippets import Replacement, replaced, stored
 
-from lowtide import StableDiffusionPipeline, UNet2DConditionModel
-from lowtide.memory.attach import attachment_of
+from lowtide import UNet2DConditionModel
 
 LIMIT, SLOW_LIMIT = 300, 3600
 """Seconds a script may take; many times what it does, for machines are busy."""
-NOT_YET = pytest.mark.skip(reason="CogVideoX pipeline: not in this version yet")
-every_case = pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=NOT_YET) for name in LATER)])
+every_case = pytest.mark.parametrize("name", CASES)
+of_pictures = pytest.mark.parametrize("name", [name for name in CASES if name not in VIDEO_CASES])
+
+
+@pytest.fixture
+def models(tiny_model, wide_model, video_model):
+    """A tiny checkpoint for each case."""
+    others = {"channels-last": wide_model, **dict.fromkeys(VIDEO_CASES, video_model)}
+    return {name: others.get(name, tiny_model) for name in CASES}
 
 
 def run_case(name, setting, runner, folder, limit):
     """Run a case's scripts in one folder, and see that they print what they must."""
     for step in CASES[name]:
         output = runner.run(script_of(step, setting), folder, limit).check()
-        places = [output.find(line) for line in step.printed(setting.unet)]
+        places = [output.find(line) for line in step.printed(setting.denoiser)]
         assert -1 not in places, output
         assert places == sorted(places), output
 
 
 @every_case
-def test_on_tiny_weights(name, tiny_model, wide_model, warm, tmp_path):
-    model = wide_model if name == "channels-last" else tiny_model
-    run_case(name, Setting(model, fewer=TINY, large=TINY_LARGE), warm, tmp_path, LIMIT)
+def test_on_tiny_weights(name, models, warm, tmp_path):
+    run_case(name, Setting(models[name], fewer=TINY, large=TINY_LARGE), warm, tmp_path, LIMIT)
 
 
 @pytest.mark.slow
 @every_case
-def test_verbatim_on_tiny_weights(name, tiny_model, wide_model, fresh, tmp_path):
-    model = wide_model if name == "channels-last" else tiny_model
-    run_case(name, Setting(model), fresh, tmp_path, SLOW_LIMIT)
+def test_verbatim_on_tiny_weights(name, models, fresh, tmp_path):
+    run_case(name, Setting(models[name]), fresh, tmp_path, SLOW_LIMIT)
 
 
 @pytest.mark.slow
-@every_case
+@of_pictures
 def test_on_the_shipped_model(name, fresh, tmp_path):
     run_case(name, Setting(SHIPPED_MODEL, fewer=SHIPPED, large=SHIPPED_LARGE), fresh, tmp_path, SLOW_LIMIT)
 
 
 @pytest.mark.slow
-@every_case
+@of_pictures
 def test_on_the_shapes_of_stable_diffusion(name, sd15_model, fresh, tmp_path):
     setting = Setting(sd15_model, fewer=for_this_cpu(SD15), pictures=2, large=SD15_LARGE)
     run_case(name, setting, fresh, tmp_path, SLOW_LIMIT)
@@ -75,27 +78,9 @@ def test_on_the_shapes_of_stable_diffusion(name, sd15_model, fresh, tmp_path):
 
 @pytest.mark.gpu
 @every_case
-def test_verbatim_on_a_gpu(name, sd15_model, fresh, tmp_path):
-    run_case(name, Setting(sd15_model, "cuda"), fresh, tmp_path, SLOW_LIMIT)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_the_calls_of_group_offloading(device, tiny_model):
-    """The document's own lines, on Stable Diffusion's components until there are CogVideoX's."""
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_model, torch_dtype=torch.bfloat16).to(device)
-    before = picture(pipe)
-    wanted = ("from diffusers.hooks", "onload_device =", "offload_device =", "pipe.transformer.en", "apply_group")
-    lines = [line for line in stored()[GROUP].code.splitlines(keepends=True) if line.startswith(wanted)]
-    assert len(lines) == 6
-    table = [
-        Replacement("diffusers", "lowtide", 1, "the import name"),
-        Replacement("pipe.transformer", "pipe.unet", 1, "the denoiser's name in Stable Diffusion"),
-        Replacement('"cuda"', f'"{device}"', 1, "the device string"),
-    ]
-    exec(compile(replaced("".join(lines), table), "group offloading", "exec"), {"torch": torch, "pipe": pipe})
-    for module in (pipe.unet, pipe.text_encoder, pipe.vae):
-        assert attachment_of(module) is not None
-    assert torch.equal(picture(pipe), before)
+def test_verbatim_on_a_gpu(name, sd15_model, video_model, fresh, tmp_path):
+    model = video_model if name in VIDEO_CASES else sd15_model
+    run_case(name, Setting(model, "cuda"), fresh, tmp_path, SLOW_LIMIT)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -109,12 +94,6 @@ def test_a_trace_made_in_bfloat16_keeps_whole_times(tiny_model):
         inputs = tuple(torch.ones(shape, dtype=torch.bfloat16) for shape in shapes)
         traced = torch.jit.trace(unet, inputs, check_trace=False)
     evidence.same_as_untraced(traced, str(tiny_model), torch.bfloat16, "cpu")
-
-
-def picture(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    seed = torch.Generator().manual_seed(1)
-    return pipe("sea", num_inference_steps=2, generator=seed, output_type="pt").images.cpu()
 
 
 # ---- negative controls: the runners and the evidence fail where they should
@@ -141,6 +120,25 @@ def test_the_peers_name_is_seen(warm, tmp_path):
 
 def test_a_script_that_takes_too_long_is_ended(warm, tmp_path):
     assert warm.run("import time\ntime.sleep(60)\n", tmp_path, 1).status < 0
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("group-offload", "video[1] = video[0]"),
+        ("group-offload", "del video[0]"),
+        ("group-offload", "import os; os.truncate('output.mp4', 0)"),
+        ("group-offload", "pipe.disable_group_offload()"),
+        ("fp8-casting", "pipe.transformer.disable_layerwise_casting()"),
+    ],
+)
+def test_wrong_clips_and_plans_are_seen(name, wrong, video_model, warm, tmp_path):
+    (step,) = CASES[name]
+    short = fewer((step.number, "num_inference_steps=50", "num_inference_steps=1", 1), why="what is seen is the same")
+    script = script_of(step, Setting(video_model, fewer=short))
+    assert warm.run(script, tmp_path, LIMIT).status == 0
+    script = script.replace("from tests.document", f"{wrong}\nfrom tests.document")
+    assert "Error" in warm.run(script, tmp_path, LIMIT).output
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tests.document.cases import CASES, COUNTS, LATER, SD15, SHIPPED, TINY, Setting, source_of
+from tests.document.cases import CASES, COUNTS, SD15, SHIPPED, TINY, Setting, model_id, source_of
 from tests.document.snippets import Replacement, check_replaced, extract, replaced, stored
 
 DOCUMENT = Path(__file__).parents[3] / "shared" / "reference" / "reduce_memory.md"
@@ -42,18 +42,16 @@ def test_extraction():
         extract("text\n```python\na = 1\n")
 
 
-def test_every_snippet_is_run_or_named_as_later():
+def test_every_snippet_is_run():
     run = [step.number for steps in CASES.values() for step in steps]
-    assert sorted([*run, *LATER.values()]) == list(range(len(stored())))
+    assert sorted(run) == list(range(len(stored())))
 
 
 @pytest.mark.parametrize("number", COUNTS)
 def test_with_a_gpu_the_import_name_and_the_model_id_change_alone(number):
     source = source_of(number, Setting(MODEL, "cuda"))
     before = stored()[number].code
-    assert source.replace('"/models/one"', '"stable-diffusion-v1-5/stable-diffusion-v1-5"') == before.replace(
-        "diffusers", "lowtide"
-    )
+    assert source.replace('"/models/one"', model_id(number)) == before.replace("diffusers", "lowtide")
 
 
 @pytest.mark.parametrize("table", [{}, TINY, SHIPPED, SD15], ids=["none", "tiny", "shipped", "sd15"])
@@ -61,7 +59,7 @@ def test_without_a_gpu_no_snippet_asks_for_one(table):
     for number in COUNTS:
         source = source_of(number, Setting(MODEL, "cpu", table))
         compile(source, f"snippet {number}", "exec")
-        assert "cuda" not in source
+        assert "cuda" not in source.replace("torch.cuda.max_memory_allocated()", "")  # which answers 0 without one
         assert "diffusers" not in source
 
 

@@ -13,6 +13,7 @@ import traceback
 import torch  # noqa: F401
 from tests.document.processes import OUTPUT, SCRIPT
 
+import lowtide.pipelines.cogvideox
 import lowtide.pipelines.stable_diffusion  # noqa: F401
 
 

@@ -1,16 +1,16 @@
-"""`lowtide generate`: a text prompt becomes pictures."""
+"""`lowtide generate`: a text prompt becomes pictures or videos."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 import lowtide
 from lowtide.cli.errors import InputError, reported, tell
-from lowtide.cli.pictures import picture_paths, prepare_folders
+from lowtide.cli.pictures import output_paths, prepare_folders
 from lowtide.cli.request import (
     Casting,
     Decode,
@@ -21,7 +21,9 @@ from lowtide.cli.request import (
     parse_size,
     resolve_model,
     seeds_from,
+    video_from,
 )
+from lowtide.cli.video import check_kind, make_videos, set_decoding
 from lowtide.pictures import PictureFile
 from lowtide.stages import Stages
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from lowtide.memory.meter import Meter
+    from lowtide.pipelines.base import DiffusionPipeline
     from lowtide.pipelines.outputs import StableDiffusionPipelineOutput
     from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
 
@@ -40,6 +43,8 @@ _SCHEDULERS = {
     SchedulerName.UNIPC: "UniPCMultistepScheduler",
     SchedulerName.EULER: "EulerDiscreteScheduler",
     SchedulerName.DPM: "DPMSolverMultistepScheduler",
+    SchedulerName.COGVIDEOX_DDIM: "CogVideoXDDIMScheduler",
+    SchedulerName.COGVIDEOX_DPM: "CogVideoXDPMScheduler",
 }
 
 
@@ -48,7 +53,9 @@ def generate(
     model: Annotated[
         str | None, typer.Option(metavar="DIR_OR_ID", help="Model folder or Hub id.", show_default="the shipped model")
     ] = None,
-    steps: Annotated[int, typer.Option(metavar="N", help="Denoising steps.")] = 25,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Denoising steps.", show_default="25; 50 for videos")
+    ] = None,
     size: Annotated[
         str | None, typer.Option(metavar="N|WxH", help="Pixels, as 512 or 768x512.", show_default="the model's own")
     ] = None,
@@ -56,12 +63,27 @@ def generate(
         int | None, typer.Option(metavar="N", help="Picture i is drawn from N + i.", show_default="random, printed")
     ] = None,
     negative: Annotated[str, typer.Option(metavar="TEXT", help="What not to draw.", show_default=False)] = "",
-    guidance: Annotated[float, typer.Option(metavar="X", help="How closely to follow the prompt; 1 is off.")] = 7.5,
-    count: Annotated[int, typer.Option(metavar="N", help="How many pictures.")] = 1,
+    guidance: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="How closely to follow the prompt; 1 is off.", show_default="7.5; 6 for videos"),
+    ] = None,
+    count: Annotated[int, typer.Option(metavar="N", help="How many pictures or videos.")] = 1,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="A .png file (replaced) or a folder.", show_default="a new file here"),
+        typer.Option(
+            metavar="PATH", help="A .png or .mp4 file (replaced) or a folder.", show_default="a new file here"
+        ),
     ] = None,
+    video: Annotated[bool, typer.Option("--video", help="Make videos, with a model such as CogVideoX.")] = False,
+    frames: Annotated[
+        int | None, typer.Option(metavar="N", help="Frames of a video.", show_default="the model's own")
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(metavar="X", help="Frames a second of a video.", show_default="8")
+    ] = None,
+    sheet: Annotated[
+        bool, typer.Option("--sheet", help="Beside each video, a picture with some of its frames.")
+    ] = False,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
         DType,
@@ -69,7 +91,9 @@ def generate(
     ] = DType.AUTO,
     scheduler: Annotated[
         SchedulerName | None,
-        typer.Option(metavar="NAME", help="ddim, pndm, unipc, euler or dpm.", show_default="the model's own"),
+        typer.Option(
+            metavar="NAME", help="ddim, pndm, unipc, euler, dpm; cogvideox-ddim, -dpm.", show_default="the model's own"
+        ),
     ] = None,
     variant: Annotated[
         str | None, typer.Option(metavar="NAME", help="Weight files to take, such as fp16.", show_default=False)
@@ -90,20 +114,20 @@ def generate(
         bool, typer.Option("--debug", envvar="LOWTIDE_DEBUG", help="Show tracebacks.", show_envvar=False)
     ] = False,
 ) -> None:
-    """Make pictures from a text prompt.
+    """Make pictures from a text prompt, or videos with --video.
 
     For example: lowtide generate "a red sailboat on a calm sea at sunset"
 
-    Pictures are made one at a time, each from its own seed, so that any of them can be made again alone.
+    They are made one at a time, each from its own seed, so that any of them can be made again alone.
     """
     with reported(debug=debug):
         request = Request(
             prompt=prompt,
             negative=negative,
-            steps=steps,
+            steps=(50 if video else 25) if steps is None else steps,
             size=parse_size(size) if size is not None else None,
             seeds=seeds_from(seed, count),
-            guidance=guidance,
+            guidance=(6.0 if video else 7.5) if guidance is None else guidance,
             out=out,
             device=device,
             dtype=dtype,
@@ -112,17 +136,18 @@ def generate(
             offload=offload,
             decode=decode,
             casting=casting,
-            model=resolve_model(model),
+            model=resolve_model(model, video=video),
+            video=video_from(video, frames, fps, sheet),
         )
         run(request)
 
 
 def run(request: Request) -> None:
-    """Load the model and make the pictures, each written as it is decoded; then say what it took."""
+    """Load the model and make the pictures or videos, each written as it is decoded; then say what it took."""
     from lowtide.memory import Meter, steady_malloc
     from lowtide.progress import ProgressBar
 
-    paths = picture_paths(request.out, request.prompt, list(request.seeds))
+    paths = output_paths(request.out, request.prompt, request.seeds, ".png" if request.video is None else ".mp4")
     prepare_folders(paths)
     tell(_headline(request))
     steady_malloc(mmap_threshold=8 * 2**20, trim_threshold=64 * 2**20)
@@ -133,18 +158,28 @@ def run(request: Request) -> None:
     with Stages(observers).stage("load"):
         pipe = load_pipeline(request, device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    width, height = request.size or pipe.image_size(None, None)[::-1]
-    set_decoding(pipe, request.decode, width, height)
-    settings = {**_settings(request, pipe, dtype), "size": f"{width}x{height}"}
     with pipe.stages.observed(*observers):
-        draw(pipe, request, paths, settings)
+        if request.video is None:
+            make_pictures(pipe, request, paths, dtype)
+        else:
+            make_videos(pipe, request, paths)
     _print_table(meter)
 
 
-def load_pipeline(request: Request, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
+def make_pictures(pipe: Any, request: Request, paths: Sequence[Path], dtype: torch.dtype) -> None:
+    """Make the pictures with a pipeline of Stable Diffusion."""
+    width, height = request.size or pipe.image_size(None, None)[::-1]
+    set_decoding(pipe, request.decode, exact=width * height > WHOLE_UP_TO)
+    draw(pipe, request, paths, {**_settings(request, pipe, dtype), "size": f"{width}x{height}"})
+
+
+def load_pipeline(request: Request, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline that `request` asks for, on `device`, with the scheduler asked for."""
     offload = None if request.offload is Offload.NONE else request.offload.value
-    pipe = lowtide.StableDiffusionPipeline.from_pretrained(
+    is_video = request.video is not None
+    check_kind(request.model, video=is_video)
+    pipeline = lowtide.CogVideoXPipeline if is_video else lowtide.StableDiffusionPipeline
+    pipe = pipeline.from_pretrained(
         request.model,
         torch_dtype=dtype,
         variant=request.variant,
@@ -155,14 +190,6 @@ def load_pipeline(request: Request, device: torch.device, dtype: torch.dtype) ->
     if request.scheduler is not None:
         pipe.scheduler = getattr(lowtide, _SCHEDULERS[request.scheduler]).from_config(pipe.scheduler.config)
     return pipe.to(device) if offload is None else pipe
-
-
-def set_decoding(pipe: StableDiffusionPipeline, decode: Decode, width: int, height: int) -> None:
-    """Decode as asked; "auto" goes row by row where the whole decode would take more than about a gigabyte."""
-    if decode is Decode.EXACT or (decode is Decode.AUTO and width * height > WHOLE_UP_TO):
-        pipe.enable_vae_tiling("exact")
-    elif decode is Decode.BLENDED:
-        pipe.enable_vae_tiling()
 
 
 def draw(pipe: StableDiffusionPipeline, request: Request, paths: Sequence[Path], settings: Mapping[str, str]) -> None:

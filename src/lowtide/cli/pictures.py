@@ -1,8 +1,9 @@
-"""Where pictures go: names, and checks before any work is done."""
+"""Where pictures and videos go: names, and checks before any work is done."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lowtide.cli.errors import InputError
@@ -11,19 +12,20 @@ from lowtide.pictures import fresh_path, numbered_paths, try_folder
 _LONGEST_SLUG = 48
 
 
-def picture_paths(out: Path | None, prompt: str, seeds: list[int]) -> list[Path]:
-    """The file of each picture.
+def output_paths(out: Path | None, prompt: str, seeds: Sequence[int], suffix: str = ".png") -> list[Path]:
+    """The file of each picture, or of each video with the `suffix` ".mp4".
 
-    `out` may be a `.png` file (replaced if it is there; numbered when there are several pictures), a folder, or
-    `None` for the current folder. In a folder the names are made from the prompt and the seed, and never taken.
-    Raises `InputError` for a file name that is not a PNG.
+    `out` may be such a file (replaced if it is there; numbered when there are several), a folder, or `None` for the
+    current folder. In a folder the names are made from the prompt and the seed, and never taken. Raises `InputError`
+    for the name of another kind of file.
     """
-    if out is not None and out.suffix.lower() == ".png" and not out.is_dir():
+    if out is not None and out.suffix.lower() == suffix and not out.is_dir():
         return numbered_paths(out, len(seeds))
     if out is not None and out.suffix and not out.is_dir():
-        raise InputError(f"--out {out}: pictures are written as PNG. Give a name that ends in .png, or a folder.")
+        what = {".png": "pictures are written as PNG", ".mp4": "videos are written as MP4"}[suffix]
+        raise InputError(f"--out {out}: {what}. Give a name that ends in {suffix}, or a folder.")
     folder = out or Path()
-    return [fresh_path(folder / f"{slug(prompt)}-{seed}.png") for seed in seeds]
+    return [fresh_path(folder / f"{slug(prompt)}-{seed}{suffix}") for seed in seeds]
 
 
 def prepare_folders(paths: list[Path]) -> None:

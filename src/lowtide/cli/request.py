@@ -36,6 +36,8 @@ class SchedulerName(StrEnum):
     UNIPC = "unipc"
     EULER = "euler"
     DPM = "dpm"
+    COGVIDEOX_DDIM = "cogvideox-ddim"
+    COGVIDEOX_DPM = "cogvideox-dpm"
 
 
 class Decode(StrEnum):
@@ -66,6 +68,15 @@ class Casting(StrEnum):
 
 
 @dataclass(frozen=True)
+class Video:
+    """What `--video` asks for: frames (`None`: the model's own), frames a second, and whether to add a sheet."""
+
+    frames: int | None
+    fps: float
+    sheet: bool
+
+
+@dataclass(frozen=True)
 class Request:
     """One call of `lowtide generate`; `size` is (width, height) in pixels, `None` for what the model was made for."""
 
@@ -84,6 +95,7 @@ class Request:
     offload: Offload = Offload.NONE
     decode: Decode = Decode.AUTO
     casting: Casting = Casting.NONE
+    video: Video | None = None
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
@@ -137,8 +149,24 @@ def seeds_from(seed: int | None, count: int) -> tuple[int, ...]:
     return tuple(range(first, first + count))
 
 
-def resolve_model(model: str | None) -> str:
-    """The folder or Hub id to load: the shipped model where none is given."""
+def video_from(video: bool, frames: int | None, fps: float | None, sheet: bool) -> Video | None:
+    """What `--video` is asked for. Raises `InputError` for numbers that are not possible, and for any without it."""
+    given = [
+        name for name, value in (("--frames", frames), ("--fps", fps), ("--sheet", sheet or None)) if value is not None
+    ]
+    if given and not video:
+        raise InputError(f"{given[0]} is for videos: add --video, and a --model that makes them.")
+    if frames is not None and frames < 1:
+        raise InputError(f"--frames {frames}: at least one frame is needed. CogVideoX makes 49, or any 4·n + 1.")
+    if fps is not None and not 0.1 <= fps <= 240:
+        raise InputError(f"--fps {fps:g}: give frames a second from 0.1 to 240. 8 is CogVideoX's own.")
+    return Video(frames, 8.0 if fps is None else fps, sheet) if video else None
+
+
+def resolve_model(model: str | None, *, video: bool = False) -> str:
+    """The folder or Hub id to load: the shipped model where none is given. It makes pictures."""
+    if model is None and video:
+        raise InputError("--video: no video model is shipped. Give --model, such as THUDM/CogVideoX-2b.")
     if model is None:
         return str(shipped_model())
     if not model.strip():

@@ -45,22 +45,25 @@ def put_weights(
     offload: Offload | None = None,
     casting: Casting | None = None,
     never_cast: Collection[str] = (),
+    own_dtypes: Mapping[str, torch.dtype] | None = None,
     buffers: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Give a module on meta the weights of `index`: as `fill` does, or at rest under a rule, with nothing read.
 
     Weights that are in 8 bits there stay so. With `casting` the others are cast one by one, from the file, but for
-    modules that match a pattern of `never_cast`. Raises as `fill`, `attach` and `cast` do.
+    modules that match a pattern of `never_cast`, and all compute in one dtype; otherwise `own_dtypes` is as for `fill`.
+    Raises as `fill`, `attach` and `cast` do.
     """
     saved, others = saved_weights(module, index)
     if offload is not None and casting is None and not saved:
-        fill(module, index, dtype=dtype, device="meta", buffers=buffers)
+        fill(module, index, dtype=dtype, device="meta", own_dtypes=own_dtypes, buffers=buffers)
         attach(module, offload.rule, offload.stream, index=index)
         return
     compute = dtype or (computing_dtype(others) if saved else None)
     named = [slot.name for one in saved for slot in one.slots]
     keep = () if casting is None else ("*",)  # views of the file: what is cast is converted on the way
-    fill(module, others, dtype=compute, buffers=buffers, keep_dtype=keep, leave=named)
+    own = own_dtypes if casting is None else None
+    fill(module, others, dtype=compute, buffers=buffers, keep_dtype=keep, own_dtypes=own, leave=named)
     if saved:
         place(module, saved, compute or torch.float32)
     if casting is not None:

@@ -143,13 +143,24 @@ def _foreign_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as `transformers` calls it: `[B, N, L, H]` in, `[B, L, N, H]` out; no mask can mean a causal one."""
+    """Attention as `transformers` calls it: `[B, N, L, H]` in, `[B, L, N, H]` out; no mask can mean a causal one.
+
+    `position_bias`, T5's `[1, N, L, S]`, is added to the scores.
+    """
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     queries, keys = query.shape[2], key.shape[2]
     if attention_mask is None and causal and queries > 1:
         attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril_()
     backend = getattr(module, "attention_backend", DEFAULT)
-    out = attention(query, key, value, attention_mask, backend, scale=scaling)
+    out = attention(query, key, value, _with_bias(attention_mask, position_bias), backend, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask and what is added to the scores, as one mask."""
+    if bias is None or mask is None:
+        return mask if bias is None else bias
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask

@@ -27,7 +27,7 @@ class ActivationMethods:
         raise NotImplementedError
 
     def enable_vae_slicing(self) -> None:
-        """Decode the pictures of a batch one at a time: the memory of one, whatever the batch."""
+        """Decode the pictures of a batch one at a time: the memory of one, whatever the batch. Clips always are."""
         self.vae.enable_slicing()
 
     def disable_vae_slicing(self) -> None:
@@ -45,7 +45,7 @@ class ActivationMethods:
         work: int | str | None = None,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Decode large pictures in tiles ("blended"), or row by row with the whole picture's result ("exact").
+        """Decode large pictures or clips in tiles ("blended"), or row by row with the whole one's result ("exact").
 
         See `AutoencoderKL.enable_tiling`.
         """
@@ -54,7 +54,7 @@ class ActivationMethods:
         )
 
     def disable_vae_tiling(self) -> None:
-        """Decode pictures whole."""
+        """Decode pictures, or batches of frames, whole."""
         self.vae.disable_tiling()
 
     def set_attention_backend(
@@ -83,7 +83,10 @@ class ActivationMethods:
         set_attention_slicing(self.modules().values(), None)
 
     def check_decoding(self, shape: tuple[int, ...]) -> None:
-        """Raise now what decoding latents of this shape `[1, 4, h, w]` would raise after all the steps."""
+        """Raise now what decoding latents of this shape would raise after all the steps.
+
+        Of pictures it is `[1, C, h, w]`, of the largest batch of frames `[1, C, f, h, w]`.
+        """
         streaming = self._streaming()
         if streaming is not None:
             streaming.check(shape)
@@ -94,7 +97,7 @@ class ActivationMethods:
 
     @contextmanager
     def decoding(self, pictures: int) -> Iterator[None]:
-        """The stage "decode" of so many pictures; row by row it counts percent."""
+        """The stage "decode" of so many pictures or batches of frames; row by row it counts percent."""
         streaming = self._streaming()
         with self.stages.stage("decode", steps=None if streaming is None else 100) as stage:
             if streaming is None:

@@ -6,7 +6,7 @@ import importlib
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -46,7 +46,13 @@ from lowtide.stages import Stages
 from lowtide.weights.files import check_files
 from lowtide.weights.save import atomic_folder
 
-PIPELINES = {"StableDiffusionPipeline": "lowtide.pipelines.stable_diffusion"}
+PIPELINES = {
+    "StableDiffusionPipeline": "lowtide.pipelines.stable_diffusion",
+    "CogVideoXPipeline": "lowtide.pipelines.cogvideox",
+}
+
+StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
+"""Called after each step with the pipeline, the step, the timestep and the tensors asked for; it may change these."""
 
 
 class DiffusionPipeline(ActivationMethods):
@@ -104,6 +110,11 @@ class DiffusionPipeline(ActivationMethods):
         source = Source(os.fspath(pretrained), revision, cache, token, local_files_only)
         class_name, specs, _ = read_model_index(source.fetch([MODEL_INDEX]))
         pipeline_class = cls if cls is not DiffusionPipeline else _pipeline_class(class_name)
+        if class_name in PIPELINES and not issubclass(pipeline_class, _pipeline_class(class_name)):
+            raise ValueError(
+                f"{pretrained} holds a {class_name}, not a {cls.__name__}: load it with that class, or with "
+                "DiffusionPipeline, which takes the checkpoint's own."
+            )
         to_load = pipeline_class._to_load(specs, components)
         loaded = pipeline_class(**components, **load_components(source, to_load, options))
         trim_heap()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -18,19 +21,19 @@ def check_size(height: int, width: int, multiple: int) -> None:
             raise ValueError(f"{name}={value!r} is not possible: it must be a multiple of {multiple}; try {near}.")
 
 
-def check_counts(num_inference_steps: int, num_images_per_prompt: int) -> None:
-    """Raise `ValueError` unless both are whole and at least 1."""
-    for name, value in (("num_inference_steps", num_inference_steps), ("num_images_per_prompt", num_images_per_prompt)):
+def check_counts(**counts: int) -> None:
+    """Raise `ValueError` unless all are whole and at least 1; they are given by the caller's names for them."""
+    for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} is not possible: it must be a whole number, at least 1.")
 
 
-def check_output_type(output_type: str, output_path: object = None) -> None:
+def check_output_type(output_type: str, output_path: object = None, possible: Sequence[str] = OUTPUT_TYPES) -> None:
     """Raise `ValueError` for an unknown output type, or a path for one that makes no file."""
     if output_path is not None and output_type != "file":
         raise ValueError(f"output_path is for output_type='file', and it is {output_type!r}.")
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type={output_type!r} is not possible; choose one of {', '.join(OUTPUT_TYPES)}.")
+    if output_type not in possible:
+        raise ValueError(f"output_type={output_type!r} is not possible; choose one of {', '.join(possible)}.")
 
 
 def check_prompt(
@@ -62,10 +65,39 @@ def count_prompts(prompt: str | Sequence[str] | None, prompt_embeds: torch.Tenso
     return len(given)
 
 
-def check_width(embeds: torch.Tensor | None, name: str, width: int) -> None:
-    """Raise `ValueError` for embeddings that the U-Net cannot read."""
-    if embeds is not None and embeds.shape[2] != width:
-        raise ValueError(f"{name} {list(embeds.shape)} do not fit: the U-Net reads [batch, tokens, {width}].")
+def check_width(
+    embeds: torch.Tensor | None, name: str, width: int, *, reader: str = "the U-Net", tokens: int | None = None
+) -> None:
+    """Raise `ValueError` for embeddings that the denoiser cannot read; `tokens` None: any number of them."""
+    if embeds is not None and (embeds.shape[2] != width or tokens not in (None, embeds.shape[1])):
+        shape = f"[batch, {tokens or 'tokens'}, {width}]"
+        raise ValueError(f"{name} {list(embeds.shape)} do not fit: {reader} reads {shape}.")
+
+
+def check_text_length(length: int, tokens: int | None) -> None:
+    """Raise `ValueError` for texts of another length than the denoiser has positions for; None: any length."""
+    if tokens not in (None, length):
+        raise ValueError(f"max_sequence_length={length} is not possible: this model reads {tokens} tokens.")
+
+
+def check_text_parts(text_encoder: object, tokenizer: object, instead: str) -> None:
+    """Raise `ValueError` where text would have to be read and a part for it is missing."""
+    if text_encoder is None or tokenizer is None:
+        name = "text_encoder" if text_encoder is None else "tokenizer"
+        raise ValueError(f"This pipeline has no {name} to read text with: give {instead}.")
+
+
+def check_negatives(prompts: tuple[int, int], negatives: tuple[int, int]) -> None:
+    """Raise `ValueError` unless negative prompts fit the prompts; each as (how many, of how many tokens)."""
+    if negatives[0] not in (1, prompts[0]):
+        raise ValueError(
+            f"{negatives[0]} negative prompts for {prompts[0]} prompts; give one for all, or one for each."
+        )
+    if negatives[1] != prompts[1]:
+        raise ValueError(
+            f"Negative prompts of {negatives[1]} tokens do not fit prompts of {prompts[1]}: give embeddings of one "
+            "length, or that number as max_sequence_length."
+        )
 
 
 def check_pair(negative: torch.Tensor, positive: torch.Tensor) -> None:
@@ -86,6 +118,55 @@ def check_generator(generator: Generators) -> None:
     listed = list(generator) if isinstance(generator, (list, tuple)) else [generator]
     if generator is not None and not all(isinstance(one, torch.Generator) for one in listed):
         raise ValueError(f"generator must be a torch.Generator or a list of them, not {generator!r:.80}.")
+
+
+def check_noise(shape: tuple[int, ...], latents: torch.Tensor | None, generator: Generators) -> None:
+    """Raise `ValueError` for latents of another shape, or generators that are not one for each item."""
+    if isinstance(latents, torch.Tensor) and tuple(latents.shape) != shape:
+        raise ValueError(f"latents {list(latents.shape)} do not fit: these clips need {list(shape)}.")
+    if latents is not None and not isinstance(latents, torch.Tensor):
+        raise ValueError(f"latents must be a tensor {list(shape)}, not {type(latents).__name__}.")
+    if isinstance(generator, Sequence) and len(generator) != shape[0]:
+        raise ValueError(f"{len(generator)} generators were given for a batch of {shape[0]}: give one an item.")
+
+
+def check_timesteps(scheduler: Any, timesteps: Sequence[int] | None) -> None:
+    """Raise `ValueError` for timesteps that a scheduler does not take."""
+    if timesteps is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(
+            f"timesteps is not possible: a {type(scheduler).__name__} lays out its own. Give num_inference_steps, or "
+            "build the scheduler with another timestep_spacing."
+        )
+
+
+def check_attention_kwargs(attention_kwargs: Mapping[str, Any] | None) -> None:
+    """Raise `ValueError` if there are any: they would go to adapters."""
+    if attention_kwargs:
+        raise ValueError(
+            f"attention_kwargs={dict(attention_kwargs)!r:.80} is not possible: they are for adapters, and there are "
+            "none here. Leave it out; how attention is computed is chosen with set_attention_backend."
+        )
+
+
+def warn_of_other_frames(asked: int, made: int) -> None:
+    """Warn where a clip has another number of frames than was asked for."""
+    if asked != made:
+        warnings.warn(
+            f"num_frames={asked} is not possible: the frames are decoded in groups, and there will be {made}.",
+            stacklevel=4,
+        )
+
+
+def warn_of_long_prompts(tokenizer: Any, texts: Sequence[str], length: int, *, own_tokens: int) -> None:
+    """Warn of texts that are cut to `length` tokens, of which `own_tokens` are the tokenizer's own."""
+    for text in texts:
+        excess = tokenizer(text, verbose=False).input_ids[length - 1 : -1]
+        if excess:
+            warnings.warn(
+                f"The model reads {length - own_tokens} tokens; of this prompt it ignores "
+                f"{tokenizer.decode(excess)!r}.",
+                stacklevel=5,
+            )
 
 
 def check_callback_inputs(names: Sequence[str], possible: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent", "file")
+VIDEO_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 @dataclass
@@ -23,6 +24,21 @@ class StableDiffusionPipelineOutput:
 
     images: Any
     nsfw_content_detected: list[bool] | None
+
+
+@dataclass
+class CogVideoXPipelineOutput:
+    """Clips, as the `output_type` asked for; `output[0]` is `output.frames`.
+
+    `frames`: a list of PIL images for each clip ("pil"), float32 `[B, F, H, W, 3]` in [0, 1] ("np"), `[B, F, 3, H, W]`
+    in [0, 1] ("pt"), or latents `[B, f, C, H/8, W/8]` ("latent").
+    """
+
+    frames: Any
+
+    def __getitem__(self, key: int | str) -> Any:
+        """The frames, as the only entry of a tuple, or by their name."""
+        return vars(self)[key] if isinstance(key, str) else (self.frames,)[key]
 
 
 def to_unit_range(decoded_BCHW: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,12 +15,11 @@ from lowtide.models.unet_config import UNet2DConditionConfig
 from lowtide.models.vae import AutoencoderKL
 from lowtide.pictures import PictureFile
 from lowtide.pipelines import checks
-from lowtide.pipelines.base import DiffusionPipeline
+from lowtide.pipelines.base import DiffusionPipeline, StepCallback
 from lowtide.pipelines.files import OutputPath, picture_files, write_picture
 from lowtide.pipelines.outputs import StableDiffusionPipelineOutput, to_output, to_pil, to_unit_range
 from lowtide.schedulers import Generators, Scheduler, draw_noise
 
-StepCallback = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "noise_pred")
 
 
@@ -96,7 +95,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         for embeds, name in ((prompt_embeds, "prompt_embeds"), (negative_prompt_embeds, "negative_prompt_embeds")):
             checks.check_width(embeds, name, self.unet_config.cross_attention_dim)
         checks.check_generator(generator)
-        checks.check_counts(num_inference_steps, num_images_per_prompt)
+        checks.check_counts(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
         checks.check_output_type(output_type, output_path)
         checks.check_callback_inputs(callback_on_step_end_tensor_inputs, CALLBACK_TENSORS)
         if output_type != "latent":
@@ -162,13 +161,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
     def embed(self, texts: list[str]) -> torch.Tensor:
         """The text encoder's last hidden states `[B, S, C]`, of texts padded and cut to the tokenizer's length."""
         length = self.tokenizer.model_max_length
-        for text in texts:
-            excess = self.tokenizer(text, verbose=False).input_ids[length - 1 : -1]
-            if excess:
-                ignored = self.tokenizer.decode(excess)
-                warnings.warn(
-                    f"The model reads {length - 2} tokens; of this prompt it ignores {ignored!r}.", stacklevel=4
-                )
+        checks.warn_of_long_prompts(self.tokenizer, texts, length, own_tokens=2)
         tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         masked = getattr(self.text_encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(self.device) if masked else None

@@ -41,16 +41,18 @@ def fill(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     keep_dtype: Collection[str] = (),
+    own_dtypes: abc.Mapping[str, torch.dtype] | None = None,
     buffers: abc.Mapping[str, torch.Tensor] | None = None,
     leave: Collection[str] = (),
 ) -> None:
     """Put the tensors of `index` into `module`, all or none; no parameter requires a gradient afterwards.
 
     Floating-point tensors become `dtype` (None: that of the file), but for names matching a pattern (`fnmatch`) of
-    `keep_dtype`. A tied parameter needs one of its names in the file and stays one storage. `buffers` are the
-    non-persistent ones, which no file holds: each that is on meta must be given. Peak memory: the new tensors that are
-    not views of the file, plus `CHUNK_BYTES`. On the device "meta" nothing is read: everything is checked, and the
-    module gets the dtypes that it would have; `buffers` are put in as they are. Places named in `leave` are left alone.
+    `keep_dtype`; `own_dtypes` gives those matching a pattern another one. A tied parameter needs one of its names in
+    the file and stays one storage. `buffers` are the non-persistent ones, which no file holds: each that is on meta
+    must be given. Peak memory: the new tensors that are not views of the file, plus `CHUNK_BYTES`. On the device
+    "meta" nothing is read: everything is checked, and the module gets the dtypes that it would have; `buffers` are put
+    in as they are. Places named in `leave` are left alone.
     Raises `WeightsMismatchError` if any name, shape or kind of number differs, `ValueError` if `buffers` do not suit,
     `CheckpointError` if a file has changed since it was indexed.
     """
@@ -61,7 +63,9 @@ def fill(
     transient = _match_buffers(module, [slot for slot in places if slot.kind == "transient"], buffers or {})
     sources = [next(slot.name for slot in group if slot.name in index) for group in groups]
     reader = _Reader(torch.device(device))
-    tensors = [reader.load(index[name], _target_dtype(name, index[name], dtype, keep_dtype)) for name in sources]
+    others = own_dtypes or {}
+    wanted = {name: next((others[p] for p in others if fnmatchcase(name, p)), dtype) for name in sources}
+    tensors = [reader.load(index[name], _target_dtype(name, index[name], wanted[name], keep_dtype)) for name in sources]
     for group, source, tensor in zip(groups, sources, tensors, strict=True):
         placed = _place(group, tensor)
         if tensor.numel() > 0 and not tensor.is_meta:

@@ -1,6 +1,6 @@
 """Older published key names, as tables: how a file's names become the names of the class at hand.
 
-T5 needs no table: `shared.weight` and `encoder.embed_tokens.weight` are one tied parameter, which `fill` knows.
+T5 needs no renames: `shared.weight` and `encoder.embed_tokens.weight` are one tied parameter, which `fill` knows.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ CLIP_TEXT_NAMES = NameTable(
     renames=(Rename(r"^text_model\.", ""), Rename(r"^", "text_model.")),
     stray=("*embeddings.position_ids",),
 )
+
+# A whole T5 serves as a text encoder, too.
+T5_NAMES = NameTable(stray=("decoder.*", "lm_head.weight"))
 
 # Likewise the vision tower inside the safety checker, which was wrapped twice.
 SAFETY_CHECKER_NAMES = NameTable(

@@ -1,0 +1,80 @@
+"""`lowtide generate --video`: clips of frames become .mp4 files, and sheets with some of their frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from lowtide.cli.errors import InputError
+from lowtide.cli.request import Decode, Request
+from lowtide.pictures import whole_or_not
+from lowtide.stages import Stage
+
+WHOLE_CLIPS_UP_TO = 144 * 144
+"""Pixels of a frame up to which a clip's frames are decoded whole where nothing else is asked for."""
+
+
+def make_videos(pipe: Any, request: Request, paths: Sequence[Path]) -> None:
+    """Make one video for each seed, and say its path as soon as it is there; the sheet lies beside it.
+
+    The noise is drawn on the CPU, so it is the same on every device.
+    """
+    import torch
+
+    from lowtide.utils import export_to_video
+    from lowtide.videos import contact_sheet
+
+    video = request.video
+    assert video is not None
+    width, height = request.size or (None, None)
+    rows, columns, _ = pipe.clip_size(height, width, video.frames)
+    set_decoding(pipe, request.decode, exact=rows * columns > WHOLE_CLIPS_UP_TO)
+    for seed, path in zip(request.seeds, paths, strict=True):
+        clips = pipe(
+            prompt=[request.prompt],
+            negative_prompt=[request.negative],
+            width=width,
+            height=height,
+            num_frames=video.frames,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            generator=[torch.Generator("cpu").manual_seed(seed)],
+        )
+        frames = clips.frames[0]
+        with pipe.stages.stage("write", steps=len(frames)) as stage:
+            export_to_video(_counted(frames, stage), path, fps=video.fps)
+        typer.echo(path)
+        if video.sheet:
+            place = path.with_name(f"{path.stem}-sheet.png")
+            with whole_or_not(place) as unfinished:
+                contact_sheet(frames, fps=video.fps).save(unfinished, "PNG")
+            typer.echo(place)
+
+
+def set_decoding(pipe: Any, decode: Decode, *, exact: bool) -> None:
+    """Decode as asked; "auto" is row by row if `exact`: where the whole would take more than about a gigabyte."""
+    if decode is Decode.EXACT or (decode is Decode.AUTO and exact):
+        pipe.enable_vae_tiling("exact")
+    elif decode is Decode.BLENDED:
+        pipe.enable_vae_tiling()
+
+
+def check_kind(model: str, *, video: bool) -> None:
+    """Raise `InputError` for a model that makes the other kind of thing, before any of its weights are fetched."""
+    from lowtide.hub import Source
+    from lowtide.loading import MODEL_INDEX, read_model_index
+
+    made_by, _, _ = read_model_index(Source(model).fetch([MODEL_INDEX]))
+    if made_by == "CogVideoXPipeline" and not video:
+        raise InputError(f"--model {model} makes videos: add --video.")
+    if made_by == "StableDiffusionPipeline" and video:
+        raise InputError(f"--model {model} makes pictures: leave out --video, or give a model such as CogVideoX.")
+
+
+def _counted(frames: Iterable[Any], stage: Stage) -> Iterator[Any]:
+    for frame in frames:
+        yield frame
+        stage.advance()

@@ -1,0 +1,65 @@
+"""Frames of clips as they come out of the decoder, in the form that was asked for; no clip is held twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowtide.activations.frames import frame_batches
+from lowtide.pipelines.outputs import to_pil, to_unit_range
+
+
+def frames_made(latent_frames: int, batch_size: int, ratio: int) -> int:
+    """Frames that a causal decoder makes of latent frames, `batch_size` at a time; of an odd batch the first is one.
+
+    With a `ratio` of 4 and batches of 2: of 13 latent frames 49, of 12 there are 48.
+    """
+    sizes = (batch.stop - batch.start for batch in frame_batches(latent_frames, batch_size))
+    return sum(ratio * (size - size % 2) + size % 2 for size in sizes)
+
+
+class Frames:
+    """Takes decoded frames one clip after the other; `result` is all of them as "pil", "np" or "pt".
+
+    Shapes: `clips` clips of `frames` frames each; "np" is float32 `[B, F, H, W, 3]`, "pt" `[B, F, 3, H, W]` as decoded,
+    both in [0, 1]; "pil" a list of PIL images for each clip.
+    """
+
+    def __init__(self, output_type: str, clips: int, frames: int) -> None:
+        self._made: Any = [[] for _ in range(clips)] if output_type == "pil" else None
+        self._output_type = output_type
+        self._shape = clips, frames
+        self._count = 0
+
+    def add(self, clip: int, first: int, frames_3FHW: torch.Tensor) -> None:
+        """The frames from number `first` on of clip number `clip`, nominally in [-1, 1]; frames of a clip in order."""
+        assert first + frames_3FHW.shape[1] <= self._shape[1], "more frames than the latents make"
+        self._count += frames_3FHW.shape[1]
+        for place, frame in enumerate(frames_3FHW.unbind(1), start=first):
+            pixels_3HW = to_unit_range(frame)
+            if self._output_type == "pt":
+                self._tensor(pixels_3HW)[clip, place] = pixels_3HW
+                continue
+            pixels_HW3 = pixels_3HW.detach().cpu().permute(1, 2, 0).float().numpy()
+            if self._output_type == "np":
+                self._array(pixels_HW3)[clip, place] = pixels_HW3
+            else:
+                self._made[clip] += to_pil(pixels_HW3[None])
+
+    @property
+    def result(self) -> Any:
+        """All frames, once all have been taken."""
+        assert self._count == self._shape[0] * self._shape[1], "fewer frames than the latents make"
+        return self._made
+
+    def _tensor(self, like_3HW: torch.Tensor) -> torch.Tensor:
+        if self._made is None:
+            self._made = like_3HW.new_empty((*self._shape, *like_3HW.shape))
+        return self._made
+
+    def _array(self, like_HW3: np.ndarray) -> np.ndarray:
+        if self._made is None:
+            self._made = np.empty((*self._shape, *like_HW3.shape), dtype=np.float32)
+        return self._made

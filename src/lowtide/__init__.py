@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lowtide.models.safety_checker import StableDiffusionSafetyChecker
     from lowtide.models.unet import UNet2DConditionModel
     from lowtide.models.vae import AutoencoderKL
+    from lowtide.models.video_transformer import CogVideoXTransformer3DModel
     from lowtide.pipelines.base import DiffusionPipeline
     from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
     from lowtide.schedulers import (
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoencoderKL",
     "Casting",
+    "CogVideoXTransformer3DModel",
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
     "DiffusionPipeline",
@@ -48,6 +50,7 @@ __all__ = [
 _HOME = {
     "AutoencoderKL": "lowtide.models.vae",
     "Casting": "lowtide.memory.forms",
+    "CogVideoXTransformer3DModel": "lowtide.models.video_transformer",
     "DDIMScheduler": "lowtide.schedulers",
     "DPMSolverMultistepScheduler": "lowtide.schedulers",
     "DiffusionPipeline": "lowtide.pipelines.base",

@@ -21,6 +21,7 @@ from lowtide.models.mixin import WEIGHTS_NAME, ModelMixin
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker, position_ids
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.vae import AutoencoderKL
+from lowtide.models.video_transformer import CogVideoXTransformer3DModel
 from lowtide.schedulers import SCHEDULERS
 from lowtide.weights.fill import state_names
 from lowtide.weights.index import CheckpointError, find_weights
@@ -29,7 +30,11 @@ from lowtide.weights.save import save_tensors
 
 MODEL_INDEX = "model_index.json"
 
-MODELS: dict[str, type[ModelMixin]] = {"UNet2DConditionModel": UNet2DConditionModel, "AutoencoderKL": AutoencoderKL}
+MODELS: dict[str, type[ModelMixin]] = {
+    "UNet2DConditionModel": UNet2DConditionModel,
+    "AutoencoderKL": AutoencoderKL,
+    "CogVideoXTransformer3DModel": CogVideoXTransformer3DModel,
+}
 TEXT_ENCODERS: dict[str, NameTable] = {"CLIPTextModel": CLIP_TEXT_NAMES}
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 VOCABULARY = ("vocab.json", "merges.txt")

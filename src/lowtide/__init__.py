@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lowtide.models.safety_checker import StableDiffusionSafetyChecker
     from lowtide.models.unet import UNet2DConditionModel
     from lowtide.models.vae import AutoencoderKL
+    from lowtide.models.video_transformer import CogVideoXTransformer3DModel
     from lowtide.models.video_vae import AutoencoderKLCogVideoX
     from lowtide.pipelines.base import DiffusionPipeline
     from lowtide.pipelines.cogvideox import CogVideoXPipeline
@@ -38,6 +39,7 @@ __all__ = [
     "CogVideoXDDIMScheduler",
     "CogVideoXDPMScheduler",
     "CogVideoXPipeline",
+    "CogVideoXTransformer3DModel",
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
     "DiffusionPipeline",
@@ -60,6 +62,7 @@ _HOME = {
     "CogVideoXDDIMScheduler": "lowtide.schedulers",
     "CogVideoXDPMScheduler": "lowtide.schedulers",
     "CogVideoXPipeline": "lowtide.pipelines.cogvideox",
+    "CogVideoXTransformer3DModel": "lowtide.models.video_transformer",
     "DDIMScheduler": "lowtide.schedulers",
     "DPMSolverMultistepScheduler": "lowtide.schedulers",
     "DiffusionPipeline": "lowtide.pipelines.base",

@@ -23,6 +23,7 @@ from lowtide.models.safety_checker import StableDiffusionSafetyChecker, position
 from lowtide.models.tokenizers import TOKENIZERS, load_tokenizer
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.vae import AutoencoderKL
+from lowtide.models.video_transformer import CogVideoXTransformer3DModel
 from lowtide.models.video_vae import AutoencoderKLCogVideoX
 from lowtide.schedulers import SCHEDULERS
 from lowtide.weights.fill import state_names
@@ -36,6 +37,7 @@ MODELS: dict[str, type[ModelMixin]] = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "AutoencoderKL": AutoencoderKL,
     "AutoencoderKLCogVideoX": AutoencoderKLCogVideoX,
+    "CogVideoXTransformer3DModel": CogVideoXTransformer3DModel,
 }
 TEXT_ENCODERS: dict[str, NameTable] = {"CLIPTextModel": CLIP_TEXT_NAMES, "T5EncoderModel": T5_NAMES}
 FLOAT32_BESIDE_FLOAT16: dict[str, tuple[str, ...]] = {"T5EncoderModel": ("*.DenseReluDense.wo.weight",)}

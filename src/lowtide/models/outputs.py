@@ -13,6 +13,13 @@ class UNet2DConditionOutput:
 
 
 @dataclass
+class Transformer3DModelOutput:
+    """The video denoiser's prediction, `sample` `[B, F, out_channels, H, W]`."""
+
+    sample: torch.Tensor
+
+
+@dataclass
 class DecoderOutput:
     """The decoded pictures `[B, 3, H, W]` or clips `[B, 3, F, H, W]` as `sample`, nominally in [-1, 1]."""
 

@@ -1,0 +1,91 @@
+"""Configuration of the video transformer, as published in `transformer/config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lowtide.configs import Config
+from lowtide.models.config_checks import check_types
+
+# Entries of published configurations that change the network and of which we build one kind only.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "activation_fn": ("gelu-approximate",),
+    "dropout": (0, 0.0),
+    "norm_elementwise_affine": (True,),
+    "timestep_activation_fn": ("silu",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CogVideoXTransformer3DConfig(Config):
+    """Shape of a `CogVideoXTransformer3DModel`.
+
+    `sample_height` and `sample_width` are those of the latents the model was trained on, `sample_frames` the frames of
+    the video they stand for. `patch_size_t` latent frames make one token (version 1.5); None means each its own.
+    `use_learned_positional_embeddings` and `ofs_embed_dim` are of the models that begin with a picture.
+    """
+
+    num_attention_heads: int = 30
+    attention_head_dim: int = 64
+    in_channels: int = 16
+    out_channels: int = 16
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    time_embed_dim: int = 512
+    ofs_embed_dim: int | None = None
+    text_embed_dim: int = 4096
+    num_layers: int = 30
+    attention_bias: bool = True
+    sample_width: int = 90
+    sample_height: int = 60
+    sample_frames: int = 49
+    patch_size: int = 2
+    patch_size_t: int | None = None
+    temporal_compression_ratio: int = 4
+    max_text_seq_length: int = 226
+    norm_eps: float = 1e-5
+    spatial_interpolation_scale: float = 1.875
+    temporal_interpolation_scale: float = 1.0
+    use_rotary_positional_embeddings: bool = False
+    use_learned_positional_embeddings: bool = False
+    patch_bias: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse, by name, what we cannot build: it must never be built wrongly in silence."""
+        check_types(self, "Video transformer")
+        for key, possible in SUPPORTED.items():
+            if key in self.unused and self.unused[key] not in possible:
+                _refuse(f"{key}={self.unused[key]!r} is not supported; possible: {possible}.")
+        if self.use_learned_positional_embeddings and not self.use_rotary_positional_embeddings:
+            _refuse("use_learned_positional_embeddings without use_rotary_positional_embeddings is not supported.")
+        if self.patch_size_t is not None and not self.use_rotary_positional_embeddings:
+            _refuse("patch_size_t without use_rotary_positional_embeddings is not supported.")
+        if self.patch_size_t is not None and self.use_learned_positional_embeddings:
+            _refuse("patch_size_t with use_learned_positional_embeddings is not supported.")
+        if self.ofs_embed_dim not in (None, self.time_embed_dim):
+            _refuse(f"ofs_embed_dim={self.ofs_embed_dim} must be null, or time_embed_dim={self.time_embed_dim}.")
+        size = "attention_head_dim" if self.use_rotary_positional_embeddings else "num_attention_heads * head size"
+        width = self.attention_head_dim if self.use_rotary_positional_embeddings else self.inner_dim
+        if width % 16:
+            _refuse(f"{size}={width} must be a multiple of 16: positions are split over it.")
+        for key in ("spatial_interpolation_scale", "temporal_interpolation_scale"):
+            if not getattr(self, key) > 0:
+                _refuse(f"{key}={getattr(self, key)} is not possible; it must be above 0.")
+        for key in ("sample_height", "sample_width"):
+            if getattr(self, key) < self.patch_size:
+                _refuse(f"{key}={getattr(self, key)} is smaller than patch_size={self.patch_size}.")
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def sample_latent_frames(self) -> int:
+        """Latent frames of a video of `sample_frames`."""
+        return (self.sample_frames - 1) // self.temporal_compression_ratio + 1
+
+
+def _refuse(reason: str) -> None:
+    raise ValueError(f"Video transformer config: {reason}")

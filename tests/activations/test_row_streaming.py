@@ -276,7 +276,7 @@ def test_settings_that_are_not_possible(options, told):
 def test_inputs_that_are_not_possible():
     module, x = part_and_input("sd1", "decoder")
     apply_row_streaming(module)
-    with pytest.raises(ValueError, match=r"\[B, C, H, W\], and this is \[4, 13, 11\]"):
+    with pytest.raises(ValueError, match=r"\[B, C, F, H, W\], and this is \[4, 13, 11\]"):
         module(x[0])
     with pytest.raises(ValueError, match="this is a NoneType"):
         module(None)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowtide.activations.frames import FrameCache
 from lowtide.activations.pages import FilePages, MemoryPages, Pages
 from lowtide.activations.rules import NotByRowsError
 from lowtide.activations.run import Progress, RowSink, Run
@@ -28,7 +29,8 @@ from lowtide.memory.host import host_memory
 from lowtide.sizes import format_bytes, parse_bytes
 
 LEAST_WORK = 8 * 2**20
-ROWS_AT_WORK = 8
+ROWS_AT_WORK = {4: 8, 5: 40}
+"""The bytes of so many of the widest rows are at work together: of maps, and of clips, whose bands are thin else."""
 LARGEST_PAGE = 2**20
 FREE_SHARE = 0.5
 """Of the memory that is free, rows take at most this share before they go elsewhere."""
@@ -98,8 +100,10 @@ class RowStreaming:
         self._schedules: dict[Any, Schedule] = {}
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The module's output for maps `[B, C, H, W]`, one picture at a time."""
+        """The module's output for maps `[B, C, H, W]` or clips `[B, C, F, H, W]`, one of the batch at a time."""
         _check_input(x)
+        if len(x) > 1 and _cache_in(args) is not None:
+            raise ValueError(f"Frames are kept for one clip, and this is a batch of {len(x)}: decode one at a time.")
         if x.shape[0] == 0:
             raise ValueError(f"There is no picture in a batch {list(x.shape)}.")
         output: torch.Tensor | None = None
@@ -107,7 +111,7 @@ class RowStreaming:
             schedule = self.schedule(one, args, kwargs)
             if output is None:
                 output = x.new_empty((len(x), *schedule.trace.output.shape[1:]), dtype=schedule.trace.output.dtype)
-            self._run(one, schedule, functools.partial(_put, output[place : place + 1]))
+            self._run(one, schedule, functools.partial(_put, output[place : place + 1]), _cache_in(args))
         assert output is not None
         return output
 
@@ -117,20 +121,21 @@ class RowStreaming:
 
     def stream(self, x: torch.Tensor, write: RowSink, *args: Any, **kwargs: Any) -> None:
         """Compute one picture `[1, C, H, W]` and hand finished rows to `write` from top to bottom."""
-        self._run(x, self.schedule(x, args, kwargs), write)
+        self._run(x, self.schedule(x, args, kwargs), write, _cache_in(args))
 
-    def forecast(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> RowForecast:
-        """What a run over one picture `[1, C, H, W]` of this shape will take, without running it.
+    def forecast(self, shape: tuple[int, ...], dtype: torch.dtype | None = None, *args: Any) -> RowForecast:
+        """What a run over one picture `[1, C, H, W]` or clip of this shape will take, without running it.
 
-        `dtype` is that of the weights unless given. Raises `ValueError` for a budget that is too small.
+        `dtype` is that of the weights unless given, `args` are the module's other arguments. Raises `ValueError` for a
+        budget that is too small.
         """
         weight = next(self.module.parameters(), torch.empty(0))
         example = torch.empty(1, dtype=dtype or weight.dtype, device=weight.device).expand(shape)
-        return self._forecast(self.schedule(example, (), {}), example.device)
+        return self._forecast(self.schedule(example, args, {}), example.device)
 
-    def check(self, shape: tuple[int, ...]) -> None:
+    def check(self, shape: tuple[int, ...], *args: Any) -> None:
         """Raise now what a run over such a picture would raise: `ValueError`, or `OSError` for a disk too small."""
-        found = self.forecast(shape)
+        found = self.forecast(shape, None, *args)
         if found.rows is Tier.DISK:
             _check_disk(found.stored, self.settings.folder)
 
@@ -139,7 +144,7 @@ class RowStreaming:
         _check_input(x)
         if any(isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())):
             raise ValueError(f"Row streaming of {type(self.module).__name__} takes one map and no other tensors.")
-        key = (tuple(x.shape[1:]), x.dtype, repr(args), repr(kwargs), _form(self.module))
+        key = (tuple(x.shape[1:]), x.dtype, repr([_told(one) for one in args]), repr(kwargs), _form(self.module))
         if key not in self._schedules:
             try:
                 self._schedules[key] = plan(trace(self.module, (1, *x.shape[1:]), x.dtype, args, kwargs))
@@ -150,19 +155,21 @@ class RowStreaming:
                 ) from reason.__cause__
         return self._schedules[key]
 
-    def _run(self, x: torch.Tensor, schedule: Schedule, write: RowSink) -> None:
+    def _run(self, x: torch.Tensor, schedule: Schedule, write: RowSink, cache: FrameCache | None) -> None:
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError("Row streaming keeps nothing for gradients: call it under torch.no_grad(), or disable it.")
         found = self._forecast(schedule, x.device)
         with torch.no_grad():
-            pages = self._pages(found, x.device)
-            run = Run(self.module, schedule, pages, self._work(schedule))
-            run(x, write, self.watch)
+            kept = None if cache is None else cache.pages
+            pages = self._pages(found, self._page_bytes(schedule), x.device) if kept is None else kept
+            if cache is not None:
+                cache.pages = pages
+            pages.count_anew()
+            Run(self.module, schedule, pages, self._work(schedule), cache)(x, write, self.watch)
         self.last = RowForecast(found.rows, pages.peak_bytes, found.work, found.passes)
 
     def _forecast(self, schedule: Schedule, device: torch.device) -> RowForecast:
-        work = self._work(schedule)
-        stored, bands = schedule.forecast(work, _page_bytes(schedule.forecast(work)[0]))
+        stored, bands = schedule.forecast(self._work(schedule), self._page_bytes(schedule))
         rows = self.settings.rows or self._place(stored, bands, device)
         if device.type == "cpu" and rows is Tier.HOST:
             rows = Tier.DEVICE  # the same memory
@@ -177,7 +184,8 @@ class RowStreaming:
 
     def _work(self, schedule: Schedule) -> int:
         widest = max((target.row_bytes for one in schedule.passes for target in one.targets), default=0)
-        chosen = max(LEAST_WORK, ROWS_AT_WORK * widest) if self.settings.work is None else self.settings.work
+        usual = max(LEAST_WORK, ROWS_AT_WORK[len(schedule.trace.source.shape)] * widest)
+        chosen = usual if self.settings.work is None else self.settings.work
         return chosen if self.settings.budget is None else min(chosen, self.settings.budget)
 
     def _place(self, stored: int, work: int, device: torch.device) -> Tier:
@@ -189,8 +197,12 @@ class RowStreaming:
             return Tier.HOST
         return Tier.DISK
 
-    def _pages(self, forecast: RowForecast, device: torch.device) -> Pages:
-        page = _page_bytes(forecast.stored)
+    def _page_bytes(self, schedule: Schedule) -> int:
+        """Small beside what is stored in all planes, so that little of the pages is empty."""
+        stored, _ = schedule.forecast(self._work(schedule))
+        return min(LARGEST_PAGE, max(4096, stored // max(128, 16 * schedule.planes)))
+
+    def _pages(self, forecast: RowForecast, page: int, device: torch.device) -> Pages:
         if forecast.rows is Tier.DISK:
             _check_disk(forecast.stored, self.settings.folder)
             return FilePages(page, self.settings.folder)
@@ -206,6 +218,8 @@ def apply_row_streaming(
     folder: str | os.PathLike[str] | None = None,
 ) -> RowStreaming:
     """Have any convolutional network over maps `[B, C, H, W]` computed row by row: the same result, in less memory.
+
+    Clips `[B, C, F, H, W]` too: all frames of a call at once, row by row.
 
     Works for encoders and decoders made of convolutions, group, layer and batch norms, activations, additions,
     nearest-neighbour enlargement and attention over pixels. `rows` is where finished rows rest ("device", "host" or
@@ -239,11 +253,6 @@ def row_streaming_of(module: nn.Module) -> RowStreaming | None:
     return found if isinstance(found, RowStreaming) else None
 
 
-def _page_bytes(stored: int) -> int:
-    """Small beside what is stored, so that little of the pages is empty."""
-    return min(LARGEST_PAGE, max(4096, stored // 128))
-
-
 def _form(module: nn.Module) -> tuple[Any, ...]:
     """What a plan depends on besides the input: the parts of a module, and the forms of its weights."""
     parts = tuple((name, type(part), part.training) for name, part in module.named_modules())
@@ -252,7 +261,16 @@ def _form(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _put(output: torch.Tensor, first: int, rows: torch.Tensor) -> None:
-    output[:, :, first : first + rows.shape[2]].copy_(rows)
+    output.narrow(-2, first, rows.shape[-2]).copy_(rows)
+
+
+def _cache_in(args: Any) -> FrameCache | None:
+    return next((one for one in args if isinstance(one, FrameCache)), None)
+
+
+def _told(argument: Any) -> Any:
+    """What a plan depends on of an argument."""
+    return (argument.has_before, argument.is_last) if isinstance(argument, FrameCache) else argument
 
 
 def _free(device: torch.device) -> int:
@@ -260,9 +278,9 @@ def _free(device: torch.device) -> int:
 
 
 def _check_input(x: object) -> None:
-    if not isinstance(x, torch.Tensor) or x.ndim != 4:
+    if not isinstance(x, torch.Tensor) or x.ndim not in (4, 5):
         given = list(x.shape) if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
-        raise ValueError(f"Row streaming needs maps [B, C, H, W], and this is {given}.")
+        raise ValueError(f"Row streaming needs maps [B, C, H, W] or clips [B, C, F, H, W], and this is {given}.")
 
 
 def _check_folder(folder: object) -> None:

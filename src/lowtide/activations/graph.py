@@ -1,7 +1,8 @@
 """The nouns of row streaming: a network as values that have rows, and the steps that make one from others.
 
-Each step says which rows of its inputs some rows of its output need. Rows are those of a picture: dimension 2 of a map
-`[1, C, H, W]`, or groups of `W` entries of the tokens `[1, H·W, C]` that a map was reshaped to.
+Each step says which rows of its inputs some rows of its output need. Rows are those of a picture: the last dimension
+but one of a map `[1, C, H, W]` or of a clip of `F` frames `[1, C, F, H, W]`, or groups of `W` entries of the tokens
+`[1, H·W, C]` that a map was reshaped to.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class RowAxis:
 class Value:
     """One tensor of the network, as it would be whole. `axis` is None for what is made of weights alone.
 
-    `step` makes it; the input and the weights have none. `slot` is a weight's name in the network.
+    `step` makes it; the input, the weights and what was kept of frames before have none. `slot` is a weight's name in
+    the network, `place` that of frames kept before in their `FrameCache`.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +41,7 @@ class Value:
     axis: RowAxis | None = None
     step: Step | None = None
     slot: str | None = None
+    place: int | None = None
 
     @property
     def rows(self) -> int:
@@ -50,6 +53,11 @@ class Value:
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return math.prod(self.shape) * self.dtype.itemsize // self.rows
+
+    @property
+    def planes(self) -> int:
+        """Pictures one after the other: the frames of a clip, else one."""
+        return self.shape[2] if len(self.shape) == 5 and is_map(self) else 1
 
     def rows_shape(self, rows: int) -> list[int]:
         """The shape of a band of so many rows."""
@@ -99,8 +107,13 @@ class Step:
 
 
 def is_map(value: Value) -> bool:
-    """Whether a value is a map `[1, C, H, W]`."""
-    return len(value.shape) == 4 and value.shape[0] == 1 and value.axis == RowAxis(2, value.shape[2])
+    """Whether a value is a map `[1, C, H, W]` or a clip `[1, C, F, H, W]`."""
+    return len(value.shape) in (4, 5) and value.shape[0] == 1 and value.axis == rows_of(value.shape)
+
+
+def rows_of(shape: Sequence[int]) -> RowAxis:
+    """Where the rows of a map or a clip are."""
+    return RowAxis(len(shape) - 2, shape[-2])
 
 
 def holds(tree: Any) -> Iterator[Value]:
@@ -192,7 +205,7 @@ class Reshape(Step):
 
 
 class Convolution(Step):
-    """A convolution; rows of zeros lie around the map."""
+    """A convolution of a map or a clip; rows of zeros lie around it."""
 
     halo = True
 
@@ -200,20 +213,20 @@ class Convolution(Step):
         self,
         source: Value,
         weights: tuple[Value, Value | None],
-        stride: Span,
-        padding: Span,
-        dilation: Span,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
         groups: int,
     ) -> None:
         self.inputs = (source,)
         self.weight, self.bias = weights
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
-        self.reach = dilation[0] * (self.weight.shape[2] - 1) + 1
+        self.reach = dilation[-2] * (self.weight.shape[-2] - 1) + 1
 
     def needs(self, span: Span) -> list[Span]:
         """The rows that the kernel covers."""
-        first = span[0] * self.stride[0] - self.padding[0]
-        return [(first, (span[1] - 1) * self.stride[0] - self.padding[0] + self.reach)]
+        stride, padding = self.stride[-2], self.padding[-2]
+        return [(span[0] * stride - padding, (span[1] - 1) * stride - padding + self.reach)]
 
     def weights(self) -> Iterator[Value]:
         """Weight and bias."""
@@ -228,7 +241,15 @@ class Convolution(Step):
         if above != below:
             band = F.pad(band, (0, 0, above, below))
         bias = None if self.bias is None else constant(self.bias)
-        return F.conv2d(band, weight, bias, self.stride, (rows, self.padding[1]), self.dilation, self.groups)
+        padding = (*self.padding[:-2], rows, self.padding[-1])
+        return convolve(band, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+def convolve(band: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
+    """Convolve a map or a clip, which has its channels last here: what made it may have left it otherwise."""
+    if band.ndim == 5:
+        return F.conv3d(band.contiguous(memory_format=torch.channels_last_3d), weight, *args)
+    return F.conv2d(band, weight, *args)
 
 
 class Pad(Step):
@@ -252,20 +273,20 @@ class Pad(Step):
 class Enlarge(Step):
     """Nearest-neighbour enlargement by whole numbers."""
 
-    def __init__(self, source: Value, factors: Span) -> None:
+    def __init__(self, source: Value, factors: tuple[int, ...]) -> None:
         self.inputs = (source,)
         self.factors = factors
 
     def needs(self, span: Span) -> list[Span]:
         """The rows that are repeated."""
-        return [(span[0] // self.factors[0], -(-span[1] // self.factors[0]))]
+        return [(span[0] // self.factors[-2], -(-span[1] // self.factors[-2]))]
 
     def run(self, bands: Sequence[torch.Tensor], span: Span, constant: Callable[[Value], Any]) -> torch.Tensor:
         """Enlarge the rows, and cut what was repeated too often."""
         scale = tuple(float(factor) for factor in self.factors)
         large = F.interpolate(bands[0], scale_factor=scale, mode="nearest")
-        start = span[0] - self.needs(span)[0][0] * self.factors[0]
-        return large.narrow(2, start, span[1] - span[0])
+        start = span[0] - self.needs(span)[0][0] * self.factors[-2]
+        return large.narrow(-2, start, span[1] - span[0])
 
 
 class GroupNorm(Step):

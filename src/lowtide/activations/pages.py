@@ -22,10 +22,14 @@ PAGES_IN_BLOCK = 40
 
 
 class Pages(Protocol):
-    """Numbered pages of `page_bytes` bytes; `peak_bytes` were in use at once."""
+    """Numbered pages of `page_bytes` bytes; `peak_bytes` were in use at once since they were counted anew."""
 
     page_bytes: int
     peak_bytes: int
+
+    def count_anew(self) -> None:
+        """The peak is what is in use now."""
+        ...
 
     def take(self) -> int:
         """The number of a page that is free."""
@@ -57,8 +61,15 @@ class _Numbers:
         """The lowest number that is free."""
         page = heapq.heappop(self._free) if self._free else self._count
         self._count = max(self._count, page + 1)
-        self.peak_bytes = max(self.peak_bytes, (self._count - len(self._free)) * self.page_bytes)
+        self.peak_bytes = max(self.peak_bytes, self._used())
         return page
+
+    def count_anew(self) -> None:
+        """The peak is what is in use now."""
+        self.peak_bytes = self._used()
+
+    def _used(self) -> int:
+        return (self._count - len(self._free)) * self.page_bytes
 
     def give(self, page: int) -> None:
         """Give a number back."""
@@ -118,7 +129,38 @@ class FilePages(_Numbers):
 
 
 class RowStore:
-    """The rows of one value, one after the other, in pages; the first ones may leave before the last ones come."""
+    """The rows of one value in pages; the first ones may leave before the last ones come.
+
+    A value of several `planes`, such as the frames of a clip, has the rows of each plane by themselves; rows are given
+    and taken plane after plane. `row_bytes` are those of a row of all planes.
+    """
+
+    def __init__(self, pages: Pages, row_bytes: int, planes: int = 1) -> None:
+        self._planes = [_Plane(pages, row_bytes // planes) for _ in range(planes)]
+
+    def write(self, first: int, rows: torch.Tensor) -> None:
+        """Store rows from `first` on, given as flat uint8."""
+        for plane, part in zip(self._planes, rows.view(len(self._planes), -1), strict=True):
+            plane.write(first, part)
+
+    def read(self, span: Span, target: torch.Tensor) -> None:
+        """Fill a flat uint8 tensor with the rows of `span`."""
+        for plane, part in zip(self._planes, target.view(len(self._planes), -1), strict=True):
+            plane.read(span, part)
+
+    def release(self, before: int) -> None:
+        """Give back the pages that hold nothing but rows before `before`."""
+        for plane in self._planes:
+            plane.release(before)
+
+    def close(self) -> None:
+        """Give back all pages."""
+        for plane in self._planes:
+            plane.close()
+
+
+class _Plane:
+    """Rows one after the other in pages."""
 
     def __init__(self, pages: Pages, row_bytes: int) -> None:
         self._pages = pages

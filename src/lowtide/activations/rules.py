@@ -27,8 +27,10 @@ from lowtide.activations.graph import (
     RowAxis,
     Step,
     Value,
+    convolve,
     holds,
     is_map,
+    rows_of,
 )
 
 Made = tuple[Step, RowAxis]
@@ -224,32 +226,35 @@ def _along(call: Call) -> Made:
 def _convolution(call: Call) -> Made:
     given = call.named("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     source, weight, bias, groups = given["input"], given["weight"], given.get("bias"), given.get("groups", 1)
-    stride, dilation = _pair(given.get("stride", 1)), _pair(given.get("dilation", 1))
+    sides = len(weight.shape) - 2
+    stride, dilation = _each(given.get("stride", 1), sides), _each(given.get("dilation", 1), sides)
     padding = _padding(given.get("padding", 0), dilation, weight.shape[2:])
     if not is_map(source) or weight.axis is not None:
         raise NotByRowsError("it convolves something other than one map with a weight")
-    axis = RowAxis(2, call.result.shape[2])
-    if (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0):
+    axis = rows_of(call.result.shape)
+    if {*weight.shape[2:], *stride} == {1} and not any(padding):
         return Linear(_convolved_pixels, ((source, weight, bias, groups), {})), axis
     return Convolution(source, (weight, bias), stride, padding, dilation, groups), axis
 
 
-def _padding(given: Any, dilation: tuple[int, int], kernel: tuple[int, ...]) -> tuple[int, int]:
+def _padding(given: Any, dilation: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
     if given != "same":
-        return _pair(0 if given == "valid" else given)
+        return _each(0 if given == "valid" else given, len(kernel))
     around = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if any(size % 2 for size in around):
-        raise NotByRowsError("it pads unevenly in conv2d")
-    return around[0] // 2, around[1] // 2
+        raise NotByRowsError("it pads unevenly in a convolution")
+    return tuple(size // 2 for size in around)
 
 
 def _convolved_pixels(band: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int) -> torch.Tensor:
-    return F.conv2d(band, weight, bias, groups=groups)
+    if band.ndim == 5 and groups == 1:  # PyTorch has no kernel for it: it would write down every pixel again
+        return F.linear(band.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+    return convolve(band, weight, bias, 1, 0, 1, groups)
 
 
-def _pair(number: Any) -> tuple[int, int]:
-    one, other = (number, number) if isinstance(number, int) else (*number, number[-1])[:2]
-    return one, other
+def _each(number: Any, sides: int) -> tuple[int, ...]:
+    """One number for every side, or one in all."""
+    return (number,) * sides if isinstance(number, int) else (*number, *[number[-1]] * sides)[:sides]
 
 
 def _pad(call: Call) -> Made:
@@ -258,7 +263,7 @@ def _pad(call: Call) -> Made:
     if not is_map(source) or mode != "constant" or len(around) > 4:
         raise NotByRowsError(f"its padding ({mode}, {around}) is not one of constants around a map")
     left, right, top, bottom = (*around, 0, 0, 0, 0)[:4]
-    return Pad(source, (left, right, top, bottom), float(given.get("value") or 0)), RowAxis(2, call.result.shape[2])
+    return Pad(source, (left, right, top, bottom), float(given.get("value") or 0)), rows_of(call.result.shape)
 
 
 def _interpolate(call: Call) -> Made:
@@ -268,12 +273,13 @@ def _interpolate(call: Call) -> Made:
     factors = [new // old for new, old in sides]
     scale = given["scale_factor"]
     if scale is not None and not given["recompute_scale_factor"]:
-        exact = [float(one) for one in (scale if isinstance(scale, (tuple, list)) else [scale] * 2)] == factors
+        given_scales = scale if isinstance(scale, (tuple, list)) else [scale] * len(sides)
+        exact = [float(one) for one in given_scales] == factors
     else:
         exact = not any(new % old for new, old in sides)
     if not is_map(source) or mode not in ("nearest", "nearest-exact") or not exact:
         raise NotByRowsError(f"it resizes by interpolate({mode!r}), not by a whole number and the nearest neighbour")
-    return Enlarge(source, (factors[0], factors[1])), RowAxis(2, call.result.shape[2])
+    return Enlarge(source, tuple(factors)), rows_of(call.result.shape)
 
 
 def _group_norm(call: Call) -> Made:
@@ -324,6 +330,7 @@ RULES: dict[str, Callable[[Call], tuple[Step, RowAxis | None]]] = {
     **dict.fromkeys(("mean", "sum", "repeat_interleave", "softmax", *DIM_DEFAULTS), _along),
     "linear": _linear,
     "conv2d": _convolution,
+    "conv3d": _convolution,
     "pad": _pad,
     "interpolate": _interpolate,
     "group_norm": _group_norm,

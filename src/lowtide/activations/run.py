@@ -8,15 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lowtide.activations.frames import FrameCache
 from lowtide.activations.graph import Attend, GroupNorm, Local, Span, Value, inside, is_map
 from lowtide.activations.pages import Pages, RowStore
 from lowtide.activations.schedule import Pass, Schedule, attended, freed, height_within, overwritten
 from lowtide.memory.host import trim_heap
 from lowtide.ops.attention import OnlineSoftmax
+from lowtide.ops.convolution import channels_last
 from lowtide.ops.statistics import ChannelStatistics
 
 RowSink = Callable[[int, torch.Tensor], None]
-"""Takes finished rows: the number of the first, and a map `[1, C, rows, W]`; from top to bottom, none twice.
+"""Takes finished rows: the number of the first, and a map `[1, C, rows, W]` or a clip `[1, C, F, rows, W]`; from top to
+bottom, none twice.
 
 The map's memory is used again after the call.
 """
@@ -33,14 +36,18 @@ class Progress:
 
 
 class Run:
-    """One run of a schedule over one input `[1, C, H, W]`."""
+    """One run of a schedule over one input `[1, C, H, W]` or `[1, C, F, H, W]`; `cache` has the frames before it."""
 
-    def __init__(self, module: nn.Module, schedule: Schedule, pages: Pages, work_bytes: int) -> None:
+    def __init__(
+        self, module: nn.Module, schedule: Schedule, pages: Pages, work_bytes: int, cache: FrameCache | None = None
+    ) -> None:
         self.module = module
         self.schedule = schedule
         self.pages = pages
         self.heights = [height_within(one, work_bytes) for one in schedule.passes]
-        self._stores: dict[Value, RowStore] = {}
+        self.cache = FrameCache() if cache is None else cache
+        before = (value for value in schedule.trace.values if value.place is not None)
+        self._stores: dict[Value, RowStore] = {value: self.cache.stores[value.place] for value in before}  # type: ignore[index]
         self._statistics: dict[Value, ChannelStatistics] = {}
         self._constants: dict[Value, torch.Tensor] = {}
         self._affine: dict[Value, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -63,6 +70,7 @@ class Run:
                 if tell is not None:
                     tell(Progress(done, total))
             self._end(one)
+        self.cache.stores = {place: self._stores[value] for place, value in self.schedule.trace.kept.items()}
 
     def _look_at_input(self) -> None:
         """The statistics of norms directly on the input, some rows at a time."""
@@ -77,7 +85,7 @@ class Run:
     def _begin(self, one: Pass) -> None:
         for target in one.targets:
             if target is not self.schedule.trace.output:
-                self._stores[target] = RowStore(self.pages, target.row_bytes)
+                self._stores[target] = RowStore(self.pages, target.row_bytes, target.planes)
         self._statistics.update((value, ChannelStatistics()) for value in one.norms)
 
     def _end(self, one: Pass) -> None:
@@ -171,7 +179,8 @@ class Run:
     def _read(self, value: Value, span: Span, purpose: str = "band") -> torch.Tensor:
         """Rows of a stored value, in memory that serves one purpose."""
         if value is self.schedule.trace.source:
-            return self._x[:, :, span[0] : span[1]].clone(memory_format=torch.channels_last)
+            rows = self._x.narrow(-2, span[0], span[1] - span[0])
+            return rows.clone(memory_format=channels_last(rows))
         flat = self._room((value, purpose), (span[1] - span[0]) * value.row_bytes)
         self._stores[value].read(span, flat)
         return _unflat(value, flat, span[1] - span[0])
@@ -202,16 +211,19 @@ def _slot(module: nn.Module, name: str) -> torch.Tensor:
 def _copy(weight: torch.Tensor) -> torch.Tensor:
     """The weight for the length of a pass; it may rest elsewhere, and is asked for once."""
     with torch.no_grad():
-        if weight.ndim == 4:
-            return weight.clone(memory_format=torch.channels_last).detach()
+        if weight.ndim in (4, 5):
+            return weight.clone(memory_format=channels_last(weight)).detach()
         return weight.clone().detach()
 
 
 def _order(value: Value) -> list[int]:
-    """Dimensions as rows are stored: that of the rows first, those behind it, those before it."""
+    """Dimensions as rows are stored: that of the rows first, those behind it, those before it.
+
+    Of maps and clips the channels are last, and each frame has its rows by itself.
+    """
     assert value.axis is not None
     dim, ndim = value.axis.dim, len(value.shape)
-    return [0, 2, 3, 1] if is_map(value) else [*range(dim, ndim), *range(dim)]
+    return [0, *range(2, ndim), 1] if is_map(value) else [*range(dim, ndim), *range(dim)]
 
 
 def _flat(value: Value, rows: torch.Tensor) -> torch.Tensor:

@@ -118,13 +118,19 @@ class Schedule:
     passes: tuple[Pass, ...]
     input_norms: tuple[Value, ...]
 
+    @property
+    def planes(self) -> int:
+        """Planes that are stored at once, at most: those at work in a pass, and frames kept before and after it."""
+        at_work = max((_planes([*one.targets, *one.sources]) for one in self.passes), default=0)
+        return at_work + 2 * _planes(self.trace.kept.values())
+
     def forecast(self, work_bytes: int, page_bytes: int = 0) -> tuple[int, int]:
         """Bytes of rows stored at once and of bands at work, at most; rows leave as they are consumed.
 
         Within a pass both change evenly, so the most is stored at its beginning or its end, give or take a band, the
         rows around it that are needed again, and pages that are not full.
         """
-        alive: dict[Value, int] = {}
+        alive = {value: _nbytes(value) for value in self.trace.values if value.place is not None}
         stored = work = 0
         for one in self.passes:
             height = height_within(one, work_bytes)
@@ -132,13 +138,15 @@ class Schedule:
             kept = {target: _nbytes(target) for target in one.targets if target is not self.trace.output}
             leaving = [source for source in one.released if source in alive]
             before, all_together = sum(alive.values()), sum({**alive, **kept}.values())
-            slack = page_bytes * (len({*alive, *kept}) + len(leaving)) + height * sum(t.row_bytes for t in kept)
+            slack = page_bytes * _planes([*{*alive, *kept}, *leaving]) + height * sum(t.row_bytes for t in kept)
             slack += sum(one.lag(source) * source.row_bytes for source in leaving)
             alive.update(kept)
             for source in leaving:
                 del alive[source]
             after = all_together if attended(one) else sum(alive.values())
-            stored = max(stored, min(all_together + page_bytes * len({*alive, *leaving}), max(before, after) + slack))
+            stored = max(
+                stored, min(all_together + page_bytes * _planes({*alive, *leaving}), max(before, after) + slack)
+            )
         return stored, work
 
 
@@ -161,14 +169,15 @@ def plan(trace: Trace) -> Schedule:
     """The schedule of a traced network."""
     order = _reaching(trace)
     users = _users(order)
-    stored = _stored(order, users, trace)
+    stored, copies = _stored(order, users, trace)
     passes: list[tuple[list[Value], tuple[Value, ...]]] = []
     for target in (value for value in order if value in stored or value is trace.output):
         sources = _sources(target, stored, trace.source)
-        if passes and passes[-1][1] == sources and passes[-1][0][0].rows == target.rows and target is not trace.output:
-            passes[-1][0].append(target)
-        else:
+        together = _joinable(passes, target, sources, copies)
+        if together is None:
             passes.append(([target], sources))
+        else:
+            passes[together] = ([*passes[together][0], target], tuple(dict.fromkeys((*passes[together][1], *sources))))
     last = {source: place for place, (_, sources) in enumerate(passes) for source in sources}
     norms = [value for value in order if isinstance(value.step, GroupNorm)]
     made = tuple(
@@ -177,6 +186,22 @@ def plan(trace: Trace) -> Schedule:
     )
     watched = tuple(norm.step.inputs[0] for norm in norms if norm.step and root(norm.step.inputs[0]) is trace.source)
     return Schedule(trace, made, watched)
+
+
+def _joinable(
+    passes: list[tuple[list[Value], tuple[Value, ...]]], target: Value, sources: tuple[Value, ...], copies: set[Value]
+) -> int | None:
+    """The pass that may make `target` too: it has as many rows, and one needs nothing that the other does not.
+
+    That is the last pass, or for a narrower copy of a value any that reads it, so that the wide one is read once.
+    """
+    for place in range(len(passes) - 1, -1, -1):
+        targets, given = passes[place]
+        if targets[0].rows == target.rows and (set(sources) <= set(given) or set(given) <= set(sources)):
+            return None if set(targets) & set(sources) else place
+        if target not in copies or set(targets) & set(sources):
+            return None
+    return None
 
 
 def root(value: Value) -> Value:
@@ -212,9 +237,13 @@ def _nbytes(value: Value) -> int:
     return value.rows * value.row_bytes
 
 
+def _planes(values: Iterable[Value]) -> int:
+    return sum(value.planes for value in values)
+
+
 def _reaching(trace: Trace) -> list[Value]:
     """The values with rows that the output is made of, in order, without the input."""
-    wanted = {trace.output}
+    wanted = {trace.output, *trace.kept.values()}
     for value in reversed(trace.values):
         if value in wanted and value.step is not None:
             wanted.update(_all_inputs(value))
@@ -236,8 +265,10 @@ def _users(order: Iterable[Value]) -> dict[Value, list[Value]]:
     return users
 
 
-def _stored(order: list[Value], users: dict[Value, list[Value]], trace: Trace) -> set[Value]:
-    stored: set[Value] = set()
+def _stored(order: list[Value], users: dict[Value, list[Value]], trace: Trace) -> tuple[set[Value], set[Value]]:
+    """What is stored, and what of it are narrower copies."""
+    stored: set[Value] = set(trace.kept.values())
+    copies: set[Value] = set()
     for value in order:
         if isinstance(value.step, GroupNorm):
             stored.add(root(value.step.inputs[0]))
@@ -249,7 +280,8 @@ def _stored(order: list[Value], users: dict[Value, list[Value]], trace: Trace) -
     for value in order:
         if isinstance(value.step, Linear) and _is_narrower(value, stored) and value is not trace.output:
             stored.add(value)
-    return stored
+            copies.add(value)
+    return stored, copies
 
 
 def _is_narrower(value: Value, stored: set[Value]) -> bool:
@@ -288,7 +320,7 @@ def _narrowest(value: Value, costly: set[Value], stored: set[Value]) -> Value:
 
 
 def _sources(target: Value, stored: set[Value], source: Value) -> tuple[Value, ...]:
-    """The stored values (and the input) from which `target` is made, in a fixed order."""
+    """The stored values (and what has no step: the input, frames of before) that make `target`, in a fixed order."""
     found: dict[Value, None] = {}
     todo, seen = list(_all_inputs(target)), set()
     while todo:
@@ -296,7 +328,7 @@ def _sources(target: Value, stored: set[Value], source: Value) -> tuple[Value, .
         if value in seen:
             continue
         seen.add(value)
-        if value in stored or value is source:
+        if value in stored or value is source or value.place is not None:
             found[value] = None
         else:
             todo.extend(_all_inputs(value))

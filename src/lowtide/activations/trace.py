@@ -16,26 +16,36 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from lowtide.activations.graph import Local, RowAxis, Step, Value, holds, is_map
+from lowtide.activations.frames import FrameCache
+from lowtide.activations.graph import Local, RowAxis, Step, Value, holds, is_map, rows_of
 from lowtide.activations.rules import Call, NotByRowsError, made_by, picking
 from lowtide.ops.attention import AttentionBackend
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """A network's input, its output, and all values between them, each after those that it is made of."""
+    """A network's input, its output, and all values between them, each after those that it is made of.
+
+    `kept` are the frames that stay for the next batch of frames, by their place in a `FrameCache`.
+    """
 
     source: Value
     output: Value
     values: tuple[Value, ...]
+    kept: dict[int, Value]
 
 
 def trace(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: Any = (), kwargs: Any = None) -> Trace:
-    """Trace `module(x, *args, **kwargs)` for a map x `[1, C, H, W]`; raises `NotByRowsError` for what has no rows."""
+    """Trace `module(x, *args, **kwargs)` for a map x `[1, C, H, W]` or a clip `[1, C, F, H, W]`.
+
+    Raises `NotByRowsError` for what has no rows.
+    """
     skeleton, slots = _on_meta(module)
     recorder = _Recorder(slots)
     x = torch.empty(shape, dtype=dtype, device="meta")
-    source = recorder.know(x, Value(shape, dtype, RowAxis(2, shape[2])))
+    source = recorder.know(x, Value(shape, dtype, rows_of(shape)))
+    kept: dict[int, Value] = {}
+    args = [_TracedCache(one, recorder, kept) if isinstance(one, FrameCache) else one for one in args]
     call = type(skeleton).forward.__get__(skeleton)  # not the one that streams rows
     try:
         with torch.no_grad(), recorder:
@@ -47,7 +57,7 @@ def trace(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: A
     output = recorder.value_of(result) if isinstance(result, torch.Tensor) else None
     if output is None or not is_map(output):
         raise NotByRowsError(f"it returns a {type(result).__name__}, not one map made of its input, row by row")
-    return Trace(source, output, tuple(recorder.values))
+    return Trace(source, output, tuple(recorder.values), kept)
 
 
 def _on_meta(module: nn.Module) -> tuple[nn.Module, dict[int, tuple[torch.Tensor, str]]]:
@@ -65,6 +75,27 @@ def _on_meta(module: nn.Module) -> tuple[nn.Module, dict[int, tuple[torch.Tensor
         if hasattr(part, "attention_backend"):
             part.__dict__["attention_backend"] = AttentionBackend()  # the one that shows as a single function
     return skeleton, slots
+
+
+class _TracedCache(FrameCache):
+    """Stands in for the cache of a run: frames of before are values without a step, and what is kept is noted."""
+
+    def __init__(self, real: FrameCache, recorder: _Recorder, kept: dict[int, Value]) -> None:
+        super().__init__()
+        self.has_before, self.is_last = real.has_before, real.is_last
+        self._recorder = recorder
+        self._kept = kept
+
+    def _before(self, place: int, x_BCFHW: torch.Tensor, frames: int) -> torch.Tensor:
+        shape = (*x_BCFHW.shape[:2], frames, *x_BCFHW.shape[3:])
+        before = torch.empty(shape, dtype=x_BCFHW.dtype, device="meta")
+        self._recorder.know(before, Value(shape, x_BCFHW.dtype, rows_of(shape), place=place))
+        return before
+
+    def _keep(self, place: int, frames_BCFHW: torch.Tensor) -> None:
+        value = self._recorder.value_of(frames_BCFHW)
+        assert value is not None
+        self._kept[place] = value
 
 
 class _Recorder(TorchFunctionMode):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowtide.activations.exact import RowSettings, apply_row_streaming, remove_row_streaming
+from lowtide.activations.exact import RowSettings, apply_row_streaming, remove_row_streaming, row_streaming_of
 from lowtide.activations.run import RowSink
 from lowtide.activations.tiling import Tiles, blended, gathered, sliced
 from lowtide.memory.forms import Tier
@@ -73,6 +73,12 @@ class AutoencoderMixin(ModelMixin):
         if not self.needs_tiles(z, self.config.scale):
             return self.pixels(z)
         return gathered(lambda write: self.write_tiles(z, write), z.shape[-2] * self.config.scale)
+
+    def check_decoding(self, shape: tuple[int, ...]) -> None:
+        """Raise now what decoding latents of this shape row by row would raise: `ValueError`, or `OSError`."""
+        streaming = row_streaming_of(self.decoder)
+        if streaming is not None:
+            streaming.check(shape)
 
     def write_tiles(self, z: torch.Tensor, write: RowSink) -> None:
         """Decode in tiles, and hand finished rows to `write`."""

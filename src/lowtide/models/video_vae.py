@@ -166,6 +166,16 @@ class AutoencoderKLCogVideoX(AutoencoderMixin):
         else:
             _by_frames(self.decoder, z, self.num_latent_frames_batch_size, write)
 
+    def check_decoding(self, shape: tuple[int, ...]) -> None:
+        """Raise now what decoding latents `[1, 16, f, h, w]` row by row would raise: `ValueError`, or `OSError`."""
+        streaming, cache, checked = row_streaming_of(self.decoder), FrameCache(), set()
+        for batch in frame_batches(shape[2], self.num_latent_frames_batch_size):
+            cache.begin(is_last=batch.stop >= shape[2])
+            form = (batch.stop - batch.start, cache.has_before, cache.is_last)
+            if streaming is not None and form not in checked:
+                streaming.check((*shape[:2], form[0], *shape[3:]), cache)
+            checked.add(form)
+
     def moments(self, x: torch.Tensor) -> torch.Tensor:
         """Mean and log variance `[B, 32, f, H/8, W/8]` of clips, a batch of frames at a time."""
         return _joined(self.encoder, x, self.num_sample_frames_batch_size)

@@ -19,6 +19,8 @@ from lowtide.loading import load_image_processor
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.vae import AutoencoderKL
+from lowtide.models.video_positions import rotary_embedding
+from lowtide.models.video_transformer import CogVideoXTransformer3DModel
 from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
 from lowtide.schedulers import SCHEDULERS as ALL_SCHEDULERS
 
@@ -96,6 +98,37 @@ VAES = {
     "no quant convs": {**VAE, "use_quant_conv": False, "use_post_quant_conv": False, "latent_channels": 6},
     "no mid attention": {**VAE, "mid_block_add_attention": False},
 }
+VIDEO = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 12,
+    "text_embed_dim": 24,
+    "num_layers": 3,
+    "sample_height": 8,
+    "sample_width": 12,
+    "sample_frames": 9,
+    "max_text_seq_length": 7,
+}
+TRANSFORMERS = {
+    "2b": VIDEO,
+    "5b": {**VIDEO, "use_rotary_positional_embeddings": True},
+    "1.5": {**VIDEO, "use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False},
+    "picture": {
+        **VIDEO,
+        "in_channels": 8,
+        "use_rotary_positional_embeddings": True,
+        "use_learned_positional_embeddings": True,
+    },
+    "picture 1.5": {
+        **VIDEO,
+        "in_channels": 8,
+        "ofs_embed_dim": 12,
+        "patch_size_t": 2,
+        "use_rotary_positional_embeddings": True,
+    },
+}
 TEXT = {
     "hidden_size": 24,
     "intermediate_size": 48,
@@ -166,6 +199,28 @@ def unet_inputs(kind="sd1", size=(8, 8), batch=2):
     if kind == "sdxl":
         ids = torch.tensor([[64.0, 48, 3, 5, 80, 72]]).repeat(batch, 1) + torch.arange(batch)[:, None]
         inputs["added_cond_kwargs"] = {"text_embeds": numbers((batch, 10), 3), "time_ids": ids}
+    return inputs
+
+
+def video_transformer(kind="5b", **changes):
+    """Our video transformer, ready to compute."""
+    return set_weights(CogVideoXTransformer3DModel.from_config({**TRANSFORMERS[kind], **changes}))
+
+
+def video_inputs(kind="5b", size=(3, 8, 12), batch=2, config=None):
+    """Latents of so many frames, rows and columns, timesteps, text embeddings, and rotary positions where needed."""
+    config = config or CogVideoXTransformer3DModel.config_class.from_dict(TRANSFORMERS[kind])
+    frames, height, width = size
+    frames += frames % (config.patch_size_t or 1)
+    inputs = {
+        "hidden_states": 1.7 * numbers((batch, frames, config.in_channels, height, width), 1),
+        "encoder_hidden_states": 1.7 * numbers((batch, config.max_text_seq_length, config.text_embed_dim), 2),
+        "timestep": torch.tensor([481, 17, 900])[:batch],
+    }
+    if config.use_rotary_positional_embeddings:
+        inputs["image_rotary_emb"] = rotary_embedding(config, height, width, frames)
+    if config.ofs_embed_dim is not None:
+        inputs["ofs"] = torch.tensor([2.0])
     return inputs
 
 

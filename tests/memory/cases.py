@@ -92,6 +92,11 @@ def vae(dtype: torch.dtype) -> Case:
     return Case(tiny.vae().to(dtype), call)
 
 
+def video(dtype: torch.dtype) -> Case:
+    inputs = _as(tiny.video_inputs(), dtype)
+    return Case(tiny.video_transformer().to(dtype), lambda module: module(**inputs).sample)
+
+
 def clip(dtype: torch.dtype) -> Case:
     ids = torch.arange(16)[None]
     return Case(tiny.text_encoder().to(dtype), lambda module: module(ids).last_hidden_state)
@@ -144,6 +149,7 @@ CASES = {
     "toy": toy,
     "unet": unet,
     "vae": vae,
+    "video": video,
     "clip": clip,
     "t5": t5,
     "peer unet": peer_unet,

@@ -31,6 +31,14 @@ def vaes(kind="sd1", **changes):
     return same_weights(tiny.vae(kind, **changes), theirs)
 
 
+def video_transformers(kind="5b", **changes):
+    """Our video transformer and the peer's."""
+    import diffusers
+
+    theirs = tiny.set_weights(diffusers.CogVideoXTransformer3DModel(**{**tiny.TRANSFORMERS[kind], **changes}))
+    return same_weights(tiny.video_transformer(kind, **changes), theirs)
+
+
 def same_weights(ours, theirs):
     """The pair, once it is sure that both have the same names and values."""
     state = theirs.state_dict()
@@ -61,14 +69,14 @@ def other_eps(model, kind, eps):
             norm.eps = old
 
 
-def swapped_halves():
+def swapped_halves(module=unet):
     """Sine and cosine change places in the time embedding."""
     whole = layers.timestep_embedding
 
     def swapped(timesteps, dim, *, flip_sin_to_cos, freq_shift):
         return whole(timesteps, dim, flip_sin_to_cos=not flip_sin_to_cos, freq_shift=freq_shift)
 
-    return changed(unet, "timestep_embedding", swapped)
+    return changed(module, "timestep_embedding", swapped)
 
 
 def shifted_frequencies():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -116,9 +117,16 @@ def test_comparison_sees_a_changed_file(tmp_path, ours):
     assert not torch.equal(loaded.unet.conv_out.bias, theirs.unet.conv_out.bias)
 
 
-@pytest.mark.parametrize("part", ["unet", "vae"])
+ALONE = {
+    "unet": pairs.unets,
+    "vae": pairs.vaes,
+    **{f"transformer {kind}": functools.partial(pairs.video_transformers, kind) for kind in tiny.TRANSFORMERS},
+}
+
+
+@pytest.mark.parametrize("part", ALONE)
 def test_a_model_alone_crosses_both_ways(tmp_path, part):
-    (ours, theirs) = pairs.unets() if part == "unet" else pairs.vaes()
+    ours, theirs = ALONE[part]()
     ours.save_pretrained(tmp_path / "ours" / part)
     theirs.save_pretrained(tmp_path / "theirs" / part)
     there = type(theirs).from_pretrained(tmp_path / "ours", subfolder=part)

@@ -132,6 +132,14 @@ def test_a_model_with_positions_for_so_many_tokens(fixed, pipe, name, monkeypatc
         fixed(**call)
 
 
+def test_sizes_that_version_1_5_has_no_positions_for(tmp_path, monkeypatch):
+    pipe = tiny_video.pipeline(tmp_path, "1.5")
+    assert pipe(**CALL, height=16, output_type="latent").frames.isfinite().all()
+    monkeypatch.setattr(pipe, "running", None)
+    with pytest.raises(ValueError, match="Latents of 6x6 are larger than the 4x6 that the model knows positions for"):
+        pipe(**CALL, height=48)
+
+
 def test_the_same_call_without_the_fault_works(pipe):
     """Negative control."""
     assert len(pipe(**CALL).frames) == 1

@@ -174,6 +174,36 @@ def test_tiles(folders, plain):
     assert torch.equal(film(pipe), plain())
 
 
+def test_row_by_row(folders, plain):
+    """The published clip up to rounding, with progress in percent; what cannot be done is told before any step."""
+    pipe, heard = load(folders), []
+    pipe.enable_vae_tiling("exact", work=5_000)
+    pipe.stages.observers.append(Steps(heard))
+    assert tiny.difference(film(pipe, num_videos_per_prompt=2, generator=tiny.seeded(3, 4))[:1], plain()) < 1e-4
+    assert heard == list(range(1, 101))
+    pipe.enable_vae_tiling("exact", budget=1000)
+    with pytest.raises(ValueError, match="budget"):
+        film(pipe)
+    assert len(heard) == 100
+    pipe.disable_vae_tiling()
+    assert torch.equal(film(pipe), plain())
+
+
+class Steps:
+    def __init__(self, heard):
+        self.heard = heard
+
+    def stage_started(self, name, steps):
+        assert name != "decode" or steps in (None, 100)
+
+    def step_done(self, name, step):
+        if name == "decode":
+            self.heard.append(step)
+
+    def stage_finished(self, name):
+        pass
+
+
 @pytest.mark.parametrize("backend", ["chunked", "math"])
 def test_attention_by_other_kernels(folders, plain, backend):
     pipe = load(folders)

@@ -100,6 +100,8 @@ def _combined(axes: list[torch.Tensor]) -> torch.Tensor:
 def rotate(x_BLNH: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Turn queries or keys `[B, L, N, H]` in place by cosines and sines `[L, H]`, in float32, some tokens at a time.
 
+    float64 stays float64.
+
     Raises `ValueError` for tables of other sizes.
     """
     cos_LH, sin_LH = (table.to(x_BLNH.device) for table in rotary)
@@ -108,9 +110,10 @@ def rotate(x_BLNH: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> N
             f"image_rotary_emb has tables of {list(cos_LH.shape)} and {list(sin_LH.shape)}; these latents need "
             f"{[x_BLNH.shape[1], x_BLNH.shape[3]]}."
         )
+    wide = torch.promote_types(x_BLNH.dtype, torch.float32)
     for start in range(0, x_BLNH.shape[1], SLAB):
         slab = slice(start, start + SLAB)
-        part = x_BLNH[:, slab].float()
+        part = x_BLNH[:, slab].to(wide)
         first, second = part.unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack([-second, first], dim=-1).flatten(-2) * sin_LH[slab, None]
         x_BLNH[:, slab] = part * cos_LH[slab, None] + turned
@@ -151,7 +154,8 @@ def add_sincos(x_BFhwC: torch.Tensor, config: CogVideoXTransformer3DConfig) -> N
     """Add to fresh tokens `[B, F, h, w, C]`, in place, their positions; the table itself is never made."""
     _, frames, rows, columns, dim = x_BFhwC.shape
     times, across, down = sincos_axes(config, (frames, rows, columns))
-    parts = x_BFhwC.split([dim // 4, 3 * dim // 8, 3 * dim // 8], dim=-1)
+    first, second = dim // 4, dim // 4 + 3 * dim // 8
+    parts = (slice(0, first), slice(first, second), slice(second, dim))
     tables = (times[:, None, None], across[None, None, :], down[None, :, None])
     for part, table in zip(parts, tables, strict=True):
-        part.add_(table.to(x_BFhwC.device, x_BFhwC.dtype))
+        x_BFhwC[..., part].add_(table.to(x_BFhwC.device, x_BFhwC.dtype))

@@ -83,10 +83,7 @@ class ActivationMethods:
         set_attention_slicing(self.modules().values(), None)
 
     def check_decoding(self, shape: tuple[int, ...]) -> None:
-        """Raise now what decoding latents of this shape would raise after all the steps.
-
-        Of pictures it is `[1, C, h, w]`, of the largest batch of frames `[1, C, f, h, w]`.
-        """
+        """Raise now what decoding latents of this shape `[1, 4, h, w]` would raise after all the steps."""
         streaming = self._streaming()
         if streaming is not None:
             streaming.check(shape)

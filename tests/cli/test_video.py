@@ -42,14 +42,14 @@ def test_a_video_and_a_sheet(model, tmp_path):
 
 def test_frames_size_fps_scheduler_and_plan(model, tmp_path):
     result = lowtide(
-        "--video", "--model", model, "--steps", 2, "--frames", 5, "--size", "64x32", "--fps", 12.5, "--count", 2,
+        "--video", "--model", model, "--steps", 2, "--frames", 17, "--size", "64x32", "--fps", 12.5, "--count", 2,
         "--scheduler", "cogvideox-dpm", "--offload", "block", "--casting", "int8", "--decode", "exact", "--seed", 1,
         "--out", tmp_path / "videos",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     for seed in (1, 2):
         frames, _, rate = read(tmp_path / "videos" / f"sea-{seed}.mp4")
-        assert (len(frames), frames[0].shape, rate) == (5, (32, 64, 3), 12.5)
+        assert (len(frames), frames[0].shape, rate) == (17, (32, 64, 3), 12.5)
     assert not list(tmp_path.glob("**/*.png"))
 
 

@@ -151,13 +151,12 @@ def seeds_from(seed: int | None, count: int) -> tuple[int, ...]:
 
 def video_from(video: bool, frames: int | None, fps: float | None, sheet: bool) -> Video | None:
     """What `--video` is asked for. Raises `InputError` for numbers that are not possible, and for any without it."""
-    given = [
-        name for name, value in (("--frames", frames), ("--fps", fps), ("--sheet", sheet or None)) if value is not None
-    ]
+    options = {"--frames": frames, "--fps": fps, "--sheet": sheet or None}
+    given = [name for name, value in options.items() if value is not None]
     if given and not video:
         raise InputError(f"{given[0]} is for videos: add --video, and a --model that makes them.")
     if frames is not None and frames < 1:
-        raise InputError(f"--frames {frames}: at least one frame is needed. CogVideoX makes 49, or any 4·n + 1.")
+        raise InputError(f"--frames {frames}: at least one frame is needed. CogVideoX makes 49, or another 8·n + 1.")
     if fps is not None and not 0.1 <= fps <= 240:
         raise InputError(f"--fps {fps:g}: give frames a second from 0.1 to 240. 8 is CogVideoX's own.")
     return Video(frames, 8.0 if fps is None else fps, sheet) if video else None

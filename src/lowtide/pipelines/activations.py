@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from lowtide.activations.exact import RowStreaming, row_streaming_of
 from lowtide.activations.run import Progress
 from lowtide.memory.forms import Tier
 from lowtide.models.attention_backends import set_attention_backend, set_attention_slicing, xformers_or_sdpa
-from lowtide.stages import Stages
+from lowtide.stages import Stage, Stages
 
 
 class ActivationMethods:
@@ -93,12 +93,15 @@ class ActivationMethods:
         return row_streaming_of(decoder) if isinstance(decoder, nn.Module) else None
 
     @contextmanager
-    def decoding(self, pictures: int) -> Iterator[None]:
-        """The stage "decode" of so many pictures or batches of frames; row by row it counts percent."""
+    def decoding(self, pictures: int, frames: int | None = None) -> Iterator[Callable[[int], None]]:
+        """The stage "decode" of so many pictures or batches of frames; row by row it counts percent.
+
+        Else it counts `frames`, where there are any: tell what it gives how many more are done.
+        """
         streaming = self._streaming()
-        with self.stages.stage("decode", steps=None if streaming is None else 100) as stage:
+        with self.stages.stage("decode", steps=frames if streaming is None else 100) as stage:
             if streaming is None:
-                yield
+                yield lambda done: _advance(stage, done)
                 return
             finished = 0
 
@@ -111,6 +114,11 @@ class ActivationMethods:
 
             streaming.watch = watch
             try:
-                yield
+                yield lambda done: None
             finally:
                 streaming.watch = None
+
+
+def _advance(stage: Stage, steps: int) -> None:
+    for _ in range(steps):
+        stage.advance()

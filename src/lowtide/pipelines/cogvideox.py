@@ -207,14 +207,20 @@ class CogVideoXPipeline(DiffusionPipeline):
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pt") -> Any:
         """Latents `[B, f, C, h, w]` to frames as "pil", "np" or "pt", one clip after the other."""
         batches = len(list(frame_batches(latents.shape[1], self._frames_at_once)))
-        frames = Frames(output_type, len(latents), self._frames_of(latents.shape[1]))
-        with self.decoding(len(latents) * batches):
+        count = self._frames_of(latents.shape[1])
+        frames = Frames(output_type, len(latents), count)
+        with self.decoding(len(latents) * batches, frames=len(latents) * count) as tell:
             for clip, one in enumerate(latents.split(1)):
+
+                def take(first: int, some: torch.Tensor, clip: int = clip) -> None:
+                    frames.add(clip, first, some[0])
+                    tell(some.shape[2])
+
                 z_BCFHW = 1 / self.vae.config.scaling_factor * one.permute(0, 2, 1, 3, 4)
                 if hasattr(self.vae, "decode_frames"):
-                    self.vae.decode_frames(z_BCFHW, lambda first, some, clip=clip: frames.add(clip, first, some[0]))
+                    self.vae.decode_frames(z_BCFHW, take)
                 else:
-                    frames.add(clip, 0, self.vae.decode(z_BCFHW).sample[0])
+                    take(0, self.vae.decode(z_BCFHW).sample)
         return frames.result
 
     def clip_size(self, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:

@@ -217,16 +217,18 @@ def test_stages_in_their_order(tmp_path, kind):
     with pipe.stages.observed(listener):
         film(pipe, num_inference_steps=4)
         film(pipe, num_inference_steps=1, output_type="latent")
-    assert listener.heard[:10] == [
+    made = next(event[1] for event in listener.heard if event[0] == "decode")
+    assert listener.heard[: 10 + made] == [
         ("encode prompt", None),
         ("encode prompt", "end"),
         ("denoise", 4),
         *(("denoise", "step", step) for step in range(1, 5)),
         ("denoise", "end"),
-        ("decode", None),
+        ("decode", made),
+        *(("decode", "step", frame) for frame in range(1, made + 1)),
         ("decode", "end"),
     ]
-    assert [event[0] for event in listener.heard[10:] if event[1] == "end"] == ["encode prompt", "denoise"]
+    assert [event[0] for event in listener.heard[10 + made :] if event[1] == "end"] == ["encode prompt", "denoise"]
 
 
 def test_padding_in_front_is_denoised_and_dropped(tmp_path):

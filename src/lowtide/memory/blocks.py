@@ -18,7 +18,10 @@ ATOMIC = (
     nn.RNNBase,
     torch.jit.ScriptModule,
 )
-"""Modules whose code reads the weights of modules inside them: they cannot be split."""
+"""Modules whose code reads the weights of modules inside them: they cannot be split.
+
+Nor can modules with an attribute `works_as_one`, which call those inside them many times over.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +84,7 @@ def _named(root: nn.Module, name: str) -> list[nn.Module]:
 
 def _collect(module: nn.Module, found: list[list[nn.Module]], seen: set[int]) -> bool:
     """Add the innermost lists inside `module`; whether there were any."""
-    if isinstance(module, ATOMIC) or id(module) in seen:
+    if _is_atomic(module) or id(module) in seen:
         return False
     seen.add(id(module))
     inside = [_collect(child, found, seen) for child in module.children()]
@@ -91,6 +94,10 @@ def _collect(module: nn.Module, found: list[list[nn.Module]], seen: set[int]) ->
         found.append(list(module))
         return True
     return False
+
+
+def _is_atomic(module: nn.Module) -> bool:
+    return isinstance(module, ATOMIC) or getattr(module, "works_as_one", False) is True
 
 
 def _is_repeated(members: list[nn.Module]) -> bool:
@@ -119,7 +126,7 @@ def _homes(root: nn.Module, rule: Rule) -> dict[int, tuple[nn.Module, ...]]:
 
 def with_atomic(module: nn.Module, atomic: nn.Module | None) -> Iterator[tuple[nn.Module, nn.Module | None]]:
     """Every module inside `module`, and the one around it that cannot be split, if there is one."""
-    atomic = atomic or (module if isinstance(module, ATOMIC) else None)
+    atomic = atomic or (module if _is_atomic(module) else None)
     yield module, atomic
     for child in module.children():
         yield from with_atomic(child, atomic)

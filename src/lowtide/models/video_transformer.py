@@ -11,7 +11,7 @@ from torch import nn
 from lowtide.models.layers import TimestepEmbedding, timestep_embedding
 from lowtide.models.mixin import ModelMixin
 from lowtide.models.outputs import Transformer3DModelOutput
-from lowtide.models.video_layers import AdaLayerNorm, PatchEmbed, VideoBlock
+from lowtide.models.video_layers import GROUP, AdaLayerNorm, PatchEmbed, VideoBlock, VideoFeedForward
 from lowtide.models.video_positions import token_grid
 from lowtide.models.video_transformer_config import CogVideoXTransformer3DConfig
 
@@ -67,6 +67,31 @@ class CogVideoXTransformer3DModel(ModelMixin):
         x_BLC = self.proj_out(self.norm_out(self.norm_final(x_BLC[:, text:]), time_BT))
         sample = self._latents(x_BLC, hidden_states.shape)
         return Transformer3DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def enable_forward_chunking(self, chunk_size: int | None = None, dim: int = 1) -> None:
+        """Have the feed-forwards widen `chunk_size` tokens at a time, 2048 if None; so it is from the beginning.
+
+        The tokens of all videos count together. The results are the same for every size, bit for bit.
+        Raises `ValueError` for sizes that are no multiple of 2048, and for other axes than the tokens' (`dim=1`).
+        """
+        if dim != 1:
+            raise ValueError(f"dim={dim!r} is not possible: chunks are made of tokens, dim=1.")
+        size = GROUP if chunk_size is None else chunk_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % GROUP:
+            raise ValueError(
+                f"chunk_size={chunk_size!r} is not possible: it is a multiple of {GROUP}, or None. So many tokens are "
+                "multiplied at a time in any case, so that results do not depend on the size."
+            )
+        self._chunk(size)
+
+    def disable_forward_chunking(self) -> None:
+        """Have the feed-forwards widen all tokens at once: the same results, in four times the tokens' memory."""
+        self._chunk(None)
+
+    def _chunk(self, size: int | None) -> None:
+        for module in self.modules():
+            if isinstance(module, VideoFeedForward):
+                module.chunk_size = size
 
     def embed_time(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor | float, ofs: torch.Tensor | float | None = None

@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from lowtide.memory.host import processor_name_and_flags
 
 HERE = Path(__file__).parent
 LIBRARIES = ("lowtide", "diffusers")
@@ -116,18 +117,11 @@ def describe_machine(script: str, run: dict[str, Any]) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     return {
         "command": "python " + " ".join([script, *sys.argv[1:]]),
-        "machine": f"{processor()}, {os.cpu_count()} cores, no GPU",
+        "machine": f"{processor_name_and_flags()[0]}, {os.cpu_count()} cores, no GPU",
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "commit": commit.stdout.strip(),
         "versions": run["versions"],
     }
-
-
-def processor() -> str:
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -205,6 +205,17 @@ def test_another_network_over_clips(work):
     assert psnr(module(x), whole) >= LEAST_PSNR
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", ["device", "host", "disk"])
+def test_on_a_gpu(rows, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model = clips.vae().cuda()
+    z, x = clips.latents(model).cuda(), clips.clip(model, 9).cuda()
+    for whole, exact in zip(*whole_and_exact(model, z, x, rows=rows), strict=True):
+        assert exact.is_cuda
+        assert psnr(exact, whole) >= LEAST_PSNR
+
+
 # ---- negative controls
 
 

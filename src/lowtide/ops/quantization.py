@@ -28,7 +28,7 @@ def quantize(
     """The numbers of `weight` in 8 bits, laid out as they are, and the scale (float32, `[O, 1, ...]`), None for plain.
 
     `dtype` is a dtype that the numbers are rounded to before. Memory beyond the result: `CHUNK` numbers. Plain casts
-    round as PyTorch does; beyond 448 (e4m3fn) or 57344 (e5m2) they are not numbers any more.
+    round as PyTorch does, which tells what comes of numbers beyond 448 (e4m3fn) or 57344 (e5m2).
     Raises `ValueError` for a scale of numbers that are not finite, and for int8 without a scale.
     """
     if storage == torch.int8 and not scaled:
@@ -84,9 +84,8 @@ def fp8_linear(
 
     The product is the hardware's (`torch._scaled_mm`), its sums are rounded to bfloat16 once: all scales are powers of
     two. Relative error about 3.7 %, half of it from `x`; 2.6 % where only the weight is rounded. K and N are multiples
-    of 16. A row with what is
-    not finite gives a row that is not. Raises `ValueError` for an `x` that is not bfloat16, `RuntimeError` on a GPU
-    without fp8 matrix units.
+    of 16. A row with what is not finite gives a row that is not. Raises `ValueError` for an `x` that is not bfloat16,
+    `RuntimeError` on a GPU without fp8 matrix units.
     """
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < FP8_CAPABILITY:
         raise RuntimeError(

@@ -83,10 +83,10 @@ class ActivationMethods:
         set_attention_slicing(self.modules().values(), None)
 
     def check_decoding(self, shape: tuple[int, ...]) -> None:
-        """Raise now what decoding latents of this shape `[1, 4, h, w]` would raise after all the steps."""
+        """Raise now what decoding latents of this shape (a batch of one) would raise after all the steps."""
         streaming = self._streaming()
         if streaming is not None:
-            streaming.check(shape)
+            getattr(self.vae, "check_decoding", streaming.check)(shape)
 
     def _streaming(self) -> RowStreaming | None:
         decoder = getattr(self.vae, "decoder", None)

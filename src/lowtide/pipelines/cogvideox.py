@@ -268,8 +268,7 @@ class CogVideoXPipeline(DiffusionPipeline):
     def check_clip(self, num_frames: int, height: int, width: int) -> None:
         """Raise now what decoding such a clip would raise after all the steps."""
         _, frames, channels, rows, columns = self.latent_shape(1, num_frames, height, width)
-        if hasattr(self.vae, "check_decoding"):
-            self.vae.check_decoding((1, channels, frames - self.padding(num_frames), rows, columns))
+        self.check_decoding((1, channels, frames - self.padding(num_frames), rows, columns))
 
     def latent_shape(self, batch: int, num_frames: int, height: int, width: int) -> LatentShape:
         """The shape of latents for clips of this size, frames of padding included."""

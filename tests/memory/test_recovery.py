@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests import tiny
+from tests import tiny, tiny_video
 from tests.memory.cases import CASES, CPU, RULES, Toy, all_at_rest, plain, put
 
 from lowtide import UNet2DConditionModel
@@ -309,6 +309,58 @@ def test_a_pipeline_called_from_its_own_callback(tmp_path: Path) -> None:
     assert torch.equal(draw(pipe, callback_on_step_end=again), expected)
     assert len(refused) == 3
     assert "second pipeline" in refused[0]
+
+
+@pytest.mark.parametrize("make", [tiny.pipeline, tiny_video.pipeline])
+def test_two_pipelines_share_a_scheduler(tmp_path: Path, make: Callable[..., Any]) -> None:
+    """One after the other is fine; from a callback or another thread it would change the first one's state."""
+    one, other = (make(tmp_path / name) for name in ("one", "other"))
+    other.scheduler = one.scheduler
+    expected = made(one)
+    assert torch.equal(made(other), expected)
+    refused: list[str] = []
+
+    def call() -> None:
+        with pytest.raises(RuntimeError, match="scheduler is in use already") as caught:
+            made(other)
+        refused.append(str(caught.value))
+
+    def again(*_: Any) -> None:
+        call()
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    assert torch.equal(made(one, callback_on_step_end=again), expected)
+    assert len(refused) == 6
+    assert f"{type(one.scheduler).__name__}.from_config" in refused[0]
+    assert torch.equal(made(other), expected)
+
+    def own(pipe: Any, *_: Any) -> None:
+        other.scheduler = type(one.scheduler).from_config(one.scheduler.config)
+        assert torch.equal(made(other), expected)
+
+    assert torch.equal(made(one, callback_on_step_end=own), expected)
+
+
+def test_a_scheduler_is_free_after_a_call_that_raises(tmp_path: Path) -> None:
+    one, other = tiny.pipeline(tmp_path / "one"), tiny.pipeline(tmp_path / "other")
+    expected, other.scheduler = made(other), one.scheduler
+
+    def raises(pipe: Any, *_: Any) -> None:
+        pipe.scheduler = tiny.scheduler()  # the one that the call began with is freed all the same
+        raise StopError
+
+    with pytest.raises(StopError):
+        made(one, callback_on_step_end=raises)
+    assert torch.equal(made(other), expected)
+
+
+def made(pipe: Any, **options: Any) -> torch.Tensor:
+    """Latents of a short run."""
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 3, "generator": generator, "output_type": "latent", **options}
+    return pipe("a red boat", return_dict=False, **options)[0]
 
 
 def test_plans_are_not_changed_while_a_module_runs(folder: Path) -> None:

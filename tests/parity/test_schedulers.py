@@ -26,6 +26,7 @@ pytestmark = [
 
 TOLERANCE = 1e-6
 DDIM, PNDM, UNIPC, EULER, DPM, COG_DDIM, COG_DPM = SCHEDULERS
+COGVIDEOX = (COG_DDIM, COG_DPM)
 SPACINGS = ("leading", "trailing", "linspace")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -209,17 +210,41 @@ def test_comparison_sees_a_changed_model(name):
     assert worst_difference(wrong, trajectory(theirs, 7, start(), **seeded(name))) > TOLERANCE
 
 
+def across(source, name, entries):
+    """Our scheduler `name` and the peer's, each built from the configuration of its `source`."""
+    ours = SCHEDULERS[name].from_config(SCHEDULERS[source].from_config(entries).config)
+    theirs = getattr(diffusers, name).from_config(getattr(diffusers, source).from_config(entries).config)
+    return ours, with_memory(theirs)
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("source", SCHEDULERS)
 def test_from_config_across_classes(source, name):
-    """A published PNDM file, through a second class to a third: same entries in force, same pictures."""
-    ours = SCHEDULERS[name].from_config(SCHEDULERS[source].from_config(SD15).config)
-    theirs = with_memory(getattr(diffusers, name).from_config(getattr(diffusers, source).from_config(SD15).config))
+    """A published PNDM file, through a second class to a third: same entries in force, same pictures.
+
+    The peer loses CogVideoX's shift of the noise on the way, and we keep it: so to and fro the file tells of none.
+    """
+    entries = SD15 if (source in COGVIDEOX) == (name in COGVIDEOX) else {**SD15, "snr_shift_scale": 1.0}
+    ours, theirs = across(source, name, entries)
     effective = ours.config.to_dict()
     assert {key: effective[key] for key in effective if key in theirs.config} == {
         key: theirs.config[key] for key in effective if key in theirs.config
     }
     assert worst_difference(*(trajectory(s, 7, start(), **seeded(name)) for s in (ours, theirs))) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", [DDIM, UNIPC, EULER, DPM])
+@pytest.mark.parametrize("source", COGVIDEOX)
+def test_the_shift_is_kept_where_the_peer_loses_it(source, name):
+    """The peer's scheduler has the noise of its source only if it is handed the shifted betas."""
+    ours, theirs = across(source, name, SD15)
+    shifted = getattr(diffusers, source).from_config(SD15).alphas_cumprod
+    assert worst_difference([ours.alphas_cumprod], [shifted]) <= TOLERANCE
+    assert worst_difference([theirs.alphas_cumprod], [shifted]) > 0.1
+    betas = 1 - torch.cat([shifted[:1], shifted[1:] / shifted[:-1]])
+    corrected = getattr(diffusers, name).from_config({**SD15, "trained_betas": betas.tolist()})
+    assert worst_difference(*(trajectory(s, 7, start()) for s in (ours, corrected))) <= 1e-4
+    assert worst_difference(*(trajectory(s, 7, start()) for s in (theirs, corrected))) > 0.01
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

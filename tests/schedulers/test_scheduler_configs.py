@@ -6,12 +6,14 @@ import json
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.schedulers.trajectories import COGVIDEOX_5B, SD15
 
 from lowtide.schedulers import (
     SCHEDULERS,
+    CogVideoXDDIMConfig,
     DDIMConfig,
     DPMSolverMultistepConfig,
     DPMSolverMultistepScheduler,
@@ -23,6 +25,9 @@ from lowtide.schedulers import (
 )
 
 PAIRS = list(itertools.permutations(SCHEDULERS, 2))
+COGVIDEOX = {"CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"}
+OTHERS = [name for name in SCHEDULERS if name not in COGVIDEOX]
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
 
 
 @pytest.mark.parametrize(("name", "other"), PAIRS)
@@ -70,12 +75,62 @@ ENTRIES = st.fixed_dictionaries(
 @given(entries=ENTRIES, names=st.lists(st.sampled_from(list(SCHEDULERS)), min_size=1, max_size=4))
 @settings(max_examples=100, deadline=None)
 def test_any_entries_survive_any_chain_of_classes(entries, names):
-    direct = SCHEDULERS[names[-1]].from_config(entries)
+    """A shift of the noise that no entry tells is the one of the first class, all along."""
+    told = {"snr_shift_scale": 3.0 if names[0] in COGVIDEOX else 1.0} if {names[0], names[-1]} & COGVIDEOX else {}
+    direct = SCHEDULERS[names[-1]].from_config({**told, **entries})
     scheduler = SCHEDULERS[names[0]].from_config(entries)
     for name in names[1:]:
         scheduler = SCHEDULERS[name].from_config(scheduler.config)
     assert scheduler.config == direct.config
     assert scheduler.config.to_dict() == direct.config.to_dict()
+
+
+def same_noise(one, other):
+    """Whether two schedulers have the same training schedule, but for solvers that cannot stand ᾱ = 0 at its end."""
+    pairs = [scheduler.alphas_cumprod.double().clamp(min=2.0**-24) for scheduler in (one, other)]
+    return torch.allclose(*pairs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("video", sorted(COGVIDEOX))
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("told", [{}, {"snr_shift_scale": 3.0}, {"snr_shift_scale": 1.0}, {"snr_shift_scale": 7.5}])
+def test_the_noise_is_the_same_in_another_class(name, video, zero_snr, told, tmp_path):
+    """There and back; from files, too, where they tell the shift."""
+    if zero_snr and name == "PNDMScheduler":
+        pytest.skip("PNDM refuses rescale_betas_zero_snr")
+    entries = {**NOISE, "rescale_betas_zero_snr": zero_snr, **told}
+    first, there = SCHEDULERS[video].from_config(entries), SCHEDULERS[name].from_config(entries)
+    assert first.config.snr_shift == told.get("snr_shift_scale", 3.0)
+    assert there.config.snr_shift == told.get("snr_shift_scale", 1.0)
+    for source, other in ((first, SCHEDULERS[name]), (there, SCHEDULERS[video])):
+        moved = other.from_config(source.config)
+        back = type(source).from_config(moved.config)
+        assert same_noise(moved, source)
+        assert torch.equal(back.alphas_cumprod, source.alphas_cumprod)
+        assert back.config.to_dict() == source.config.to_dict()
+        source.save_pretrained(tmp_path)
+        if "snr_shift_scale" in source.config:
+            assert same_noise(other.from_pretrained(tmp_path), source)
+    assert same_noise(first, there) == bool(told), "negative control: a shift alone makes a difference"
+
+
+def test_shifted_noise_is_that_of_cogvideox_to_the_last_bit():
+    """Shifted first, then stretched to end in pure noise."""
+    entries = {**COGVIDEOX_5B, "snr_shift_scale": 3.0}
+    video, ddim = (SCHEDULERS[name].from_config(entries) for name in ("CogVideoXDDIMScheduler", "DDIMScheduler"))
+    assert torch.equal(video.alphas_cumprod.float(), ddim.alphas_cumprod)
+    assert ddim.alphas_cumprod[-1] == 0
+
+
+def test_no_shift_is_written_where_there_is_none(tmp_path):
+    for source in (DDIMConfig(), CogVideoXDDIMConfig(snr_shift_scale=1.0)):
+        video = SCHEDULERS["CogVideoXDPMScheduler"].from_config(source)
+        assert video.config.snr_shift_scale == 1
+        EulerDiscreteScheduler.from_config(video.config).save_pretrained(tmp_path)
+        assert "snr_shift_scale" not in json.loads((tmp_path / "scheduler_config.json").read_text())
+    EulerDiscreteScheduler.from_config(CogVideoXDDIMConfig()).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "scheduler_config.json").read_text())["snr_shift_scale"] == 3
 
 
 def test_entries_not_given_take_the_next_class_default():
@@ -151,6 +206,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("DDIMScheduler", {"beta_end": 1.5}, r"beta_end=1\.5"),
         ("DDIMScheduler", {"beta_start": math.nan}, "beta_start=nan"),
         ("CogVideoXDDIMScheduler", {"snr_shift_scale": 0}, "CogVideoXDDIM: snr_shift_scale=0 .* a number from 1e-06"),
+        ("DDIMScheduler", {"snr_shift_scale": "3"}, "DDIM: snr_shift_scale='3' .* a number from 1e-06"),
         ("CogVideoXDPMScheduler", {"prediction_type": "flow"}, "CogVideoXDPM: prediction_type='flow' .* 'epsilon'"),
         ("DDIMScheduler", {"trained_betas": [0.1, 0.2]}, "trained_betas=.* 1000 numbers"),
     ],

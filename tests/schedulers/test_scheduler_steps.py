@@ -253,8 +253,62 @@ def test_cogvideox_dpm_steps_out_of_order_are_refused():
     scheduler = SCHEDULERS[COG_DPM].from_config(COGVIDEOX_5B)
     scheduler.set_timesteps(5)
     scheduler.step(start(), 799, start())
-    with pytest.raises(ValueError, match=r"Timestep 999 does not follow 799: .*set_timesteps"):
-        scheduler.step(start(), 999, start())
+    for wrong in (799, 399, 199):
+        with pytest.raises(ValueError, match=rf"Timestep {wrong} does not follow 799: .*set_timesteps"):
+            scheduler.step(start(), wrong, start())
+    scheduler.step(start(), 599, start())  # a step refused leaves no trace
+
+
+@pytest.mark.parametrize("name", [COG_DDIM, COG_DPM])
+@pytest.mark.parametrize("timestep", [-1, 1000, -201])
+def test_cogvideox_timesteps_beyond_the_training_schedule_are_refused(name, timestep):
+    scheduler = SCHEDULERS[name].from_config(COGVIDEOX_5B)
+    scheduler.set_timesteps(5)
+    with pytest.raises(ValueError, match=rf"Timestep {timestep} is not possible: .*0…999.*{name}\.timesteps"):
+        scheduler.step(start(), timestep, start())
+
+
+def test_cogvideox_dpm_refuses_timesteps_of_another_run_and_samples_of_another_clip():
+    scheduler = SCHEDULERS[COG_DPM].from_config(COGVIDEOX_5B)
+    scheduler.set_timesteps(5)
+    with pytest.raises(ValueError, match=r"Timestep 800 is none of the 5 .*call set_timesteps"):
+        scheduler.step(start(), 800, start())
+    scheduler.step(start(), 599, start())
+    small = start(shape=(1, 3, 4, 5))
+    with pytest.raises(ValueError, match=r"shape \(1, 3, 4, 5\), .*\(2, 3, 4, 5\): .*Call set_timesteps"):
+        scheduler.step(small, 399, small)
+    scheduler.set_timesteps(5)
+    scheduler.step(small, 399, small)
+
+
+def test_cogvideox_dpm_begins_anew_at_the_first_timestep():
+    """After a run broken off, and after one that ended, without `set_timesteps`; also for a clip of another shape."""
+
+    def run(scheduler, sample):
+        options = seeded(COG_DPM)
+        for t in scheduler.timesteps:
+            sample = scheduler.step(toy_model(sample, t), t, sample, **options).prev_sample
+        return sample
+
+    fresh, scheduler = (SCHEDULERS[COG_DPM].from_config(COGVIDEOX_5B) for _ in range(2))
+    for one in (fresh, scheduler):
+        one.set_timesteps(5)
+    expected = run(fresh, start())
+    for t in scheduler.timesteps[:2]:
+        scheduler.step(start(shape=(1, 2)), t, start(shape=(1, 2)))
+    for _ in range(2):
+        assert torch.equal(run(scheduler, start()), expected)
+
+
+def test_cogvideox_dpm_follows_timesteps_that_were_assigned():
+    scheduler = SCHEDULERS[COG_DPM].from_config(COGVIDEOX_5B)
+    scheduler.set_timesteps(5)
+    scheduler.step(start(), 999, start())  # forgotten with the timesteps that it belongs to
+    scheduler.timesteps = torch.tensor([900, 500, 100])
+    for t in scheduler.timesteps:
+        scheduler.step(start(), t, start())
+    with pytest.raises(ValueError, match="Timestep 799 is none of the 3"):
+        scheduler.step(start(), 799, start())
 
 
 def test_cogvideox_dpm_forgets_where_a_run_began_late():

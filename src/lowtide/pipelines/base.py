@@ -51,6 +51,10 @@ PIPELINES = {
     "CogVideoXPipeline": "lowtide.pipelines.cogvideox",
 }
 
+_stepping: dict[int, Any] = {}
+"""The schedulers that runs are going through, by their ids: no entry of their own, so that copies are free."""
+_stepping_lock = threading.Lock()
+
 StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
 """Called after each step with the pipeline, the step, the timestep and the tensors asked for; it may change these."""
 
@@ -275,8 +279,8 @@ class DiffusionPipeline(ActivationMethods):
         """Bracket one call: no gradients, a progress bar, and everything put back whatever happens inside.
 
         One thread at a time: another waits. Raises `CheckpointError` if a file in use was cut off or changed, and
-        `RuntimeError` if the call is made from inside another one, such as from a callback: the scheduler's state
-        would be lost.
+        `RuntimeError` if the call is made from inside another one, such as from a callback, or while another pipeline
+        goes through the same scheduler: the scheduler's state would be lost.
         """
         with self._lock, ExitStack() as stack:
             if self._is_running:
@@ -284,6 +288,7 @@ class DiffusionPipeline(ActivationMethods):
                     "This pipeline is being called already, and a callback cannot call it again: the scheduler's state "
                     "would be lost. Build a second pipeline from the same components and another scheduler."
                 )
+            stack.enter_context(_stepping_through(getattr(self, "scheduler", None)))
             check_files(tensor for module in self.modules().values() for tensor in module.parameters())
             self._is_running = True
             stack.callback(setattr, self, "_is_running", False)
@@ -300,6 +305,25 @@ class DiffusionPipeline(ActivationMethods):
     def __repr__(self) -> str:
         rows = (f"  {name}: {type(part).__name__}" for name, part in self.components.items())
         return "\n".join([f"{type(self).__name__}:", *rows])
+
+
+@contextmanager
+def _stepping_through(scheduler: Any) -> Iterator[None]:
+    """Claim a scheduler for one run."""
+    with _stepping_lock:
+        if id(scheduler) in _stepping:
+            raise RuntimeError(
+                "This pipeline's scheduler is in use already, by a call of another pipeline: the scheduler's state "
+                "would be lost. Give each pipeline its own, as in "
+                f"pipe.scheduler = {type(scheduler).__name__}.from_config(pipe.scheduler.config)."
+            )
+        if scheduler is not None:
+            _stepping[id(scheduler)] = scheduler
+    try:
+        yield
+    finally:
+        with _stepping_lock:
+            _stepping.pop(id(scheduler), None)
 
 
 def _pipeline_class(name: str) -> type[Any]:

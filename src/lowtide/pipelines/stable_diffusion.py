@@ -269,4 +269,4 @@ def _with_current_entries(scheduler: Scheduler) -> Scheduler:
         "Correct its scheduler_config.json, or assign pipe.scheduler to have it otherwise.",
         stacklevel=3,
     )
-    return type(scheduler).from_config({**scheduler.config.carried(), **corrections})
+    return type(scheduler).from_config(scheduler.config.changed(corrections))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from lowtide.schedulers import schedule
-from lowtide.schedulers.common import SchedulerBase, SchedulerConfig, betas_of, check_number
+from lowtide.schedulers.common import SchedulerBase, SchedulerConfig, shifted_alphas
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +18,8 @@ class CogVideoXConfig(SchedulerConfig):
 
     `set_alpha_to_one` ends at the clean sample instead of at timestep 0. Samples are never clipped: the published
     schedulers have an entry `clip_sample`, too, and do not heed it.
+    The noise stays the same from class to class: every class heeds the shift, and the configuration of another class
+    without one stays without. Only entries of a file, or a plain dict, that lack it take the published default.
     """
 
     beta_start: float = 0.00085
@@ -30,9 +31,17 @@ class CogVideoXConfig(SchedulerConfig):
 
     ALLOWED: ClassVar[Mapping[str, tuple[Any, ...]]] = {**SchedulerConfig.ALLOWED, "thresholding": (False, None)}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number(self, "snr_shift_scale", (int, float), 1e-6, 1e6)
+    @classmethod
+    def from_scheduler(cls, other: SchedulerConfig) -> Self:
+        """Take over the configuration of any scheduler, and with it its shift or that there is none."""
+        return dataclasses.replace(super().from_scheduler(other), snr_shift_scale=other.snr_shift)
+
+    def carried(self) -> dict[str, Any]:
+        """The entries that another class takes over: always the shift, but for one of 1 that was not given."""
+        entries = {**super().carried(), "snr_shift_scale": self.snr_shift_scale}
+        if self.snr_shift_scale == 1 and "snr_shift_scale" not in self.given:
+            del entries["snr_shift_scale"]
+        return entries
 
 
 CogVideoXConfigT = TypeVar("CogVideoXConfigT", bound=CogVideoXConfig)
@@ -42,7 +51,7 @@ class CogVideoXScheduler(SchedulerBase[CogVideoXConfigT]):
     """Timesteps and noise levels; `alphas_cumprod` is float64 where the schedule is "scaled_linear"."""
 
     def __init__(self, config: CogVideoXConfigT) -> None:
-        super().__init__(config, alphas_cumprod=_shifted_alphas(config))
+        super().__init__(config, alphas_cumprod=shifted_alphas(config, zero_snr=config.rescale_betas_zero_snr))
         self.final_alpha_cumprod = torch.tensor(1.0) if config.set_alpha_to_one else self.alphas_cumprod[0]
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
@@ -60,14 +69,14 @@ class CogVideoXScheduler(SchedulerBase[CogVideoXConfigT]):
         """Where the step from `timestep` leads, a fixed gap below; the clean sample or its like if negative."""
         return timestep - self.config.num_train_timesteps // self._num_inference_steps()
 
+    def _check_trained(self, timestep: int) -> None:
+        last = self.config.num_train_timesteps - 1
+        if not 0 <= timestep <= last:
+            raise ValueError(
+                f"Timestep {timestep} is not possible: the model was trained with 0…{last}. "
+                f"Take those of {type(self).__name__}.timesteps."
+            )
+
     def _alpha_bar(self, timestep: int) -> Tensor:
         """ᾱ at `timestep`, a scalar on the CPU."""
         return self.alphas_cumprod[timestep] if timestep >= 0 else self.final_alpha_cumprod
-
-
-def _shifted_alphas(config: CogVideoXConfig) -> Tensor:
-    # In the precision of the published schedulers, which differs between kinds of schedule.
-    precise = config.trained_betas is None and config.beta_schedule == "scaled_linear"
-    betas = betas_of(config, dtype=torch.float64 if precise else torch.float32)
-    bars = schedule.shift_snr(schedule.cumulative_alphas(betas), config.snr_shift_scale)
-    return schedule.stretch_to_zero_snr(bars) if config.rescale_betas_zero_snr else bars

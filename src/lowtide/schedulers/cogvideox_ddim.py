@@ -26,7 +26,11 @@ def cogvideox_ddim_step(sample: Tensor, original: Tensor, alpha_bar: Tensor, alp
 
 
 class CogVideoXDDIMScheduler(CogVideoXScheduler[CogVideoXDDIMConfig]):
-    """DDIM for CogVideoX; a step depends on its arguments alone, so steps may be taken in any order."""
+    """DDIM for CogVideoX; nothing is remembered from step to step, so steps may be taken in any order.
+
+    A step depends on its arguments and on the number of steps last told to `set_timesteps`, which says how far it
+    leads.
+    """
 
     config_class = CogVideoXDDIMConfig
 
@@ -44,10 +48,13 @@ class CogVideoXDDIMScheduler(CogVideoXScheduler[CogVideoXDDIMConfig]):
     ) -> StepOutput:
         """From `sample` at `timestep` to the next timestep; `eta` and `generator` have no effect.
 
-        Raises `ValueError` before `set_timesteps`, and where noise is predicted from pure noise.
+        Raises `ValueError` before `set_timesteps`, outside the training schedule, and where noise is predicted from
+        pure noise.
         """
         now, kind = int(timestep), self.config.prediction_type
-        bar, bar_prev = self._alpha_bar(now), self._alpha_bar(self._target(now))
+        target = self._target(now)
+        self._check_trained(now)
+        bar, bar_prev = self._alpha_bar(now), self._alpha_bar(target)
         schedule.check_predicts(kind, bar, now)
         original = schedule.predict_original(kind, model_output, sample, bar**0.5, (1 - bar) ** 0.5)
         return StepOutput(cogvideox_ddim_step(sample, original, bar, bar_prev), original)

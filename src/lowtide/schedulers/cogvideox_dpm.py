@@ -19,8 +19,9 @@ class CogVideoXDPMConfig(CogVideoXConfig):
 
 
 class Prediction(NamedTuple):
-    """A clean-sample prediction and the timestep at which it was made."""
+    """A clean-sample prediction, and at which timestep and place among all it was made."""
 
+    place: int
     timestep: int
     original: Tensor
 
@@ -55,22 +56,23 @@ def extrapolated(original: Tensor, before: Tensor, alpha_bars: tuple[Tensor, Ten
 class CogVideoXDPMScheduler(CogVideoXScheduler[CogVideoXDPMConfig]):
     """SDE-DPM-Solver++(2M) for CogVideoX; steps must be taken in the order of `timesteps`.
 
-    The previous clean-sample prediction is remembered until the last step, or the next `set_timesteps`.
+    A run may begin at any of them, and a step at the first one begins a run anew. The previous clean-sample prediction
+    is remembered until the last step, or the next `set_timesteps`.
     """
 
     config_class = CogVideoXDPMConfig
 
     def __init__(self, config: CogVideoXDPMConfig | None = None) -> None:
         super().__init__(config or CogVideoXDPMConfig())
-        self._last = 0
+        self._order: list[int] = []
+        self._ordered = self.timesteps
         self._past: Prediction | None = None
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Lay out `num_inference_steps` timesteps. Raises `ValueError` if they do not fit the training schedule."""
         super().set_timesteps(num_inference_steps)
-        self._last = int(self.timesteps[-1])  # noted here, on the CPU, so that no step waits for the device
-        self.timesteps = self.timesteps.to(device)
-        self._past = None
+        self._note_order()  # here, on the CPU, so that no step waits for the device
+        self.timesteps = self._ordered = self.timesteps.to(device)
 
     def step(
         self,
@@ -83,12 +85,15 @@ class CogVideoXDPMScheduler(CogVideoXScheduler[CogVideoXDPMConfig]):
     ) -> StepOutput:
         """From `sample` at `timestep` to the next timestep, with noise drawn from `generator`; `eta` has no effect.
 
-        Raises `ValueError` before `set_timesteps`, for a timestep not below the last one, and where noise is predicted
-        from pure noise.
+        Raises `ValueError` before `set_timesteps`, for a timestep that is not next, for a sample of another shape than
+        the last one, and where noise is predicted from pure noise.
         """
-        at, kind, past = int(timestep), self.config.prediction_type, self._past
+        at, kind = int(timestep), self.config.prediction_type
         target = self._target(at)
-        self._check_falls(at)
+        self._check_trained(at)
+        place = self._find(at)
+        past = self._past if self._past is not None and place == self._past.place + 1 else None
+        self._check_shape(sample, past)
         bar, bar_prev = self._alpha_bar(at), self._alpha_bar(target)
         schedule.check_predicts(kind, bar, at)
         original = schedule.predict_original(kind, model_output, sample, bar**0.5, (1 - bar) ** 0.5)
@@ -98,15 +103,39 @@ class CogVideoXDPMScheduler(CogVideoXScheduler[CogVideoXDPMConfig]):
             fresh = self._draw(sample, generator)
             denoised = extrapolated(original, past.original, (self._alpha_bar(past.timestep), bar, bar_prev))
         prev_sample = sde_dpm_step(sample, denoised, fresh, bar, bar_prev)
-        self._past = None if at == self._last else Prediction(at, original)
+        self._past = None if place == len(self._order) - 1 else Prediction(place, at, original)
         return StepOutput(prev_sample, original)
 
     def _draw(self, sample: Tensor, generator: Generators) -> Tensor:
         return draw_noise(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
 
-    def _check_falls(self, timestep: int) -> None:
-        if self._past is not None and timestep >= self._past.timestep:
+    def _note_order(self) -> None:
+        self._order, self._ordered = [int(t) for t in self.timesteps.cpu()], self.timesteps
+        self._past = None
+
+    def _find(self, timestep: int) -> int:
+        """The place of `timestep`: after the last step's, or the first; at the start of a run any."""
+        if self._ordered is not self.timesteps:  # others were assigned
+            self._note_order()
+        order, past = self._order, self._past
+        if past is not None and order[past.place + 1 : past.place + 2] == [timestep]:
+            return past.place + 1
+        if timestep not in order:
             raise ValueError(
-                f"Timestep {timestep} does not follow {self._past.timestep}: steps must be taken in the order of "
-                "CogVideoXDPMScheduler.timesteps. Call set_timesteps to begin anew."
+                f"Timestep {timestep} is none of the {len(order)} that set_timesteps laid out: take those of "
+                "CogVideoXDPMScheduler.timesteps in order, and call set_timesteps before a new clip."
+            )
+        if past is not None and timestep != order[0]:
+            raise ValueError(
+                f"Timestep {timestep} does not follow {past.timestep}: steps must be taken in the order of "
+                "CogVideoXDPMScheduler.timesteps. Call set_timesteps before a new clip."
+            )
+        return order.index(timestep)
+
+    def _check_shape(self, sample: Tensor, past: Prediction | None) -> None:
+        if past is not None and past.original.shape != sample.shape:
+            raise ValueError(
+                f"The sample has shape {tuple(sample.shape)}, and the last step's prediction "
+                f"{tuple(past.original.shape)}: one clip's steps must follow each other. "
+                "Call set_timesteps before a new clip."
             )

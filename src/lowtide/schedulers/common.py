@@ -99,6 +99,7 @@ class SchedulerConfig(Config):
 
     `given` names the entries that the source spelled out. Another class's configuration takes over only those, and
     those that differ from this class's defaults; for the rest it uses its own defaults.
+    CogVideoX's `snr_shift_scale` is heeded by every class, and where the entry is missing nothing is shifted.
     Raises `ValueError` for a value that is not supported, naming those that are.
     """
 
@@ -126,6 +127,8 @@ class SchedulerConfig(Config):
         for key, allowed in self.ALLOWED.items():
             if key in entries and entries[key] not in allowed:
                 raise unsupported(self, key, f"one of {', '.join(map(repr, allowed))}")
+        if "snr_shift_scale" in entries:
+            check_number(self, "snr_shift_scale", (int, float), 1e-6, 1e6)
         check_number(self, "num_train_timesteps", int, 1, 1_000_000)
         check_number(self, "steps_offset", int, 0, self.num_train_timesteps - 1)
         for key in ("beta_start", "beta_end"):
@@ -144,6 +147,23 @@ class SchedulerConfig(Config):
         fields = {field.name for field in dataclasses.fields(cls)}
         given = frozenset(fields & entries.keys() - foreign.keys())
         return dataclasses.replace(config, unused={**config.unused, **foreign}, given=given)
+
+    @classmethod
+    def from_scheduler(cls, other: SchedulerConfig) -> Self:
+        """Take over the configuration of any scheduler; see the class."""
+        return cls.from_dict(other.carried())
+
+    @property
+    def snr_shift(self) -> float:
+        """What the signal-to-noise ratio of every training timestep is divided by: 1 where no entry says more."""
+        return self.get("snr_shift_scale", 1.0)
+
+    def changed(self, entries: Mapping[str, Any]) -> Self:
+        """This configuration with other `entries`, which count as given."""
+        fields = {field.name for field in dataclasses.fields(self)}
+        own = {key: value for key, value in entries.items() if key in fields}
+        rest = {key: value for key, value in entries.items() if key not in fields}
+        return dataclasses.replace(self, unused={**self.unused, **rest}, given=self.given | own.keys(), **own)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: every field, then the unknown entries of the source."""
@@ -183,8 +203,8 @@ class SchedulerBase(Generic[ConfigT]):
     def from_config(cls, config: Mapping[str, Any] | Config) -> Self:
         """Build from the entries of a file or from any scheduler's configuration; entries unknown here are kept."""
         if isinstance(config, SchedulerConfig):
-            config = config.carried()
-        elif isinstance(config, Config):
+            return cls(cls.config_class.from_scheduler(config))
+        if isinstance(config, Config):
             config = config.to_dict()
         return cls(cls.config_class.from_dict(config))
 
@@ -262,14 +282,27 @@ def betas_of(config: SchedulerConfig, *, dtype: torch.dtype = torch.float32) -> 
     return schedule.training_betas(config.beta_schedule, config.beta_start, config.beta_end, count, dtype=dtype)
 
 
+def shifted_alphas(config: SchedulerConfig, *, zero_snr: bool) -> Tensor:
+    """The ᾱ of CogVideoX (arXiv 2408.06072): first shifted by `snr_shift`, then with `zero_snr` stretched.
+
+    In the precision of the published schedulers: float64 where the schedule is "scaled_linear", else float32.
+    """
+    precise = config.trained_betas is None and config.beta_schedule == "scaled_linear"
+    betas = betas_of(config, dtype=torch.float64 if precise else torch.float32)
+    bars = schedule.shift_snr(schedule.cumulative_alphas(betas), config.snr_shift)
+    return schedule.stretch_to_zero_snr(bars) if zero_snr else bars
+
+
 def _training_alphas(config: SchedulerConfig, zero_snr: bool) -> Tensor:
+    if config.snr_shift != 1:
+        return shifted_alphas(config, zero_snr=zero_snr).float()
     betas = betas_of(config)
     return schedule.cumulative_alphas(schedule.rescale_to_zero_snr(betas) if zero_snr else betas)
 
 
 def check_number(config: SchedulerConfig, key: str, kind: type | tuple[type, ...], low: float, high: float) -> None:
     """Raise `ValueError` unless the entry `key` is a number of a `kind`, from `low` to `high`."""
-    value = getattr(config, key)
+    value = config[key]
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
         noun = "a whole number" if kind is int else "a number"
         raise unsupported(config, key, f"{noun} from {low:g} to {high:g}")

@@ -44,7 +44,11 @@ def ddim_step(original: Tensor, noise: Tensor, alpha_bar_prev: Tensor, std: Tens
 
 
 class DDIMScheduler(SchedulerBase[DDIMConfig]):
-    """DDIM; a step depends on its arguments alone, so steps may be taken in any order."""
+    """DDIM; nothing is remembered from step to step, so steps may be taken in any order.
+
+    A step depends on its arguments and on the number of steps last told to `set_timesteps`, which says how far it
+    leads.
+    """
 
     config_class = DDIMConfig
 

@@ -25,6 +25,7 @@ PICTURES = {
 PICTURE_CALL = {"prompt": "a red boat", "negative_prompt": "fog", "num_inference_steps": 3, "height": 16, "width": 24}
 LATENTS = 1.7 * tiny.numbers((1, 4, 4, 6), 4)
 UNET_SIZE = (6, 9)
+VIDEO_SIZES = {kind: (2, 8, 12) if kind == "picture" else (2, 4, 6) for kind in tiny.TRANSFORMERS}
 PIXELS = tiny.numbers((1, 3, 16, 24), 5)
 LOOKED_AT = 2 * tiny.numbers((40, 3, 16, 16), 9) * torch.linspace(0.1, 1.5, 40)[:, None, None, None]
 THRESHOLD = 0.5
@@ -41,6 +42,17 @@ def unets() -> dict:
 
     models = {kind: tiny.set_weights(diffusers.UNet2DConditionModel(**entries)) for kind, entries in tiny.UNETS.items()}
     return {kind: entry(model(**tiny.unet_inputs(kind, UNET_SIZE, 1)).sample) for kind, model in models.items()}
+
+
+@torch.no_grad()
+def transformers() -> dict:
+    import diffusers
+
+    outputs = {}
+    for kind, size in VIDEO_SIZES.items():
+        model = tiny.set_weights(diffusers.CogVideoXTransformer3DModel(**tiny.TRANSFORMERS[kind]))
+        outputs[kind] = entry(model(**tiny.video_inputs(kind, size, 1)).sample)
+    return outputs
 
 
 @torch.no_grad()
@@ -90,6 +102,7 @@ def main() -> None:
         goldens = {
             "diffusers": diffusers.__version__,
             "unets": unets(),
+            "transformers": transformers(),
             "vaes": vaes(),
             "verdicts": verdicts(),
             "pictures": pictures(Path(folder)),

@@ -8,7 +8,7 @@ import torch
 from tests import tiny
 from tests.goldens import make_models as recipe
 
-from lowtide.models import layers, unet
+from lowtide.models import layers, unet, video_transformer
 from lowtide.models.vae import AutoencoderKL
 
 PATH = Path(__file__).parents[1] / "goldens" / "models.json"
@@ -36,6 +36,23 @@ def test_unet(kind, monkeypatch):
         return layers.timestep_embedding(timesteps, dim, **{**options, "flip_sin_to_cos": False})
 
     monkeypatch.setattr(unet, "timestep_embedding", swapped)
+    assert tiny.difference(model(**inputs).sample, expected) > TOLERANCE
+
+
+@pytest.mark.parametrize("kind", tiny.TRANSFORMERS)
+@torch.no_grad()
+def test_video_transformer(kind, monkeypatch):
+    model, inputs = tiny.video_transformer(kind), tiny.video_inputs(kind, recipe.VIDEO_SIZES[kind], 1)
+    expected = golden(GOLDENS["transformers"][kind])
+    assert tiny.difference(model(**inputs).sample, expected) <= TOLERANCE
+    if "image_rotary_emb" in inputs:  # negative controls: positions, and sine and cosine swapped
+        cos, sin = inputs["image_rotary_emb"]
+        assert tiny.difference(model(**{**inputs, "image_rotary_emb": (cos, -sin)}).sample, expected) > TOLERANCE
+
+    def swapped(timesteps, dim, **options):
+        return layers.timestep_embedding(timesteps, dim, **{**options, "flip_sin_to_cos": False})
+
+    monkeypatch.setattr(video_transformer, "timestep_embedding", swapped)
     assert tiny.difference(model(**inputs).sample, expected) > TOLERANCE
 
 

@@ -99,11 +99,11 @@ def _output_path(given: str | os.PathLike[str]) -> Path:
     if not isinstance(given, (str, os.PathLike)) or "\0" in os.fspath(given):
         raise ValueError(f"output_video_path={given!r:.80} cannot be the name of a file.")
     path = Path(given).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder. Give the name of a file as output_video_path.")
     if path.suffix.lower() not in _CONTAINERS:
         gif = " For a GIF save PIL images with save_all=True." if path.suffix.lower() == ".gif" else ""
         raise ValueError(f"{path}: videos are written as {', '.join(_CONTAINERS)}. Give a name that ends so.{gif}")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder. Give the name of a file as output_video_path.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no folder: make it, or give another output_video_path.")
     return path

@@ -17,6 +17,8 @@ from lowtide.activations.exact import row_streaming_of
 from lowtide.activations.frames import FrameCache, frame_batches
 from lowtide.activations.graph import Convolution
 from lowtide.memory import detach
+from lowtide.memory.forms import Tier
+from lowtide.ops.convolution import conv3d
 from lowtide.ops.statistics import ChannelStatistics
 
 LEAST_PSNR, MOST_ERROR = 120, 1e-4
@@ -214,6 +216,73 @@ def test_on_a_gpu(rows, monkeypatch):
     for whole, exact in zip(*whole_and_exact(model, z, x, rows=rows), strict=True):
         assert exact.is_cuda
         assert psnr(exact, whole) >= LEAST_PSNR
+
+
+def test_rows_of_a_clip_rest_where_its_largest_batch_has_room():
+    model = clips.vae()
+    z = clips.latents(model, 6, (9, 11))
+    model.enable_tiling("exact", work=WORK)
+    streaming, peaks = row_streaming_of(model.decoder), []
+    for has_before, is_last in ((False, False), (True, False), (True, True)):
+        cache = FrameCache()
+        cache.has_before, cache.is_last = has_before, is_last
+        peaks.append(streaming.forecast((1, 4, 2, 9, 11), None, cache).peak)
+    assert peaks[1] == max(peaks) > peaks[0]
+    whole = model.decode(z).sample
+    model.enable_tiling("exact", work=WORK, budget=(peaks[0] + peaks[1]) // 2)
+    places = []
+    row_streaming_of(model.decoder).watch = lambda _: None
+    model.decode_frames(z, lambda first, part: places.append((part, row_streaming_of(model.decoder))))
+    assert torch.equal(torch.cat([part for part, _ in places], dim=2), whole)
+    assert row_streaming_of(model.decoder).last.rows is Tier.DISK
+    assert row_streaming_of(model.decoder).last.peak <= (peaks[0] + peaks[1]) // 2
+
+
+def test_thin_bands_take_no_more_than_was_forecast():
+    """PyTorch's other kernel for few entries would write every one down 27 times."""
+    x = tiny.numbers((1, 16, 4, 3, 40)).contiguous(memory_format=torch.channels_last_3d)
+    weight, bias = tiny.numbers((8, 16, 3, 3, 3)) / 20, tiny.numbers((8,))
+    expected = torch.nn.functional.conv3d(x.double(), weight.double(), bias.double(), padding=(0, 1, 1))
+    with torch.profiler.profile() as profile:
+        found = conv3d(x, weight, bias, (1, 1, 1), (0, 1, 1), (1, 1, 1), 1)
+    assert worst(found, expected) <= 1e-6
+    assert not any("slow_conv" in event.key for event in profile.key_averages())
+
+
+def test_frames_given_by_keyword():
+    model = clips.vae()
+    z = clips.latents(model, 5)
+    whole = model.decode(z).sample
+    model.enable_tiling("exact", work=WORK)
+    cache, parts = FrameCache(), []
+    for batch in frame_batches(5, 2):
+        cache.begin(is_last=batch.stop >= 5)
+        parts.append(model.decoder(z[:, :, batch], cache=cache))
+    assert worst(torch.cat(parts, dim=2), whole) <= MOST_ERROR
+
+
+def test_training_is_refused_where_nothing_is_kept_for_gradients():
+    model = clips.vae().train()
+    model.requires_grad_(True)
+    model.enable_tiling("exact")
+    with torch.enable_grad(), pytest.raises(ValueError, match="keeps nothing for gradients"):
+        model.decode(clips.latents(model, 1))
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, None, True])
+def test_batches_of_frames_that_are_not_possible(size):
+    model = clips.vae()
+    model.num_latent_frames_batch_size = size
+    with pytest.raises(ValueError, match="at a time: give a whole number from 1"):
+        model.decode(clips.latents(model, 3))
+    with pytest.raises(ValueError, match="at least one frame"):
+        list(frame_batches(0, 2))
+
+
+def test_pixels_beyond_whole_latents_are_no_tile():
+    model = clips.vae()
+    model.enable_tiling(tile_size=(16, 24))
+    assert model.encode(tiny.numbers((1, 3, 9, 22, 60))).latent_dist.mean.shape == (1, 4, 3, 2, 7)
 
 
 # ---- negative controls

@@ -93,9 +93,9 @@ def test_what_is_not_possible(options, told):
 
 
 def test_a_size_that_the_model_cannot_make(model, tmp_path):
-    result = lowtide("--video", "--model", model, "--size", "40x32", "--out", tmp_path / "x.mp4")
+    result = lowtide("--video", "--model", model, "--size", "40x30", "--out", tmp_path / "x.mp4")
     assert result.exit_code == 2
-    assert "16" in result.stderr
+    assert "multiples of 16. The nearest is 32x32" in result.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -104,3 +104,16 @@ def test_defaults():
     assert video_from(False, None, None, False) is None
     with pytest.raises(InputError):
         video_from(False, 0, None, False)
+
+
+def test_a_sheet_takes_nobodys_place(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sea-3-sheet.png").write_text("mine")
+    result = lowtide("--video", "--model", model, "--steps", 1, "--seed", 3, "--sheet")
+    assert result.stdout.split() == ["sea-3.mp4", "sea-3-sheet-2.png"]
+    assert (tmp_path / "sea-3-sheet.png").read_text() == "mine"
+    long = tmp_path / f"{'a' * 240}.mp4"
+    result = lowtide("--video", "--model", model, "--steps", 1, "--sheet", "--out", long)
+    assert result.exit_code == 2
+    assert "too long" in result.stderr
+    assert not long.exists()

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from lowtide.activations.frames import FrameCache
 from lowtide.activations.pages import FilePages, MemoryPages, Pages
@@ -102,7 +103,8 @@ class RowStreaming:
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module's output for maps `[B, C, H, W]` or clips `[B, C, F, H, W]`, one of the batch at a time."""
         _check_input(x)
-        if len(x) > 1 and _cache_in(args) is not None:
+        cache = _cache_in(args, kwargs)
+        if len(x) > 1 and cache is not None:
             raise ValueError(f"Frames are kept for one clip, and this is a batch of {len(x)}: decode one at a time.")
         if x.shape[0] == 0:
             raise ValueError(f"There is no picture in a batch {list(x.shape)}.")
@@ -111,7 +113,7 @@ class RowStreaming:
             schedule = self.schedule(one, args, kwargs)
             if output is None:
                 output = x.new_empty((len(x), *schedule.trace.output.shape[1:]), dtype=schedule.trace.output.dtype)
-            self._run(one, schedule, functools.partial(_put, output[place : place + 1]), _cache_in(args))
+            self._run(one, schedule, functools.partial(_put, output[place : place + 1]), cache)
         assert output is not None
         return output
 
@@ -121,7 +123,7 @@ class RowStreaming:
 
     def stream(self, x: torch.Tensor, write: RowSink, *args: Any, **kwargs: Any) -> None:
         """Compute one picture `[1, C, H, W]` and hand finished rows to `write` from top to bottom."""
-        self._run(x, self.schedule(x, args, kwargs), write, _cache_in(args))
+        self._run(x, self.schedule(x, args, kwargs), write, _cache_in(args, kwargs))
 
     def forecast(self, shape: tuple[int, ...], dtype: torch.dtype | None = None, *args: Any) -> RowForecast:
         """What a run over one picture `[1, C, H, W]` or clip of this shape will take, without running it.
@@ -144,7 +146,8 @@ class RowStreaming:
         _check_input(x)
         if any(isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())):
             raise ValueError(f"Row streaming of {type(self.module).__name__} takes one map and no other tensors.")
-        key = (tuple(x.shape[1:]), x.dtype, repr([_told(one) for one in args]), repr(kwargs), _form(self.module))
+        told = tree_map_only(FrameCache, lambda cache: (cache.has_before, cache.is_last), (args, kwargs))
+        key = (tuple(x.shape[1:]), x.dtype, repr(told), _form(self.module))
         if key not in self._schedules:
             try:
                 self._schedules[key] = plan(trace(self.module, (1, *x.shape[1:]), x.dtype, args, kwargs))
@@ -156,17 +159,30 @@ class RowStreaming:
         return self._schedules[key]
 
     def _run(self, x: torch.Tensor, schedule: Schedule, write: RowSink, cache: FrameCache | None) -> None:
-        if torch.is_grad_enabled() and x.requires_grad:
+        trains = self.module.training and any(weight.requires_grad for weight in self.module.parameters())
+        if torch.is_grad_enabled() and (x.requires_grad or trains):
             raise ValueError("Row streaming keeps nothing for gradients: call it under torch.no_grad(), or disable it.")
         found = self._forecast(schedule, x.device)
         with torch.no_grad():
-            kept = None if cache is None else cache.pages
-            pages = self._pages(found, self._page_bytes(schedule), x.device) if kept is None else kept
-            if cache is not None:
-                cache.pages = pages
+            pages = self._pages(found, schedule, x.device) if cache is None else self._pages_of_clip(x, schedule, cache)
             pages.count_anew()
             Run(self.module, schedule, pages, self._work(schedule), cache)(x, write, self.watch)
-        self.last = RowForecast(found.rows, pages.peak_bytes, found.work, found.passes)
+        rows = found.rows if cache is None else cache.rows
+        self.last = RowForecast(rows, pages.peak_bytes, found.work, found.passes)
+
+    def _pages_of_clip(self, x: torch.Tensor, schedule: Schedule, cache: FrameCache) -> Pages:
+        """Pages for all batches of frames: where the largest has room, which has frames before it and keeps some."""
+        if cache.pages is None:
+            largest = schedule
+            if not cache.is_last:
+                middle = FrameCache()
+                middle.has_before = True
+                frames = x.shape[2] if cache.size is None else min(cache.size, x.shape[2])
+                others = self.schedule(x[:, :, :frames], (middle,), {})
+                largest = max(schedule, others, key=lambda one: one.forecast(self._work(one))[0])
+            found = self._forecast(largest, x.device)
+            cache.rows, cache.pages = found.rows, self._pages(found, largest, x.device)
+        return cache.pages
 
     def _forecast(self, schedule: Schedule, device: torch.device) -> RowForecast:
         stored, bands = schedule.forecast(self._work(schedule), self._page_bytes(schedule))
@@ -202,7 +218,8 @@ class RowStreaming:
         stored, _ = schedule.forecast(self._work(schedule))
         return min(LARGEST_PAGE, max(4096, stored // max(128, 16 * schedule.planes)))
 
-    def _pages(self, forecast: RowForecast, page: int, device: torch.device) -> Pages:
+    def _pages(self, forecast: RowForecast, schedule: Schedule, device: torch.device) -> Pages:
+        page = self._page_bytes(schedule)
         if forecast.rows is Tier.DISK:
             _check_disk(forecast.stored, self.settings.folder)
             return FilePages(page, self.settings.folder)
@@ -264,13 +281,8 @@ def _put(output: torch.Tensor, first: int, rows: torch.Tensor) -> None:
     output.narrow(-2, first, rows.shape[-2]).copy_(rows)
 
 
-def _cache_in(args: Any) -> FrameCache | None:
-    return next((one for one in args if isinstance(one, FrameCache)), None)
-
-
-def _told(argument: Any) -> Any:
-    """What a plan depends on of an argument."""
-    return (argument.has_before, argument.is_last) if isinstance(argument, FrameCache) else argument
+def _cache_in(args: Any, kwargs: Any) -> FrameCache | None:
+    return next((one for one in (*args, *kwargs.values()) if isinstance(one, FrameCache)), None)
 
 
 def _free(device: torch.device) -> int:

@@ -10,13 +10,19 @@ from collections.abc import Iterator
 import torch
 
 from lowtide.activations.pages import Pages, RowStore
+from lowtide.memory.forms import Tier
 
 
 def frame_batches(frames: int, size: int) -> Iterator[slice]:
     """Batches of `size` frames; what is left over joins the first one, so a clip shorter than one is one batch.
 
-    Thirteen frames by two are 3 + 2 + 2 + 2 + 2 + 2: the published video autoencoder's own order.
+    Thirteen frames by two are 3 + 2 + 2 + 2 + 2 + 2: the published video autoencoder's own order. Raises `ValueError`
+    for no frames, and for a size that is no whole number from 1.
     """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"Frames cannot be computed {size!r} at a time: give a whole number from 1. 2 is published.")
+    if frames < 1:
+        raise ValueError("A clip needs at least one frame, and this one has none.")
     first = frames - (max(frames // size, 1) - 1) * size
     yield slice(0, first)
     for start in range(first, frames, size):
@@ -27,12 +33,15 @@ class FrameCache:
     """The last frames that each causal convolution saw: they stand before the next batch of frames.
 
     Convolutions ask in the order of the network, which is the same for every batch. Call `begin` before each batch.
-    A network that is computed row by row keeps its frames in `stores` on `pages`, by the same places.
+    `size` is how many frames the batches after the first have, where it is known. A network that is computed row by row
+    keeps its frames in `stores` on `pages`, by the same places.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: int | None = None) -> None:
+        self.size = size
         self.has_before = False
         self.is_last = False
+        self.rows = Tier.DEVICE
         self.pages: Pages | None = None
         self.stores: dict[int, RowStore] = {}
         self._frames: dict[int, torch.Tensor] = {}

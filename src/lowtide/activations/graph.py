@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lowtide.ops.convolution import conv3d
+
 Span = tuple[int, int]
 """Rows from the first to before the second."""
 
@@ -248,7 +250,7 @@ class Convolution(Step):
 def convolve(band: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
     """Convolve a map or a clip, which has its channels last here: what made it may have left it otherwise."""
     if band.ndim == 5:
-        return F.conv3d(band.contiguous(memory_format=torch.channels_last_3d), weight, *args)
+        return conv3d(band.contiguous(memory_format=torch.channels_last_3d), weight, *args)
     return F.conv2d(band, weight, *args)
 
 

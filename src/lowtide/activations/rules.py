@@ -249,7 +249,8 @@ def _padding(given: Any, dilation: tuple[int, ...], kernel: tuple[int, ...]) -> 
 def _convolved_pixels(band: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int) -> torch.Tensor:
     if band.ndim == 5 and groups == 1:  # PyTorch has no kernel for it: it would write down every pixel again
         return F.linear(band.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
-    return convolve(band, weight, bias, 1, 0, 1, groups)
+    sides = band.ndim - 2
+    return convolve(band, weight, bias, (1,) * sides, (0,) * sides, (1,) * sides, groups)
 
 
 def _each(number: Any, sides: int) -> tuple[int, ...]:

@@ -45,11 +45,11 @@ def trace(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: A
     x = torch.empty(shape, dtype=dtype, device="meta")
     source = recorder.know(x, Value(shape, dtype, rows_of(shape)))
     kept: dict[int, Value] = {}
-    args = [_TracedCache(one, recorder, kept) if isinstance(one, FrameCache) else one for one in args]
+    args, kwargs = tree_map_only(FrameCache, lambda one: _TracedCache(one, recorder, kept), (tuple(args), kwargs or {}))
     call = type(skeleton).forward.__get__(skeleton)  # not the one that streams rows
     try:
         with torch.no_grad(), recorder:
-            result = call(x, *args, **(kwargs or {}))
+            result = call(x, *args, **kwargs)
     except NotByRowsError:
         raise
     except (RuntimeError, NotImplementedError, TypeError) as error:

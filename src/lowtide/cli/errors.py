@@ -29,7 +29,7 @@ def reported(*, debug: bool) -> Generator[None]:
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        raise _ended(INTERRUPTED, "Stopped. No half-written picture is left behind.") from None
+        raise _ended(INTERRUPTED, "Stopped. No half-written file is left behind.") from None
     except Exception as error:
         if debug:
             raise

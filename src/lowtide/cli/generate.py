@@ -12,6 +12,7 @@ import lowtide
 from lowtide.cli.errors import InputError, reported, tell
 from lowtide.cli.pictures import output_paths, prepare_folders
 from lowtide.cli.request import (
+    VIDEO_SIZE_STEP,
     Casting,
     Decode,
     DType,
@@ -125,7 +126,7 @@ def generate(
             prompt=prompt,
             negative=negative,
             steps=(50 if video else 25) if steps is None else steps,
-            size=parse_size(size) if size is not None else None,
+            size=None if size is None else parse_size(size, VIDEO_SIZE_STEP) if video else parse_size(size),
             seeds=seeds_from(seed, count),
             guidance=(6.0 if video else 7.5) if guidance is None else guidance,
             out=out,

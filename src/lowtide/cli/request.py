@@ -13,7 +13,7 @@ from pathlib import Path
 from lowtide.cli.errors import InputError
 
 SHIPPED_MODEL = "seascapes"
-_SIZE_STEP = 8
+VIDEO_SIZE_STEP = 16  # eight pixels a latent, two latents a patch
 _LARGEST_SIDE = 16384
 _LARGEST_SEED = 2**64 - 1
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -125,24 +125,27 @@ def check_device(name: str) -> None:
         raise InputError(f"--device {name}: possible are auto, cpu, cuda and cuda:N (the N-th GPU, from 0).")
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """(width, height) in pixels from "512" or "768x512". Raises `InputError` that names the nearest possible sizes."""
+def parse_size(text: str, step: int = 8) -> tuple[int, int]:
+    """(width, height) in pixels, multiples of `step`, from "512" or "768x512".
+
+    Raises `InputError` that names the nearest possible sizes.
+    """
     match = re.fullmatch(r"(\d{1,9})(?:[xX×](\d{1,9}))?", text.strip(), re.ASCII)
     if match is None:
         raise InputError(f"--size {text}: write one number for a square, or WIDTHxHEIGHT, for example 512 or 768x512.")
     width, height = int(match[1]), int(match[2] or match[1])
-    if not all(_SIZE_STEP <= side <= _LARGEST_SIDE for side in (width, height)):
-        raise InputError(f"--size {text}: each side must be from {_SIZE_STEP} to {_LARGEST_SIDE} pixels.")
-    if width % _SIZE_STEP or height % _SIZE_STEP:
-        nearest = f"{_nearest(width)}x{_nearest(height)}"
-        raise InputError(f"--size {text}: both sides must be multiples of {_SIZE_STEP}. The nearest is {nearest}.")
+    if not all(step <= side <= _LARGEST_SIDE for side in (width, height)):
+        raise InputError(f"--size {text}: each side must be from {step} to {_LARGEST_SIDE} pixels.")
+    if width % step or height % step:
+        nearest = f"{_nearest(width, step)}x{_nearest(height, step)}"
+        raise InputError(f"--size {text}: both sides must be multiples of {step}. The nearest is {nearest}.")
     return width, height
 
 
 def seeds_from(seed: int | None, count: int) -> tuple[int, ...]:
     """One seed a picture: `seed`, `seed` + 1 and so on; a random start where none is given."""
     if count < 1:
-        raise InputError(f"--count {count}: at least one picture must be asked for.")
+        raise InputError(f"--count {count}: at least one picture or video must be asked for.")
     first = secrets.randbelow(2**32) if seed is None else seed
     if first < 0 or first + count - 1 > _LARGEST_SEED:
         raise InputError(f"--seed {first} with --count {count}: seeds must be from 0 to {_LARGEST_SEED} (2**64 - 1).")
@@ -188,8 +191,8 @@ def shipped_model() -> Path:
     return folder
 
 
-def _nearest(side: int) -> int:
-    return max(_SIZE_STEP, round(side / _SIZE_STEP) * _SIZE_STEP)
+def _nearest(side: int, step: int) -> int:
+    return max(step, round(side / step) * step)
 
 
 def _check_text(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import typer
 
 from lowtide.cli.errors import InputError
 from lowtide.cli.request import Decode, Request
-from lowtide.pictures import whole_or_not
+from lowtide.pictures import fresh_path, whole_or_not
 from lowtide.stages import Stage
 
 WHOLE_CLIPS_UP_TO = 144 * 144
 """Pixels of a frame up to which a clip's frames are decoded whole where nothing else is asked for."""
+LONGEST_NAME = 200
+"""Bytes of the name of a file, which is longer while it is written."""
 
 
 def make_videos(pipe: Any, request: Request, paths: Sequence[Path]) -> None:
@@ -22,36 +25,60 @@ def make_videos(pipe: Any, request: Request, paths: Sequence[Path]) -> None:
 
     The noise is drawn on the CPU, so it is the same on every device.
     """
+    video = request.video
+    assert video is not None
+    sheets = (
+        sheet_paths(paths, named=request.out is not None and request.out.suffix.lower() == ".mp4")
+        if video.sheet
+        else [None] * len(paths)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the pipeline says it again
+        rows, columns, _ = pipe.clip_size(*(request.size or (None, None))[::-1], video.frames)
+    set_decoding(pipe, request.decode, exact=rows * columns > WHOLE_CLIPS_UP_TO)
+    for seed, path, sheet in zip(request.seeds, paths, sheets, strict=True):
+        make_video(pipe, request, seed, path, sheet)
+
+
+def make_video(pipe: Any, request: Request, seed: int, path: Path, sheet: Path | None) -> None:
+    """Make one video, and its sheet where there is a path for it."""
     import torch
 
     from lowtide.utils import export_to_video
     from lowtide.videos import contact_sheet
 
-    video = request.video
-    assert video is not None
+    assert request.video is not None
     width, height = request.size or (None, None)
-    rows, columns, _ = pipe.clip_size(height, width, video.frames)
-    set_decoding(pipe, request.decode, exact=rows * columns > WHOLE_CLIPS_UP_TO)
-    for seed, path in zip(request.seeds, paths, strict=True):
-        clips = pipe(
-            prompt=[request.prompt],
-            negative_prompt=[request.negative],
-            width=width,
-            height=height,
-            num_frames=video.frames,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            generator=[torch.Generator("cpu").manual_seed(seed)],
-        )
-        frames = clips.frames[0]
-        with pipe.stages.stage("write", steps=len(frames)) as stage:
-            export_to_video(_counted(frames, stage), path, fps=video.fps)
-        typer.echo(path)
-        if video.sheet:
-            place = path.with_name(f"{path.stem}-sheet.png")
-            with whole_or_not(place) as unfinished:
-                contact_sheet(frames, fps=video.fps).save(unfinished, "PNG")
-            typer.echo(place)
+    frames = pipe(
+        prompt=[request.prompt],
+        negative_prompt=[request.negative],
+        width=width,
+        height=height,
+        num_frames=request.video.frames,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        generator=[torch.Generator("cpu").manual_seed(seed)],
+    ).frames[0]
+    fps = request.video.fps
+    with pipe.stages.stage("write", steps=len(frames)) as stage:
+        export_to_video(_counted(frames, stage), path, fps=fps)
+    typer.echo(path)
+    if sheet is not None:
+        with whole_or_not(sheet) as unfinished:
+            contact_sheet(frames, fps=fps).save(unfinished, "PNG")
+        typer.echo(sheet)
+
+
+def sheet_paths(paths: Sequence[Path], *, named: bool) -> list[Path]:
+    """A sheet's file beside each video's: replaced where the video was `named`, else a new one.
+
+    Raises `InputError` for a name that is too long.
+    """
+    sheets = [path.with_name(f"{path.stem}-sheet.png") for path in paths]
+    for sheet in sheets:
+        if len(sheet.name.encode()) > LONGEST_NAME:
+            raise InputError(f"--out {sheet.stem[:40]}…: the name is too long to put -sheet.png behind it.")
+    return sheets if named else [fresh_path(sheet) for sheet in sheets]
 
 
 def set_decoding(pipe: Any, decode: Decode, *, exact: bool) -> None:

@@ -66,8 +66,10 @@ class AutoencoderMixin(ModelMixin):
         assert self.tiles is not None
         scale = self.config.scale
         sides, steps = self.tiles.in_latents(scale)
-        inpixels = (sides[0] * scale, sides[1] * scale), (steps[0] * scale, steps[1] * scale)
-        return gathered(lambda write: blended(self.moments, x, *inpixels, steps, write), x.shape[-2] // scale)
+        in_pixels = (sides[0] * scale, sides[1] * scale), (steps[0] * scale, steps[1] * scale)
+        rows, columns = x.shape[-2] // scale, x.shape[-1] // scale
+        x = x[..., : rows * scale, : columns * scale]  # less than a latent is none, and no tile either
+        return gathered(lambda write: blended(self.moments, x, *in_pixels, steps, write), rows)
 
     def _decoded(self, z: torch.Tensor) -> torch.Tensor:
         if not self.needs_tiles(z, self.config.scale):

@@ -178,25 +178,44 @@ class AutoencoderKLCogVideoX(AutoencoderMixin):
 
     def moments(self, x: torch.Tensor) -> torch.Tensor:
         """Mean and log variance `[B, 32, f, H/8, W/8]` of clips, a batch of frames at a time."""
-        return _joined(self.encoder, x, self.num_sample_frames_batch_size)
+        return _joined(self.encoder, x, self.num_sample_frames_batch_size, self._halved)
 
     def pixels(self, z: torch.Tensor) -> torch.Tensor:
         """Clips of latents, a batch of frames at a time."""
-        return _joined(self.decoder, z, self.num_latent_frames_batch_size)
+        return _joined(self.decoder, z, self.num_latent_frames_batch_size, self._doubled)
+
+    def _halved(self, frames: int) -> int:
+        """Latent frames of a batch of frames."""
+        return -(-frames // 2**self.config.temporal_levels)
+
+    def _doubled(self, frames: int) -> int:
+        """Frames of a batch of latent frames: of an odd number the first is never doubled."""
+        odd = frames % 2
+        return odd + (frames - odd) * 2**self.config.temporal_levels
 
 
-def _joined(network: nn.Module, x: torch.Tensor, size: int) -> torch.Tensor:
-    """The whole clip of what `network` makes of batches of frames."""
+def _joined(network: nn.Module, x: torch.Tensor, size: int, made: Callable[[int], int]) -> torch.Tensor:
+    """The whole clip of what `network` makes of batches of frames; `made` tells how many it makes of one batch."""
     if len(x) > 1 and row_streaming_of(network) is not None:
-        return sliced(lambda one: _joined(network, one, size), x)
-    parts: list[torch.Tensor] = []
-    _by_frames(network, x, size, lambda _, frames: parts.append(frames))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return sliced(lambda one: _joined(network, one, size, made), x)
+    batches = list(frame_batches(x.shape[2], size))
+    if len(batches) == 1:
+        return network(x, only_batch())
+    out: list[torch.Tensor] = []
+    total = sum(made(batch.stop - batch.start) for batch in batches)
+
+    def put(first: int, frames: torch.Tensor) -> None:
+        if not out:
+            out.append(frames.new_empty((*frames.shape[:2], total, *frames.shape[3:])))
+        out[0][:, :, first : first + frames.shape[2]] = frames
+
+    _by_frames(network, x, size, put)
+    return out[0]
 
 
 def _by_frames(network: nn.Module, x: torch.Tensor, size: int, write: FrameSink) -> None:
     """Compute batches of `size` frames in order, each with what the convolutions remember of those before."""
-    cache, first = FrameCache(), 0
+    cache, first = FrameCache(size), 0
     for batch in frame_batches(x.shape[2], size):
         cache.begin(is_last=batch.stop >= x.shape[2])
         frames = network(x[:, :, batch], cache)

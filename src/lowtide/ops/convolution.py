@@ -48,6 +48,25 @@ def conv2d_as_product(
     return product.view(-1, batch, rows, columns).transpose(0, 1).contiguous(memory_format=layout)
 
 
+def conv3d(
+    x_BCFHW: torch.Tensor,
+    weight: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> torch.Tensor:
+    """Convolve a clip, without gradients: `[B, C, F, H, W]` to `[B, O, f, h, w]`.
+
+    In float32 on a CPU PyTorch has another kernel for one clip of few entries, which writes every entry down again for
+    each of the kernel's: 27 times the clip for a 3x3x3 kernel, in five times the time. Here oneDNN's is called for all.
+    """
+    if x_BCFHW.device.type == "cpu" and x_BCFHW.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.aten.mkldnn_convolution(x_BCFHW, weight, bias_O, padding, stride, dilation, groups)
+    return F.conv3d(x_BCFHW, weight, bias_O, stride, padding, dilation, groups)
+
+
 def channels_last(x: torch.Tensor) -> torch.memory_format:
     """The layout with the channels of each pixel side by side, for maps `[B, C, H, W]` or clips `[B, C, F, H, W]`."""
     return torch.channels_last_3d if x.ndim == 5 else torch.channels_last

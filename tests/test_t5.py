@@ -12,8 +12,9 @@ from tests import tiny, tiny_video
 from tests.memory.cases import RULES
 
 from lowtide.loading import LoadOptions, load_text_encoder, save_component, spec_of
-from lowtide.memory.forms import NAMED_CASTINGS
+from lowtide.memory.forms import NAMED_CASTINGS, Casting
 from lowtide.memory.loading import offload_named
+from lowtide.memory.small import small_of
 from lowtide.models import tokenizers
 from lowtide.models.attention_backends import set_attention_backend, set_attention_slicing
 from lowtide.models.tokenizers import load_tokenizer
@@ -144,13 +145,46 @@ def test_cast_while_loading(folder, dtype, casting, offload):
     expected = states(plain)
     assert expected.dtype == dtype
     assert torch.equal(states(loaded), expected)
-    uncast = load(folder, torch.float32).to(dtype)
+    uncast = load(folder, dtype)
     assert not torch.equal(states(uncast), expected)
     uncast.load_state_dict({name: tensor.clone() for name, tensor in plain.state_dict().items()})
     assert torch.equal(states(uncast), expected)
     again = load(save(plain, folder.parent / "again"), dtype)
     assert torch.equal(states(again), expected)
     assert again.shared.weight is again.encoder.embed_tokens.weight
+
+
+WIDE = {
+    **NAMED_CASTINGS,
+    "plain": Casting("float8_e4m3fn", compute="float16"),
+    "left out": Casting("int8", skip_patterns=(r"\.wo$",)),
+}
+
+
+@pytest.mark.parametrize("casting", WIDE)
+@pytest.mark.parametrize("offload", [None, "model", "block", "leaf", "sequential"])
+def test_a_wide_layer_that_is_cast_does_not_overflow_in_float16(tmp_path, casting, offload):
+    model = tiny_video.text_encoder()
+    with torch.no_grad():
+        for block in model.encoder.block:
+            block.layer[1].DenseReluDense.wo.weight.mul_(2e3 if casting == "plain" else 2e5)
+            block.layer[1].DenseReluDense.wi_1.weight.mul_(100 if casting == "plain" else 1)
+    folder, asked = save(model, tmp_path / "text"), None if WIDE[casting].compute else torch.float16
+    rule = {"offload": offload_named(offload, "cpu")}
+    loaded = load(folder, asked, casting=WIDE[casting], **rule)
+    model.load_state_dict({name: tensor.clone() for name, tensor in loaded.state_dict().items()})
+    expected = states(model)  # of the same rounded weights, in float32
+    assert expected.isfinite().all()
+    again = load(save(loaded, tmp_path / "again"), **rule)
+    for one in (loaded, again):
+        layer = one.encoder.block[0].layer[1].DenseReluDense
+        assert (layer.wi_0.weight.dtype, layer.wo.weight.dtype) == (torch.float16, torch.float32)
+        assert (small_of(layer.wo.weight) is None) == (casting == "left out")
+        assert states(one).dtype == torch.float16
+        assert tiny.difference(states(one), expected) < 0.02
+    assert torch.equal(states(again), states(loaded))
+    wrong = states(loaded.half())  # negative control
+    assert not wrong.isfinite().all() or tiny.difference(wrong, expected) > 0.02
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -16,7 +16,6 @@ from lowtide.configs import read_json, write_json
 from lowtide.hub import Source, weight_patterns
 from lowtide.memory.forms import Casting
 from lowtide.memory.loading import Offload, put_weights, resting_state
-from lowtide.memory.saved import computing_dtype
 from lowtide.models.foreign import read_foreign_config, reading
 from lowtide.models.mixin import WEIGHTS_NAME, ModelMixin
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker, position_ids
@@ -27,7 +26,7 @@ from lowtide.models.video_transformer import CogVideoXTransformer3DModel
 from lowtide.models.video_vae import AutoencoderKLCogVideoX
 from lowtide.schedulers import SCHEDULERS
 from lowtide.weights.fill import state_names
-from lowtide.weights.index import CheckpointError, CheckpointIndex, find_weights
+from lowtide.weights.index import CheckpointError, find_weights
 from lowtide.weights.names import CLIP_TEXT_NAMES, T5_NAMES, NameTable, apply_names
 from lowtide.weights.save import save_tensors
 
@@ -41,7 +40,11 @@ MODELS: dict[str, type[ModelMixin]] = {
 }
 TEXT_ENCODERS: dict[str, NameTable] = {"CLIPTextModel": CLIP_TEXT_NAMES, "T5EncoderModel": T5_NAMES}
 FLOAT32_BESIDE_FLOAT16: dict[str, tuple[str, ...]] = {"T5EncoderModel": ("*.DenseReluDense.wo.weight",)}
-"""Patterns of weights that overflow in float16: they are float32 where the others are float16."""
+"""Patterns of weights that overflow in float16: they are float32 where the others are float16.
+
+Where they rest in 8 bits, they compute in float32. Both are for loading: `.to(torch.float16)` afterwards makes them
+float16 as well, as it does elsewhere.
+"""
 IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 
 
@@ -154,16 +157,10 @@ def load_text_encoder(folder: Path, class_name: str, options: LoadOptions) -> nn
         dtype=options.dtype,
         offload=options.offload,
         casting=options.casting,
-        own_dtypes=_own_dtypes(class_name, index, options.dtype),
+        float32_beside_float16=FLOAT32_BESIDE_FLOAT16.get(class_name, ()),
         buffers=position_ids(model),
     )
     return model.eval()
-
-
-def _own_dtypes(class_name: str, index: CheckpointIndex, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """What is not loaded in `dtype` (None: that of the file), by pattern."""
-    is_float16 = (dtype or computing_dtype(index)) == torch.float16
-    return dict.fromkeys(FLOAT32_BESIDE_FLOAT16.get(class_name, ()) if is_float16 else (), torch.float32)
 
 
 def _loader(spec: ComponentSpec) -> Callable[[Path, LoadOptions], Any]:

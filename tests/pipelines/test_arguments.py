@@ -39,7 +39,7 @@ BAD = {
     ),
     "short embeddings": (
         {"prompt": None, "prompt_embeds": EMBEDS[:, :9]},
-        r"Negative embeddings \[1, 16, 24\] do not fit embeddings \[2, 9, 24\]",
+        "Negative prompts of 16 tokens do not fit prompts of 9: give embeddings of one length",
     ),
     "height of 20": ({"height": 21}, "height=21 is not possible: it must be a multiple of 4; try 20"),
     "width of 0": ({"width": 0}, "width=0 is not possible: it must be a multiple of 4; try 4"),
@@ -61,6 +61,14 @@ BAD = {
     ),
     "number of latents": ({"latents": tiny.numbers((2, 4, 8, 8))}, r"need \[1, 4, 8, 8\]"),
     "eta": ({"eta": 2.0}, "eta=2.0 is not possible"),
+    "text as guidance": ({"guidance_scale": "6"}, "guidance_scale='6' is not possible: it must be a finite number"),
+    "no guidance": ({"guidance_scale": None}, "guidance_scale=None is not possible"),
+    "guidance of NaN": ({"guidance_scale": float("nan")}, "guidance_scale=nan is not possible"),
+    "endless guidance": ({"guidance_scale": float("inf")}, "guidance_scale=inf is not possible"),
+    "no rows": (
+        {"prompt": None, "prompt_embeds": torch.empty((0, 16, 24))},
+        r"prompt_embeds \[0, 16, 24\] hold nothing: there must be at least one row",
+    ),
     "callback's tensors": (
         {"callback_on_step_end_tensor_inputs": ["latents", "image"]},
         r"callback_on_step_end_tensor_inputs=\['image'\] is not possible; choose from latents, prompt_embeds, noise_p",
@@ -98,3 +106,21 @@ def test_a_device_that_is_not_there(pipe, monkeypatch):
         with pytest.raises(ValueError, match=r"is not possible: PyTorch sees no CUDA device here. Use 'cpu'"):
             pipe.to(target)
     assert pipe.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (
+            torch.ones(2),
+            TypeError,
+            "returned a Tensor; .* by name: latents, prompt_embeds, noise_pred",
+        ),
+        (["latents"], TypeError, "returned a list"),
+        ({"latent": None}, ValueError, r"returned \['latent'\]; it may change latents, prompt_embeds, noise_pred"),
+    ],
+)
+def test_what_a_callback_cannot_return(pipe, returned, error, message):
+    with pytest.raises(error, match=message):
+        pipe(prompt="a boat", num_inference_steps=2, callback_on_step_end=lambda *_: returned)
+    assert pipe.stages.observers == []

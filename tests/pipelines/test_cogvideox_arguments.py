@@ -51,7 +51,7 @@ BAD = {
     ),
     "text to avoid of another length": (
         {"prompt": None, "prompt_embeds": EMBEDS[:, :7]},
-        "Negative prompts of 10 tokens do not fit prompts of 7: give embeddings of one length, or that number as max",
+        "Negative prompts of 10 tokens do not fit prompts of 7: give embeddings of one length, or of the length that",
     ),
     "height of 40": ({"height": 40}, "height=40 is not possible: it must be a multiple of 16; try 32"),
     "width of 0": ({"width": 0}, "width=0 is not possible: it must be a multiple of 16; try 16"),
@@ -81,6 +81,14 @@ BAD = {
     ),
     "number of latents": ({"latents": tiny.numbers((2, 3, 4, 4, 6))}, r"need \[1, 3, 4, 4, 6\]"),
     "list of latents": ({"latents": [1.0]}, r"latents must be a tensor \[1, 3, 4, 4, 6\], not list"),
+    "text as guidance": ({"guidance_scale": "6"}, "guidance_scale='6' is not possible: it must be a finite number"),
+    "no guidance": ({"guidance_scale": None}, "guidance_scale=None is not possible"),
+    "guidance of NaN": ({"guidance_scale": float("nan")}, "guidance_scale=nan is not possible"),
+    "endless guidance": ({"guidance_scale": float("inf")}, "guidance_scale=inf is not possible"),
+    "no rows": (
+        {"prompt": None, "prompt_embeds": torch.empty((0, TOKENS, WIDTH))},
+        r"prompt_embeds \[0, 10, 16\] hold nothing: there must be at least one row",
+    ),
     "callback's tensors": (
         {"callback_on_step_end_tensor_inputs": ["latents", "noise_pred"]},
         r"\['noise_pred'\] is not possible; choose from latents, prompt_embeds, negative_prompt_embeds",
@@ -170,3 +178,34 @@ def test_timesteps_are_given_to_a_scheduler_that_takes_them(pipe, monkeypatch):
     pipe(**CALL, timesteps=(900, 100), output_type="latent")
     pipe(**CALL, output_type="latent")
     assert asked == [[900, 100], None]
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (
+            torch.ones(2),
+            TypeError,
+            "returned a Tensor; .* by name: latents, prompt_embeds, negative_prompt_embeds",
+        ),
+        (["latents"], TypeError, "returned a list"),
+        (
+            {"latent": None},
+            ValueError,
+            r"returned \['latent'\]; it may change latents, prompt_embeds, negative_prompt_embeds",
+        ),
+    ],
+)
+def test_what_a_callback_cannot_return(pipe, returned, error, message):
+    with pytest.raises(error, match=message):
+        pipe(**CALL, callback_on_step_end=lambda *_: returned)
+    assert pipe.stages.observers == []
+
+
+def test_a_callback_cannot_return_another_number_of_embeddings(pipe):
+    def end(_pipe, _step, _timestep, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"][:1].expand(3, -1, -1)}
+
+    call = {"callback_on_step_end": end, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with pytest.raises(ValueError, match="3 prompt_embeds for 1 latents; it must be 2, or 1 to end the guidance"):
+        pipe(**CALL, **call)

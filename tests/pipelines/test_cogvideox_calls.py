@@ -276,18 +276,21 @@ def test_a_callback_changes_latents_and_embeddings(pipe):
     assert torch.equal(changing("prompt_embeds", lambda embeds: embeds), plain)
 
 
-def test_a_callback_ends_the_guidance(pipe):
-    """With the prompts' embeddings alone, the rest of the steps are without."""
+@pytest.mark.parametrize("negatives", [False, True])
+@pytest.mark.parametrize("clips", [1, 2])
+def test_a_callback_ends_the_guidance(pipe, negatives, clips):
+    """With the prompts' embeddings alone, the rest of the steps are without, whatever negative ones are returned."""
 
     def end(_pipe, _step, _timestep, tensors):
-        return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]}
+        more = {"negative_prompt_embeds": torch.ones(clips, 10, 16)} if negatives else {}
+        return {"prompt_embeds": tensors["prompt_embeds"][-clips:], **more}
 
     calls = []
     handle = pipe.transformer.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     call = {"callback_on_step_end": end, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
-    film(pipe, num_inference_steps=3, **call)
+    film(pipe, *range(clips), num_inference_steps=3, num_videos_per_prompt=clips, **call)
     handle.remove()
-    assert calls == [2, 1, 1]
+    assert calls == [2 * clips, clips, clips]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

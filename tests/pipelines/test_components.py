@@ -1,5 +1,6 @@
 """A pipeline's parts: replaced, moved, converted, or of another library; and schedulers from outdated files."""
 
+import copy
 import functools
 
 import pytest
@@ -182,3 +183,29 @@ def test_text_is_masked_where_the_encoder_asks_for_it(pipe):
     expected = draw(pipe)
     pipe.text_encoder.config.use_attention_mask = True
     assert not torch.equal(draw(pipe), expected)
+
+
+@pytest.mark.parametrize("kind", ["plain", "cast", "offloaded"])
+def test_a_deep_copy_is_a_pipeline_of_its_own(pipe, kind):
+    if kind == "cast":
+        pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)
+    if kind == "offloaded":
+        pipe.enable_sequential_cpu_offload(device="cpu")
+    pipe.stages.observers.append(object())
+    other, expected = copy.deepcopy(pipe), None
+    pipe.stages.observers.clear()
+    expected = draw(pipe)
+    assert other.stages.observers == []
+    assert torch.equal(draw(other), expected)
+    copied = []
+
+    def call_the_other(its_pipe, step, _timestep, _tensors):
+        if step == 0:
+            copied.extend([copy.deepcopy(its_pipe), draw(other)])
+
+    assert torch.equal(draw(pipe, callback_on_step_end=call_the_other), expected)
+    assert torch.equal(copied[1], expected)
+    assert torch.equal(draw(copied[0]), expected)  # it was copied in the middle of a call
+    with torch.no_grad():
+        other.unet.conv_out = nn.Conv2d(8, 4, 3, padding=1)
+    assert torch.equal(draw(pipe), expected)

@@ -12,7 +12,7 @@ import re
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from lowtide.memory.unit import aligned
 from lowtide.memory.weight import Weight, spoil
 from lowtide.ops.quantization import STORAGE
 from lowtide.weights.files import let_go_of_file, origin_of
+from lowtide.weights.fill import dtype_by_name
 from lowtide.weights.slots import emptied, slots
 
 CASTABLE = (
@@ -210,9 +211,16 @@ class Leaf:
         return load
 
 
-def cast(module: nn.Module, casting: Casting, *, at_rest: bool = False) -> None:
+def cast(
+    module: nn.Module,
+    casting: Casting,
+    *,
+    at_rest: bool = False,
+    own_dtypes: Mapping[str, torch.dtype] | None = None,
+) -> None:
     """Let the weights of `module` that `casting` means rest in 8 bits, one after another; the others are left alone.
 
+    Weights whose name matches a pattern (`fnmatch`) of `own_dtypes` compute in the dtype that it gives.
     With `at_rest` another rule takes them over afterwards. Layers that `casting` means and that are cast in another way
     are cast anew. Raises `ValueError` for weights that are on meta, or that a scale is not possible for; what was cast
     until then stays so.
@@ -225,7 +233,9 @@ def cast(module: nn.Module, casting: Casting, *, at_rest: bool = False) -> None:
     made: list[CastWeight] = []
     try:
         while weights:
-            made.append(_cast_weight(weights.pop(), casting, compute))
+            weight = weights.pop()
+            names = (view.slot.name for view in weight.views)
+            made.append(_cast_weight(weight, casting, dtype_by_name(names, own_dtypes or {}, compute)))
     finally:
         install(module, made)
 

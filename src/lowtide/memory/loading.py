@@ -45,31 +45,35 @@ def put_weights(
     offload: Offload | None = None,
     casting: Casting | None = None,
     never_cast: Collection[str] = (),
-    own_dtypes: Mapping[str, torch.dtype] | None = None,
+    float32_beside_float16: Collection[str] = (),
     buffers: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Give a module on meta the weights of `index`: as `fill` does, or at rest under a rule, with nothing read.
 
     Weights that are in 8 bits there stay so. With `casting` the others are cast one by one, from the file, but for
-    modules that match a pattern of `never_cast`, and all compute in one dtype; otherwise `own_dtypes` is as for `fill`.
+    modules that match a pattern of `never_cast`, and all compute in one dtype. Where that is float16, weights matching
+    a pattern (`fnmatch`) of `float32_beside_float16` are float32, or compute in it where they rest in 8 bits.
     Raises as `fill`, `attach` and `cast` do.
     """
     saved, others = saved_weights(module, index)
+    asked = dtype if casting is None or casting.compute is None else getattr(torch, casting.compute)
+    in_file = computing_dtype(others, float32_beside_float16)
+    is_float16 = (asked or in_file) == torch.float16
+    own = dict.fromkeys(float32_beside_float16 if is_float16 else (), torch.float32)
     if offload is not None and casting is None and not saved:
-        fill(module, index, dtype=dtype, device="meta", own_dtypes=own_dtypes, buffers=buffers)
+        fill(module, index, dtype=dtype, device="meta", own_dtypes=own, buffers=buffers)
         attach(module, offload.rule, offload.stream, index=index)
         return
-    compute = dtype or (computing_dtype(others) if saved else None)
+    compute = dtype or (in_file if saved else None)
     named = [slot.name for one in saved for slot in one.slots]
     keep = () if casting is None else ("*",)  # views of the file: what is cast is converted on the way
-    own = own_dtypes if casting is None else None
     fill(module, others, dtype=compute, buffers=buffers, keep_dtype=keep, own_dtypes=own, leave=named)
     if saved:
-        place(module, saved, compute or torch.float32)
+        place(module, saved, compute or torch.float32, own)
     if casting is not None:
         target = casting.compute or (None if compute is None else str(compute).removeprefix("torch."))
         as_saved = (f"^{re.escape(name.rpartition('.')[0])}$" for name in named)  # these stay as they are
         patterns = (*casting.skip_patterns, *never_cast, *as_saved)
-        apply_casting(module, replace(casting, compute=target, skip_patterns=patterns))
+        apply_casting(module, replace(casting, compute=target, skip_patterns=patterns), own)
     if offload is not None:
         attach(module, offload.rule, offload.stream)

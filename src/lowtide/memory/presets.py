@@ -18,7 +18,9 @@ from lowtide.memory.small import FLOATING
 from lowtide.memory.stream import Stream
 from lowtide.ops.quantization import STORAGE
 from lowtide.sizes import parse_bytes
+from lowtide.weights.fill import dtype_by_name
 from lowtide.weights.index import CheckpointIndex
+from lowtide.weights.slots import slots
 
 OFFLOAD_TYPES = {"block_level": Level.BLOCK, "leaf_level": Level.LEAF}
 
@@ -233,17 +235,31 @@ def named_casting(asked: Casting | str | None) -> Casting | None:
     return NAMED_CASTINGS[asked]
 
 
-def apply_casting(module: nn.Module, casting: Casting) -> None:
+def apply_casting(module: nn.Module, casting: Casting, own_dtypes: Mapping[str, torch.dtype] | None = None) -> None:
     """Let a module's weights rest in 8 bits, under whatever rule it is; see `Casting`.
 
-    Where `casting` names a dtype to compute in, all that is not cast gets it too. Raises `ValueError` for weights that
-    cannot be cast.
+    Where `casting` names a dtype to compute in, all that is not cast gets it too. `own_dtypes`, for a module under no
+    rule, gives layers with a weight that matches a pattern (`fnmatch`) another one. Raises `ValueError` for weights
+    that cannot be cast.
     """
     with set_aside(module) as is_ruled:
-        cast(module, casting, at_rest=is_ruled)
-    if casting.compute is not None:
+        cast(module, casting, at_rest=is_ruled, own_dtypes=own_dtypes)
+    if own_dtypes:
+        _set_dtypes(module, None if casting.compute is None else getattr(torch, casting.compute), own_dtypes)
+    elif casting.compute is not None:
         module.to(getattr(torch, casting.compute))  # under its rule again: what rests must follow, not be written to
     trim_heap()
+
+
+def _set_dtypes(module: nn.Module, dtype: torch.dtype | None, own_dtypes: Mapping[str, torch.dtype]) -> None:
+    """As `module.to(dtype)`, layer by layer, and never by way of `dtype` where a layer has its own."""
+    names: dict[nn.Module, list[str]] = {}
+    for slot in slots(module):
+        names.setdefault(slot.owner, []).append(slot.name)
+    for layer, known in names.items():
+        wanted = dtype_by_name(known, own_dtypes, dtype)
+        if wanted is not None:
+            layer._apply(lambda one, to=wanted: one.to(to) if one.is_floating_point() else one, recurse=False)
 
 
 def remove_casting(module: nn.Module) -> None:

@@ -6,8 +6,9 @@ cast has none. Such a checkpoint is loaded as it was saved: its weights stay in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from lowtide.memory.store import DiskRest
 from lowtide.memory.view import View
 from lowtide.ops.quantization import STORAGE
 from lowtide.weights.files import Origin, WeightFile
-from lowtide.weights.fill import WeightsMismatchError, load_tensors
+from lowtide.weights.fill import WeightsMismatchError, dtype_by_name, load_tensors
 from lowtide.weights.index import CheckpointIndex, TensorEntry
 from lowtide.weights.layout import contiguous_stride
 from lowtide.weights.names import SCALE_SUFFIX
@@ -72,8 +73,13 @@ def saved_weights(module: nn.Module, index: CheckpointIndex) -> tuple[list[Saved
     return found, CheckpointIndex(entries, index.files, index.metadata)
 
 
-def place(module: nn.Module, saved: Iterable[SavedWeight], dtype: torch.dtype) -> None:
-    """Let the weights rest in their file; they compute in `dtype`. Nothing but the scales is read."""
+def place(
+    module: nn.Module, saved: Iterable[SavedWeight], dtype: torch.dtype, own_dtypes: Mapping[str, torch.dtype]
+) -> None:
+    """Let the weights rest in their file; nothing but the scales is read.
+
+    They compute in `dtype`, but for those that `own_dtypes` gives another one, as for `fill`.
+    """
     files: dict[object, WeightFile] = {}
     made: list[CastWeight] = []
     for one in saved:
@@ -82,7 +88,8 @@ def place(module: nn.Module, saved: Iterable[SavedWeight], dtype: torch.dtype) -
             files[entry.file] = WeightFile(entry.file)
         origin = Origin(files[entry.file], entry.offset, entry.nbytes, entry.dtype)
         stride = contiguous_stride(entry.shape)
-        views = [View(slot, 0, entry.shape, stride, dtype, requires_grad=False) for slot in one.slots]
+        wanted = dtype_by_name((slot.name for slot in one.slots), own_dtypes, dtype)
+        views = [View(slot, 0, entry.shape, stride, wanted, requires_grad=False) for slot in one.slots]
         weight = CastWeight(views, DiskRest(origin, entry.dtype), torch.device("cpu"), entry.dtype)
         weight.forget_given()
         if one.scale is not None:
@@ -91,9 +98,13 @@ def place(module: nn.Module, saved: Iterable[SavedWeight], dtype: torch.dtype) -
     install(module, made)
 
 
-def computing_dtype(index: CheckpointIndex) -> torch.dtype:
-    """The dtype that a checkpoint with weights in 8 bits was computed in: that of the others, else float32."""
-    floating = (entry.dtype for entry in index.values() if entry.dtype.is_floating_point)
+def computing_dtype(index: CheckpointIndex, but: Collection[str] = ()) -> torch.dtype:
+    """The dtype that a checkpoint with weights in 8 bits was computed in: that of the others, else float32.
+
+    Those that match a pattern (`fnmatch`) of `but` do not count.
+    """
+    counted = (entry for name, entry in index.items() if not any(fnmatchcase(name, pattern) for pattern in but))
+    floating = (entry.dtype for entry in counted if entry.dtype.is_floating_point)
     return next(floating, torch.float32)
 
 

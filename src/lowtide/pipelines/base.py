@@ -63,7 +63,8 @@ class DiffusionPipeline(ActivationMethods):
     """Components by name, and the stages that a run goes through.
 
     `DiffusionPipeline.from_pretrained` gives the pipeline that the checkpoint names. `stages.observers` may hold
-    anything that watches a run, such as `lowtide.memory.Meter`.
+    anything that watches a run, such as `lowtide.memory.Meter`; a copy of the pipeline begins without observers, and
+    `copy.deepcopy` without offload.
     """
 
     component_names: ClassVar[tuple[str, ...]] = ()
@@ -74,6 +75,14 @@ class DiffusionPipeline(ActivationMethods):
         self._progress_disabled = False
         self._lock = threading.RLock()
         self._is_running = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all but the lock, as of a pipeline that is not being called."""
+        return {**self.__dict__, "stages": Stages(), "_lock": None, "_is_running": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` gave, with a lock of its own."""
+        self.__dict__.update({**state, "_lock": threading.RLock()})
 
     @classmethod
     def from_pretrained(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,6 +56,8 @@ def check_prompt(
         raise ValueError(f"{text} must be a text or a list of texts (at least one), not {prompt!s:.200}.")
     if prompt_embeds is not None and (not isinstance(prompt_embeds, torch.Tensor) or prompt_embeds.ndim != 3):
         raise ValueError(f"{embeds} must be a tensor [batch, tokens, channels].")
+    if prompt_embeds is not None and 0 in prompt_embeds.shape:
+        raise ValueError(f"{embeds} {list(prompt_embeds.shape)} hold nothing: there must be at least one row.")
 
 
 def count_prompts(prompt: str | Sequence[str] | None, prompt_embeds: torch.Tensor | None) -> int:
@@ -87,7 +91,7 @@ def check_text_parts(text_encoder: object, tokenizer: object, instead: str) -> N
         raise ValueError(f"This pipeline has no {name} to read text with: give {instead}.")
 
 
-def check_negatives(prompts: tuple[int, int], negatives: tuple[int, int]) -> None:
+def check_negatives(prompts: Sequence[int], negatives: Sequence[int]) -> None:
     """Raise `ValueError` unless negative prompts fit the prompts; each as (how many, of how many tokens)."""
     if negatives[0] not in (1, prompts[0]):
         raise ValueError(
@@ -96,21 +100,15 @@ def check_negatives(prompts: tuple[int, int], negatives: tuple[int, int]) -> Non
     if negatives[1] != prompts[1]:
         raise ValueError(
             f"Negative prompts of {negatives[1]} tokens do not fit prompts of {prompts[1]}: give embeddings of one "
-            "length, or that number as max_sequence_length."
+            "length, or of the length that text is padded to."
         )
 
 
-def check_pair(negative: torch.Tensor, positive: torch.Tensor) -> None:
-    """Raise `ValueError` unless there is one negative prompt for all, or one for each, of as many tokens."""
-    if len(negative) not in (1, len(positive)):
-        raise ValueError(
-            f"{len(negative)} negative prompts for {len(positive)} prompts; give one for all, or one for each."
-        )
-    if negative.shape[1:] != positive.shape[1:]:
-        raise ValueError(
-            f"Negative embeddings {list(negative.shape)} do not fit embeddings {list(positive.shape)}: tokens and "
-            "channels must be as many. Give both prompt_embeds and negative_prompt_embeds, of one length."
-        )
+def check_guidance(guidance_scale: float) -> None:
+    """Raise `ValueError` unless it is a finite number."""
+    is_number = isinstance(guidance_scale, numbers.Real) and not isinstance(guidance_scale, bool)
+    if not is_number or not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale={guidance_scale!r:.80} is not possible: it must be a finite number.")
 
 
 def check_generator(generator: Generators) -> None:
@@ -176,3 +174,21 @@ def check_callback_inputs(names: Sequence[str], possible: Sequence[str]) -> None
         raise ValueError(
             f"callback_on_step_end_tensor_inputs={unknown} is not possible; choose from {', '.join(possible)}."
         )
+
+
+def check_returned(returned: Any, possible: Sequence[str]) -> dict[str, Any]:
+    """The tensors that a step callback changed; raises `TypeError` for anything but a dict or None.
+
+    Raises `ValueError` for names that it cannot change.
+    """
+    if returned is None:
+        return {}
+    if not isinstance(returned, Mapping):
+        raise TypeError(
+            f"callback_on_step_end returned a {type(returned).__name__}; it must be None, or a dict of changed tensors "
+            f"by name: {', '.join(possible)}."
+        )
+    unknown = [name for name in returned if name not in possible]
+    if unknown:
+        raise ValueError(f"callback_on_step_end returned {unknown!r:.200}; it may change {', '.join(possible)}.")
+    return dict(returned)

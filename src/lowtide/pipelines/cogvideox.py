@@ -72,7 +72,8 @@ class CogVideoXPipeline(DiffusionPipeline):
         to step, see `dynamic_guidance`. A `generator` on the CPU draws the same noise for every device; a list gives
         each clip its own. `latents`, of the shape that `latent_shape` gives, is noise to start from, of unit variance.
         `timesteps` replaces `num_inference_steps` for schedulers that take them. Prompts are padded and cut to
-        `max_sequence_length` tokens. `callback_on_step_end(pipe, step, timestep, tensors)` may return changed tensors.
+        `max_sequence_length` tokens. `callback_on_step_end(pipe, step, timestep, tensors)` may return changed tensors;
+        `prompt_embeds` halved, to those of the prompts, end the guidance.
         Frames come as "pil", "np", "pt" or "latent" (see `CogVideoXPipelineOutput`); where the model cannot make so
         many, a warning says how many there will be. Raises `ValueError` for what is not possible, before any work.
         """
@@ -87,6 +88,7 @@ class CogVideoXPipeline(DiffusionPipeline):
         checks.check_timesteps(self.scheduler, timesteps)
         checks.check_output_type(output_type, possible=VIDEO_OUTPUT_TYPES)
         checks.check_callback_inputs(callback_on_step_end_tensor_inputs, CALLBACK_TENSORS)
+        checks.check_guidance(guidance_scale)
         guided = guidance_scale > 1
         self.check_prompts(prompt, negative_prompt, guided, prompt_embeds, negative_prompt_embeds, max_sequence_length)
         batch = checks.count_prompts(prompt, prompt_embeds) * num_videos_per_prompt
@@ -113,8 +115,9 @@ class CogVideoXPipeline(DiffusionPipeline):
                     if callback_on_step_end is not None:
                         tensors = {"latents": x, "prompt_embeds": embeds, "negative_prompt_embeds": negative}
                         asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                        returned = callback_on_step_end(self, step, timestep, asked) or {}
-                        x, embeds, negative = _changed(x, embeds, negative, returned)
+                        returned = callback_on_step_end(self, step, timestep, asked)
+                        changed = checks.check_returned(returned, CALLBACK_TENSORS)
+                        x, embeds, negative = _changed(x, embeds, negative, changed)
                     stage.advance()
             frames: Any = x
             if output_type != "latent":
@@ -316,9 +319,19 @@ def _changed(
     negative: torch.Tensor | None,
     returned: Mapping[str, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Latents and embeddings after a callback; negative ones that it changed replace those among all embeddings."""
-    embeds = returned.get("prompt_embeds", embeds)
+    """Latents and embeddings after a callback; negative ones that it changed replace those among all embeddings.
+
+    Embeddings of the prompts alone end the guidance: there are no negative ones from then on, whatever it returned.
+    """
+    x, embeds = returned.get("latents", x), returned.get("prompt_embeds", embeds)
+    if len(embeds) not in (len(x), 2 * len(x)):
+        raise ValueError(
+            f"callback_on_step_end left {len(embeds)} prompt_embeds for {len(x)} latents; it must be {2 * len(x)}, or "
+            f"{len(x)} to end the guidance."
+        )
+    if negative is None or len(embeds) == len(x):
+        return x, embeds, None
     changed = returned.get("negative_prompt_embeds", negative)
-    if negative is not None and changed is not None and changed is not negative:
-        embeds = torch.cat([changed.to(embeds), embeds[len(negative) :]])
-    return returned.get("latents", x), embeds, changed
+    if changed is not None and changed is not negative:
+        embeds = torch.cat([changed.to(embeds), embeds[len(x) :]])
+    return x, embeds, changed

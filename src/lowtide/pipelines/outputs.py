@@ -31,7 +31,8 @@ class CogVideoXPipelineOutput:
     """Clips, as the `output_type` asked for; `output[0]` is `output.frames`.
 
     `frames`: a list of PIL images for each clip ("pil"), float32 `[B, F, H, W, 3]` in [0, 1] ("np"), `[B, F, 3, H, W]`
-    in [0, 1] ("pt"), or latents `[B, f, C, H/8, W/8]` ("latent").
+    in [0, 1] ("pt"), or latents `[B, f, C, H/8, W/8]` ("latent"). For 1.5 these are all that were denoised: where
+    `pipe.padding(num_frames)` is not 0, so many frames of padding are in front, to be left out before they are decoded.
     """
 
     frames: Any

@@ -96,6 +96,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             checks.check_width(embeds, name, self.unet_config.cross_attention_dim)
         checks.check_generator(generator)
         checks.check_counts(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
+        checks.check_guidance(guidance_scale)
         checks.check_output_type(output_type, output_path)
         checks.check_callback_inputs(callback_on_step_end_tensor_inputs, CALLBACK_TENSORS)
         if output_type != "latent":
@@ -119,7 +120,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
                     if callback_on_step_end is not None:
                         tensors = {"latents": x, "prompt_embeds": embeds, "noise_pred": noise_pred}
                         asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                        tensors |= callback_on_step_end(self, step, timestep, asked) or {}
+                        returned = callback_on_step_end(self, step, timestep, asked)
+                        tensors |= checks.check_returned(returned, CALLBACK_TENSORS)
                         x, embeds = tensors["latents"], tensors["prompt_embeds"]
                     stage.advance()
             if output_type == "latent":
@@ -154,7 +156,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         if negative_prompt_embeds is None:
             texts = negative_prompt or ""
             negative_prompt_embeds = self.embed([texts] if isinstance(texts, str) else list(texts))
-        checks.check_pair(negative_prompt_embeds, prompt_embeds)
+        checks.check_negatives(prompt_embeds.shape[:2], negative_prompt_embeds.shape[:2])
         one_each = negative_prompt_embeds.to(positive).expand(batch, -1, -1)
         return torch.cat([one_each.repeat_interleave(num_images_per_prompt, dim=0), positive])
 

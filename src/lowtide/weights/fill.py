@@ -11,6 +11,7 @@ from collections import abc
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -19,7 +20,9 @@ from lowtide.weights.files import CHUNK_BYTES, Origin, WeightFile, pieces, remem
 from lowtide.weights.index import CheckpointError, CheckpointIndex, TensorEntry
 from lowtide.weights.slots import Slot, slots
 
-__all__ = ["CHUNK_BYTES", "WeightsMismatchError", "fill", "load_tensors", "state_names"]
+__all__ = ["CHUNK_BYTES", "WeightsMismatchError", "dtype_by_name", "fill", "load_tensors", "state_names"]
+
+Otherwise = TypeVar("Otherwise", bound=torch.dtype | None)
 
 _ROWS = 20  # listed per kind of mismatch
 _ROW_LENGTH = 300
@@ -63,8 +66,7 @@ def fill(
     transient = _match_buffers(module, [slot for slot in places if slot.kind == "transient"], buffers or {})
     sources = [next(slot.name for slot in group if slot.name in index) for group in groups]
     reader = _Reader(torch.device(device))
-    others = own_dtypes or {}
-    wanted = {name: next((others[p] for p in others if fnmatchcase(name, p)), dtype) for name in sources}
+    wanted = {name: dtype_by_name([name], own_dtypes or {}, dtype) for name in sources}
     tensors = [reader.load(index[name], _target_dtype(name, index[name], wanted[name], keep_dtype)) for name in sources]
     for group, source, tensor in zip(groups, sources, tensors, strict=True):
         placed = _place(group, tensor)
@@ -88,6 +90,15 @@ def load_tensors(
     reader = _Reader(torch.device(device))
     chosen = index if names is None else names
     return {name: reader.load(index[name], _target_dtype(name, index[name], dtype, keep_dtype)) for name in chosen}
+
+
+def dtype_by_name(
+    names: Iterable[str], own_dtypes: abc.Mapping[str, torch.dtype], otherwise: Otherwise
+) -> torch.dtype | Otherwise:
+    """The dtype of the first pattern (`fnmatch`) of `own_dtypes` that one of a tensor's names matches."""
+    known = list(names)
+    matching = (dtype for pattern, dtype in own_dtypes.items() if any(fnmatchcase(name, pattern) for name in known))
+    return next(matching, otherwise)
 
 
 def _target_dtype(name: str, entry: TensorEntry, dtype: torch.dtype | None, keep: Collection[str]) -> torch.dtype:

@@ -11,18 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from lowtide.activations.graph import (
-    Attend,
-    Convolution,
-    GroupNorm,
-    Linear,
-    Span,
-    Value,
-    inside,
-    is_half,
-    union,
-)
+from lowtide.activations.graph import Attend, Convolution, GroupNorm, Linear, Span, Value, inside, is_half, union
 from lowtide.activations.trace import Trace
+
+_Drafts = list[tuple[list[Value], tuple[Value, ...]]]  # of passes: targets and sources
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +162,7 @@ def plan(trace: Trace) -> Schedule:
     order = _reaching(trace)
     users = _users(order)
     stored, copies = _stored(order, users, trace)
-    passes: list[tuple[list[Value], tuple[Value, ...]]] = []
+    passes: _Drafts = []
     for target in (value for value in order if value in stored or value is trace.output):
         sources = _sources(target, stored, trace.source)
         together = _joinable(passes, target, sources, copies)
@@ -188,9 +180,7 @@ def plan(trace: Trace) -> Schedule:
     return Schedule(trace, made, watched)
 
 
-def _joinable(
-    passes: list[tuple[list[Value], tuple[Value, ...]]], target: Value, sources: tuple[Value, ...], copies: set[Value]
-) -> int | None:
+def _joinable(passes: _Drafts, target: Value, sources: tuple[Value, ...], copies: set[Value]) -> int | None:
     """The pass that may make `target` too: it has as many rows, and one needs nothing that the other does not.
 
     That is the last pass, or for a narrower copy of a value any that reads it, so that the wide one is read once.

@@ -35,17 +35,8 @@ from lowtide.weights.files import let_go_of_file, origin_of
 from lowtide.weights.fill import dtype_by_name
 from lowtide.weights.slots import emptied, slots
 
-CASTABLE = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-    nn.Embedding,
-)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CASTABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear, nn.Embedding)
 
 _MARK = "_lowtide_leaf"
 
@@ -212,11 +203,7 @@ class Leaf:
 
 
 def cast(
-    module: nn.Module,
-    casting: Casting,
-    *,
-    at_rest: bool = False,
-    own_dtypes: Mapping[str, torch.dtype] | None = None,
+    module: nn.Module, casting: Casting, *, at_rest: bool = False, own_dtypes: Mapping[str, torch.dtype] | None = None
 ) -> None:
     """Let the weights of `module` that `casting` means rest in 8 bits, one after another; the others are left alone.
 

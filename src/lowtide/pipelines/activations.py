@@ -82,6 +82,11 @@ class ActivationMethods:
         """Compute all heads at once."""
         set_attention_slicing(self.modules().values(), None)
 
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a latent is high and wide."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
     def check_decoding(self, shape: tuple[int, ...]) -> None:
         """Raise now what decoding latents of this shape (a batch of one) would raise after all the steps."""
         streaming = self._streaming()

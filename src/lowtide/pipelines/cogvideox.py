@@ -294,11 +294,6 @@ class CogVideoXPipeline(DiffusionPipeline):
         return self.vae.num_latent_frames_batch_size
 
     @property
-    def vae_scale_factor(self) -> int:
-        """Pixels a latent is high and wide."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
     def transformer_config(self) -> Any:
         """The transformer's configuration; of a replacement that has none, the original's."""
         return getattr(self.transformer, "config", self._transformer_config)

@@ -245,11 +245,6 @@ class StableDiffusionPipeline(DiffusionPipeline):
         return height, width
 
     @property
-    def vae_scale_factor(self) -> int:
-        """Pixels a latent is high and wide."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
     def unet_config(self) -> UNet2DConditionConfig:
         """The U-Net's configuration; of a replacement that has none, the original's."""
         return getattr(self.unet, "config", self._unet_config)

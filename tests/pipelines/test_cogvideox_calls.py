@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from tests import tiny, tiny_video
 
+from lowtide.activations.frames import frames_made
 from lowtide.pipelines.cogvideox import dynamic_guidance
-from lowtide.pipelines.frames import frames_made
 from lowtide.pipelines.outputs import CogVideoXPipelineOutput
 
 SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")

@@ -159,8 +159,7 @@ class RowStreaming:
         return self._schedules[key]
 
     def _run(self, x: torch.Tensor, schedule: Schedule, write: RowSink, cache: FrameCache | None) -> None:
-        trains = self.module.training and any(weight.requires_grad for weight in self.module.parameters())
-        if torch.is_grad_enabled() and (x.requires_grad or trains):
+        if torch.is_grad_enabled() and (x.requires_grad or _trains(self.module)):
             raise ValueError("Row streaming keeps nothing for gradients: call it under torch.no_grad(), or disable it.")
         found = self._forecast(schedule, x.device)
         with torch.no_grad():
@@ -275,6 +274,10 @@ def _form(module: nn.Module) -> tuple[Any, ...]:
     parts = tuple((name, type(part), part.training) for name, part in module.named_modules())
     weights = (*module.named_parameters(), *module.named_buffers())
     return parts, tuple((name, tensor.shape, tensor.dtype) for name, tensor in weights)
+
+
+def _trains(module: nn.Module) -> bool:
+    return module.training and any(weight.requires_grad for weight in module.parameters())
 
 
 def _put(output: torch.Tensor, first: int, rows: torch.Tensor) -> None:

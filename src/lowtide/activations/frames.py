@@ -29,6 +29,20 @@ def frame_batches(frames: int, size: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
+def frames_made(latent_frames: int, batch_size: int, ratio: int) -> int:
+    """Frames that a causal decoder makes of latent frames, `batch_size` at a time; of an odd batch the first is one.
+
+    With a `ratio` of 4 and batches of 2: of 13 latent frames 49, of 12 there are 48.
+    """
+    sizes = (batch.stop - batch.start for batch in frame_batches(latent_frames, batch_size))
+    return sum(ratio * (size - size % 2) + size % 2 for size in sizes)
+
+
+def latent_frames_made(frames: int, batch_size: int, ratio: int) -> int:
+    """Latent frames that a causal encoder makes of frames, `batch_size` at a time; what is left of a batch is one."""
+    return sum(-(-(batch.stop - batch.start) // ratio) for batch in frame_batches(frames, batch_size))
+
+
 class FrameCache:
     """The last frames that each causal convolution saw: they stand before the next batch of frames.
 
@@ -47,6 +61,12 @@ class FrameCache:
         self._frames: dict[int, torch.Tensor] = {}
         self._place = 0
         self._begun = 0
+
+    def batches(self, frames: int, size: int) -> Iterator[slice]:
+        """The batches of a clip of so many frames, each begun as it is asked for."""
+        for batch in frame_batches(frames, size):
+            self.begin(is_last=batch.stop >= frames)
+            yield batch
 
     def begin(self, *, is_last: bool) -> None:
         """A batch of frames begins; after the last one nothing is kept."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -18,6 +19,22 @@ def check_types(config: Config, kind: str) -> None:
         value = getattr(config, name)
         if not _fits(value, hints[name]):
             raise ValueError(f"{kind} config: {name}={value!r:.80} is not possible; it must be {_told(hints[name])}.")
+
+
+def check_supported(config: Config, kind: str, supported: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise `ValueError` for an entry that no field holds, where it has a value that the network is not built for."""
+    for key, possible in supported.items():
+        if key in config.unused and config.unused[key] not in possible:
+            raise ValueError(f"{kind} config: {key}={config.unused[key]!r} is not supported; possible: {possible}.")
+
+
+def check_blocks(widths: tuple[int, ...], kind: str, blocks: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise `ValueError` unless there is a block for each of `widths`, and all are of the one kind that names them."""
+    for possible, kinds in blocks.items():
+        if len(kinds) != len(widths):
+            raise ValueError(f"{kind} config: {len(kinds)} blocks for {len(widths)} channel widths.")
+        for found in set(kinds) - {possible}:
+            raise ValueError(f"{kind} config: block type {found!r} is not supported; possible: {possible!r}.")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.configs import Config
-from lowtide.models.config_checks import check_types
+from lowtide.models.config_checks import check_supported, check_types
 
 CROSS_ATTENTION_BLOCKS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 PLAIN_BLOCKS = ("DownBlock2D", "UpBlock2D")
@@ -76,9 +76,7 @@ class UNet2DConditionConfig(Config):
     def __post_init__(self) -> None:
         """Refuse, by name, what we cannot build: it must never be built wrongly in silence."""
         check_types(self, "U-Net")
-        for key, possible in SUPPORTED.items():
-            if key in self.unused and self.unused[key] not in possible:
-                raise ValueError(f"U-Net config: {key}={self.unused[key]!r} is not supported; possible: {possible}.")
+        check_supported(self, "U-Net", SUPPORTED)
         known = (*CROSS_ATTENTION_BLOCKS, *PLAIN_BLOCKS)
         for kind in (*self.down_block_types, *self.up_block_types):
             if kind not in known:

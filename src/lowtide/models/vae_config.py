@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.configs import Config
-from lowtide.models.config_checks import check_types
+from lowtide.models.config_checks import check_blocks, check_supported, check_types
 
 # Entries of published configurations that change the network and of which we build one kind only.
 SUPPORTED: dict[str, tuple[Any, ...]] = {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,)}
@@ -35,17 +35,9 @@ class AutoencoderKLConfig(Config):
     def __post_init__(self) -> None:
         """Refuse, by name, what we cannot build: it must never be built wrongly in silence."""
         check_types(self, "VAE")
-        for key, possible in SUPPORTED.items():
-            if key in self.unused and self.unused[key] not in possible:
-                raise ValueError(f"VAE config: {key}={self.unused[key]!r} is not supported; possible: {possible}.")
-        for kinds, possible in (
-            (self.down_block_types, "DownEncoderBlock2D"),
-            (self.up_block_types, "UpDecoderBlock2D"),
-        ):
-            if len(kinds) != len(self.block_out_channels):
-                raise ValueError(f"VAE config: {len(kinds)} blocks for {len(self.block_out_channels)} channel widths.")
-            for kind in set(kinds) - {possible}:
-                raise ValueError(f"VAE config: block type {kind!r} is not supported; possible: {possible!r}.")
+        check_supported(self, "VAE", SUPPORTED)
+        blocks = {"DownEncoderBlock2D": self.down_block_types, "UpDecoderBlock2D": self.up_block_types}
+        check_blocks(self.block_out_channels, "VAE", blocks)
 
     @property
     def scale(self) -> int:

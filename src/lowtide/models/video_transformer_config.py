@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.configs import Config
-from lowtide.models.config_checks import check_types
+from lowtide.models.config_checks import check_supported, check_types
 
 # Entries of published configurations that change the network and of which we build one kind only.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -54,9 +54,7 @@ class CogVideoXTransformer3DConfig(Config):
     def __post_init__(self) -> None:
         """Refuse, by name, what we cannot build: it must never be built wrongly in silence."""
         check_types(self, "Video transformer")
-        for key, possible in SUPPORTED.items():
-            if key in self.unused and self.unused[key] not in possible:
-                _refuse(f"{key}={self.unused[key]!r} is not supported; possible: {possible}.")
+        check_supported(self, "Video transformer", SUPPORTED)
         if self.use_learned_positional_embeddings and not self.use_rotary_positional_embeddings:
             _refuse("use_learned_positional_embeddings without use_rotary_positional_embeddings is not supported.")
         if self.patch_size_t is not None and not self.use_rotary_positional_embeddings:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowtide.activations.exact import row_streaming_of
-from lowtide.activations.frames import FrameCache, frame_batches, only_batch
+from lowtide.activations.frames import FrameCache, frames_made, latent_frames_made, only_batch
 from lowtide.activations.tiling import Tiles, sliced
 from lowtide.models.autoencoder import AutoencoderMixin
 from lowtide.models.layers import silu_of_fresh
@@ -169,8 +169,7 @@ class AutoencoderKLCogVideoX(AutoencoderMixin):
     def check_decoding(self, shape: tuple[int, ...]) -> None:
         """Raise now what decoding latents `[1, 16, f, h, w]` row by row would raise: `ValueError`, or `OSError`."""
         streaming, cache, checked = row_streaming_of(self.decoder), FrameCache(), set()
-        for batch in frame_batches(shape[2], self.num_latent_frames_batch_size):
-            cache.begin(is_last=batch.stop >= shape[2])
+        for batch in cache.batches(shape[2], self.num_latent_frames_batch_size):
             form = (batch.stop - batch.start, cache.has_before, cache.is_last)
             if streaming is not None and form not in checked:
                 streaming.check((*shape[:2], form[0], *shape[3:]), cache)
@@ -178,36 +177,27 @@ class AutoencoderKLCogVideoX(AutoencoderMixin):
 
     def moments(self, x: torch.Tensor) -> torch.Tensor:
         """Mean and log variance `[B, 32, f, H/8, W/8]` of clips, a batch of frames at a time."""
-        return _joined(self.encoder, x, self.num_sample_frames_batch_size, self._halved)
+        size, ratio = self.num_sample_frames_batch_size, int(self.config.temporal_compression_ratio)
+        return _joined(self.encoder, x, size, latent_frames_made(x.shape[2], size, ratio))
 
     def pixels(self, z: torch.Tensor) -> torch.Tensor:
         """Clips of latents, a batch of frames at a time."""
-        return _joined(self.decoder, z, self.num_latent_frames_batch_size, self._doubled)
-
-    def _halved(self, frames: int) -> int:
-        """Latent frames of a batch of frames."""
-        return -(-frames // 2**self.config.temporal_levels)
-
-    def _doubled(self, frames: int) -> int:
-        """Frames of a batch of latent frames: of an odd number the first is never doubled."""
-        odd = frames % 2
-        return odd + (frames - odd) * 2**self.config.temporal_levels
+        size, ratio = self.num_latent_frames_batch_size, int(self.config.temporal_compression_ratio)
+        return _joined(self.decoder, z, size, frames_made(z.shape[2], size, ratio))
 
 
-def _joined(network: nn.Module, x: torch.Tensor, size: int, made: Callable[[int], int]) -> torch.Tensor:
-    """The whole clip of what `network` makes of batches of frames; `made` tells how many it makes of one batch."""
+def _joined(network: nn.Module, x: torch.Tensor, size: int, total: int) -> torch.Tensor:
+    """The whole clip of `total` frames that `network` makes of batches of frames."""
     if len(x) > 1 and row_streaming_of(network) is not None:
-        return sliced(lambda one: _joined(network, one, size, made), x)
-    batches = list(frame_batches(x.shape[2], size))
-    if len(batches) == 1:
-        return network(x, only_batch())
+        return sliced(lambda one: _joined(network, one, size, total), x)
     out: list[torch.Tensor] = []
-    total = sum(made(batch.stop - batch.start) for batch in batches)
 
     def put(first: int, frames: torch.Tensor) -> None:
         if not out:
-            out.append(frames.new_empty((*frames.shape[:2], total, *frames.shape[3:])))
-        out[0][:, :, first : first + frames.shape[2]] = frames
+            is_all = frames.shape[2] == total
+            out.append(frames if is_all else frames.new_empty((*frames.shape[:2], total, *frames.shape[3:])))
+        if out[0] is not frames:
+            out[0][:, :, first : first + frames.shape[2]] = frames
 
     _by_frames(network, x, size, put)
     return out[0]
@@ -216,8 +206,7 @@ def _joined(network: nn.Module, x: torch.Tensor, size: int, made: Callable[[int]
 def _by_frames(network: nn.Module, x: torch.Tensor, size: int, write: FrameSink) -> None:
     """Compute batches of `size` frames in order, each with what the convolutions remember of those before."""
     cache, first = FrameCache(size), 0
-    for batch in frame_batches(x.shape[2], size):
-        cache.begin(is_last=batch.stop >= x.shape[2])
+    for batch in cache.batches(x.shape[2], size):
         frames = network(x[:, :, batch], cache)
         write(first, frames)
         first += frames.shape[2]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.configs import Config
-from lowtide.models.config_checks import check_types
+from lowtide.models.config_checks import check_blocks, check_supported, check_types
 
 # Entries of published configurations that change the network and of which we build one kind only.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -42,21 +42,9 @@ class AutoencoderKLCogVideoXConfig(Config):
     def __post_init__(self) -> None:
         """Refuse, by name, what we cannot build: it must never be built wrongly in silence."""
         check_types(self, "Video VAE")
-        for key, possible in SUPPORTED.items():
-            if key in self.unused and self.unused[key] not in possible:
-                raise ValueError(
-                    f"Video VAE config: {key}={self.unused[key]!r} is not supported; possible: {possible}."
-                )
-        for kinds, possible in (
-            (self.down_block_types, "CogVideoXDownBlock3D"),
-            (self.up_block_types, "CogVideoXUpBlock3D"),
-        ):
-            if len(kinds) != len(self.block_out_channels):
-                raise ValueError(
-                    f"Video VAE config: {len(kinds)} blocks for {len(self.block_out_channels)} channel widths."
-                )
-            for kind in set(kinds) - {possible}:
-                raise ValueError(f"Video VAE config: block type {kind!r} is not supported; possible: {possible!r}.")
+        check_supported(self, "Video VAE", SUPPORTED)
+        blocks = {"CogVideoXDownBlock3D": self.down_block_types, "CogVideoXUpBlock3D": self.up_block_types}
+        check_blocks(self.block_out_channels, "Video VAE", blocks)
         ratio, most = self.temporal_compression_ratio, 2 ** (len(self.block_out_channels) - 1)
         if ratio not in [2**level for level in range(len(self.block_out_channels))]:
             raise ValueError(

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from lowtide.activations.frames import frame_batches
+from lowtide.activations.frames import frame_batches, frames_made
 from lowtide.models.video_positions import rotary_embedding
 from lowtide.pipelines import checks
 from lowtide.pipelines.base import DiffusionPipeline, StepCallback
-from lowtide.pipelines.frames import Frames, frames_made
+from lowtide.pipelines.frames import Frames
 from lowtide.pipelines.outputs import VIDEO_OUTPUT_TYPES, CogVideoXPipelineOutput
 from lowtide.schedulers import Generators, Scheduler, draw_noise
 

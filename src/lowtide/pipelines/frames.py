@@ -7,17 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowtide.activations.frames import frame_batches
 from lowtide.pipelines.outputs import to_pil, to_unit_range
-
-
-def frames_made(latent_frames: int, batch_size: int, ratio: int) -> int:
-    """Frames that a causal decoder makes of latent frames, `batch_size` at a time; of an odd batch the first is one.
-
-    With a `ratio` of 4 and batches of 2: of 13 latent frames 49, of 12 there are 48.
-    """
-    sizes = (batch.stop - batch.start for batch in frame_batches(latent_frames, batch_size))
-    return sum(ratio * (size - size % 2) + size % 2 for size in sizes)
 
 
 class Frames:

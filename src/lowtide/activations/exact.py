@@ -19,14 +19,16 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from lowtide.activations.dry import DryRun, NoPages
 from lowtide.activations.frames import FrameCache
-from lowtide.activations.pages import FilePages, MemoryPages, Pages
+from lowtide.activations.pages import FilePages, MemoryPages, Pages, pages_in_block
 from lowtide.activations.rules import NotByRowsError
 from lowtide.activations.run import Progress, RowSink, Run
 from lowtide.activations.schedule import Schedule, plan
 from lowtide.activations.trace import trace
 from lowtide.memory.forms import Tier
 from lowtide.memory.host import host_memory
+from lowtide.ops.meant import meant_device, standing_for
 from lowtide.sizes import format_bytes, parse_bytes
 
 LEAST_WORK = 8 * 2**20
@@ -97,6 +99,8 @@ class RowStreaming:
         self.module = module
         self.settings = settings
         self.last: RowForecast | None = None
+        self.most = 0, 0
+        """Bytes of pages that any run filled at once, and the memory that such pages take."""
         self.watch: Callable[[Progress], None] | None = None
         self._schedules: dict[Any, Schedule] = {}
 
@@ -150,7 +154,8 @@ class RowStreaming:
         key = (tuple(x.shape[1:]), x.dtype, repr(told), _form(self.module))
         if key not in self._schedules:
             try:
-                self._schedules[key] = plan(trace(self.module, (1, *x.shape[1:]), x.dtype, args, kwargs))
+                with standing_for(None):
+                    self._schedules[key] = plan(trace(self.module, (1, *x.shape[1:]), x.dtype, args, kwargs))
             except NotByRowsError as reason:
                 raise NotByRowsError(
                     f"{type(self.module).__name__} cannot be computed row by row: {reason}. Compute it whole, or, an "
@@ -165,7 +170,9 @@ class RowStreaming:
         with torch.no_grad():
             pages = self._pages(found, schedule, x.device) if cache is None else self._pages_of_clip(x, schedule, cache)
             pages.count_anew()
-            Run(self.module, schedule, pages, self._work(schedule), cache)(x, write, self.watch)
+            run = DryRun if x.is_meta else Run
+            run(self.module, schedule, pages, self._work(schedule), cache)(x, write, self.watch)
+        self.most = _most(self.most, pages, x.device.type)
         rows = found.rows if cache is None else cache.rows
         self.last = RowForecast(rows, pages.peak_bytes, found.work, found.passes)
 
@@ -219,6 +226,8 @@ class RowStreaming:
 
     def _pages(self, forecast: RowForecast, schedule: Schedule, device: torch.device) -> Pages:
         page = self._page_bytes(schedule)
+        if forecast.rows is Tier.DISK and device.type == "meta":
+            return NoPages(page)
         if forecast.rows is Tier.DISK:
             _check_disk(forecast.stored, self.settings.folder)
             return FilePages(page, self.settings.folder)
@@ -278,6 +287,11 @@ def _form(module: nn.Module) -> tuple[Any, ...]:
 
 def _trains(module: nn.Module) -> bool:
     return module.training and any(weight.requires_grad for weight in module.parameters())
+
+
+def _most(before: tuple[int, int], pages: Pages, device_type: str) -> tuple[int, int]:
+    block = pages.page_bytes * pages_in_block(meant_device() or device_type)
+    return max(before[0], pages.peak_bytes), max(before[1], -(-pages.peak_bytes // block) * block)
 
 
 def _put(output: torch.Tensor, first: int, rows: torch.Tensor) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from lowtide.activations.frames import frame_batches
+from lowtide.memory.plan import BLENDED
 from lowtide.pipelines.run_size import RunSize
 from lowtide.pipelines.workload import HISTORY, TracedStage, nbytes
 
@@ -19,7 +21,7 @@ def picture_stages(pipe: Any, size: RunSize) -> Iterator[TracedStage]:
     """The stages of a Stable Diffusion pipeline whose networks are on meta."""
     text, dtype = pipe.text_encoder.config, pipe.dtype
     ids = torch.empty((size.prompts, text.max_position_embeddings), dtype=torch.long, device="meta")
-    yield TracedStage("encode prompt", "text_encoder", 1 + size.guided, lambda: pipe.text_encoder(ids)[0], (ids,))
+    yield TracedStage("encode prompt", "text_encoder", 1 + size.guided, lambda way: pipe.text_encoder(ids)[0], (ids,))
     x = torch.empty(pipe.latent_shape(size.pictures, size.height, size.width), dtype=dtype, device="meta")
     seen = size.pictures * (1 + size.guided)
     embeds = torch.empty((seen, ids.shape[1], text.hidden_size), dtype=dtype, device="meta")
@@ -27,26 +29,26 @@ def picture_stages(pipe: Any, size: RunSize) -> Iterator[TracedStage]:
     scale = GUIDANCE if size.guided else 1.0
     history = HISTORY * x.numel() * _FLOAT32
     yield TracedStage(
-        "denoise", "unet", size.steps, lambda: pipe.predict_noise(x, timestep, embeds, scale), (x, embeds), history
+        "denoise", "unet", size.steps, lambda way: pipe.predict_noise(x, timestep, embeds, scale), (x, embeds), history
     )
     if size.output == "latent":
         return
     values = 3 * size.height * size.width * size.pictures
     if size.output == "file":
         z = x[:1]
-        run = lambda: pipe.vae.decode_rows(z, lambda first, rows: None)  # noqa: E731
+        run = lambda way: pipe.vae.decode_rows(z, lambda first, rows: None)  # noqa: E731
         yield TracedStage("decode", "vae", size.pictures, run, (z,), nbytes(x, embeds), decodes=True)
     else:
         tail = values * picture_bytes(size.output, dtype)
         carried = nbytes(embeds)
-        yield TracedStage("decode", "vae", 1, lambda: pipe.vae.decode(x), (x,), carried, tail, decodes=True)
+        yield TracedStage("decode", "vae", 1, lambda way: pipe.vae.decode(x), (x,), carried, tail, decodes=True)
     if pipe.safety_checker is not None:
         side = pipe.safety_checker.config.vision_config.image_size
         seen_at_once = 1 if size.output == "file" else size.pictures
         clip = torch.empty((seen_at_once, 3, side, side), dtype=dtype, device="meta")
         carried = 0 if size.output == "file" else values * picture_bytes("pil", dtype)
         calls = size.pictures if size.output == "file" else 1
-        look = lambda: pipe.safety_checker.vision_model(clip)  # noqa: E731
+        look = lambda way: pipe.safety_checker.vision_model(clip)  # noqa: E731
         yield TracedStage("safety check", "safety_checker", calls, look, (clip,), carried)
 
 
@@ -57,7 +59,9 @@ def clip_stages(pipe: Any, size: RunSize) -> Iterator[TracedStage]:
     tokens = config.max_text_seq_length
     if pipe.text_encoder is not None:
         ids = torch.empty((size.prompts, tokens), dtype=torch.long, device="meta")
-        yield TracedStage("encode prompt", "text_encoder", 1 + size.guided, lambda: pipe.text_encoder(ids)[0], (ids,))
+        yield TracedStage(
+            "encode prompt", "text_encoder", 1 + size.guided, lambda way: pipe.text_encoder(ids)[0], (ids,)
+        )
     shape = pipe.latent_shape(size.pictures, frames, size.height, size.width)
     x = torch.empty(shape, dtype=dtype, device="meta")
     seen = size.pictures * (1 + size.guided)
@@ -65,17 +69,28 @@ def clip_stages(pipe: Any, size: RunSize) -> Iterator[TracedStage]:
     timestep = torch.empty((), dtype=torch.long, device="meta")
     rotary = pipe.rotary_positions(shape)
     positions = () if rotary is None else rotary
-    run = lambda: pipe.predict_noise(x, timestep, embeds, GUIDANCE, rotary)  # noqa: E731
+    run = lambda way: pipe.predict_noise(x, timestep, embeds, GUIDANCE, rotary)  # noqa: E731
     history = HISTORY * x.numel() * _FLOAT32
     yield TracedStage("denoise", "transformer", size.steps, run, (x, embeds, *positions), history)
     if size.output == "latent":
         return
-    one = x[:1, pipe.padding(frames) :].permute(0, 2, 1, 3, 4)
-    z = torch.empty(one.shape, dtype=dtype, device="meta")
-    decode = lambda: pipe.vae.decode_frames(z, lambda first, some: None)  # noqa: E731
+    latents = shape[1] - pipe.padding(frames)
+    z = torch.empty((1, shape[2], latents, *shape[3:]), dtype=dtype, device="meta")
+    some = z[:, :, : _alike(latents, pipe.vae.num_latent_frames_batch_size)]
+
+    def decode(way: str) -> None:
+        pipe.vae.decode_frames(z if way == BLENDED else some, lambda first, frames: None)
+
     values = 3 * size.height * size.width * frames * size.pictures
     carried = nbytes(x, embeds, *positions) + values * {"pil": 1, "np": _FLOAT32}.get(size.output, dtype.itemsize)
-    yield TracedStage("decode", "vae", size.pictures, decode, (z,), carried, decodes=True)
+    parts = latents / some.shape[2]
+    yield TracedStage("decode", "vae", size.pictures, decode, (z,), carried, decodes=True, parts=parts)
+
+
+def _alike(latents: int, at_once: int) -> int:
+    """So many latent frames are decoded in as much memory as all: a first batch, one in the middle, and a last one."""
+    batches = list(frame_batches(latents, at_once))
+    return latents if len(batches) <= 3 else batches[0].stop + 2 * at_once
 
 
 def picture_bytes(output: str, dtype: torch.dtype) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowtide.memory.plan import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Workload
-from lowtide.memory.profile import Traced, component, trace, trace_call
+from lowtide.activations.exact import row_streaming_of
+from lowtide.memory.plan import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Work, Workload
+from lowtide.memory.profile import Traced, component, trace
 from lowtide.memory.twin import meta_twin
 from lowtide.pipelines.run_size import RunSize
 from lowtide.weights.slots import slots
@@ -26,17 +27,19 @@ class TracedStage:
     """A stage as a pipeline describes it: `run` is one of its `calls`, on meta, with `inputs` alive before.
 
     `carried` and `tail` are bytes: what is alive all along beside the call, and what the result needs at once on its
-    way to what is asked for. A stage that `decodes` can be gone through in several ways.
+    way to what is asked for. A stage that `decodes` can be gone through in several ways, named to `run`. What `run`
+    computes is one part in `parts` of the call's work: the rest of it is alike.
     """
 
     name: str
     component: str
     calls: int
-    run: Callable[[], Any]
+    run: Callable[[str], Any]
     inputs: tuple[torch.Tensor, ...]
     carried: int = 0
     tail: int = 0
     decodes: bool = False
+    parts: float = 1.0
 
 
 @dataclass
@@ -65,31 +68,36 @@ class Twin:
         components: dict[str, Component] = {}
         stages: list[Stage] = []
         for one in self.pipe.traced_stages(size):
-            whole = trace(one.run, one.inputs, device=self.device.type)
-            ways = {WHOLE: _with_tail(whole.call, one)}
+            whole = self._traced_call(one, WHOLE)
+            ways = {WHOLE: _finished(whole.call, one)}
             if one.decodes:
-                ways |= self._other_ways(one)
+                ways |= self._other_ways(one, whole.call.work)
             stages.append(Stage(one.name, one.component, one.calls, ways, one.carried))
             if one.component not in components:
                 components[one.component] = self._component(one.component, whole)
         return components, tuple(stages)
+
+    def _traced_call(self, traced: TracedStage, way: str) -> Traced:
+        return trace(lambda: traced.run(way), traced.inputs, device=self.device.type)
 
     def _component(self, name: str, traced: Traced) -> Component:
         module, in_file = getattr(self.pipe, name), self.in_files.get(name)
         is_in_file = in_file is None or all(slot.name in in_file for slot in slots(module) if slot.kind == "parameter")
         return component(name, module, device=self.device.type, file_dtypes=in_file, traced=traced, in_file=is_in_file)
 
-    def _other_ways(self, traced: TracedStage) -> dict[str, Call]:
+    def _other_ways(self, traced: TracedStage, work: Work) -> dict[str, Call]:
         """The ways that an autoencoder offers for this picture or clip."""
         ways: dict[str, Call] = {}
         vae = getattr(self.pipe, traced.component)
-        for way in (SLICED, EXACT, EXACT_ON_DISK, BLENDED):
+        for way in (SLICED, EXACT_ON_DISK, BLENDED):
             if not can_go(vae, way, len(traced.inputs[0])):
                 continue
             try:
                 set_way(vae, way)
                 if way != BLENDED or vae.needs_tiles(traced.inputs[0], vae.config.scale):
-                    ways[way] = _with_tail(trace_call(traced.run, traced.inputs, device=self.device.type), traced)
+                    call = self._traced_call(traced, way).call
+                    by_rows = _by_rows(call, vae, work) if way == EXACT_ON_DISK else {way: call}
+                    ways |= {name: _finished(one, traced) for name, one in by_rows.items()}
             except ValueError:
                 continue  # a network that does not go by rows
             finally:
@@ -97,8 +105,18 @@ class Twin:
         return ways
 
 
-def _with_tail(call: Call, traced: TracedStage) -> Call:
-    return replace(call, peak=max(call.peak, traced.tail))
+def _by_rows(call: Call, vae: Any, work: Work) -> dict[str, Call]:
+    """Both ways row by row, of a call that has its rows in a file: the work of the whole one, and moving the rows."""
+    streaming = row_streaming_of(vae.decoder)
+    assert streaming is not None
+    stored, room = streaming.most
+    moved = Work(touched=2.0 * stored * len(vae.config.block_out_channels))
+    on_disk = replace(call, work=work + moved, stored=stored)
+    return {EXACT: replace(on_disk, peak=call.peak + room, stored=0), EXACT_ON_DISK: on_disk}
+
+
+def _finished(call: Call, traced: TracedStage) -> Call:
+    return replace(call, peak=max(call.peak, traced.tail), work=call.work.times(traced.parts))
 
 
 def twin_of(pipe: Any, device: torch.device, in_files: Mapping[str, Mapping[str, torch.dtype] | None]) -> Twin:

@@ -45,6 +45,10 @@ def own_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def peak(plan, stage):
+    return next(one.peak for one in plan.stages if one.name == stage)
+
+
 def failing(monkeypatch, module, calls, error):
     """Have these calls of a module's inside (0 is the next) run out of memory; returns the list of calls."""
     done = []
@@ -75,10 +79,7 @@ def test_every_stage_goes_on_with_less(folders, plain, kind, stage, error, monke
         made = fits.make(pipe)
     assert fits.same(made, plain[kind])
     assert len(pipe.degradations) == 1
-    assert (
-        next(s for s in pipe.plan.stages if s.name == stage).peak
-        < next(s for s in before.stages if s.name == stage).peak
-    )
+    assert peak(pipe.plan, stage) < peak(before, stage)
     if stage == "denoise":
         assert len(done) == 4  # three steps, one of them begun anew: those completed are kept
     assert not list(own_folder.glob("lowtide-latents-*"))

@@ -133,6 +133,11 @@ class FittingMethods:
         """The plan at work, for the size asked for last; None where no budget was given."""
         return None if self._fit is None else self._fit.plan
 
+    @property
+    def degradations(self) -> list[str]:
+        """What was made smaller since a budget was given, because memory ran out; in words, in order."""
+        return [] if self._fit is None else list(self._fit.degradations)
+
     def apply_plan(self, plan: Plan, device: torch.device | str | None = None) -> None:
         """Put a plan to work, such as one saved as JSON; calls of another size than its own are planned anew.
 

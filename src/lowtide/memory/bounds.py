@@ -1,4 +1,4 @@
-"""What streaming takes, in numbers alone: one arithmetic for the engine that does it and the planner that promises it."""
+"""What streaming takes, in numbers alone: the same for the engine that does it and the planner that promises it."""
 
 from __future__ import annotations
 

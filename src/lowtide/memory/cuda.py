@@ -9,6 +9,7 @@ import torch
 from lowtide.memory.bounds import STAGE_BYTES
 from lowtide.memory.stream import Buffer, Load, Stream
 
+
 def pinned_buffer(nbytes: int) -> torch.Tensor:
     """Host memory that CUDA copies at full speed, flat uint8."""
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)

@@ -13,6 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from lowtide.memory.options import Option, options
@@ -25,6 +26,7 @@ PRECISION = 1e-3
 _TICK = 1 << 24
 """A cost is ticks of time, and below them, for plans that are equally fast, how many choices lose and how simple."""
 _LOSS = 1 << 16
+_ORDER = itemgetter(0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class Limits:
     disk: int | None = None
 
 
-def best_trades(workload: Workload, rates: Rates, allow: Iterable[str] = (), limits: Limits | None = None) -> list[Point]:
+def best_trades(
+    workload: Workload, rates: Rates, allow: Iterable[str] = (), limits: Limits | None = None
+) -> list[Point]:
     """The plans that none beats in both bytes on the device and time, from the smallest to the fastest."""
     known = limits or Limits()
     per_component = [choices(component, workload, rates, allow, known) for component in workload.components.values()]
@@ -116,7 +120,7 @@ def staircase(points: Iterable[Point]) -> list[Point]:
     kept: list[Point] = []
     besides: list[int] = []
     costs: list[int] = []
-    for point in sorted(points, key=lambda one: one[:3]):
+    for point in sorted(points, key=_ORDER):
         place = bisect_right(besides, point.beside)
         if place and costs[place - 1] <= point.cost:
             continue

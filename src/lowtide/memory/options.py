@@ -14,7 +14,7 @@ from lowtide.memory.bounds import STAGE_BYTES, Sizes, bound, depth, spread, summ
 from lowtide.memory.forms import Level, Rule, Tier
 from lowtide.memory.plan import Component, ComponentPlan, Rates, UnitSize
 
-HOST_SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
+HOST_SHARES = (1.0, 0.5, 0.0)
 """Of a component's streamed weights, those that rest in a GPU's host memory: all, or less where it is scarce."""
 STEPS = 2
 """Sizes of `resident_bytes` that are looked at for each unit."""

@@ -142,8 +142,9 @@ class Rates:
     `converted` where the dtype changes or bytes are copied, and from the `disk`. `cache` bytes of files stay in the
     system's memory, so that they are read from the disk once. `base` bytes are taken by the process itself on the host,
     `device_base` on the device, before anything is loaded; `slack` is the share of activations that an allocator takes
-    on top. `dequantized` bytes of working numbers a second are made of 8-bit ones. Of the seconds of a load beside
-    computing, computing loses the share `contention`: a CPU's reader takes time from it. `assumed` where these are usual figures, not measured ones.
+    on top. `dequantized` bytes of working numbers a second are made of 8-bit ones. For each second of loading beside
+    computing, computing loses `contention` of a second: a CPU's reader takes time from it. `assumed` where these are
+    usual figures, not measured ones.
     """
 
     device: str

@@ -100,13 +100,13 @@ class Planner:
 
     def curve(self, budgets: Budgets) -> list[tuple[int, Plan]]:
         """See `curve`."""
-        found = []
-        for point in self._trades(budgets):
-            found.append((point.nbytes, self._plan(point.choices, self._with_limit(budgets, point.nbytes))))
-        return found
+        return [
+            (point.nbytes, self._plan(point.choices, self._with_limit(budgets, point.nbytes)))
+            for point in self._trades(budgets)
+        ]
 
     def with_more(self, budgets: Budgets, more: int = GIGABYTE) -> Plan:
-        """What the next gigabyte, or `more` bytes, of the device's memory would buy; raises `BudgetError` for nothing."""
+        """What the next gigabyte, or `more` bytes, of the device's memory would buy."""
         limit = self._limit(budgets)
         return self.choose(budgets if limit is None else self._with_limit(budgets, limit + more))
 

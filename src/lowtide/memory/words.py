@@ -129,9 +129,7 @@ def seconds(count: float) -> str:
     return f"{count / 60:.0f} min" if count < 7200 else f"{count / 3600:.1f} h"
 
 
-def refusal(
-    smallest: Plan, asked: Budgets, least: Budgets, helping: Mapping[str, Budgets], *, on_cpu: bool
-) -> str:
+def refusal(smallest: Plan, asked: Budgets, least: Budgets, helping: Mapping[str, Budgets], *, on_cpu: bool) -> str:
     """What to say where no plan fits: what was asked, the least and what it is made of, and what to try."""
     made_for = "".join(f", {name} {value}" for name, value in smallest.made_for.items())
     largest = max(smallest.stages, key=lambda stage: stage.peak)
@@ -141,7 +139,7 @@ def refusal(
     if not tries and lower:
         tries = [f'allow=("{name}",) would take {_changed(asked, helping[name])}' for name in lower]
     return (
-        f"This run ({smallest.dtype}{made_for}) does not fit {asked}: it takes {needed}. The stage {largest.name!r} binds, "
+        f"This run ({smallest.dtype}{made_for}) does not fit {asked}: it takes {needed}. Stage {largest.name!r} binds, "
         f"with {parts(largest)}. Try {'; '.join([*tries, 'a smaller size'])}, or give it more."
     )
 

@@ -20,13 +20,14 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from lowtide.activations.frames import FrameCache
-from lowtide.activations.pages import FilePages, MemoryPages, Pages
+from lowtide.activations.pages import FilePages, MemoryPages, NoPages, Pages
 from lowtide.activations.rules import NotByRowsError
 from lowtide.activations.run import Progress, RowSink, Run
 from lowtide.activations.schedule import Schedule, plan
 from lowtide.activations.trace import trace
 from lowtide.memory.forms import Tier
 from lowtide.memory.host import host_memory
+from lowtide.ops.meant import meant_device, meant_type, note_stored
 from lowtide.sizes import format_bytes, parse_bytes
 
 LEAST_WORK = 8 * 2**20
@@ -167,6 +168,8 @@ class RowStreaming:
             pages.count_anew()
             Run(self.module, schedule, pages, self._work(schedule), cache)(x, write, self.watch)
         rows = found.rows if cache is None else cache.rows
+        if meant_device() is not None and rows is Tier.DISK:
+            note_stored(pages.peak_bytes)
         self.last = RowForecast(rows, pages.peak_bytes, found.work, found.passes)
 
     def _pages_of_clip(self, x: torch.Tensor, schedule: Schedule, cache: FrameCache) -> Pages:
@@ -186,7 +189,7 @@ class RowStreaming:
     def _forecast(self, schedule: Schedule, device: torch.device) -> RowForecast:
         stored, bands = schedule.forecast(self._work(schedule), self._page_bytes(schedule))
         rows = self.settings.rows or self._place(stored, bands, device)
-        if device.type == "cpu" and rows is Tier.HOST:
+        if meant_type(device) == "cpu" and rows is Tier.HOST:
             rows = Tier.DEVICE  # the same memory
         forecast, budget = RowForecast(rows, stored, bands, len(schedule.passes)), self.settings.budget
         if budget is not None and forecast.peak > budget:
@@ -208,7 +211,7 @@ class RowStreaming:
         free = _free(device) * FREE_SHARE if self.settings.budget is None else self.settings.budget
         if stored + work <= free:
             return Tier.DEVICE
-        if device.type != "cpu" and stored <= host_memory().available * FREE_SHARE:
+        if meant_type(device) != "cpu" and stored <= host_memory().available * FREE_SHARE:
             return Tier.HOST
         return Tier.DISK
 
@@ -219,6 +222,8 @@ class RowStreaming:
 
     def _pages(self, forecast: RowForecast, schedule: Schedule, device: torch.device) -> Pages:
         page = self._page_bytes(schedule)
+        if device.type == "meta" and forecast.rows is not Tier.DEVICE:
+            return NoPages(page)
         if forecast.rows is Tier.DISK:
             _check_disk(forecast.stored, self.settings.folder)
             return FilePages(page, self.settings.folder)

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from lowtide.activations.graph import Span
+from lowtide.ops.meant import meant_type
 from lowtide.weights.files import SpillFile
 
 PAGES_IN_BLOCK = 40
@@ -86,7 +87,7 @@ class MemoryPages(_Numbers):
     def __init__(self, page_bytes: int, device: torch.device) -> None:
         super().__init__(page_bytes)
         self._device = device
-        self._in_block = PAGES_IN_BLOCK if device.type == "cpu" else 1
+        self._in_block = PAGES_IN_BLOCK if meant_type(device) == "cpu" else 1
         self._blocks: list[torch.Tensor] = []
 
     def write(self, page: int, start: int, content: torch.Tensor) -> None:
@@ -94,14 +95,26 @@ class MemoryPages(_Numbers):
         while len(self._blocks) * self._in_block <= page:
             shape = (self._in_block, self.page_bytes)
             self._blocks.append(torch.empty(shape, dtype=torch.uint8, device=self._device))
-        self._page(page)[start : start + content.numel()].copy_(content)
+        if not content.is_meta:
+            self._page(page)[start : start + content.numel()].copy_(content)
 
     def read(self, page: int, start: int, target: torch.Tensor) -> None:
         """Fill a flat uint8 tensor with the bytes of a page from `start` on."""
-        target.copy_(self._page(page)[start : start + target.numel()])
+        if not target.is_meta:
+            target.copy_(self._page(page)[start : start + target.numel()])
 
     def _page(self, page: int) -> torch.Tensor:
         return self._blocks[page // self._in_block][page % self._in_block]
+
+
+class NoPages(_Numbers):
+    """Pages that are counted and hold nothing, for rows on meta that would lie elsewhere than where they are made."""
+
+    def write(self, page: int, start: int, content: torch.Tensor) -> None:
+        """Nothing."""
+
+    def read(self, page: int, start: int, target: torch.Tensor) -> None:
+        """Nothing."""
 
 
 class FilePages(_Numbers):

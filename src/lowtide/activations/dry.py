@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 
 from lowtide.activations.graph import Span
-from lowtide.activations.pages import Numbers
 from lowtide.activations.run import RowSink, Run
 from lowtide.activations.schedule import Pass
 from lowtide.ops.statistics import ChannelStatistics
@@ -46,13 +45,3 @@ class DryRun(Run):
         for target in one.targets:
             if target is not self.schedule.trace.output:
                 self._stores[target].reserve(span[0], (span[1] - span[0]) * target.row_bytes)
-
-
-class NoPages(Numbers):
-    """Pages of a file that is not written: they are counted."""
-
-    def write(self, page: int, start: int, content: torch.Tensor) -> None:
-        """Nothing to do."""
-
-    def read(self, page: int, start: int, target: torch.Tensor) -> None:
-        """Nothing to do."""

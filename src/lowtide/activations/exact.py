@@ -19,16 +19,16 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from lowtide.activations.dry import DryRun, NoPages
+from lowtide.activations.dry import DryRun
 from lowtide.activations.frames import FrameCache
-from lowtide.activations.pages import FilePages, MemoryPages, Pages, pages_in_block
+from lowtide.activations.pages import FilePages, MemoryPages, NoPages, Pages, pages_in_block
 from lowtide.activations.rules import NotByRowsError
 from lowtide.activations.run import Progress, RowSink, Run
 from lowtide.activations.schedule import Schedule, plan
 from lowtide.activations.trace import trace
 from lowtide.memory.forms import Tier
 from lowtide.memory.host import host_memory
-from lowtide.ops.meant import meant_device, standing_for
+from lowtide.ops.meant import meant_device, meant_type, note_stored
 from lowtide.sizes import format_bytes, parse_bytes
 
 LEAST_WORK = 8 * 2**20
@@ -99,8 +99,8 @@ class RowStreaming:
         self.module = module
         self.settings = settings
         self.last: RowForecast | None = None
-        self.most = 0, 0
-        """Bytes of pages that any run filled at once, and the memory that such pages take."""
+        self.most_room = 0
+        """Bytes of memory that the rows of any run so far take there, wherever they were."""
         self.watch: Callable[[Progress], None] | None = None
         self._schedules: dict[Any, Schedule] = {}
 
@@ -154,8 +154,7 @@ class RowStreaming:
         key = (tuple(x.shape[1:]), x.dtype, repr(told), _form(self.module))
         if key not in self._schedules:
             try:
-                with standing_for(None):
-                    self._schedules[key] = plan(trace(self.module, (1, *x.shape[1:]), x.dtype, args, kwargs))
+                self._schedules[key] = plan(trace(self.module, (1, *x.shape[1:]), x.dtype, args, kwargs))
             except NotByRowsError as reason:
                 raise NotByRowsError(
                     f"{type(self.module).__name__} cannot be computed row by row: {reason}. Compute it whole, or, an "
@@ -172,8 +171,11 @@ class RowStreaming:
             pages.count_anew()
             run = DryRun if x.is_meta else Run
             run(self.module, schedule, pages, self._work(schedule), cache)(x, write, self.watch)
-        self.most = _most(self.most, pages, x.device.type)
+        block = pages.page_bytes * pages_in_block(meant_type(x.device))
+        self.most_room = max(self.most_room, -(-pages.peak_bytes // block) * block)
         rows = found.rows if cache is None else cache.rows
+        if meant_device() is not None and rows is Tier.DISK:
+            note_stored(pages.peak_bytes)
         self.last = RowForecast(rows, pages.peak_bytes, found.work, found.passes)
 
     def _pages_of_clip(self, x: torch.Tensor, schedule: Schedule, cache: FrameCache) -> Pages:
@@ -193,7 +195,7 @@ class RowStreaming:
     def _forecast(self, schedule: Schedule, device: torch.device) -> RowForecast:
         stored, bands = schedule.forecast(self._work(schedule), self._page_bytes(schedule))
         rows = self.settings.rows or self._place(stored, bands, device)
-        if device.type == "cpu" and rows is Tier.HOST:
+        if meant_type(device) == "cpu" and rows is Tier.HOST:
             rows = Tier.DEVICE  # the same memory
         forecast, budget = RowForecast(rows, stored, bands, len(schedule.passes)), self.settings.budget
         if budget is not None and forecast.peak > budget:
@@ -215,7 +217,7 @@ class RowStreaming:
         free = _free(device) * FREE_SHARE if self.settings.budget is None else self.settings.budget
         if stored + work <= free:
             return Tier.DEVICE
-        if device.type != "cpu" and stored <= host_memory().available * FREE_SHARE:
+        if meant_type(device) != "cpu" and stored <= host_memory().available * FREE_SHARE:
             return Tier.HOST
         return Tier.DISK
 
@@ -226,7 +228,7 @@ class RowStreaming:
 
     def _pages(self, forecast: RowForecast, schedule: Schedule, device: torch.device) -> Pages:
         page = self._page_bytes(schedule)
-        if forecast.rows is Tier.DISK and device.type == "meta":
+        if device.type == "meta" and forecast.rows is not Tier.DEVICE:
             return NoPages(page)
         if forecast.rows is Tier.DISK:
             _check_disk(forecast.stored, self.settings.folder)
@@ -287,11 +289,6 @@ def _form(module: nn.Module) -> tuple[Any, ...]:
 
 def _trains(module: nn.Module) -> bool:
     return module.training and any(weight.requires_grad for weight in module.parameters())
-
-
-def _most(before: tuple[int, int], pages: Pages, device_type: str) -> tuple[int, int]:
-    block = pages.page_bytes * pages_in_block(meant_device() or device_type)
-    return max(before[0], pages.peak_bytes), max(before[1], -(-pages.peak_bytes // block) * block)
 
 
 def _put(output: torch.Tensor, first: int, rows: torch.Tensor) -> None:

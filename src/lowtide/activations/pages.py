@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from lowtide.activations.graph import Span
-from lowtide.ops.meant import meant_device
+from lowtide.ops.meant import meant_type
 from lowtide.weights.files import SpillFile
 
 PAGES_IN_BLOCK = 40
@@ -92,7 +92,7 @@ class MemoryPages(Numbers):
     def __init__(self, page_bytes: int, device: torch.device) -> None:
         super().__init__(page_bytes)
         self._device = device
-        self._in_block = pages_in_block(meant_device() or device.type)
+        self._in_block = pages_in_block(meant_type(device))
         self._blocks: list[torch.Tensor] = []
 
     def take(self) -> int:
@@ -105,14 +105,26 @@ class MemoryPages(Numbers):
 
     def write(self, page: int, start: int, content: torch.Tensor) -> None:
         """Write flat uint8 bytes into a page from `start` on."""
-        self._page(page)[start : start + content.numel()].copy_(content)
+        if not content.is_meta:
+            self._page(page)[start : start + content.numel()].copy_(content)
 
     def read(self, page: int, start: int, target: torch.Tensor) -> None:
         """Fill a flat uint8 tensor with the bytes of a page from `start` on."""
-        target.copy_(self._page(page)[start : start + target.numel()])
+        if not target.is_meta:
+            target.copy_(self._page(page)[start : start + target.numel()])
 
     def _page(self, page: int) -> torch.Tensor:
         return self._blocks[page // self._in_block][page % self._in_block]
+
+
+class NoPages(Numbers):
+    """Pages that are counted and hold nothing, for rows on meta that would lie elsewhere than where they are made."""
+
+    def write(self, page: int, start: int, content: torch.Tensor) -> None:
+        """Nothing."""
+
+    def read(self, page: int, start: int, target: torch.Tensor) -> None:
+        """Nothing."""
 
 
 class FilePages(Numbers):

@@ -15,6 +15,7 @@ from lowtide.activations.schedule import Pass, Schedule, attended, freed, height
 from lowtide.memory.host import trim_heap
 from lowtide.ops.attention import OnlineSoftmax
 from lowtide.ops.convolution import channels_last
+from lowtide.ops.meant import standing_for
 from lowtide.ops.statistics import ChannelStatistics
 
 RowSink = Callable[[int, torch.Tensor], None]
@@ -164,7 +165,8 @@ class Run:
         factor, term = self._affine[value]
         if x.dtype == term.dtype:
             return torch.addcmul(term, x, factor, out=x if overwrite else None)
-        strides = torch.empty_like(x, device="meta").stride()
+        with standing_for(None):
+            strides = torch.empty_like(x, device="meta").stride()
         wide = self._room((value, "wide"), x.numel() * term.itemsize).view(term.dtype).as_strided(x.shape, strides)
         return torch.addcmul(term, wide.copy_(x), factor, out=wide)
 

@@ -20,6 +20,7 @@ from lowtide.activations.frames import FrameCache
 from lowtide.activations.graph import Local, RowAxis, Step, Value, holds, is_map, rows_of
 from lowtide.activations.rules import Call, NotByRowsError, made_by, picking
 from lowtide.ops.attention import AttentionBackend
+from lowtide.ops.meant import standing_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class Trace:
     kept: dict[int, Value]
 
 
+@standing_for(None)
 def trace(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: Any = (), kwargs: Any = None) -> Trace:
     """Trace `module(x, *args, **kwargs)` for a map x `[1, C, H, W]` or a clip `[1, C, F, H, W]`.
 

@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 
+from lowtide.memory.bounds import STAGE_BYTES
 from lowtide.memory.stream import Buffer, Load, Stream
-
-STAGE_BYTES = 32 * 2**20
-"""Of each of the two pinned buffers through which bytes go that are not pinned themselves."""
 
 
 def pinned_buffer(nbytes: int) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -21,11 +20,50 @@ LARGEST_HEAD_ON_CUDA = 256
 
 
 def made_by(func: Any, args: Any, kwargs: Any) -> Any:
-    """The result of an operator on meta, also of those that have no form there."""
+    """The result of an operator on meta, laid out as on the meant device, also of those that have no form on meta."""
     if func is aten.mkldnn_convolution.default:
-        x, weight, bias, padding, stride, dilation, groups = args
-        return aten.convolution.default(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
-    return func(*args, **kwargs)
+        x, weight, _, padding, stride, dilation, _ = args
+        return _convolved(x, weight, stride, padding, dilation)
+    if func is aten.convolution.default and not args[6]:
+        return _convolved(args[0], args[1], *args[3:6])
+    result = func(*args, **kwargs)
+    if func is aten.native_group_norm.default and is_channels_last(args[0]):
+        return _with_channels_last(result[0]), *result[1:]
+    return result
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether kernels take a map or clip to have its channels last: by its strides, as PyTorch looks at them."""
+    if x.ndim not in (4, 5) or x.stride(1) == 0 or x.numel() == 0:
+        return False
+    least = 0
+    for dim in (1, *range(x.ndim - 1, 1, -1), 0):
+        if x.stride(dim) < least or (dim == 0 and least == x.stride(1)):
+            return False
+        least = x.stride(dim) * x.shape[dim]
+    return True
+
+
+def _convolved(x: torch.Tensor, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any) -> torch.Tensor:
+    """Room for the result of a convolution: with channels last if the map or the weight has them so."""
+    sizes = [
+        (side + 2 * pad - step * (size - 1) - 1) // jump + 1
+        for side, size, jump, pad, step in zip(
+            x.shape[2:], weight.shape[2:], *(_each(one, x.ndim - 2) for one in (stride, padding, dilation)), strict=True
+        )
+    ]
+    made = x.new_empty((len(x), len(weight), *sizes))
+    if not (is_channels_last(x) or is_channels_last(weight)):
+        return made
+    return _with_channels_last(made)
+
+
+def _with_channels_last(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+
+
+def _each(numbers: Any, count: int) -> Any:
+    return numbers if len(numbers) == count else list(numbers) * count
 
 
 # ---- how much is computed
@@ -146,6 +184,20 @@ def _without_numbers(tensor: torch.Tensor) -> torch.Tensor:
     return row.as_strided(tensor.shape, (*(0,) * (tensor.ndim - 1), tensor.stride(-1)))
 
 
+def group_norm(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """`F.group_norm` as the meant device does it: on a CPU it takes maps with channels last as they are."""
+    if meant_device() == "cpu" and is_channels_last(x):
+        sizes = len(x), x.shape[1], x[0, 0].numel()
+        return aten.native_group_norm(x, weight, bias, *sizes, num_groups, eps)[0]
+    return torch.group_norm(x, num_groups, weight, bias, eps)
+
+
 def rms_norm(
     x: torch.Tensor, normalized_shape: Any, weight: torch.Tensor | None = None, eps: float | None = None
 ) -> torch.Tensor:
@@ -161,6 +213,11 @@ def rms_norm(
     return made.type_as(x)
 
 
-def elements(shape: Any) -> int:
-    """Of a shape."""
-    return math.prod(shape)
+REWRITTEN = {
+    torch.nn.functional.scaled_dot_product_attention: attend,
+    torch._fused_sdp_choice: chosen_kernel,  # type: ignore[attr-defined]
+    torch.nn.functional.rms_norm: rms_norm,
+    torch.rms_norm: rms_norm,
+    torch.nn.functional.group_norm: group_norm,
+}
+"""Functions whose form the meta device would choose otherwise."""

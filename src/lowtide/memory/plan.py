@@ -142,7 +142,9 @@ class Rates:
     `converted` where the dtype changes or bytes are copied, and from the `disk`. `cache` bytes of files stay in the
     system's memory, so that they are read from the disk once. `base` bytes are taken by the process itself on the host,
     `device_base` on the device, before anything is loaded; `slack` is the share of activations that an allocator takes
-    on top. `assumed` where these are usual figures, not measured ones.
+    on top. `dequantized` bytes of working numbers a second are made of 8-bit ones. For each second of loading beside
+    computing, computing loses `contention` of a second: a CPU's reader takes time from it. `assumed` where these are
+    usual figures, not measured ones.
     """
 
     device: str
@@ -158,6 +160,8 @@ class Rates:
     base: int
     device_base: int = 0
     slack: float = 0.0
+    dequantized: float = 1e10
+    contention: float = 0.0
     assumed: bool = False
 
     @property
@@ -195,11 +199,16 @@ class Budgets:
 class ComponentPlan:
     """How a component's weights rest and come to work: without a `rule` all of them are on the device.
 
-    `casting` names an 8-bit form that they rest in.
+    `casting` names an 8-bit form that they rest in. Of `nbytes` in all, `kept` stay on the device between calls, and
+    `kept_units` of the `units` that the rule makes.
     """
 
     rule: Rule | None = None
     casting: str | None = None
+    nbytes: int = 0
+    kept: int = 0
+    units: int = 0
+    kept_units: int = 0
 
 
 @dataclass(frozen=True)
@@ -275,6 +284,11 @@ class Plan:
     made_for: Mapping[str, Any] = field(default_factory=dict)
     assumed: bool = False
 
+    def __str__(self) -> str:
+        from lowtide.memory.words import describe
+
+        return describe(self)
+
     @property
     def peak(self) -> int:
         """Bytes in use on the device, at most."""
@@ -313,7 +327,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON can hold it."""
         components = {
-            name: {"rule": None if one.rule is None else one.rule.to_dict(), "casting": one.casting}
+            name: {**asdict(one), "rule": None if one.rule is None else one.rule.to_dict()}
             for name, one in self.components.items()
         }
         content = {**asdict(self), "components": components, "stages": [asdict(stage) for stage in self.stages]}
@@ -324,7 +338,7 @@ class Plan:
         """The plan that `to_dict` wrote; raises `ValueError` for anything else."""
         try:
             components = {
-                name: ComponentPlan(None if one["rule"] is None else Rule.from_dict(one["rule"]), one["casting"])
+                name: ComponentPlan(**{**one, "rule": None if one["rule"] is None else Rule.from_dict(one["rule"])})
                 for name, one in content["components"].items()
             }
             stages = tuple(StagePlan(**stage) for stage in content["stages"])

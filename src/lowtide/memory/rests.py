@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lowtide.memory.bounds import spread
 from lowtide.memory.forms import Rule, Tier
 from lowtide.memory.host import host_memory
 from lowtide.memory.store import DiskRest, HostRest, Rest, Spill
@@ -41,16 +42,11 @@ def settle_rests(units: list[Unit], rule: Rule, device: torch.device, index: Che
 
 def evenly(units: list[Unit], budget: int) -> list[Unit]:
     """Units of together at most `budget` bytes, spread over the list: copies then hide behind computing in between."""
-    sizes = [sum(aligned(weight.nbytes) for weight in unit.weights) for unit in units]
-    chosen: list[Unit] = []
-    total, saved = sum(sizes), 0.0
-    share = min(1.0, budget / total) if total else 0.0
-    for unit, size in zip(units, sizes, strict=True):
-        saved += size * share
-        if saved >= size > 0:
-            chosen.append(unit)
-            saved -= size
-    return chosen
+    return [units[place] for place in spread([_size(unit) for unit in units], budget)]
+
+
+def _size(unit: Unit) -> int:
+    return sum(aligned(weight.nbytes) for weight in unit.weights)
 
 
 class _Mover:
@@ -74,9 +70,9 @@ class _Mover:
             weight.forget_given()
 
     def _tier(self, unit: Unit) -> Tier:
-        if self.rule.rest is not Tier.HOST:
+        if self.rule.rest is not Tier.HOST or (unit.stays and self.device.type != "cpu"):
             return Tier.DISK
-        nbytes = sum(weight.nbytes for weight in unit.weights)
+        nbytes = _size(unit)
         if self.rule.host_bytes is not None and self.host_used + nbytes > self.rule.host_bytes:
             return Tier.DISK
         self.host_used += nbytes

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lowtide.memory.bounds import Sizes, bound, depth
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.store import DeviceRest, DiskRest, Window
 from lowtide.memory.unit import Unit, aligned, is_alias
@@ -44,14 +45,6 @@ class Load:
     event: Any = None
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of a unit on the device: `copied` into a buffer, and mapped in a `window`."""
-
-    copied: int
-    window: int
-
-
 class Stream:
     """Loads units for one device; `prefetch` of them ahead. Shared by modules that do not run at the same time."""
 
@@ -62,7 +55,7 @@ class Stream:
         self.ledger = Ledger()
         self.lock = threading.RLock()
         self.holders = 0
-        self.depth = prefetch + 1
+        self.depth = depth(prefetch, several=False)
         """Units that may be on the device at once, those that stay or stand aside not counted."""
         self._sizes: dict[Unit, Sizes] = {}
         self._live: dict[Unit, Load] = {}
@@ -116,11 +109,9 @@ class Stream:
     def bound(self) -> int:
         """Bytes that this stream's ledger never exceeds: residents, `depth` of the largest, what stands aside."""
         sizes = self._sizes
-        resident = sum(sizes[u].copied + sizes[u].window for u in sizes if u.stays)
-        streamed = list(self._streamed())
-        ring = max((sizes[u].copied for u in streamed), default=0) + max((sizes[u].window for u in streamed), default=0)
-        aside = sum(sizes[u].copied + sizes[u].window for u in sizes if u.aside and not u.stays)
-        return resident + self.depth * ring + aside
+        kept = [sizes[unit] for unit in sizes if unit.stays]
+        aside = [sizes[unit] for unit in sizes if unit.aside and not unit.stays]
+        return bound(kept, [sizes[unit] for unit in self._streamed()], aside, self.depth).total
 
     def _streamed(self) -> Iterator[Unit]:
         return (unit for unit in self._sizes if not unit.stays and not unit.aside)
@@ -208,8 +199,7 @@ class Stream:
         return Sizes(copied, window)
 
     def _total(self, unit: Unit) -> int:
-        sizes = self._sizes[unit]
-        return sizes.copied + sizes.window
+        return self._sizes[unit].total
 
     def _is_idle(self, unit: Unit) -> bool:
         return unit.count == 0 and not unit.stays
@@ -313,7 +303,7 @@ class Stream:
 
     def _fit_ring(self) -> None:
         streamed = list(self._streamed())
-        self.depth = self.prefetch + 1 + any(len(unit.modules) > 1 for unit in streamed)
+        self.depth = depth(self.prefetch, several=any(len(unit.modules) > 1 for unit in streamed))
         needed = max((self._sizes[unit].copied for unit in streamed), default=0)
         if needed != self._ring_bytes:
             for unit in list(self._live):

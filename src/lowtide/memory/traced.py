@@ -18,10 +18,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowtide.memory.kernels import attend, chosen_kernel, made_by, rms_norm, work_of
+from lowtide.memory.kernels import REWRITTEN, made_by, work_of
 from lowtide.memory.plan import Call, Work
 from lowtide.memory.workspace import workspace
-from lowtide.ops.meant import meant_device, standing_for
+from lowtide.ops.meant import meant_device, standing_for, taken_note
 
 GRAIN = {"cpu": 1, "cuda": 512}
 """Bytes that a device's allocator rounds up to; on a CPU it is asked for exactly what is needed."""
@@ -92,12 +92,13 @@ def trace(fn: Callable[[], Any], inputs: Iterable[torch.Tensor] = (), *, device:
         for context in (torch.no_grad(), standing_for(device), watch.seeing_modules(), watch, _Rewritten()):
             stack.enter_context(context)
         before = memory.alive
+        taken_note()
         result = fn()
     left = memory.alive - before
     del result
     watch.close_segment()
-    total = sum((one.work for one in watch.segments), Work())
-    return Traced(Call(memory.peak, memory.workspace, left, total), tuple(watch.segments))
+    done = total(one.work for one in watch.segments)
+    return Traced(Call(memory.peak, memory.workspace, left, done, taken_note()), tuple(watch.segments))
 
 
 class _Rewritten(TorchFunctionMode):
@@ -105,13 +106,8 @@ class _Rewritten(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if meant_device() is not None:
-            if func is torch.nn.functional.scaled_dot_product_attention:
-                return attend(*args, **kwargs)
-            if func is torch._fused_sdp_choice:  # type: ignore[attr-defined]
-                return chosen_kernel(*args, **kwargs)
-            if func is torch.nn.functional.rms_norm or func is torch.rms_norm:
-                return rms_norm(*args, **kwargs)
+        if meant_device() is not None and func in REWRITTEN:
+            return REWRITTEN[func](*args, **kwargs)
         return func(*args, **kwargs)
 
 

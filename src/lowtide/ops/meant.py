@@ -12,6 +12,7 @@ from contextvars import ContextVar
 import torch
 
 _MEANT: ContextVar[str | None] = ContextVar("lowtide_meant_device", default=None)
+_STORED: ContextVar[int] = ContextVar("lowtide_meant_stored", default=0)
 
 
 @contextmanager
@@ -29,7 +30,23 @@ def meant_device() -> str | None:
     return _MEANT.get()
 
 
+def meant_type(device: torch.device) -> str:
+    """The type of a device, or of the one that it stands for."""
+    return (_MEANT.get() or device.type) if device.type == "meta" else device.type
+
+
 def device_type(x: torch.Tensor) -> str:
     """The type of device that a tensor is on, or stands for."""
-    kind = x.device.type
-    return (_MEANT.get() or kind) if kind == "meta" else kind
+    return meant_type(x.device)
+
+
+def note_stored(nbytes: int) -> None:
+    """Say that a run would have so many bytes in a temporary file at once."""
+    _STORED.set(max(_STORED.get(), nbytes))
+
+
+def taken_note() -> int:
+    """The most bytes that were said to be stored since this was asked last."""
+    stored = _STORED.get()
+    _STORED.set(0)
+    return stored

@@ -1,0 +1,67 @@
+"""What streaming takes, in numbers alone: the same for the engine that does it and the planner that promises it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+STAGE_BYTES = 32 * 2**20
+"""Of each of the two pinned buffers through which bytes go that are not pinned themselves, on their way to a GPU."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes on the device: `copied` into a buffer, and mapped in a `window` of a file."""
+
+    copied: int = 0
+    window: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.copied + self.window
+
+    def __add__(self, other: Sizes) -> Sizes:
+        return Sizes(self.copied + other.copied, self.window + other.window)
+
+
+def summed(sizes: Iterable[Sizes]) -> Sizes:
+    """Together."""
+    return sum(sizes, Sizes())
+
+
+def depth(prefetch: int, *, several: bool) -> int:
+    """Units that may be on the device at once; one more where a unit of `several` modules stays while others pass."""
+    return prefetch + 1 + several
+
+
+def bound(kept: Iterable[Sizes], streamed: Collection[Sizes], aside: Iterable[Sizes], depth: int) -> Sizes:
+    """What a stream never exceeds: what is kept, `depth` of the largest streamed, and what stands aside."""
+    largest = Sizes(max((one.copied for one in streamed), default=0), max((one.window for one in streamed), default=0))
+    return summed(kept) + Sizes(largest.copied * depth, largest.window * depth) + summed(aside)
+
+
+def spread(sizes: Sequence[int], budget: int) -> list[int]:
+    """Places of units of together at most `budget` bytes, spread over the list.
+
+    Copies of the others then hide behind computing in between.
+    """
+    total, saved = sum(sizes), 0
+    budget = min(budget, total)
+    chosen: list[int] = []
+    for place, size in enumerate(sizes):
+        saved += size * budget
+        if saved >= size * total > 0:
+            chosen.append(place)
+            saved -= size * total
+    return chosen
+
+
+def within(sizes: Sequence[int], budget: int | None) -> list[bool]:
+    """For each unit in order, whether it still finds room in `budget` bytes (None: no limit)."""
+    used, found = 0, []
+    for size in sizes:
+        fits = budget is None or used + size <= budget
+        used += size if fits else 0
+        found.append(fits)
+    return found

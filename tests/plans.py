@@ -89,7 +89,7 @@ def on_gpu() -> Plan:
         stages=stages,
         budgets=Budgets(vram=6 * GB, ram=16 * GB),
         why=("decode one by one: four at once would take 19.10 GB",),
-        made_for={"width": 1024, "height": 1024, "batch": 4, "steps": 30},
+        made_for={"width": 1024, "height": 1024, "pictures": 4, "steps": 30},
         assumed=True,
     )
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from lowtide.memory.brief import seconds_in_words
 from lowtide.memory.flow import Flow
 from lowtide.memory.meter import StageReading
 from lowtide.memory.plan import Plan, StagePlan
-from lowtide.memory.words import seconds_in_words
 from lowtide.sizes import format_decimal
 
 if TYPE_CHECKING:

@@ -24,10 +24,13 @@ def in_words(plan: Plan) -> str:
 
 
 def asked_in_words(plan: Plan) -> str:
-    """What the plan was made for, such as "1024x1024, batch 4, steps 30"."""
+    """What the plan was made for, such as "4 × 1024x1024, 30 steps"; empty where it does not say."""
     asked = {name: value for name, value in plan.made_for.items() if value is not None}
-    size = [f"{asked.pop('width')}x{asked.pop('height')}"] if {"width", "height"} <= asked.keys() else []
-    return ", ".join([*size, *(f"{name.replace('_', ' ')} {value}" for name, value in asked.items())])
+    count = f"{asked['pictures']} × " if asked.get("pictures", 1) > 1 else ""
+    size = [f"{count}{asked['width']}x{asked['height']}"] if {"width", "height"} <= asked.keys() else []
+    counts = [f"{asked[name]} {name}" for name in ("frames", "steps") if name in asked]
+    guidance = [] if asked.get("guided", True) else ["no guidance"]
+    return ", ".join([*size, *counts, *guidance])
 
 
 def seconds_in_words(seconds: float) -> str:

@@ -215,7 +215,7 @@ def cast(
     chosen = set(_chosen(module, casting))
     meant = [leaf for leaf in leaves(module) if not chosen.isdisjoint(leaf.owners)]
     _undo([leaf for leaf in meant if not all(_is_so(weight, casting) for weight in leaf.weights)], at_rest=at_rest)
-    weights = [weight for weight in _own_weights(module) if _is_meant(weight, chosen, casting)]
+    weights = meant_by(casting, module, _own_weights(module))
     compute = None if casting.compute is None else getattr(torch, casting.compute)
     made: list[CastWeight] = []
     try:
@@ -286,6 +286,12 @@ def leaves(module: nn.Module) -> list[Leaf]:
     return list({id(leaf): leaf for leaf in found if leaf is not None}.values())
 
 
+def meant_by(casting: Casting, module: nn.Module, weights: Iterable[Weight]) -> list[Weight]:
+    """Those of a module's weights that `casting` means."""
+    chosen = set(_chosen(module, casting))
+    return [weight for weight in weights if _is_meant(weight, chosen, casting)]
+
+
 def _chosen(module: nn.Module, casting: Casting) -> Iterator[nn.Module]:
     """The layers that `casting` means."""
     if not casting.skip_patterns and not casting.skip_classes:
@@ -317,12 +323,8 @@ def _is_meant(weight: Weight, chosen: set[nn.Module], casting: Casting) -> bool:
         all(one.slot.owner in chosen and one.slot.kind == "parameter" and one.key == view.key for one in weight.views)
         and view.dtype in FLOATING
         and len(view.shape) > (1 if casting.scaled else 0)
-        and weight.nbytes == view.dtype.itemsize * _count(view.shape)
+        and weight.nbytes == view.dtype.itemsize * torch.Size(view.shape).numel()
     )
-
-
-def _count(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()
 
 
 def _cast_weight(weight: Weight, casting: Casting, compute: torch.dtype | None) -> CastWeight:

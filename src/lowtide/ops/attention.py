@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lowtide.ops.meant import device_type
+
 CHUNK_BYTES = 64 * 2**20
 LEAST_SIDE = 16
 """Queries and keys of a chunk, at least: smaller ones only cost time."""
@@ -145,7 +147,7 @@ def _by_pytorch(inputs: Inputs) -> torch.Tensor:
 
 def _is_large(inputs: Inputs, backend: AttentionBackend) -> bool:
     tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()  # pyright: ignore[reportPrivateImportUsage]
-    if tracing or inputs.q.device.type == "meta":
+    if tracing or device_type(inputs.q) == "meta":
         return False
     return inputs.q.shape[:-1].numel() * inputs.k.shape[-2] * 4 > backend.chunk_bytes
 

@@ -6,6 +6,8 @@ Figures below: two cores with AVX-512 BF16 instructions, PyTorch 2.13 with oneDN
 import torch
 import torch.nn.functional as F
 
+from lowtide.ops.meant import device_type
+
 FEW_PIXELS = 256
 """Pixels of all maps of a batch together, up to which a bfloat16 convolution on a CPU is one matrix product."""
 
@@ -20,7 +22,7 @@ def conv2d(
     lies, takes over (2560 to 1280 channels, two maps of 4x4: 7 ms instead of 45). It sums in another order, so results
     may differ from the kernel's by the rounding of bfloat16. Every other convolution is PyTorch's own.
     """
-    is_bfloat16_on_cpu = x_BCHW.device.type == "cpu" and x_BCHW.dtype == torch.bfloat16
+    is_bfloat16_on_cpu = device_type(x_BCHW) == "cpu" and x_BCHW.dtype == torch.bfloat16
     if is_bfloat16_on_cpu:
         rows, columns = ((side + 2 * padding - weight.shape[-1]) // stride + 1 for side in x_BCHW.shape[2:])
         if len(x_BCHW) * rows * columns <= FEW_PIXELS:
@@ -62,7 +64,7 @@ def conv3d(
     In float32 on a CPU PyTorch has another kernel for one clip of few entries, which writes every entry down again for
     each of the kernel's: 27 times the clip for a 3x3x3 kernel, in five times the time. Here oneDNN's is called for all.
     """
-    if x_BCFHW.device.type == "cpu" and x_BCFHW.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if device_type(x_BCFHW) == "cpu" and x_BCFHW.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.aten.mkldnn_convolution(x_BCFHW, weight, bias_O, padding, stride, dilation, groups)
     return F.conv3d(x_BCFHW, weight, bias_O, stride, padding, dilation, groups)
 
@@ -80,6 +82,6 @@ def in_faster_layout(x: torch.Tensor) -> torch.Tensor:
     PyTorch's group norm with channels last loses digits: a relative error of 3e-5 instead of 4e-7 where a group's mean
     is ten times its deviation.
     """
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+    if device_type(x) == "cpu" and x.dtype == torch.bfloat16:
         return x.contiguous(memory_format=channels_last(x))
     return x

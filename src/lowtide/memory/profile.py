@@ -1,0 +1,151 @@
+"""What a component takes, found on meta tensors before anything is loaded: its calls and its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowtide.memory.blocks import Part, split, with_atomic
+from lowtide.memory.casting import meant_by
+from lowtide.memory.forms import NAMED_CASTINGS, Casting, Level, Rule
+from lowtide.memory.gather import gather
+from lowtide.memory.plan import Call, Component, UnitSize, Work
+from lowtide.memory.traced import Traced, total, trace
+from lowtide.memory.unit import aligned
+from lowtide.memory.weight import Weight
+from lowtide.weights.slots import slots
+
+__all__ = ["Traced", "component", "trace", "trace_call"]
+
+
+def trace_call(fn: Callable[[], Any], inputs: Iterable[torch.Tensor] = (), *, device: str = "cpu") -> Call:
+    """What one call of `fn` takes on a `device` of this type ("cpu" or "cuda"), its modules and `inputs` on meta.
+
+    `inputs` are alive from beginning to end. Raises what `fn` raises: code that looks at values does not run on meta.
+    """
+    return trace(fn, inputs, device=device).call
+
+
+def component(
+    name: str,
+    module: nn.Module,
+    *,
+    device: str = "cpu",
+    file_dtypes: Mapping[str, torch.dtype] | torch.dtype | None = None,
+    traced: Traced | None = None,
+    never_cast: Sequence[str] = (),
+    in_file: bool = True,
+) -> Component:
+    """The weights of a module (on meta, in the dtypes it computes in) as the units of each level.
+
+    `file_dtypes` are those in the file, by the weights' names or one for all; None: the module's own. With the
+    `traced` call units are in the order of their calls and have their work. Modules whose names match a pattern of
+    `never_cast` are not cast, besides those that never are. Raises `ValueError` for what cannot be moved as bytes.
+    """
+    found = _Found(module, device, file_dtypes, traced)
+    patterns = tuple(never_cast) or tuple(getattr(module, "never_cast", ()))
+    castings = {
+        name: {level: found.units(level, _with(casting, patterns)) for level in Level}
+        for name, casting in NAMED_CASTINGS.items()
+    }
+    return Component(name, {level: found.units(level, None) for level in Level}, castings, in_file)
+
+
+def _with(casting: Casting, patterns: tuple[str, ...]) -> Casting:
+    return replace(casting, skip_patterns=(*casting.skip_patterns, *patterns))
+
+
+class _Found:
+    """What is known of a module's weights."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device: str,
+        file_dtypes: Mapping[str, torch.dtype] | torch.dtype | None,
+        traced: Traced | None,
+    ) -> None:
+        self.module = module
+        self.device = device
+        self.file_dtypes = file_dtypes
+        self.traced = traced
+        self.weights = gather(slots(module))
+        self.homes = {id(inner): id(atomic or inner) for inner, atomic in with_atomic(module, None)}
+
+    def units(self, level: Level, casting: Casting | None) -> tuple[UnitSize, ...]:
+        """The units of a level, in the order in which they are called."""
+        parts = split(self.module, self.weights, Rule(level))
+        meant = set() if casting is None else self._cast(casting)
+        works = _works(parts, self.traced, self.module)
+        sizes = {id(part): self._unit(part, meant, casting, works[id(part)][1]) for part in parts}
+        ordered = sorted(parts, key=lambda part: works[id(part)][0])
+        scales = self._scales(meant, casting)
+        return (*(sizes[id(part)] for part in ordered), *scales)
+
+    def _cast(self, casting: Casting) -> set[int]:
+        return {id(one) for one in meant_by(casting, self.module, self.weights)}
+
+    def _unit(self, part: Part, meant: set[int], casting: Casting | None, work: Work) -> UnitSize:
+        resting = sum(self._resting(one, id(one) in meant) for one in part.weights)
+        return UnitSize(
+            f"{type(self.module).__name__}.{part.weights[0].name}",
+            sum(aligned(_working(one, id(one) in meant)) for one in part.weights),
+            resting,
+            self.device == "cpu" and casting is None and all(map(self._is_as_in_file, part.weights)),
+            len(part.modules),
+            part.aside,
+            work,
+            self._largest_leaf(part),
+        )
+
+    def _scales(self, meant: set[int], casting: Casting | None) -> list[UnitSize]:
+        """The scales of channels stay on the device whatever the weights do."""
+        if casting is None or not casting.scaled or not meant:
+            return []
+        nbytes = sum(4 * one.views[0].shape[0] for one in self.weights if id(one) in meant)
+        return [UnitSize(f"{type(self.module).__name__}: scales", nbytes, 0, mapped=False, aside=True)]
+
+    def _largest_leaf(self, part: Part) -> int:
+        sums: dict[int, int] = {}
+        for weight in part.weights:
+            home = self.homes[id(weight.views[0].slot.owner)]
+            sums[home] = sums.get(home, 0) + aligned(weight.nbytes)
+        return max(sums.values(), default=0)
+
+    def _resting(self, weight: Weight, is_cast: bool) -> int:
+        count = weight.nbytes // weight.views[0].dtype.itemsize
+        return count if is_cast else count * self._file_dtype(weight).itemsize
+
+    def _is_as_in_file(self, weight: Weight) -> bool:
+        return self._file_dtype(weight) == weight.views[0].dtype
+
+    def _file_dtype(self, weight: Weight) -> torch.dtype:
+        own = weight.views[0].dtype
+        if not own.is_floating_point or self.file_dtypes is None:
+            return own
+        if isinstance(self.file_dtypes, torch.dtype):
+            return self.file_dtypes
+        names = (view.slot.name for view in weight.views)
+        return next((self.file_dtypes[name] for name in names if name in self.file_dtypes), own)
+
+
+def _working(weight: Weight, is_cast: bool) -> int:
+    return weight.nbytes // weight.views[0].dtype.itemsize if is_cast else weight.nbytes
+
+
+def _works(parts: list[Part], traced: Traced | None, root: nn.Module) -> dict[int, tuple[int, Work]]:
+    """For each part the place of its first call, and the work done in it: what is in none belongs to the last one."""
+    found: dict[int, tuple[int, list[Work]]] = {id(part): (len(traced.segments) if traced else 0, []) for part in parts}
+    homes = {id(module): part for part in reversed(parts) for module in part.modules}
+    last = next((part for part in parts), None)
+    for place, segment in enumerate(traced.segments if traced is not None else ()):
+        inner = next((homes[id(one)] for one in reversed(segment.inside) if id(one) in homes), last)
+        if inner is not None:
+            first, works = found[id(inner)]
+            found[id(inner)] = (min(first, place), [*works, segment.work])
+            last = inner
+    return {key: (first, total(works)) for key, (first, works) in found.items()}

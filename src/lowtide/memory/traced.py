@@ -1,0 +1,196 @@
+"""Follow a call on meta tensors: which memory is alive when, and what is computed inside which module.
+
+Nothing is computed. Every operator that would reach a kernel is seen, and the memory of tensors is followed from the
+operator that makes it until its last tensor goes, as it would be on the device that is meant.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowtide.memory.kernels import attend, chosen_kernel, made_by, rms_norm, work_of
+from lowtide.memory.plan import Call, Work
+from lowtide.memory.workspace import workspace
+from lowtide.ops.meant import meant_device, standing_for
+
+GRAIN = {"cpu": 1, "cuda": 512}
+"""Bytes that a device's allocator rounds up to; on a CPU it is asked for exactly what is needed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Work done between two calls or ends of modules; `inside` are the modules under way, from the outermost on."""
+
+    inside: tuple[nn.Module, ...]
+    work: Work
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A call and what was computed in it, in order."""
+
+    call: Call
+    segments: tuple[Segment, ...]
+
+    @property
+    def order(self) -> list[nn.Module]:
+        """The modules that were called, in the order of their first calls."""
+        return list({id(one): one for segment in self.segments for one in segment.inside}.values())
+
+
+@dataclass
+class _Memory:
+    """Bytes alive, and the most there were."""
+
+    grain: int
+    alive: int = 0
+    peak: int = 0
+    workspace: int = 0
+    refs: dict[int, Any] = field(default_factory=dict)
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count the memory of a tensor until it is gone, once."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.refs:
+            return
+        nbytes = -(-storage.nbytes() // self.grain) * self.grain
+        self.refs[key] = weakref.ref(storage, lambda _: self._gone(key, nbytes))
+        self.alive += nbytes
+
+    def _gone(self, key: int, nbytes: int) -> None:
+        del self.refs[key]
+        self.alive -= nbytes
+
+    def reached(self, beside: int) -> None:
+        """A kernel runs that takes so many bytes beside its tensors."""
+        if self.alive + beside > self.peak:
+            self.peak, self.workspace = self.alive + beside, beside
+
+
+def trace(fn: Callable[[], Any], inputs: Iterable[torch.Tensor] = (), *, device: str = "cpu") -> Traced:
+    """Call `fn`, which computes on meta, as if on a `device` of this type ("cpu" or "cuda"); see `Call` and `Segment`.
+
+    `inputs` are the tensors that are there from beginning to end. Raises what `fn` raises.
+    """
+    memory = _Memory(GRAIN[device])
+    for tensor in inputs:
+        memory.add(tensor)
+    memory.reached(0)
+    watch = _Watch(memory)
+    with ExitStack() as stack:
+        for context in (torch.no_grad(), standing_for(device), watch.seeing_modules(), watch, _Rewritten()):
+            stack.enter_context(context)
+        before = memory.alive
+        result = fn()
+    left = memory.alive - before
+    del result
+    watch.close_segment()
+    total = sum((one.work for one in watch.segments), Work())
+    return Traced(Call(memory.peak, memory.workspace, left, total), tuple(watch.segments))
+
+
+class _Rewritten(TorchFunctionMode):
+    """Has functions of several forms take the form that the meant device takes, not that of the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if meant_device() is not None:
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                return attend(*args, **kwargs)
+            if func is torch._fused_sdp_choice:  # type: ignore[attr-defined]
+                return chosen_kernel(*args, **kwargs)
+            if func is torch.nn.functional.rms_norm or func is torch.rms_norm:
+                return rms_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operator."""
+
+    def __init__(self, memory: _Memory) -> None:
+        super().__init__()
+        self.segments: list[Segment] = []
+        self._memory = memory
+        self._inside: list[nn.Module] = []
+        self._done: list[Work] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if meant_device() is None:
+            return func(*args, **kwargs)
+        result = made_by(func, args, kwargs)
+        given = list(tensors_in(args))
+        given += tensors_in(kwargs.values())
+        made = list(tensors_in(result if isinstance(result, (tuple, list)) else (result,)))
+        self._count(given, made)
+        if not func.is_view:
+            self._memory.reached(workspace(func, args, given, made))
+            self._done.append(work_of(func, given, made))
+        return result
+
+    def _count(self, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
+        known = {one.untyped_storage()._cdata for one in given}
+        for one in made:
+            if one.untyped_storage()._cdata not in known:
+                self._memory.add(one)
+
+    @contextmanager
+    def seeing_modules(self) -> Generator[None]:
+        """While this lasts, it is known inside which module an operator is called."""
+        hooks = [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if meant_device() is not None:
+            self.close_segment()
+            self._inside.append(module)
+
+    def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
+        if meant_device() is not None:
+            self.close_segment(even_if_empty=True)
+            self._inside.pop()
+
+    def close_segment(self, *, even_if_empty: bool = False) -> None:
+        """What was computed since the last segment is one; an empty one tells that a module was called."""
+        if self._done or even_if_empty:
+            self.segments.append(Segment(tuple(self._inside), total(self._done)))
+            self._done = []
+
+
+def total(works: Iterable[Work]) -> Work:
+    """The sum."""
+    works = list(works)
+    return Work(
+        sum(one.convolution for one in works),
+        sum(one.product for one in works),
+        sum(one.attention for one in works),
+        sum(one.touched for one in works),
+        sum(one.kernels for one in works),
+    )
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among arguments, in lists too."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from tensors_in(value)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _PARTS = (("weights", BLUE), ("activations", ORANGE), ("workspace", "#e3a857"), ("other", "#b9b9b9"))
 _LOOKS = {"equal bits": (BLUE, "o"), "exact up to rounding": (GREEN, "s"), "changed": (ORANGE, "D")}
 _WIDE = 5.0
+_FEW = 25
 
 
 def plot_plan(plan: Plan, curve: Sequence[tuple[int, Plan]], path: Path) -> Path:
@@ -97,11 +98,14 @@ def _draw_curve(axes: Axes, plan: Plan, curve: Sequence[tuple[int, Plan]]) -> No
     axes.set_title("The best plan for every budget", fontsize=10, loc="left")
     axes.margins(0.1)
     points = [(budget / 1e9, one.seconds) for budget, one in curve]
-    axes.plot(*zip(*points, strict=True), drawstyle="steps-post", color=GREY, linewidth=1.0, zorder=2)
+    beyond = max(budget_of(plan) or 0, curve[-1][0]) * 1.05 / 1e9  # the last one is the best from there on
+    line = [*points, (beyond, points[-1][1])]
+    axes.plot(*zip(*line, strict=True), drawstyle="steps-post", color=GREY, linewidth=1.0, zorder=2)
     for kind, (color, marker) in _LOOKS.items():
         own = [point for point, (_, one) in zip(points, curve, strict=True) if one.exactness.split(":")[0] == kind]
         if own:
-            axes.scatter(*zip(*own, strict=True), s=26, c=color, marker=marker, label=kind, zorder=3)
+            size = 26 if len(points) <= _FEW else 9
+            axes.scatter(*zip(*own, strict=True), s=size, c=color, marker=marker, label=kind, zorder=3)
     _mark_chosen(axes, plan, points)
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "frameon": False, "fontsize": FONT}
     axes.legend(ncols=4, columnspacing=1.2, **place)
@@ -115,6 +119,9 @@ def _mark_chosen(axes: Axes, plan: Plan, points: Sequence[tuple[float, float]]) 
     if budget is not None:
         axes.axvline(budget / 1e9, color=RED, linestyle="--", linewidth=1.0, label=f"budget {format_decimal(budget)}")
     everything = [*points, at]
-    for axis, values in ((axes.xaxis, [x for x, _ in everything]), (axes.yaxis, [y for _, y in everything])):
+    seconds = [y for _, y in everything]
+    for axis, values in ((axes.xaxis, [x for x, _ in everything]), (axes.yaxis, seconds)):
         if min(values) > 0 and max(values) / min(values) > _WIDE:
             set_log(axis)
+    if axes.get_yscale() == "linear":
+        axes.set_ylim(0, max(seconds) * 1.15)  # a small difference looks small

@@ -82,34 +82,27 @@ class Outlook:
         return None if self.plan is None else self.plan.seconds - more.plan.seconds
 
 
-def look(
-    workload: Workload,
-    rates: Rates,
-    budgets: Budgets,
-    allow: tuple[str, ...],
-) -> Outlook:
+def look(workload: Workload, rates: Rates, budgets: Budgets, allow: tuple[str, ...]) -> Outlook:
     """Plan a run, and what is beside the plan; a refusal is part of the answer."""
-    from lowtide.memory import planner
+    from lowtide.memory.planner import Planner
 
-    def choose(budgets: Budgets) -> Plan:
-        return planner.choose(workload, rates, budgets, allow)
-
+    planner = Planner(workload, rates, allow)  # one for all questions: what it has found it keeps
     plan, refusal = None, None
     try:
-        plan = choose(budgets)
+        plan = planner.choose(budgets)
     except BudgetError as error:
         refusal = str(error)
     return Outlook(
         device=rates.device,
         budgets=budgets,
         plan=plan,
-        alternatives=planner.alternatives(workload, rates, budgets, allow),
-        minimum=planner.minimum(workload, rates, allow, budgets),
-        more=tuple(_more(choose, budgets, rates.on_cpu)),
-        curve=tuple(planner.curve(workload, rates, allow, budgets)),
+        alternatives=planner.alternatives(budgets),
+        minimum=planner.minimum(budgets),
+        more=tuple(_more(planner.choose, budgets, on_cpu=rates.on_cpu)),
+        curve=tuple(planner.curve(budgets)),
         assumed=rates.assumed,
         refusal=refusal,
-        minimum_if_changed=None if plan else planner.minimum(workload, rates, LOSSY, budgets),
+        minimum_if_changed=None if plan else Planner(workload, rates, LOSSY).minimum(budgets),
     )
 
 
@@ -152,7 +145,7 @@ def minimum_in_words(minimum: Budgets, device: str) -> str:
     return ", ".join(f"{format_decimal(size)} of {said}" for said, size in sizes if size is not None)
 
 
-def _more(choose: Callable[[Budgets], Plan], budgets: Budgets, on_cpu: bool) -> Iterator[More]:
+def _more(choose: Callable[[Budgets], Plan], budgets: Budgets, *, on_cpu: bool) -> Iterator[More]:
     for name in ("ram",) if on_cpu else ("vram", "ram"):
         now = getattr(budgets, name)
         if now is None:

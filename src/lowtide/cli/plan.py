@@ -6,17 +6,15 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+import lowtide
 from lowtide.cli.budgets import Allow, Budget
 from lowtide.cli.errors import BAD_INPUT, InputError, reported, tell
 from lowtide.cli.outlook import Outlook, look, what_to_try
 from lowtide.cli.request import VIDEO_SIZE_STEP, DType, check_guidance, check_steps, parse_size, resolve_model
-
-if TYPE_CHECKING:
-    from lowtide.memory.plan import Budgets
 
 
 @dataclass(frozen=True)
@@ -145,32 +143,21 @@ def run(asked: Asked, budget: Budget, *, as_json: bool, plot: Path | None) -> No
 
 def look_at(asked: Asked, budget: Budget) -> Outlook:
     """Plan the run from the model's configs alone."""
-    from lowtide.pipelines.fitting import plan_checkpoint
+    import torch
 
-    workload, rates = plan_checkpoint(
-        asked.model, device=asked.device, dtype=asked.dtype, variant=asked.variant, **asked.run_size()
+    from lowtide.pipelines.base import PIPELINES
+    from lowtide.pipelines.checkpoints import AskedBudgets, plan_checkpoint
+
+    planning = plan_checkpoint(
+        asked.model,
+        {name: getattr(lowtide, name) for name in PIPELINES},
+        AskedBudgets(budget.vram, budget.ram, budget.disk, budget.allow),
+        dtype=getattr(torch, asked.dtype),
+        device=torch.device(asked.device),
+        variant=asked.variant,
+        **asked.run_size(),
     )
-    return look(workload, rates, budgets_in_bytes(budget, asked.device), budget.allow)
-
-
-def budgets_in_bytes(budget: Budget, device: str) -> Budgets:
-    """The budgets in bytes. On a machine that is not this one, what is left out has no limit."""
-    import shutil
-    import tempfile
-
-    from lowtide.memory.budgets import budget_bytes
-    from lowtide.memory.host import host_memory
-    from lowtide.memory.peaks import resident_memory
-    from lowtide.memory.plan import Budgets
-
-    host, storage = host_memory(), shutil.disk_usage(tempfile.gettempdir())
-    free = host.available + resident_memory()
-    ram = "auto" if budget.ram is None and (device == "cpu" or _has_gpu()) else budget.ram
-    return Budgets(
-        vram=None if device == "cpu" else _vram(budget.vram),
-        ram=budget_bytes(ram, "ram", total=host.total, free=free),
-        disk=budget_bytes(budget.disk, "disk", total=storage.total, free=storage.free),
-    )
+    return look(planning.workload, planning.rates, planning.budgets, planning.allow)
 
 
 def makes_videos(model: str) -> bool:
@@ -209,23 +196,6 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _vram(asked: str | None) -> int | None:
-    """Bytes of GPU memory; what depends on the GPU needs one here."""
-    from lowtide.memory.budgets import budget_bytes
-
-    if _has_gpu():
-        import torch
-
-        free, total = torch.cuda.mem_get_info()
-        return budget_bytes("auto" if asked is None else asked, "vram", total=total, free=free)
-    if asked is None or asked.strip().lower() == "auto" or asked.strip().startswith("-") or asked.strip().endswith("%"):
-        raise InputError(
-            f"--vram {asked or 'left out'}: there is no GPU here whose memory could be looked up. Give a size such as "
-            "--vram 6GB to plan for a GPU elsewhere."
-        )
-    return budget_bytes(asked, "vram", total=0, free=0)
 
 
 def _check(asked: Asked) -> None:

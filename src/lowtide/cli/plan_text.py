@@ -23,9 +23,9 @@ def print_outlook(console: Console, outlook: Outlook, model: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
     console.print(plans_table(outlook))
     for name, lines in below(outlook).items():
-        console.print(f"{name}:", style="bold", end=" ")
+        console.print(name, style="bold")
         for line in lines:
-            console.print(line, markup=False, soft_wrap=True)
+            console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
 def headline(outlook: Outlook, model: str) -> Iterator[str]:

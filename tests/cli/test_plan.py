@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from lowtide.cli import plan as command
 from lowtide.cli.app import app
-from lowtide.cli.outlook import More, Outlook
+from lowtide.cli.outlook import More, Outlook, thinned
 from lowtide.memory.plan import Budgets, Plan
 from lowtide.sizes import parse_bytes
 
@@ -21,7 +21,7 @@ def outlook(plan, budgets=None, refusal=None):
         device=plan.device,
         budgets=budgets or plan.budgets,
         plan=None if refusal else plan,
-        alternatives={"resident": at_hand, "in int8": plans.lossy(plan), "chosen": plan},
+        alternatives={"resident": at_hand, "smallest": plans.lossy(plan), "chosen": plan},
         minimum=Budgets(vram=1_234_000_000, ram=612_000_000),
         more=(More("ram", 2 * plans.GB, at_hand),),
         curve=tuple(plans.curve(plan)),
@@ -57,12 +57,12 @@ def row(output, name):
 def test_the_chosen_plan_is_marked_and_stands_beside_others(found):
     result = lowtide("--ram", "1GB")
     assert result.exit_code == 0, result.output
-    chosen = row(result.stdout, "→ chosen")
+    chosen = row(result.stdout, "→")
     for said in ("0.92 of 1.00 GB", "38.9 s", "yes"):
         assert said in chosen
-    assert "no" in row(result.stdout, "resident ")
-    assert "changed: int8" in row(result.stdout, "in int8")
-    assert result.stdout.count("chosen") == 1
+    assert "no" in row(result.stdout, "all weights resident ")
+    assert "changed: int8" in row(result.stdout, "the smallest: ")
+    assert result.stdout.count("→") == 1
 
 
 def test_below_stand_the_minimum_the_next_gigabyte_and_why(found):
@@ -79,7 +79,7 @@ def test_a_gpu_that_is_not_there_is_planned_for_and_said_to_be_assumed(found):
     assert (found["asked"].device, found["asked"].dtype) == ("cuda", "float16")
     assert "assumed rates" in result.stdout
     assert "4 × 1024x1024, 30 steps" in result.stdout
-    chosen = row(result.stdout, "→ chosen")
+    chosen = row(result.stdout, "→")
     assert "5.87 of 6.00 GB" in chosen
     assert "4.00 of 16.00 GB" in chosen
 
@@ -99,7 +99,7 @@ def test_json_holds_everything_and_the_plan_can_be_put_to_work(found):
     assert content["chosen"]["words"].startswith("all weights by blocks from disk")
     own = {name: content["chosen"][name] for name in plan.to_dict()}
     assert Plan.from_dict(own) == plan
-    assert [one["name"] for one in content["alternatives"]] == ["resident", "in int8"]
+    assert [one["name"] for one in content["alternatives"]] == ["resident", "smallest"]
     assert [one["fits"] for one in content["alternatives"]] == [False, True]
     assert content["minimum"]["ram"] == 612_000_000
     assert content["next_gigabyte"][0]["saves_seconds"] == pytest.approx(3.89)
@@ -128,6 +128,14 @@ def test_the_minimum_is_rounded_so_that_it_works_when_typed():
 
     for size in (1, 612_000_000, 999_999_999, 10**9, 1_234_567_890):
         assert parse_bytes(rounded_up(size)) >= size
+
+
+def test_a_curve_keeps_its_ends_and_what_is_faster():
+    plan = plans.on_cpu()
+    paces = [1.0, 0.9999, 0.9998, 0.9, 0.8999, 0.8998]
+    points = [(index, plans.scaled(plan, 1.0, pace)) for index, pace in enumerate(paces)]
+    assert [budget for budget, _ in thinned(points)] == [0, 3, 5]
+    assert thinned(points[:1]) == points[:1]
 
 
 def test_a_plan_on_a_gpu_must_keep_every_budget():

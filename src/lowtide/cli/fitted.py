@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lowtide.cli.request import Request
     from lowtide.memory.meter import Meter
     from lowtide.memory.plan import Plan
-    from lowtide.stages import StageObserver
+    from lowtide.stages import StageObserver, Stages
 
 
 class FittedRun:
@@ -51,13 +51,14 @@ class FittedRun:
         return ledgers_of(self._pipe.modules().values())
 
 
-def fit_to_budget(pipe: Any, request: Request, device: torch.device) -> FittedRun:
-    """Plan the run, say the plan, and put it to work. Raises `BudgetError` where nothing fits."""
+def fit_to_budget(pipe: Any, request: Request, device: torch.device, stages: Stages) -> FittedRun:
+    """Plan the run as a stage of its own, put the plan to work, and say it. Raises `BudgetError` if nothing fits."""
     from lowtide.cli.plan_text import one_line
 
     budget = request.budget
     assert budget is not None
-    plan = pipe.fit(budget.vram, budget.ram, allow=budget.allow, device=device, **run_size(request))
+    with stages.stage("plan"):
+        plan = pipe.fit(budget.vram, budget.ram, allow=budget.allow, device=device, **run_size(request))
     tell(one_line(plan))
     return FittedRun(pipe, plan)
 

@@ -179,10 +179,11 @@ def run(request: Request) -> None:
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, device)
     meter = Meter(timeline=request.timeline is not None)
-    with Stages((ProgressBar(), meter)).stage("load"):
+    before = Stages((ProgressBar(), meter))
+    with before.stage("load"):
         pipe = load_pipeline(request, device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    fitted = None if request.budget is None else fit_to_budget(pipe, request, device)
+    fitted = None if request.budget is None else fit_to_budget(pipe, request, device, before)
     shown = (ProgressBar(),) if fitted is None else fitted.observers()
     with pipe.stages.observed(*shown, meter):
         if request.video is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lowtide.memory.plan import Rates, Workload
 
 GIGABYTE = 10**9
+LEAST_GAIN = 0.002
+"""The share of a run's time that makes a faster plan one that is shown."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,20 @@ def look(workload: Workload, rates: Rates, budgets: Budgets, allow: tuple[str, .
         alternatives=planner.alternatives(budgets),
         minimum=planner.minimum(budgets),
         more=tuple(_more(planner.choose, budgets, on_cpu=rates.on_cpu)),
-        curve=tuple(planner.curve(budgets)),
+        curve=tuple(thinned(planner.curve(budgets))),
         assumed=rates.assumed,
         refusal=refusal,
         minimum_if_changed=None if plan else Planner(workload, rates, LOSSY).minimum(budgets),
     )
+
+
+def thinned(curve: Sequence[tuple[int, Plan]]) -> list[tuple[int, Plan]]:
+    """The ends of a curve, and of what is between them the plans that are noticeably faster than the one before."""
+    kept = list(curve[:1])
+    for point in curve[1:]:
+        if point[1].seconds < kept[-1][1].seconds * (1 - LEAST_GAIN) or point is curve[-1]:
+            kept.append(point)
+    return kept
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
@@ -139,10 +150,11 @@ def _as_options(budgets: Budgets, device: str) -> str:
 
 
 def minimum_in_words(minimum: Budgets, device: str) -> str:
-    """The least that would do, such as "1.21 GB of GPU memory, 2.40 GB of memory"."""
-    of = {"vram": "GPU memory", "ram": "memory" if device == "cpu" else "host memory"}
-    sizes = ((said, getattr(minimum, name)) for name, said in of.items() if device != "cpu" or name == "ram")
-    return ", ".join(f"{format_decimal(size)} of {said}" for said, size in sizes if size is not None)
+    """The least that would do, such as "1.21 GB of GPU memory, with 16.00 GB of host memory"."""
+    if device == "cpu":
+        return f"{format_decimal(minimum.ram or 0)} of memory"
+    host = "" if minimum.ram is None else f", with {format_decimal(minimum.ram)} of host memory"
+    return f"{format_decimal(minimum.vram or 0)} of GPU memory{host}"
 
 
 def _more(choose: Callable[[Budgets], Plan], budgets: Budgets, *, on_cpu: bool) -> Iterator[More]:

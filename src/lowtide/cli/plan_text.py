@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lowtide.cli.outlook import More, Outlook, minimum_in_words
+from lowtide.cli.outlook import LEAST_GAIN, More, Outlook, minimum_in_words
 from lowtide.memory.brief import asked_in_words, in_words, seconds_in_words
 from lowtide.memory.plan import Plan
 from lowtide.sizes import format_decimal
@@ -13,8 +13,6 @@ from lowtide.sizes import format_decimal
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-_LEAST_SHARE = 0.005
 
 
 def print_outlook(console: Console, outlook: Outlook, model: str) -> None:
@@ -45,8 +43,8 @@ def plans_table(outlook: Outlook) -> Table:
 
     on_cpu = outlook.device == "cpu"
     table = Table(box=box.SIMPLE)
-    table.add_column("plan")
-    table.add_column("what it does", overflow="fold")
+    table.add_column("", no_wrap=True)
+    table.add_column("plan", overflow="fold", ratio=1)
     for heading in ("memory",) if on_cpu else ("GPU memory", "host memory"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
@@ -84,8 +82,9 @@ def _cells(outlook: Outlook, name: str, plan: Plan) -> list[str]:
     if not on_cpu:
         sizes.insert(0, _of(plan.peak, outlook.budgets.vram))
     fits = "yes" if outlook.fits(plan) else "no"
-    called = f"→ {name}" if plan is outlook.plan else name
-    return [called, in_words(plan), *sizes, seconds_in_words(plan.seconds), plan.exactness, fits]
+    mark = "→" if plan is outlook.plan else ""
+    said = f"the smallest: {in_words(plan)}" if name == "smallest" else in_words(plan)
+    return [mark, said, *sizes, seconds_in_words(plan.seconds), plan.exactness, fits]
 
 
 def _of(size: int, budget: int | None) -> str:
@@ -102,7 +101,7 @@ def _bought(outlook: Outlook, more: More) -> str:
     saved = outlook.saved(more)
     if saved is None or outlook.plan is None:
         return f"{budget} would do: {in_words(more.plan)}, {seconds_in_words(more.plan.seconds)}"
-    if saved < _LEAST_SHARE * outlook.plan.seconds:
+    if saved < LEAST_GAIN * outlook.plan.seconds:
         return f"{budget} would save nothing"
     return f"{budget} would save {seconds_in_words(saved)} ({saved / outlook.plan.seconds:.0%}): {in_words(more.plan)}"
 

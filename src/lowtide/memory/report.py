@@ -162,7 +162,7 @@ def _table(report: RunReport) -> Table:
 
     table = Table(box=box.SIMPLE, caption=_caption(report), caption_justify="left")
     table.add_column("stage", no_wrap=True)
-    for heading in ("s", "planned", "bound", "of bound", "waited", "peak", "planned", "off", "moved"):
+    for heading in ("took, s", "planned", "bound", "of bound", "stall", "peak", "planned", "off", "moved"):
         table.add_column(heading, justify="right", no_wrap=True)
     for stage in report.stages:
         table.add_row(f"{stage.name} ×{stage.times}" if stage.times > 1 else stage.name, *_cells(stage))

@@ -89,6 +89,14 @@ def test_on_a_terminal_the_bar_shows_the_line_and_ends_with_the_pace(monkeypatch
     assert "s/it" in shown.splitlines()[-2]
 
 
+def test_stages_that_are_not_planned_print_no_lines():
+    told = []
+    with Stages([StepLines(plans.on_cpu(), Machine().sources(), told.append)]).stage("write", steps=4) as stage:
+        for _ in range(4):
+            stage.advance()
+    assert told == []
+
+
 @pytest.mark.parametrize("size", ["6GB", "80%", "auto", "-1GB", "1.5 GiB", "512mb"])
 def test_budgets_may_be_sizes_shares_and_what_is_left(size):
     assert budget_from(None, size, []) == Budget(ram=size)

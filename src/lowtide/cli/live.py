@@ -33,8 +33,8 @@ class _Open:
 class StepLines:
     """An observer of stages that says after each step what it took, as `line` of the innermost stage.
 
-    Where `show` is given it gets a line about every tenth of a stage's steps, for where none can be redrawn. A stage
-    whose steps are not known shows none.
+    Where `show` is given it gets a line about every tenth of a planned stage's steps, for where none can be redrawn. A
+    stage whose steps are not known shows none.
     """
 
     def __init__(self, plan: Plan, sources: Sources, show: Callable[[str], None] | None = None) -> None:
@@ -61,7 +61,7 @@ class StepLines:
         seconds, waited = now - stage.at, max(stalled - stage.stalled, 0.0)
         stage.at, stage.stalled = now, stalled
         stage.line = self._said(stage, seconds, waited)
-        if self._show is not None and stage.steps and _is_due(step, stage.steps):
+        if self._show is not None and name in self._plans and stage.steps and _is_due(step, stage.steps):
             self._show(f"{name} {step}/{stage.steps} {stage.line}")
 
     def stage_finished(self, name: str) -> None:

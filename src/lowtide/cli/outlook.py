@@ -130,8 +130,7 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 def what_to_try(outlook: Outlook) -> str:
     """What would help where no plan fits, as options."""
-    tries = [f"Try {_as_options(outlook.minimum, outlook.device)}"]
-    tries += ["a smaller --size or --batch"]
+    tries = [f"As options: {_as_options(outlook.minimum, outlook.device)}", "a smaller --size or --batch"]
     changed = outlook.minimum_if_changed
     if changed is not None and changed != outlook.minimum:
         tries += [f"--allow int8 --allow blended_tiling, with which {_as_options(changed, outlook.device)} would do"]

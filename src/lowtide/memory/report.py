@@ -126,7 +126,8 @@ def run_report(
 ) -> RunReport:
     """Set what a meter read beside the plan; stages that the plan does not know are left out, as loading is.
 
-    `flows` are a `FlowMeter`'s. A stage that was gone through several times, as for several pictures, is one row.
+    `flows` are a `FlowMeter`'s. A stage that was gone through several times, as for several pictures, is one row. Stages
+    that took more than the budget are added to the `degradations`.
     """
     rows = [
         _stage_report(stage, [one for one in readings if one.name == stage.name], (flows or {}).get(stage.name, Flow()))
@@ -135,7 +136,15 @@ def run_report(
     on_cpu = plan.device == "cpu"
     budget = plan.budgets.ram if on_cpu else plan.budgets.vram
     unseen = 0 if on_cpu else max((stage.base for stage in plan.stages), default=0)
-    return RunReport(plan.device, budget, tuple(row for row in rows if row.times), tuple(degradations), unseen)
+    seen = tuple(row for row in rows if row.times)
+    above = [_above(row, budget) for row in seen if budget is not None and (row.peak or 0) + unseen > budget]
+    return RunReport(plan.device, budget, seen, (*degradations, *above), unseen)
+
+
+def _above(stage: StageReport, budget: int) -> str:
+    assert stage.peak is not None
+    peak, limit, said = (format_decimal(size) for size in (stage.peak, budget, stage.predicted_peak))
+    return f"{stage.name}: its peak of {peak} is above the budget of {limit}; predicted were {said}"
 
 
 def _stage_report(stage: StagePlan, readings: Sequence[StageReading], flow: Flow) -> StageReport:

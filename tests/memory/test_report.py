@@ -87,6 +87,12 @@ def test_a_budget_that_was_not_kept_is_said_to_be():
     assert "above the budget" in str(report)
 
 
+def test_a_bound_that_was_beaten_is_said_to_come_from_wrong_rates():
+    assert "rates are too low" not in str(cpu_report())
+    beaten = str(run_report(plans.on_cpu(), [reading("denoise", 18.0, 860)]))
+    assert "Faster than the bound in denoise: the plan's rates are too low" in beaten
+
+
 def test_on_a_gpu_what_pytorch_allocates_is_compared_and_its_context_counts():
     plan = plans.on_gpu()
     readings = [reading("decode", 3.0, 3_000, cuda=plan.stages[2].allocated)]

@@ -15,6 +15,9 @@ from lowtide.sizes import format_decimal
 if TYPE_CHECKING:
     from rich.table import Table
 
+BEATEN = 0.95
+"""A ratio to the bound below this is no chance: no run is faster than what limits it, so the rates are wrong."""
+
 
 @dataclass(frozen=True)
 class StageReport:
@@ -126,8 +129,8 @@ def run_report(
 ) -> RunReport:
     """Set what a meter read beside the plan; stages that the plan does not know are left out, as loading is.
 
-    `flows` are a `FlowMeter`'s. A stage that was gone through several times, as for several pictures, is one row. Stages
-    that took more than the budget are added to the `degradations`.
+    `flows` are a `FlowMeter`'s. A stage that was gone through several times, as for several pictures, is one row.
+    Stages that took more than the budget are added to the `degradations`.
     """
     rows = [
         _stage_report(stage, [one for one in readings if one.name == stage.name], (flows or {}).get(stage.name, Flow()))
@@ -216,6 +219,9 @@ def _cells(stage: StageReport) -> list[str]:
 def _caption(report: RunReport) -> str:
     what = "resident memory" if report.device == "cpu" else "what PyTorch allocates on the GPU"
     said = f"Peaks are {what}; bound: the least time that computing, the link or the disk needs."
+    beaten = [stage.name for stage in report.stages if (stage.ratio_to_bound or 1) < BEATEN]
+    if beaten:
+        said += f"\nFaster than the bound in {', '.join(beaten)}: the plan's rates are too low for this machine."
     if report.peak is None or report.budget is None:
         return said
     held = "within" if report.within_budget else "above"

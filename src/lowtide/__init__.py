@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lowtide.activations.exact import apply_row_streaming, remove_row_streaming
     from lowtide.memory.forms import Casting
+    from lowtide.memory.plan import BudgetError, Plan
     from lowtide.memory.presets import apply_residency
+    from lowtide.memory.shortage import OutOfMemoryError
     from lowtide.models.safety_checker import StableDiffusionSafetyChecker
     from lowtide.models.unet import UNet2DConditionModel
     from lowtide.models.vae import AutoencoderKL
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from lowtide.models.video_vae import AutoencoderKLCogVideoX
     from lowtide.pipelines.base import DiffusionPipeline
     from lowtide.pipelines.cogvideox import CogVideoXPipeline
+    from lowtide.pipelines.fitting import fit
     from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
     from lowtide.schedulers import (
         CogVideoXDDIMScheduler,
@@ -35,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoencoderKL",
     "AutoencoderKLCogVideoX",
+    "BudgetError",
     "Casting",
     "CogVideoXDDIMScheduler",
     "CogVideoXDPMScheduler",
@@ -44,7 +48,9 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "DiffusionPipeline",
     "EulerDiscreteScheduler",
+    "OutOfMemoryError",
     "PNDMScheduler",
+    "Plan",
     "StableDiffusionPipeline",
     "StableDiffusionSafetyChecker",
     "UNet2DConditionModel",
@@ -52,13 +58,18 @@ __all__ = [
     "__version__",
     "apply_residency",
     "apply_row_streaming",
+    "fit",
     "remove_row_streaming",
 ]
 
 _HOME = {
     "AutoencoderKL": "lowtide.models.vae",
     "AutoencoderKLCogVideoX": "lowtide.models.video_vae",
+    "BudgetError": "lowtide.memory.plan",
     "Casting": "lowtide.memory.forms",
+    "OutOfMemoryError": "lowtide.memory.shortage",
+    "Plan": "lowtide.memory.plan",
+    "fit": "lowtide.pipelines.fitting",
     "CogVideoXDDIMScheduler": "lowtide.schedulers",
     "CogVideoXDPMScheduler": "lowtide.schedulers",
     "CogVideoXPipeline": "lowtide.pipelines.cogvideox",

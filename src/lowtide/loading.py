@@ -101,9 +101,15 @@ def component_patterns(specs: Mapping[str, ComponentSpec | None], variant: str |
             yield from (f"{name}/{pattern}" for pattern in weight_patterns(base, variant))
 
 
-def load_components(source: Source, specs: Mapping[str, ComponentSpec | None], options: LoadOptions) -> dict[str, Any]:
+def load_components(
+    source: Source,
+    specs: Mapping[str, ComponentSpec | None],
+    options: LoadOptions,
+    own_options: Mapping[str, LoadOptions] | None = None,
+) -> dict[str, Any]:
     """Load every component that has a spec; weights are built on meta and filled from the mapped files.
 
+    `own_options` are those of some components, by name.
     Raises `ValueError` for a class that we do not have, before anything is read; otherwise as
     `ModelMixin.from_pretrained`.
     """
@@ -112,7 +118,8 @@ def load_components(source: Source, specs: Mapping[str, ComponentSpec | None], o
     for name, loader in loaders.items():
         if loader is not None and not (folder / name).is_dir():
             raise FileNotFoundError(f"{folder} has no folder {name!r}, which its {MODEL_INDEX} names as a component.")
-    return {name: None if loader is None else loader(folder / name, options) for name, loader in loaders.items()}
+    chosen = {name: (own_options or {}).get(name, options) for name in loaders}
+    return {name: None if load is None else load(folder / name, chosen[name]) for name, load in loaders.items()}
 
 
 def save_component(component: Any, folder: Path, *, variant: str | None, max_shard_size: int | str | None) -> None:
@@ -144,13 +151,8 @@ def spec_of(name: str, component: Any) -> ComponentSpec:
 
 def load_text_encoder(folder: Path, class_name: str, options: LoadOptions) -> nn.Module:
     """Build a text encoder of `transformers` on meta and fill it from the mapped weights in `folder`."""
-    cls: Any = getattr(transformers, class_name)
-    config = read_foreign_config(folder, cls.config_class, class_name)
-    config.dtype = options.dtype
-    index = find_weights(folder, "model", options.variant)
-    with reading(folder, class_name), torch.device("meta"):
-        model = cls(config)
-    index = apply_names(index, TEXT_ENCODERS[class_name], state_names(model))
+    model = text_encoder_on_meta(folder, class_name, options.dtype)
+    index = apply_names(find_weights(folder, "model", options.variant), TEXT_ENCODERS[class_name], state_names(model))
     put_weights(
         model,
         index,
@@ -161,6 +163,15 @@ def load_text_encoder(folder: Path, class_name: str, options: LoadOptions) -> nn
         buffers=position_ids(model),
     )
     return model.eval()
+
+
+def text_encoder_on_meta(folder: Path, class_name: str, dtype: torch.dtype | None) -> nn.Module:
+    """The text encoder of `transformers` that a folder's configuration describes, its weights on meta."""
+    cls: Any = getattr(transformers, class_name)
+    config = read_foreign_config(folder, cls.config_class, class_name)
+    config.dtype = dtype
+    with reading(folder, class_name), torch.device("meta"):
+        return cls(config)
 
 
 def _loader(spec: ComponentSpec) -> Callable[[Path, LoadOptions], Any]:

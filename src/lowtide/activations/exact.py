@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from lowtide.activations.dry import DryRun
 from lowtide.activations.frames import FrameCache
-from lowtide.activations.pages import FilePages, MemoryPages, NoPages, Pages
+from lowtide.activations.pages import FilePages, MemoryPages, NoPages, Pages, pages_in_block
 from lowtide.activations.rules import NotByRowsError
 from lowtide.activations.run import Progress, RowSink, Run
 from lowtide.activations.schedule import Schedule, plan
@@ -98,6 +99,8 @@ class RowStreaming:
         self.module = module
         self.settings = settings
         self.last: RowForecast | None = None
+        self.most_room = 0
+        """Bytes of memory that the rows of any run so far take there, wherever they were."""
         self.watch: Callable[[Progress], None] | None = None
         self._schedules: dict[Any, Schedule] = {}
 
@@ -166,7 +169,10 @@ class RowStreaming:
         with torch.no_grad():
             pages = self._pages(found, schedule, x.device) if cache is None else self._pages_of_clip(x, schedule, cache)
             pages.count_anew()
-            Run(self.module, schedule, pages, self._work(schedule), cache)(x, write, self.watch)
+            run = DryRun if x.is_meta else Run
+            run(self.module, schedule, pages, self._work(schedule), cache)(x, write, self.watch)
+        block = pages.page_bytes * pages_in_block(meant_type(x.device))
+        self.most_room = max(self.most_room, -(-pages.peak_bytes // block) * block)
         rows = found.rows if cache is None else cache.rows
         if meant_device() is not None and rows is Tier.DISK:
             note_stored(pages.peak_bytes)

@@ -22,6 +22,11 @@ PAGES_IN_BLOCK = 40
 """On a CPU, where memory that was not written to costs nothing; elsewhere a page is a block."""
 
 
+def pages_in_block(device_type: str) -> int:
+    """Pages of memory that are made at once."""
+    return PAGES_IN_BLOCK if device_type == "cpu" else 1
+
+
 class Pages(Protocol):
     """Numbered pages of `page_bytes` bytes; `peak_bytes` were in use at once since they were counted anew."""
 
@@ -49,7 +54,7 @@ class Pages(Protocol):
         ...
 
 
-class _Numbers:
+class Numbers:
     """Hands out the lowest free numbers, and counts."""
 
     def __init__(self, page_bytes: int) -> None:
@@ -77,7 +82,7 @@ class _Numbers:
         heapq.heappush(self._free, page)
 
 
-class MemoryPages(_Numbers):
+class MemoryPages(Numbers):
     """Pages in the memory of a device, made when first needed and kept until the end.
 
     On a CPU they are made many at once: blocks so large lie outside malloc's heap, which the bands that come and go
@@ -87,14 +92,19 @@ class MemoryPages(_Numbers):
     def __init__(self, page_bytes: int, device: torch.device) -> None:
         super().__init__(page_bytes)
         self._device = device
-        self._in_block = PAGES_IN_BLOCK if meant_type(device) == "cpu" else 1
+        self._in_block = pages_in_block(meant_type(device))
         self._blocks: list[torch.Tensor] = []
 
-    def write(self, page: int, start: int, content: torch.Tensor) -> None:
-        """Write flat uint8 bytes into a page from `start` on."""
+    def take(self) -> int:
+        """The lowest number that is free, and room for it."""
+        page = super().take()
         while len(self._blocks) * self._in_block <= page:
             shape = (self._in_block, self.page_bytes)
             self._blocks.append(torch.empty(shape, dtype=torch.uint8, device=self._device))
+        return page
+
+    def write(self, page: int, start: int, content: torch.Tensor) -> None:
+        """Write flat uint8 bytes into a page from `start` on."""
         if not content.is_meta:
             self._page(page)[start : start + content.numel()].copy_(content)
 
@@ -107,7 +117,7 @@ class MemoryPages(_Numbers):
         return self._blocks[page // self._in_block][page % self._in_block]
 
 
-class NoPages(_Numbers):
+class NoPages(Numbers):
     """Pages that are counted and hold nothing, for rows on meta that would lie elsewhere than where they are made."""
 
     def write(self, page: int, start: int, content: torch.Tensor) -> None:
@@ -117,7 +127,7 @@ class NoPages(_Numbers):
         """Nothing."""
 
 
-class FilePages(_Numbers):
+class FilePages(Numbers):
     """Pages in a file that has no name, so that nothing is left behind whatever happens; raises `OSError`."""
 
     def __init__(self, page_bytes: int, folder: str | os.PathLike[str] | None) -> None:
@@ -156,6 +166,11 @@ class RowStore:
         for plane, part in zip(self._planes, rows.view(len(self._planes), -1), strict=True):
             plane.write(first, part)
 
+    def reserve(self, first: int, nbytes: int) -> None:
+        """Take the pages for `nbytes` bytes of rows from `first` on."""
+        for plane in self._planes:
+            plane.reserve(first, nbytes // len(self._planes))
+
     def read(self, span: Span, target: torch.Tensor) -> None:
         """Fill a flat uint8 tensor with the rows of `span`."""
         for plane, part in zip(self._planes, target.view(len(self._planes), -1), strict=True):
@@ -183,12 +198,17 @@ class _Plane:
 
     def write(self, first: int, rows: torch.Tensor) -> None:
         """Store rows from `first` on, given as flat uint8."""
+        self.reserve(first, rows.numel())
         done = 0
         for place, start, count in self._pieces(first * self._row_bytes, rows.numel()):
-            if place not in self._places:
-                self._places[place] = self._pages.take()
             self._pages.write(self._places[place], start, rows[done : done + count])
             done += count
+
+    def reserve(self, first: int, nbytes: int) -> None:
+        """Take the pages for `nbytes` bytes of rows from `first` on."""
+        for place, _, _ in self._pieces(first * self._row_bytes, nbytes):
+            if place not in self._places:
+                self._places[place] = self._pages.take()
 
     def read(self, span: Span, target: torch.Tensor) -> None:
         """Fill a flat uint8 tensor with the rows of `span`."""

@@ -39,6 +39,8 @@ class Progress:
 class Run:
     """One run of a schedule over one input `[1, C, H, W]` or `[1, C, F, H, W]`; `cache` has the frames before it."""
 
+    new_statistics = ChannelStatistics
+
     def __init__(
         self, module: nn.Module, schedule: Schedule, pages: Pages, work_bytes: int, cache: FrameCache | None = None
     ) -> None:
@@ -62,21 +64,17 @@ class Run:
             return
         self._look_at_input()
         total = sum(-(-one.rows // height) for one, height in zip(self.schedule.passes, self.heights, strict=True))
-        done = 0
+        self._progress, self._tell = Progress(0, total), tell
         for one, height in zip(self.schedule.passes, self.heights, strict=True):
             self._begin(one)
-            for first in range(0, one.rows, height):
-                self._band(one, (first, min(first + height, one.rows)), write)
-                done += 1
-                if tell is not None:
-                    tell(Progress(done, total))
+            self._sweep(one, [(first, min(first + height, one.rows)) for first in range(0, one.rows, height)], write)
             self._end(one)
         self.cache.stores = {place: self._stores[value] for place, value in self.schedule.trace.kept.items()}
 
     def _look_at_input(self) -> None:
         """The statistics of norms directly on the input, some rows at a time."""
         for value in self.schedule.input_norms:
-            self._statistics[value] = ChannelStatistics()
+            self._statistics[value] = self.new_statistics()
             for first in range(0, value.rows, 16):
                 span = (first, min(first + 16, value.rows))
                 self._statistics[value].add(self._viewed(value, span, "statistics"))
@@ -87,7 +85,7 @@ class Run:
         for target in one.targets:
             if target is not self.schedule.trace.output:
                 self._stores[target] = RowStore(self.pages, target.row_bytes, target.planes)
-        self._statistics.update((value, ChannelStatistics()) for value in one.norms)
+        self._statistics.update((value, self.new_statistics()) for value in one.norms)
 
     def _end(self, one: Pass) -> None:
         for source in one.released:
@@ -97,6 +95,17 @@ class Run:
             held.clear()
         if self._x.device.type == "cpu":
             trim_heap()
+
+    def _sweep(self, one: Pass, spans: list[Span], write: RowSink) -> None:
+        """The bands of a pass, one after the other."""
+        for span in spans:
+            self._band(one, span, write)
+            self._told()
+
+    def _told(self) -> None:
+        self._progress = Progress(self._progress.done + 1, self._progress.total)
+        if self._tell is not None:
+            self._tell(self._progress)
 
     def _band(self, one: Pass, span: Span, write: RowSink) -> None:
         spans, uses = one.spans(span), one.uses()

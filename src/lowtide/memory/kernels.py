@@ -203,14 +203,8 @@ def rms_norm(
 ) -> torch.Tensor:
     """`F.rms_norm` as the meant device does it: one kernel on CUDA, its parts on a CPU."""
     if meant_device() == "cuda":
-        out = torch.empty_like(x)
-        return out
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    dims = list(range(x.ndim - len(normalized_shape), x.ndim))
-    eps = torch.finfo(wide.dtype).eps if eps is None else eps
-    scaled = wide * torch.rsqrt(wide.pow(2).mean(dims, keepdim=True).add_(eps))
-    made = scaled if weight is None else scaled * weight
-    return made.type_as(x)
+        return aten._fused_rms_norm(x, normalized_shape, weight, eps)[0]
+    return torch.rms_norm(x, normalized_shape, weight, eps)
 
 
 REWRITTEN = {

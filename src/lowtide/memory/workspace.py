@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lowtide.memory.kernels import is_channels_last
-from lowtide.memory.scratchpads import pages_of_scratch
+from lowtide.memory.scratchpads import pages_of_scratch, scratch_of_product
 from lowtide.ops.meant import meant_device
 
 BLOCK = 16
@@ -23,9 +23,12 @@ BLOCK = 16
 ENTRIES_OF_NATIVE = 20480
 """Up to which one map in float32 is convolved by PyTorch itself, by writing every entry down for each of the kernel's.
 """
+POINTWISE = {"add", "sub", "mul", "div", "addcmul", "addcdiv", "where", "maximum", "minimum", "lerp", "pow"}
 MATRIX_FIXED = 6 * 2**10
-MATRIX_PART = 819200
-"""Bytes of a matrix that oneDNN arranges at once, at most."""
+MATRIX_PART = 1152 * 2**10
+"""Bytes of a weight that oneDNN arranges at once, at most."""
+LONG_PART = 7 * 2**20
+"""And where sums are long, of more than 1536 products."""
 PAGE = 4096
 BOOKED = 128
 """Bytes that oneDNN adds to each part of a scratchpad."""
@@ -40,6 +43,8 @@ def workspace(func: Any, args: Any, given: list[torch.Tensor], made: list[torch.
         return _of_flash_attention(given)
     if name in ("mm", "addmm", "bmm", "baddbmm"):
         return _of_product(given, made[0])
+    if name.rstrip("_") in POINTWISE and meant_device() == "cpu":
+        return _of_mixed_dtypes(given)
     return 0
 
 
@@ -51,6 +56,7 @@ class Convolution:
     weight: torch.Tensor
     out: torch.Tensor
     has_bias: bool
+    is_padded: bool
     strides: tuple[int, ...]
     dilations: tuple[int, ...]
     groups: int
@@ -63,7 +69,8 @@ class Convolution:
         strides, dilations = (args[4], args[5]) if is_own else (args[3], args[5])
         dims, groups = out.ndim - 2, args[6] if is_own else args[8]
         strides, dilations = (tuple(one) * (dims if len(one) == 1 else 1) for one in (strides, dilations))
-        return cls(given[0], given[1], out, args[2] is not None, strides, dilations, groups, is_own)
+        is_padded = any(args[3 if is_own else 4])
+        return cls(given[0], given[1], out, args[2] is not None, is_padded, strides, dilations, groups, is_own)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -93,7 +100,7 @@ class Convolution:
         is_odd = self.is_strided or any(dilation > 1 for dilation in self.dilations)
         may = is_odd or len(self.x) >= 16 or not self.is_pointwise or torch.get_num_threads() > 1
         is_large = self.groups > 1 or min(self.sizes[-2:]) > 3 or len(self.x) > 1
-        return not (may and (is_large or self.x.numel() > ENTRIES_OF_NATIVE))
+        return not (may and (is_large or self.x.shape[:4].numel() > ENTRIES_OF_NATIVE))
 
 
 def _of_convolution(conv: Convolution) -> int:
@@ -167,10 +174,17 @@ def _scratchpad(conv: Convolution) -> int:
     threads, fixed = torch.get_num_threads(), 24
     if conv.x.itemsize == 4:
         return threads * 2 * PAGE + fixed
-    if conv.is_pointwise and not conv.is_strided:
+    if not conv.is_padded and (conv.is_pointwise or conv.is_strided):
         return threads * 5 * PAGE + fixed
     key = (conv.out.ndim - 2, 2 if conv.is_strided else 1)
     return threads * pages_of_scratch(key, conv.x.shape[1], conv.x.shape[-1]) * PAGE + fixed
+
+
+def _of_mixed_dtypes(given: list[torch.Tensor]) -> int:
+    """On a CPU operands of another dtype than that of the sum are converted first."""
+    tensors = [one for one in given if one.ndim > 0 and one.is_floating_point()]
+    size = max((one.itemsize for one in tensors), default=0)
+    return sum(one.numel() * size for one in tensors if one.itemsize < size)
 
 
 def _of_flash_attention(given: list[torch.Tensor]) -> int:
@@ -192,14 +206,27 @@ def _of_flash_attention(given: list[torch.Tensor]) -> int:
 
 
 def _of_product(given: list[torch.Tensor], made: torch.Tensor) -> int:
-    """oneDNN's products in half precision, an upper estimate: what it arranges of the second matrix at a time."""
+    """oneDNN's products in half precision: what it arranges of the matrices at a time."""
     if meant_device() == "cuda" or made.itemsize != 2:
         return 0
     first, second = given[-2:]
-    inner, columns = first.shape[-1], second.shape[-1]
-    if second.stride(-2) == 1 or second.ndim == 3:
-        return MATRIX_FIXED + min(MATRIX_PART, 2 * _up(inner, 64) * _up(min(columns, 1280), 64))
-    return MATRIX_FIXED + min(2 * MATRIX_PART, 2 * _up(inner, 64) * _up(columns, 32))
+    rows, inner, columns = first.shape[-2], first.shape[-1], second.shape[-1]
+    if second.ndim == 3:
+        return MATRIX_FIXED + 2 * _up(inner, 64) * _up(columns, 64)
+    return _of_linear(rows, inner, columns) if second.stride(0) == 1 else scratch_of_product(rows, inner, columns)
+
+
+def _of_linear(rows: int, inner: int, columns: int) -> int:
+    """`[rows, inner]` times a weight `[columns, inner]`: an upper estimate, measured from 1 to 4096 rows.
+
+    The weight is arranged whole where it is used often, else some columns at a time; a long first matrix, too.
+    """
+    some = 66 * inner + (128 * (rows + 1) if inner >= 512 else 0)
+    some = max(some, 128 * inner) if rows == 1 or columns <= 64 else some
+    whole = min(MATRIX_PART, 2 * inner * _up(columns, 32))
+    long = min(LONG_PART, 2 * rows * inner + (2**18 if inner > 2048 else 128)) if inner > 1536 and rows > 128 else 0
+    is_whole = columns <= rows or rows >= 512
+    return MATRIX_FIXED + max(whole if is_whole else 0, min(some, 2 * inner * _up(columns, 32) + 2**13), long)
 
 
 def _same_order(conv: Convolution) -> bool:

@@ -109,18 +109,22 @@ class ModelMixin(nn.Module):
         casting: Casting | None = None,
     ) -> Self:
         """Load from a local folder; `dtype` None keeps the file's. Raises as `from_pretrained`."""
+        model = cls.on_meta(folder)
+        index = apply_names(find_weights(folder, WEIGHTS_NAME, variant), cls.names, state_names(model))
+        put_weights(model, index, dtype=dtype, offload=offload, casting=casting, never_cast=cls.never_cast)
+        return model.eval()
+
+    @classmethod
+    def on_meta(cls, folder: Path) -> Self:
+        """The model that a folder's configuration describes, its weights on meta. Raises as `from_pretrained`."""
         if not (folder / CONFIG_NAME).is_file():
             raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}, so it is not a {cls.__name__} checkpoint.")
         config = read_json(folder / CONFIG_NAME)
         saved_as = config.get("_class_name", cls.__name__)
         if saved_as != cls.__name__:
             raise ValueError(f"{folder} holds a {saved_as}, not a {cls.__name__}: load it with that class.")
-        index = find_weights(folder, WEIGHTS_NAME, variant)
         with torch.device("meta"):
-            model = cls.from_config(config)
-        index = apply_names(index, cls.names, state_names(model))
-        put_weights(model, index, dtype=dtype, offload=offload, casting=casting, never_cast=cls.never_cast)
-        return model.eval()
+            return cls.from_config(config)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         return super()._apply(keeping_origins(fn), recurse)

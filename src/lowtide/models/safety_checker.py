@@ -52,13 +52,17 @@ class StableDiffusionSafetyChecker(nn.Module):
         casting: Casting | None = None,
     ) -> Self:
         """Load from a local folder; `dtype` None keeps the file's. Raises as `ModelMixin.from_pretrained`."""
-        config = read_foreign_config(folder, CLIPConfig, cls.__name__)
-        index = find_weights(folder, "model", variant)
-        with reading(folder, cls.__name__), torch.device("meta"):
-            model = cls(config)
-        index = apply_names(index, SAFETY_CHECKER_NAMES, state_names(model))
+        model = cls.on_meta(folder)
+        index = apply_names(find_weights(folder, "model", variant), SAFETY_CHECKER_NAMES, state_names(model))
         put_weights(model, index, dtype=dtype, offload=offload, casting=casting, buffers=position_ids(model))
         return model.eval()
+
+    @classmethod
+    def on_meta(cls, folder: Path) -> Self:
+        """The checker that a folder's configuration describes, its weights on meta."""
+        config = read_foreign_config(folder, CLIPConfig, cls.__name__)
+        with reading(folder, cls.__name__), torch.device("meta"):
+            return cls(config)
 
     def write_to(self, folder: Path, *, variant: str | None, max_shard_size: int | str | None) -> None:
         """Write configuration and weights into an existing folder, under the published names."""

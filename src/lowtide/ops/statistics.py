@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 PARTIAL_ENTRIES = 2**18
@@ -23,11 +25,15 @@ class ChannelStatistics:
     def add(self, x: torch.Tensor) -> None:
         """Add a part `[1, C, ...]` of the map."""
         entries_EC = x.movedim(1, -1).reshape(-1, x.shape[1])
-        for part_EC in entries_EC.split(max(1, PARTIAL_ENTRIES // x.shape[1])):
+        for part_EC in self.parts(entries_EC):
             wide_EC = part_EC if part_EC.dtype == torch.float64 else part_EC.float()
             mean_C = wide_EC.mean(0)
             squares_C = (wide_EC - mean_C).square_().sum(0)
             self._join(len(part_EC), mean_C.double(), squares_C.double())
+
+    def parts(self, entries_EC: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Entries `[E, C]` in parts that are summed at once."""
+        return entries_EC.split(max(1, PARTIAL_ENTRIES // entries_EC.shape[1]))
 
     def _join(self, count: int, mean_C: torch.Tensor, squares_C: torch.Tensor) -> None:
         if self.mean_C is None or self.squares_C is None:

@@ -6,7 +6,7 @@ import importlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -26,21 +26,20 @@ from lowtide.loading import (
     spec_of,
 )
 from lowtide.memory.attach import attachment_of, detach
-from lowtide.memory.forms import Casting, Rule
+from lowtide.memory.budgets import Asked
+from lowtide.memory.forms import Casting
 from lowtide.memory.host import trim_heap
 from lowtide.memory.loading import offload_named
-from lowtide.memory.presets import (
-    attach_all,
-    execution_device,
-    group_rule,
-    model_rule,
-    named_casting,
-    sequential_rule,
-)
+from lowtide.memory.presets import execution_device, named_casting
 from lowtide.memory.stream import Stream
 from lowtide.memory.tidy import Tidy
 from lowtide.models.mixin import PEER_VERSION, chosen_dtype
 from lowtide.pipelines.activations import ActivationMethods
+from lowtide.pipelines.checkpoints import asked_budgets, check_only_budget, load_within
+from lowtide.pipelines.fitting import FittingMethods
+from lowtide.pipelines.offloading import OffloadMethods
+from lowtide.pipelines.resuming import resumed
+from lowtide.pipelines.run_size import RunSize
 from lowtide.progress import ProgressBar
 from lowtide.stages import Stages
 from lowtide.weights.files import check_files
@@ -59,7 +58,7 @@ StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]
 """Called after each step with the pipeline, the step, the timestep and the tensors asked for; it may change these."""
 
 
-class DiffusionPipeline(ActivationMethods):
+class DiffusionPipeline(FittingMethods, OffloadMethods, ActivationMethods):
     """Components by name, and the stages that a run goes through.
 
     `DiffusionPipeline.from_pretrained` gives the pipeline that the checkpoint names. `stages.observers` may hold
@@ -67,18 +66,20 @@ class DiffusionPipeline(ActivationMethods):
     `copy.deepcopy` without offload.
     """
 
+    scheduler: Any
     component_names: ClassVar[tuple[str, ...]] = ()
     optional_components: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         self.stages = Stages()
+        self._fit = None
         self._progress_disabled = False
         self._lock = threading.RLock()
         self._is_running = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: all but the lock, as of a pipeline that is not being called."""
-        return {**self.__dict__, "stages": Stages(), "_lock": None, "_is_running": False}
+        """For copies and pickles: all but the lock, as of a pipeline that is not being called and has no plan."""
+        return {**self.__dict__, "stages": Stages(), "_lock": None, "_is_running": False, "_fit": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave, with a lock of its own."""
@@ -100,6 +101,10 @@ class DiffusionPipeline(ActivationMethods):
         offload: str | None = None,
         offload_device: torch.device | str | None = None,
         casting: Casting | str | None = None,
+        vram: Asked = None,
+        ram: Asked = None,
+        disk: Asked = None,
+        allow: Collection[str] = (),
         **components: Any,
     ) -> Self:
         """Load from a folder with a `model_index.json`, or a Hub id, of which only the files needed are fetched.
@@ -110,8 +115,10 @@ class DiffusionPipeline(ActivationMethods):
         With `offload` ("model", "block", "leaf" or "sequential") no weights are read now: they rest where they are,
         and come to `offload_device` (a GPU if there is one, else the CPU) when they are called.
         With `casting` ("fp8", "int8" or a `lowtide.Casting`) the weights of every network rest in 8 bits.
+        With a budget (`vram`, `ram`, `disk`; see `lowtide.fit`, also for `allow`) the memory of loading and of every
+        call stays within it; the plan is made before any weights are read, and computes on `offload_device`.
         Raises `FileNotFoundError` for a missing model, file or variant, `CheckpointError` for malformed files,
-        `ValueError` for classes, components or settings that are not possible.
+        `ValueError` for classes, components or settings that are not possible, `BudgetError` if no plan fits.
         """
         if use_safetensors is False:
             raise ValueError(
@@ -129,6 +136,11 @@ class DiffusionPipeline(ActivationMethods):
                 "DiffusionPipeline, which takes the checkpoint's own."
             )
         to_load = pipeline_class._to_load(specs, components)
+        asked = asked_budgets(vram, ram, disk, allow)
+        if asked.are_given:
+            check_only_budget(offload, casting)
+            device = execution_device(offload_device)
+            return load_within(pipeline_class, source, to_load, options, components, asked, device)
         loaded = pipeline_class(**components, **load_components(source, to_load, options))
         trim_heap()
         return loaded
@@ -211,82 +223,15 @@ class DiffusionPipeline(ActivationMethods):
     def _a_weight(self) -> torch.Tensor:
         return next(p for module in self.modules().values() for p in module.parameters() if p.is_floating_point())
 
-    def enable_sequential_cpu_offload(
-        self, gpu_id: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        """Load the weights leaf by leaf as they are called: the least memory, and the slowest.
-
-        Computes on CUDA device `gpu_id`, or on `device`; where there is no GPU, on the CPU, with the weights resting
-        on disk in their checkpoint. Raises `ValueError` for a device that is not there.
-        """
-        chosen = execution_device(device, gpu_id)
-        self._offload(sequential_rule(chosen), chosen)
-
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Have one whole component on the device at a time, for as long as it is in use: little time, some memory.
-
-        The device is chosen as for `enable_sequential_cpu_offload`.
-        """
-        chosen = execution_device(device, gpu_id)
-        self._offload(model_rule(chosen), chosen)
-
-    def enable_group_offload(
-        self,
-        onload_device: torch.device | str,
-        offload_device: torch.device | str = "cpu",
-        offload_type: str = "block_level",
-        num_blocks_per_group: int | None = None,
-        non_blocking: bool = False,
-        use_stream: bool = False,
-        record_stream: bool = False,
-        low_cpu_mem_usage: bool = False,
-        offload_to_disk_path: str | None = None,
-        exclude_modules: str | Sequence[str] | None = None,
-    ) -> None:
-        """Load the weights of every component group by group; see `lowtide.hooks.apply_group_offloading`.
-
-        Components named in `exclude_modules` stay on `onload_device`.
-        """
-        excluded = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or ())
-        unknown = sorted(set(excluded) - set(self.modules()))
-        if unknown:
-            raise ValueError(f"exclude_modules={unknown} are no components; there are {', '.join(self.modules())}.")
-        device, rule = group_rule(
-            onload_device,
-            offload_device,
-            offload_type,
-            num_blocks_per_group,
-            non_blocking,
-            use_stream,
-            record_stream,
-            low_cpu_mem_usage,
-            offload_to_disk_path,
-        )
-        self._offload(rule, device, excluded)
-
-    def disable_sequential_cpu_offload(self) -> None:
-        """Undo any offload of the components: their weights are where they were before."""
-        for module in self.modules().values():
-            detach(module)
-
-    disable_model_cpu_offload = disable_sequential_cpu_offload
-    disable_group_offload = disable_sequential_cpu_offload
-
-    def _offload(self, rule: Rule, device: torch.device, excluded: Sequence[str] = ()) -> None:
-        modules = self.modules()
-        attach_all({name: module for name, module in modules.items() if name not in excluded}, rule, device)
-        for name in excluded:
-            detach(modules[name])
-            modules[name].to(device)
-
     def set_progress_bar_config(self, *, disable: bool = False) -> None:
         """Show a progress bar during calls, or do not."""
         self._progress_disabled = disable
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, size: RunSize | None = None) -> Iterator[None]:
         """Bracket one call: no gradients, a progress bar, and everything put back whatever happens inside.
 
+        Under a budget a call of another `size` than the last is planned anew; raises `BudgetError` if no plan fits.
         One thread at a time: another waits. Raises `CheckpointError` if a file in use was cut off or changed, and
         `RuntimeError` if the call is made from inside another one, such as from a callback, or while another pipeline
         goes through the same scheduler: the scheduler's state would be lost.
@@ -298,14 +243,23 @@ class DiffusionPipeline(ActivationMethods):
                     "would be lost. Build a second pipeline from the same components and another scheduler."
                 )
             stack.enter_context(_stepping_through(getattr(self, "scheduler", None)))
+            if size is not None:
+                self._prepare(size)
             check_files(tensor for module in self.modules().values() for tensor in module.parameters())
             self._is_running = True
             stack.callback(setattr, self, "_is_running", False)
             for stream in self._streams():
                 stack.enter_context(stream.held())
             stack.enter_context(torch.no_grad())
-            stack.enter_context(self.stages.observed(ProgressBar(disable=self._progress_disabled), Tidy()))
+            stack.enter_context(self._measured())
+            bar = ProgressBar(disable=self._progress_disabled)
+            stack.enter_context(self.stages.observed(bar, Tidy(self._streams)))
             yield
+
+    @resumed("denoise")
+    def take_step(self, noise_pred: torch.Tensor, timestep: Any, latents: torch.Tensor, **options: Any) -> torch.Tensor:
+        """The latents after one step of the scheduler."""
+        return self.scheduler.step(noise_pred, timestep, latents, **options).prev_sample
 
     def _streams(self) -> list[Stream]:
         attachments = [attachment_of(module) for module in self.modules().values()]

@@ -7,11 +7,13 @@ import math
 import numbers
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 from lowtide.pipelines.outputs import OUTPUT_TYPES
+from lowtide.pipelines.run_size import RunSize
 from lowtide.schedulers import Generators
 
 
@@ -21,6 +23,19 @@ def check_size(height: int, width: int, multiple: int) -> None:
         if not isinstance(value, int) or value < multiple or value % multiple:
             near = max(round(value / multiple), 1) * multiple if isinstance(value, (int, float)) else multiple
             raise ValueError(f"{name}={value!r} is not possible: it must be a multiple of {multiple}; try {near}.")
+
+
+def run_size(height: int, width: int, **asked: Any) -> RunSize:
+    """The size of a run; raises `ValueError` for names that are no part of it, and for counts that are not possible."""
+    known = [field.name for field in fields(RunSize)]
+    unknown = sorted(set(asked) - set(known))
+    if unknown:
+        raise ValueError(f"A run's size has no {', '.join(unknown)}; it has {', '.join(known)}.")
+    given = {name: value for name, value in asked.items() if value is not None}
+    check_counts(**{name: given[name] for name in ("pictures", "prompts", "steps", "frames") if name in given})
+    if given.get("prompts", 1) > given.get("pictures", 1):
+        raise ValueError("A run makes a picture of each prompt, or more: prompts is at most pictures.")
+    return RunSize(height, width, **given)
 
 
 def check_counts(**counts: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,11 @@ from lowtide.models.video_positions import rotary_embedding
 from lowtide.pipelines import checks
 from lowtide.pipelines.base import DiffusionPipeline, StepCallback
 from lowtide.pipelines.frames import Frames
+from lowtide.pipelines.meta_stages import clip_stages
 from lowtide.pipelines.outputs import VIDEO_OUTPUT_TYPES, CogVideoXPipelineOutput
+from lowtide.pipelines.resuming import kept_safe, load_latents, resumed
+from lowtide.pipelines.run_size import RunSize
+from lowtide.pipelines.workload import TracedStage
 from lowtide.schedulers import Generators, Scheduler, draw_noise
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
@@ -97,7 +102,9 @@ class CogVideoXPipeline(DiffusionPipeline):
         if output_type != "latent":
             self.check_clip(num_frames, height, width)
         rotary = self.rotary_positions(shape)
-        with self.running():
+        prompts = checks.count_prompts(prompt, prompt_embeds)
+        size = RunSize(height, width, batch, prompts, num_inference_steps, guided, num_frames, output_type)
+        with self.running(size):
             with self.stages.stage("encode prompt"):
                 positive, negative = self.encode_prompt(
                     prompt, negative_prompt, guided, num_videos_per_prompt,
@@ -110,7 +117,7 @@ class CogVideoXPipeline(DiffusionPipeline):
                 for step, timestep in enumerate(self.scheduler.timesteps):
                     scale = dynamic_guidance(guidance_scale, timestep, num_steps) if use_dynamic_cfg else guidance_scale
                     noise_pred = self.predict_noise(x, timestep, embeds, scale, rotary)
-                    x = self.scheduler.step(noise_pred, timestep, x, eta=eta, generator=generator).prev_sample
+                    x = self.take_step(noise_pred, timestep, x, eta=eta, generator=generator)
                     x = x.to(embeds.dtype)
                     if callback_on_step_end is not None:
                         tensors = {"latents": x, "prompt_embeds": embeds, "negative_prompt_embeds": negative}
@@ -121,9 +128,24 @@ class CogVideoXPipeline(DiffusionPipeline):
                     stage.advance()
             frames: Any = x
             if output_type != "latent":
-                frames = self.decode_latents(x[:, self.padding(num_frames) :], output_type)
+                x = x[:, self.padding(num_frames) :]
+                with kept_safe(self, x):
+                    frames = self.decode_latents(x, output_type)
         return CogVideoXPipelineOutput(frames) if return_dict else (frames,)
 
+    def decode_saved(self, path: str | os.PathLike[str], output_type: str = "pil") -> CogVideoXPipelineOutput:
+        """The clips of latents that were kept in a file when memory ran out; the file stays.
+
+        Raises `FileNotFoundError` and `ValueError` for files that hold no such latents.
+        """
+        checks.check_output_type(output_type, possible=VIDEO_OUTPUT_TYPES)
+        latents = load_latents(self, path)
+        height, width = (side * self.vae_scale_factor for side in latents.shape[3:])
+        frames = self._frames_of(latents.shape[1])
+        with self.running(RunSize(height, width, len(latents), frames=frames, output=output_type)):
+            return CogVideoXPipelineOutput(self.decode_latents(latents, output_type))
+
+    @resumed("encode prompt")
     def encode_prompt(
         self,
         prompt: str | Sequence[str] | None,
@@ -189,6 +211,7 @@ class CogVideoXPipeline(DiffusionPipeline):
         _, frames, _, height, width = shape
         return rotary_embedding(config, height, width, frames, device=self.device)
 
+    @resumed("denoise")
     def predict_noise(
         self,
         latents: torch.Tensor,
@@ -207,6 +230,7 @@ class CogVideoXPipeline(DiffusionPipeline):
         negative, positive = noise_pred.chunk(2)
         return negative + guidance_scale * (positive - negative)
 
+    @resumed("decode")
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pt") -> Any:
         """Latents `[B, f, C, h, w]` to frames as "pil", "np" or "pt", one clip after the other."""
         batches = len(list(frame_batches(latents.shape[1], self._frames_at_once)))
@@ -292,6 +316,16 @@ class CogVideoXPipeline(DiffusionPipeline):
     @property
     def _frames_at_once(self) -> int:
         return self.vae.num_latent_frames_batch_size
+
+    def usual_size(self, **asked: Any) -> RunSize:
+        """The size of a run where nothing else is said; raises `ValueError` for what is no part of a size."""
+        sides = asked.pop("height", None), asked.pop("width", None), asked.pop("frames", None)
+        height, width, frames = self.clip_size(*sides)
+        return checks.run_size(height, width, frames=frames, **asked)
+
+    def traced_stages(self, size: RunSize) -> Iterator[TracedStage]:
+        """The stages of a run, for a pipeline on meta."""
+        return clip_stages(self, size)
 
     @property
     def transformer_config(self) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +18,11 @@ from lowtide.pictures import PictureFile
 from lowtide.pipelines import checks
 from lowtide.pipelines.base import DiffusionPipeline, StepCallback
 from lowtide.pipelines.files import OutputPath, picture_files, write_picture
+from lowtide.pipelines.meta_stages import picture_stages
 from lowtide.pipelines.outputs import StableDiffusionPipelineOutput, to_output, to_pil, to_unit_range
+from lowtide.pipelines.resuming import kept_safe, load_latents, resumed
+from lowtide.pipelines.run_size import RunSize
+from lowtide.pipelines.workload import TracedStage
 from lowtide.schedulers import Generators, Scheduler, draw_noise
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "noise_pred")
@@ -101,22 +106,24 @@ class StableDiffusionPipeline(DiffusionPipeline):
         checks.check_callback_inputs(callback_on_step_end_tensor_inputs, CALLBACK_TENSORS)
         if output_type != "latent":
             self.check_decoding(self.latent_shape(1, height, width))
+        prompts = checks.count_prompts(prompt, prompt_embeds)
+        count = prompts * num_images_per_prompt
         files: list[PictureFile] = []
         if output_type == "file":
-            files = picture_files(output_path, checks.count_prompts(prompt, prompt_embeds) * num_images_per_prompt)
+            files = picture_files(output_path, count)
         guided = guidance_scale > 1
-        with self.running():
+        size = RunSize(height, width, count, prompts, num_inference_steps, guided, output=output_type)
+        with self.running(size):
             with self.stages.stage("encode prompt"):
                 embeds = self.encode_prompt(
                     prompt, num_images_per_prompt, guided, negative_prompt, prompt_embeds, negative_prompt_embeds
                 )
-            batch = len(embeds) // 2 if guided else len(embeds)
             self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-            x = self.prepare_latents(batch, height, width, embeds, generator, latents)
+            x = self.prepare_latents(count, height, width, embeds, generator, latents)
             with self.stages.stage("denoise", steps=len(self.scheduler.timesteps)) as stage:
                 for step, timestep in enumerate(self.scheduler.timesteps):
                     noise_pred = self.predict_noise(x, timestep, embeds, guidance_scale)
-                    x = self.scheduler.step(noise_pred, timestep, x, eta=eta, generator=generator).prev_sample
+                    x = self.take_step(noise_pred, timestep, x, eta=eta, generator=generator)
                     if callback_on_step_end is not None:
                         tensors = {"latents": x, "prompt_embeds": embeds, "noise_pred": noise_pred}
                         asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
@@ -124,17 +131,38 @@ class StableDiffusionPipeline(DiffusionPipeline):
                         tensors |= checks.check_returned(returned, CALLBACK_TENSORS)
                         x, embeds = tensors["latents"], tensors["prompt_embeds"]
                     stage.advance()
-            if output_type == "latent":
-                return StableDiffusionPipelineOutput(x, None) if return_dict else (x, None)
-            if output_type == "file":
-                images, unsafe = self.write_pictures(x, files)
-            else:
-                with self.decoding(batch):
-                    pixels = self.decode_latents(x)
-                pixels, unsafe = self.run_safety_checker(pixels)
-                images = to_output(pixels, output_type)
+            images, unsafe = self.finish(x, output_type, files)
         return StableDiffusionPipelineOutput(images, unsafe) if return_dict else (images, unsafe)
 
+    def finish(
+        self, latents: torch.Tensor, output_type: str, files: Sequence[PictureFile] = ()
+    ) -> tuple[Any, list[bool] | None]:
+        """From latents to what was asked for, and whether pictures were found unsafe; latents are kept until then."""
+        if output_type == "latent":
+            return latents, None
+        with kept_safe(self, latents):
+            if output_type == "file":
+                return self.write_pictures(latents, files)
+            with self.decoding(len(latents)):
+                pixels = self.decode_latents(latents)
+            pixels, unsafe = self.run_safety_checker(pixels)
+            return to_output(pixels, output_type), unsafe
+
+    def decode_saved(
+        self, path: str | os.PathLike[str], output_type: str = "pil", output_path: OutputPath | None = None
+    ) -> StableDiffusionPipelineOutput:
+        """The pictures of latents that were kept in a file when memory ran out; the file stays.
+
+        Raises `FileNotFoundError` and `ValueError` for files that hold no such latents.
+        """
+        checks.check_output_type(output_type, output_path)
+        latents = load_latents(self, path)
+        files = picture_files(output_path, len(latents)) if output_type == "file" else []
+        height, width = (side * self.vae_scale_factor for side in latents.shape[2:])
+        with self.running(RunSize(height, width, len(latents), output=output_type)):
+            return StableDiffusionPipelineOutput(*self.finish(latents, output_type, files))
+
+    @resumed("encode prompt")
     def encode_prompt(
         self,
         prompt: str | Sequence[str] | None,
@@ -191,6 +219,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         scale = self.vae_scale_factor
         return batch, self.unet_config.in_channels, height // scale, width // scale
 
+    @resumed("denoise")
     def predict_noise(
         self, latents: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, guidance_scale: float
     ) -> torch.Tensor:
@@ -204,11 +233,13 @@ class StableDiffusionPipeline(DiffusionPipeline):
         negative, positive = noise_pred.chunk(2)
         return negative + guidance_scale * (positive - negative)
 
+    @resumed("decode")
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents to pictures `[B, 3, H, W]` in [0, 1]."""
         decoded: Any = self.vae.decode(latents / self.vae.config.scaling_factor)
         return to_unit_range(decoded.sample)
 
+    @resumed("decode")
     def write_pictures(
         self, latents: torch.Tensor, files: Sequence[PictureFile]
     ) -> tuple[list[Path], list[bool] | None]:
@@ -222,6 +253,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
                 unsafe.append(write_picture(file, width, height, produce, is_unsafe))
         return [file.path for file in files], None if self.safety_checker is None else unsafe
 
+    @resumed("safety check")
     def run_safety_checker(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
         """Blacken the pictures in which the safety checker, if there is one, finds an unwanted concept."""
         if self.safety_checker is None:
@@ -243,6 +275,15 @@ class StableDiffusionPipeline(DiffusionPipeline):
         width = columns * self.vae_scale_factor if width is None else width
         checks.check_size(height, width, self.vae_scale_factor)
         return height, width
+
+    def usual_size(self, **asked: Any) -> RunSize:
+        """The size of a run where nothing else is said; raises `ValueError` for what is no part of a size."""
+        height, width = self.image_size(asked.pop("height", None), asked.pop("width", None))
+        return checks.run_size(height, width, **asked)
+
+    def traced_stages(self, size: RunSize) -> Iterator[TracedStage]:
+        """The stages of a run, for a pipeline on meta."""
+        return picture_stages(self, size)
 
     @property
     def unet_config(self) -> UNet2DConditionConfig:

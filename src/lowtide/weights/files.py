@@ -198,6 +198,15 @@ def origin_of(tensor: torch.Tensor) -> Origin | None:
     return None
 
 
+def dtype_in_file(tensor: torch.Tensor) -> torch.dtype | None:
+    """The dtype that a tensor's numbers have in the file they came from, if they did; whether they were changed since
+    is not looked at.
+    """
+    if tensor.device.type == "cpu" and tensor.numel() > 0 and _mappings.holding(tensor.data_ptr()) is not None:
+        return tensor.dtype
+    return _converted[id(tensor)][1].dtype if id(tensor) in _converted else None
+
+
 def read(origin: Origin, target: torch.Tensor) -> None:
     """Fill the flat host tensor `target` from a file, converted to its dtype; memory: `CHUNK_BYTES` if converted."""
     if origin.dtype == target.dtype:

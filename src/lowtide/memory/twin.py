@@ -1,0 +1,54 @@
+"""A copy of a module on meta: what can be traced without a byte of its weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowtide.memory.small import small_of
+from lowtide.memory.store import DiskRest
+from lowtide.memory.weight import AtRest
+from lowtide.weights.files import dtype_in_file
+from lowtide.weights.slots import slots
+
+
+def meta_twin(module: nn.Module) -> nn.Module:
+    """A copy whose tensors are on meta, with the shapes, strides and dtypes that the module computes with.
+
+    The module's own weights are neither read nor moved, and a rule that is at work on it is not copied. Raises
+    `ValueError` for a module that cannot be copied, such as a traced one.
+    """
+    on_meta: dict[int, Any] = {}
+    for slot in slots(module):
+        tensor = slot.tensor
+        if id(tensor) not in on_meta:
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            is_parameter = slot.kind == "parameter"
+            on_meta[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+    try:
+        return copy.deepcopy(module, on_meta)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{type(module).__name__} cannot be planned for, since it cannot be copied: {error}"
+        ) from error
+
+
+def dtypes_in_files(module: nn.Module) -> dict[str, torch.dtype]:
+    """The dtype in which each weight that came from a checkpoint lies there, by name; the others are in no file."""
+    found = {slot.name: _dtype_in_file(slot.tensor) for slot in slots(module)}
+    return {name: dtype for name, dtype in found.items() if dtype is not None}
+
+
+def _dtype_in_file(tensor: torch.Tensor) -> torch.dtype | None:
+    if not isinstance(tensor, AtRest):
+        return dtype_in_file(tensor)
+    rest = tensor.weight.rest
+    return rest.origin.dtype if isinstance(rest, DiskRest) else None
+
+
+def is_cast(module: nn.Module) -> bool:
+    """Whether weights of a module rest in 8 bits."""
+    return any(small_of(slot.tensor) is not None for slot in slots(module))

@@ -1,0 +1,111 @@
+"""A pipeline from its configurations alone: every network on meta, with the dtypes that it would be loaded in."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowtide.hub import Source
+from lowtide.loading import (
+    FLOAT32_BESIDE_FLOAT16,
+    MODELS,
+    TEXT_ENCODERS,
+    ComponentSpec,
+    LoadOptions,
+    load_components,
+    text_encoder_on_meta,
+)
+from lowtide.models.mixin import WEIGHTS_NAME
+from lowtide.models.safety_checker import StableDiffusionSafetyChecker
+from lowtide.schedulers import SCHEDULERS
+from lowtide.weights.fill import dtype_by_name, state_names
+from lowtide.weights.index import CheckpointIndex, find_weights
+from lowtide.weights.names import CLIP_TEXT_NAMES, SAFETY_CHECKER_NAMES, T5_NAMES, NameTable, apply_names
+from lowtide.weights.slots import slots
+
+_NAMES: dict[str, NameTable] = {
+    "CLIPTextModel": CLIP_TEXT_NAMES,
+    "T5EncoderModel": T5_NAMES,
+    "StableDiffusionSafetyChecker": SAFETY_CHECKER_NAMES,
+}
+
+InFiles = dict[str, Mapping[str, torch.dtype] | None]
+"""For each network the dtypes of its weights in files, by name; None where there are no files."""
+
+
+def config_patterns(specs: Mapping[str, ComponentSpec | None]) -> Iterator[str]:
+    """File patterns of what a blueprint is read from."""
+    yield from (f"{name}/*.json" for name, spec in specs.items() if spec is not None)
+
+
+def components_on_meta(
+    folder: Path, specs: Mapping[str, ComponentSpec | None], options: LoadOptions
+) -> tuple[dict[str, Any], InFiles]:
+    """The components of a checkpoint's folder, which need not hold any weights, and what is in its files.
+
+    Networks are on meta, schedulers as they are; tokenizers and image processors, which nothing is traced with, are
+    left out. Raises as loading does for configurations that are missing or malformed, and for weights that are.
+    """
+    parts: dict[str, Any] = {}
+    in_files: InFiles = {}
+    for name, spec in specs.items():
+        parts[name] = None if spec is None else _part(folder / name, spec, options)
+        if spec is not None and isinstance(parts[name], nn.Module):
+            in_files[name] = _fit_dtypes(parts[name], folder / name, spec.class_name, options)
+    return parts, in_files
+
+
+def _part(folder: Path, spec: ComponentSpec, options: LoadOptions) -> Any:
+    name = spec.class_name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder.parent} has no folder {folder.name!r}, which its model_index.json names.")
+    if name in MODELS:
+        return MODELS[name].on_meta(folder)
+    if name == "StableDiffusionSafetyChecker":
+        return StableDiffusionSafetyChecker.on_meta(folder)
+    if name in TEXT_ENCODERS:
+        return text_encoder_on_meta(folder, name, options.dtype)
+    if name in SCHEDULERS:
+        return load_components(Source(str(folder.parent)), {spec.name: spec}, options)[spec.name]
+    return object()
+
+
+def _fit_dtypes(
+    module: nn.Module, folder: Path, class_name: str, options: LoadOptions
+) -> Mapping[str, torch.dtype] | None:
+    """Give a network on meta the dtypes that it would be loaded in; those in its files."""
+    index = _index(module, folder, class_name, options.variant)
+    in_file = {name: entry.dtype for name, entry in index.items()} if index is not None else None
+    floating = None if in_file is None else next((one for one in in_file.values() if one.is_floating_point), None)
+    dtype = options.dtype or floating or torch.float32
+    beside = FLOAT32_BESIDE_FLOAT16.get(class_name, ()) if dtype == torch.float16 else ()
+    own = dict.fromkeys(beside, torch.float32)
+    made: dict[int, torch.Tensor] = {}
+    for slot in slots(module):
+        if slot.tensor.is_floating_point():
+            wanted = dtype_by_name([slot.name], own, dtype)
+            if id(slot.tensor) not in made:
+                made[id(slot.tensor)] = _as(slot.tensor, wanted)
+            slot.put(made[id(slot.tensor)])
+    return in_file
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    made = torch.empty_like(tensor, dtype=dtype)
+    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+
+
+def _index(module: nn.Module, folder: Path, class_name: str, variant: str | None) -> CheckpointIndex | None:
+    """The index of a network's weights; None where the folder holds none of any kind."""
+    if not any(folder.glob("*.safetensors*")):
+        return None
+    base = WEIGHTS_NAME if class_name in MODELS else "model"
+    names = MODELS[class_name].names if class_name in MODELS else _NAMES[class_name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return apply_names(find_weights(folder, base, variant), names, state_names(module))

@@ -1,0 +1,159 @@
+"""Plan for a checkpoint before a byte of its weights is read, and load it within the plan."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowtide.hub import Source
+from lowtide.loading import ComponentSpec, LoadOptions, load_components, read_model_index
+from lowtide.memory.budgets import Asked, check_budget
+from lowtide.memory.forms import NAMED_CASTINGS
+from lowtide.memory.loading import Offload
+from lowtide.memory.plan import Budgets, Plan, Rates, Workload
+from lowtide.memory.planner import choose
+from lowtide.memory.presets import stream_for
+from lowtide.memory.rates import assumed_rates
+from lowtide.memory.twin import dtypes_in_files
+from lowtide.pipelines.blueprint import InFiles, components_on_meta, config_patterns
+from lowtide.pipelines.fitting import Fit, check_allowed, rates_here, resolved
+from lowtide.pipelines.run_size import RunSize
+from lowtide.pipelines.workload import Twin, twin_of
+from lowtide.sizes import parse_bytes
+
+Specs = Mapping[str, ComponentSpec | None]
+
+
+@dataclass(frozen=True)
+class AskedBudgets:
+    """Budgets as they were given, and what may change the result; see `lowtide.fit`."""
+
+    vram: Asked = None
+    ram: Asked = None
+    disk: Asked = None
+    allow: tuple[str, ...] = ()
+
+    @property
+    def are_given(self) -> bool:
+        """Whether there is any."""
+        return any(one is not None for one in (self.vram, self.ram, self.disk))
+
+
+@dataclass(frozen=True)
+class Planning:
+    """All that plans for a checkpoint are made from: see `lowtide.memory.planner.choose`."""
+
+    workload: Workload
+    rates: Rates
+    budgets: Budgets
+    allow: tuple[str, ...]
+
+
+def plan_checkpoint(
+    pretrained: str | os.PathLike[str],
+    pipelines: Mapping[str, type[Any]],
+    asked: AskedBudgets,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    variant: str | None = None,
+    **size: Any,
+) -> Planning:
+    """What a run of a checkpoint takes, from its configurations alone, and what the device gives.
+
+    `pipelines` are the classes by the names that checkpoints use. A `device` that is not here gets usual rates. Raises
+    as loading does, and `ValueError` for a size that the model cannot make.
+    """
+    source = Source(os.fspath(pretrained))
+    class_name, specs, _ = read_model_index(source.fetch(["model_index.json"]))
+    if class_name not in pipelines:
+        raise ValueError(f"{pretrained} holds a {class_name}; plans are made for {', '.join(pipelines)}.")
+    wanted = {name: specs.get(name) for name in pipelines[class_name].component_names}
+    folder = source.fetch(config_patterns(wanted))
+    parts, in_files = components_on_meta(folder, wanted, LoadOptions(dtype, variant))
+    twin = _twin(pipelines[class_name], parts, in_files, device)
+    rates, budgets = _machine(device, twin, asked)
+    return Planning(twin.workload(twin.pipe.usual_size(**size)), rates, budgets, asked.allow)
+
+
+def _machine(device: torch.device, twin: Twin, asked: AskedBudgets) -> tuple[Rates, Budgets]:
+    if device.type == "cpu" or torch.cuda.is_available():
+        return rates_here(device, twin.pipe.dtype, {}), resolved(device, asked.vram, asked.ram, asked.disk)
+    on_host = resolved(torch.device("cpu"), None, asked.ram, asked.disk)
+    try:
+        vram = None if asked.vram is None else budget_of_absent(asked.vram)
+    except ValueError as error:
+        raise ValueError(f"vram={asked.vram!r} is not possible without that GPU: give a size such as '6GB'.") from error
+    return assumed_rates(str(twin.pipe.dtype).removeprefix("torch.")), replace(on_host, vram=vram)
+
+
+def budget_of_absent(asked: Asked) -> int:
+    """Bytes of a device that is not here: a size, no share of it. Raises `ValueError` for anything else."""
+    assert asked is not None
+    return parse_bytes(asked)
+
+
+def load_within(
+    pipeline_class: type[Any],
+    source: Source,
+    specs: Specs,
+    options: LoadOptions,
+    given: Mapping[str, Any],
+    asked: AskedBudgets,
+    device: torch.device,
+) -> Any:
+    """Load a pipeline under the plan for its usual size, so that loading stays within the budgets too.
+
+    Raises `BudgetError` before any weight is read where no plan fits.
+    """
+    folder = source.fetch(config_patterns(specs))
+    parts, in_files = components_on_meta(folder, specs, options)
+    networks = {name: part for name, part in given.items() if isinstance(part, nn.Module)}
+    in_files |= {name: dtypes_in_files(part) for name, part in networks.items()}
+    twin = _twin(pipeline_class, {**given, **parts}, in_files, device)
+    size: RunSize = twin.pipe.usual_size()
+    rates, budgets = rates_here(device, twin.pipe.dtype, networks), resolved(device, asked.vram, asked.ram, asked.disk)
+    plan = choose(twin.workload(size), rates, budgets, asked.allow)
+    own = {name: _options_under(plan, name, options, device) for name in in_files if name not in given}
+    pipe = pipeline_class(**given, **load_components(source, specs, options, own))
+    pipe.put_under_plan(Fit(budgets, asked.allow, device, rates, twin, size, plan), as_planned=set(own))
+    return pipe
+
+
+def _options_under(plan: Plan, name: str, options: LoadOptions, device: torch.device) -> LoadOptions:
+    chosen = plan.components.get(name)
+    if chosen is None:
+        return options
+    offload = None if chosen.rule is None else Offload(chosen.rule, stream_for(device, chosen.rule))
+    casting = None if chosen.casting is None else NAMED_CASTINGS[chosen.casting]
+    return replace(options, offload=offload, casting=casting)
+
+
+def _twin(pipeline_class: type[Any], parts: Mapping[str, Any], in_files: InFiles, device: torch.device) -> Twin:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return twin_of(pipeline_class(**parts), device, in_files)
+
+
+def asked_budgets(vram: Asked, ram: Asked, disk: Asked, allow: Collection[str]) -> AskedBudgets:
+    """What was given, checked; raises `ValueError` for what means nothing."""
+    for name, asked in (("vram", vram), ("ram", ram), ("disk", disk)):
+        check_budget(asked, name)
+    check_allowed(allow)
+    return AskedBudgets(vram, ram, disk, tuple(allow))
+
+
+def check_only_budget(offload: str | None, casting: object) -> None:
+    """Raise `ValueError` where a budget is given and its parts are chosen by hand too."""
+    if offload is not None or casting is not None:
+        name = "offload" if offload is not None else "casting"
+        raise ValueError(
+            f"{name} and a budget are not possible together: a budget chooses both. Leave {name} out, and let weights "
+            "rest in 8 bits with allow=('fp8',) or ('int8',); or leave out the budget."
+        )

@@ -1,0 +1,332 @@
+"""What every pipeline can do about all of its memory at once: fit a budget, say its plan, and report what it took."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from lowtide.memory.attach import attach, attachment_of, detach
+from lowtide.memory.budgets import Asked, budget_bytes, check_budget
+from lowtide.memory.forms import NAMED_CASTINGS
+from lowtide.memory.host import host_memory, trim_heap
+from lowtide.memory.meter import Meter, StageReading, steady_malloc
+from lowtide.memory.plan import LOSSY, BudgetError, Budgets, ComponentPlan, Plan, Rates
+from lowtide.memory.planner import choose
+from lowtide.memory.presets import apply_casting, execution_device, model_rule, remove_casting, stream_for
+from lowtide.memory.rates import machine_rates
+from lowtide.memory.twin import dtypes_in_files, is_cast
+from lowtide.pipelines.run_size import RunSize
+from lowtide.pipelines.workload import Twin, set_way, twin_of
+from lowtide.stages import Stages
+
+LESS = 0.8
+"""Of what a stage was to take: what it may take after memory ran out in it."""
+
+
+@dataclass
+class Fit:
+    """Budgets at work on a pipeline: what they allow, the plan for the size asked for last, and what happened since."""
+
+    budgets: Budgets
+    allow: tuple[str, ...]
+    device: torch.device
+    rates: Rates
+    twin: Twin
+    size: RunSize
+    plan: Plan
+    way_before: tuple[Any, ...] = ()
+    castings: dict[str, str | None] = field(default_factory=dict)
+    readings: list[StageReading] = field(default_factory=list)
+    degradations: list[str] = field(default_factory=list)
+
+    def plan_for(self, size: RunSize) -> Plan:
+        """The fastest plan for a run of this size; raises `BudgetError`, naming the minimum, where there is none."""
+        return choose(self.twin.workload(size), self.rates, self.budgets, self.allow)
+
+    def smaller(self, stage: str) -> Plan | None:
+        """A plan under which a stage takes clearly less than now; where all of the run cannot, this stage alone."""
+        now = next(one for one in self.plan.stages if one.name == stage)
+        limit = int(now.peak * LESS)
+        workload = self.twin.workload(self.size)
+        alone = replace(workload, stages=tuple(one for one in workload.stages if one.name == stage))
+        for tried, bytes_tried in ((workload, limit), (alone, limit), (alone, now.peak - 1)):
+            try:
+                return choose(tried, self.rates, self._limited(bytes_tried), self.allow)
+            except BudgetError:
+                continue
+        return None
+
+    def _limited(self, nbytes: int) -> Budgets:
+        return replace(self.budgets, **{"ram" if self.device.type == "cpu" else "vram": nbytes})
+
+
+class FittingMethods:
+    """Methods of `DiffusionPipeline` that plan its memory and put plans to work."""
+
+    vae: Any
+    stages: Stages
+    _fit: Fit | None = None
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The components that are networks."""
+        raise NotImplementedError
+
+    def usual_size(self, **asked: Any) -> RunSize:
+        """The size of a run where nothing else is said: the model's own, or what of it is `asked` otherwise."""
+        raise NotImplementedError
+
+    def fit(
+        self,
+        vram: Asked = None,
+        ram: Asked = None,
+        *,
+        disk: Asked = None,
+        allow: Collection[str] = (),
+        device: torch.device | str | None = None,
+        **size: Any,
+    ) -> Plan:
+        """Keep within budgets of bytes from now on, whatever is asked for, as fast as they allow; see `lowtide.fit`."""
+        chosen = execution_device(device)
+        for name, asked in (("vram", vram), ("ram", ram), ("disk", disk)):
+            check_budget(asked, name)
+        check_allowed(allow)
+        cast = [] if self._fit is not None else [name for name, module in self.modules().items() if is_cast(module)]
+        if cast:
+            raise ValueError(
+                f"{', '.join(cast)} rest in 8 bits already. Call disable_layerwise_casting on them first, and let the "
+                "plan choose: fit(..., allow=('fp8',)) or ('int8',)."
+            )
+        if chosen.type == "cpu" and vram is not None:
+            warnings.warn(f"vram={vram!r} has no effect: there is no GPU here, and all memory is ram.", stacklevel=2)
+        twin = self._fit.twin if self._fit is not None else twin_of(self, chosen, _in_files(self.modules()))
+        self._begin_fit(twin, resolved(chosen, vram, ram, disk), tuple(allow), chosen, self.usual_size(**size))
+        return self.plan  # type: ignore[return-value]
+
+    def _begin_fit(
+        self, twin: Twin, budgets: Budgets, allow: tuple[str, ...], device: torch.device, size: RunSize
+    ) -> None:
+        rates = rates_here(device, twin.pipe.dtype, self.modules())
+        plan = choose(twin.workload(size), rates, budgets, allow)
+        self.put_under_plan(Fit(budgets, allow, device, rates, twin, size, plan))
+
+    def put_under_plan(self, fit: Fit, *, as_planned: Collection[str] = ()) -> None:
+        """Put a plan to work; the components named `as_planned` were loaded under it."""
+        before = self._fit
+        fit.way_before = _ways_set(self.vae) if before is None else before.way_before
+        fit.castings = {} if before is None else before.castings
+        fit.castings |= {name: fit.plan.components[name].casting for name in as_planned if name in fit.plan.components}
+        self._fit = fit
+        self._put_to_work(fit.plan)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan at work, for the size asked for last; None where no budget was given."""
+        return None if self._fit is None else self._fit.plan
+
+    @property
+    def degradations(self) -> list[str]:
+        """What was made smaller since a budget was given, because memory ran out; in words, in order."""
+        return [] if self._fit is None else list(self._fit.degradations)
+
+    def apply_plan(self, plan: Plan, device: torch.device | str | None = None) -> None:
+        """Put a plan to work, such as one saved as JSON; calls of another size than its own are planned anew.
+
+        Raises `ValueError` for a plan of components that this pipeline has not.
+        """
+        unknown = sorted(set(plan.components) - set(self.modules()))
+        if unknown:
+            raise ValueError(f"The plan has {unknown}, and this pipeline has {', '.join(self.modules())}.")
+        chosen = execution_device(device or plan.device.partition(":")[0])
+        twin = self._fit.twin if self._fit is not None else twin_of(self, chosen, _in_files(self.modules()))
+        rates = rates_here(chosen, twin.pipe.dtype, self.modules())
+        size = RunSize(**plan.made_for) if plan.made_for else self.usual_size()
+        self.put_under_plan(Fit(plan.budgets, plan.allow, chosen, rates, twin, size, plan))
+
+    def unfit(self) -> None:
+        """Undo `fit`: no plan, no budget, and every weight where it was before."""
+        if self._fit is None:
+            return
+        for name, module in self.modules().items():
+            if self._fit.castings.get(name) is not None:
+                remove_casting(module)
+            detach(module)
+        _set_ways(self.vae, self._fit.way_before)
+        self._fit = None
+
+    def _prepare(self, size: RunSize) -> None:
+        """Before a run: have the plan that its size needs; raises `BudgetError` where there is none."""
+        fit = self._fit
+        if fit is None or size == fit.size:
+            return
+        plan = fit.plan_for(size)
+        fit.size = size
+        self._put_to_work(plan)
+
+    def _put_to_work(self, plan: Plan) -> None:
+        fit = self._fit
+        assert fit is not None
+        if fit.device.type == "cpu":
+            steady_malloc(mmap_threshold=2**22, trim_threshold=2**24)
+        for name, module in self.modules().items():
+            chosen = plan.components.get(name, _UNUSED)
+            put_under(module, chosen, fit.castings.get(name), fit.device)
+            fit.castings[name] = chosen.casting
+        set_way(self.vae, plan.way("decode"))
+        fit.plan = plan
+        trim_heap()
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Bracket a run under a plan: what it takes is measured, by a meter that watches already or by one of ours."""
+        fit = self._fit
+        if fit is None:
+            yield
+            return
+        meter = next((one for one in self.stages.observers if isinstance(one, Meter)), None)
+        ours = Meter() if meter is None else meter
+        seen = len(ours.report())
+        try:
+            if meter is None:
+                with self.stages.observed(ours):
+                    yield
+            else:
+                yield
+        finally:
+            fit.readings = ours.report()[seen:]
+
+    def _shrink(self, stage: str, reason: str) -> bool:
+        """After memory ran out in a stage: go on with a plan that takes less, if there is one; whether there was."""
+        fit = self._fit
+        assert fit is not None
+        plan = fit.smaller(stage)
+        if plan is None:
+            return False
+        fit.budgets = replace(fit.budgets, **{"ram" if fit.device.type == "cpu" else "vram": plan.peak})
+        self._put_to_work(plan)
+        said = f"{stage}: memory ran out ({reason}); going on with a plan for {plan.peak / 1e9:.2f} GB"
+        fit.degradations.append(said)
+        warnings.warn(said, stacklevel=4)
+        return True
+
+
+_UNUSED = ComponentPlan()
+
+
+def put_under(module: nn.Module, chosen: ComponentPlan, casting_now: str | None, device: torch.device) -> None:
+    """Have one component as a plan says; one that the plan does not know comes as a whole when it is called."""
+    if chosen.casting != casting_now:
+        if casting_now is not None:
+            remove_casting(module)
+        if chosen.casting is not None:
+            apply_casting(module, casting_for(module, chosen.casting))
+    rule = model_rule(device) if chosen is _UNUSED else chosen.rule
+    found = attachment_of(module)
+    if rule is None:
+        detach(module)
+        module.to(device)
+    elif found is None or found.rule != rule or found.device != device:
+        attach(module, rule, stream_for(device, rule))
+
+
+def casting_for(module: Any, name: str) -> Any:
+    """The casting called so, without the parts that the model says are never cast."""
+    casting = NAMED_CASTINGS[name]
+    return replace(casting, skip_patterns=(*casting.skip_patterns, *getattr(module, "never_cast", ())))
+
+
+def resolved(device: torch.device, vram: Asked, ram: Asked, disk: Asked) -> Budgets:
+    """Budgets in bytes on this machine; what is not given is what is free, but for a little."""
+    host, own = host_memory(), psutil.Process().memory_info().rss
+    on_disk = shutil.disk_usage(tempfile.gettempdir())
+    return Budgets(
+        None if device.type == "cpu" else _vram(device, vram),
+        budget_bytes("auto" if ram is None else ram, "ram", total=host.total, free=host.available + own),
+        budget_bytes("auto" if disk is None else disk, "disk", total=on_disk.total, free=on_disk.free),
+    )
+
+
+def _vram(device: torch.device, asked: Asked) -> int | None:
+    free, total = torch.cuda.mem_get_info(device)
+    own = torch.cuda.memory_reserved(device)
+    return budget_bytes("auto" if asked is None else asked, "vram", total=total, free=free + own)
+
+
+def rates_here(device: torch.device, dtype: torch.dtype, modules: Mapping[str, nn.Module]) -> Rates:
+    """What this machine does in a second, with what this process takes by itself already."""
+    rates = machine_rates(device, dtype)
+    own = psutil.Process().memory_info().rss - sum(_in_memory(module) for module in modules.values())
+    return replace(rates, base=max(rates.base, own))
+
+
+def _in_memory(module: nn.Module) -> int:
+    """Bytes of weights in this process's memory, at most: those that are not at rest."""
+    found = {t.data_ptr(): t.numel() * t.itemsize for t in module.parameters() if type(t) is nn.Parameter and t.is_cpu}
+    return sum(found.values())
+
+
+def check_allowed(allow: Collection[str]) -> None:
+    """Raise `ValueError` for anything that is no lossy form or way."""
+    unknown = sorted(set(allow) - set(LOSSY))
+    if isinstance(allow, str) or unknown:
+        raise ValueError(f"allow={allow!r} is not possible: it holds some of {', '.join(LOSSY)}, as in allow=('fp8',).")
+
+
+def _in_files(modules: Mapping[str, nn.Module]) -> dict[str, Mapping[str, torch.dtype] | None]:
+    return {name: dtypes_in_files(module) for name, module in modules.items()}
+
+
+def _ways_set(vae: Any) -> tuple[Any, ...]:
+    """How an autoencoder decodes now, to be put back."""
+    parts = (getattr(vae, "encoder", None), getattr(vae, "decoder", None))
+    forwards = tuple(None if part is None else part.__dict__.get("forward") for part in parts)
+    return getattr(vae, "use_slicing", False), getattr(vae, "tiles", None), parts, forwards
+
+
+def _set_ways(vae: Any, before: tuple[Any, ...]) -> None:
+    if not hasattr(vae, "enable_tiling"):
+        return
+    vae.disable_tiling()
+    vae.use_slicing, vae.tiles, parts, forwards = before
+    for part, forward in zip(parts, forwards, strict=True):
+        if forward is not None:
+            part.__dict__["forward"] = forward
+
+
+def fit(
+    pipe: FittingMethods,
+    vram: Asked = None,
+    ram: Asked = None,
+    *,
+    disk: Asked = None,
+    allow: Collection[str] = (),
+    device: torch.device | str | None = None,
+    **size: Any,
+) -> Plan:
+    """Have a pipeline keep within budgets of bytes, as fast as they allow, and return the plan.
+
+    `vram` is what may be in use on the GPU, `ram` the memory of the whole process (on a machine without a GPU, where
+    weights stay on disk until they are needed, it is all there is), `disk` what temporary files may take. Each is a
+    number of bytes, text such as "4GB", a share of what there is ("80%"), "auto" for what is free less a tenth, or
+    "-1GB" for what is free less 1 GB; None is "auto". `allow` names what may change the result: "fp8", "int8",
+    "blended_tiling"; without it every plan gives the plain run's result, bit for bit, or up to rounding where pictures
+    are decoded row by row. `size` says what will be asked for (`height`, `width`, `pictures`, `steps`, `frames`); calls
+    of another size are planned anew before they begin. Budgets may be changed between calls by calling this again;
+    `pipe.unfit()` undoes it.
+    Raises `BudgetError`, naming the minimum, where no plan fits, and `ValueError` for what is not possible.
+    """
+    return pipe.fit(vram, ram, disk=disk, allow=allow, device=device, **size)
+
+
+def latents_folder() -> str:
+    """Where latents are kept while they are decoded."""
+    return os.environ.get("LOWTIDE_LATENTS", tempfile.gettempdir())

@@ -1,0 +1,177 @@
+"""What a run takes, traced on a twin of the pipeline whose weights are on meta: nothing is read or computed."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowtide.activations.exact import row_streaming_of
+from lowtide.memory.plan import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Work, Workload
+from lowtide.memory.profile import Traced, component, trace
+from lowtide.memory.twin import meta_twin
+from lowtide.pipelines.run_size import RunSize
+from lowtide.weights.slots import slots
+
+HISTORY = 8
+"""Latents in float32 that a scheduler, guidance and noise have alive at once, at most."""
+
+
+@dataclass(frozen=True)
+class TracedStage:
+    """A stage as a pipeline describes it: `run` is one of its `calls`, on meta, with `inputs` alive before.
+
+    `carried` and `tail` are bytes: what is alive all along beside the call, and what the result needs at once on its
+    way to what is asked for. A stage that `decodes` can be gone through in several ways, named to `run`. What `run`
+    computes is one part in `parts` of the call's work: the rest of it is alike.
+    """
+
+    name: str
+    component: str
+    calls: int
+    run: Callable[[str], Any]
+    inputs: tuple[torch.Tensor, ...]
+    carried: int = 0
+    tail: int = 0
+    decodes: bool = False
+    parts: float = 1.0
+
+
+@dataclass
+class Twin:
+    """A pipeline on meta, the dtypes in files of its components' weights by name, and what was traced on it so far."""
+
+    pipe: Any
+    in_files: Mapping[str, Mapping[str, torch.dtype] | None]
+    device: torch.device
+    _traced: dict[tuple[Any, ...], tuple[dict[str, Component], tuple[Stage, ...]]] = field(default_factory=dict)
+
+    def workload(self, size: RunSize) -> Workload:
+        """What a run of this size takes. Raises `ValueError` for a size that the pipeline cannot make."""
+        key = (size.height, size.width, size.pictures, size.prompts, size.guided, size.frames, size.output)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            if key not in self._traced:
+                self._traced[key] = self._trace(size)
+            components, traced = self._traced[key]
+            calls = self.pipe.scheduler.calls(size.steps)
+        stages = tuple(replace(one, calls=calls) if one.name == "denoise" else one for one in traced)
+        dtype = str(self.pipe.dtype).removeprefix("torch.")
+        return Workload(components, stages, dtype, size.to_dict())
+
+    def _trace(self, size: RunSize) -> tuple[dict[str, Component], tuple[Stage, ...]]:
+        components: dict[str, Component] = {}
+        stages: list[Stage] = []
+        for one in self.pipe.traced_stages(size):
+            whole = self._traced_call(one, WHOLE)
+            ways = {WHOLE: _finished(whole.call, one)}
+            if one.decodes:
+                ways |= self._other_ways(one, whole.call.work)
+            stages.append(Stage(one.name, one.component, one.calls, ways, one.carried))
+            if one.component not in components:
+                components[one.component] = self._component(one.component, whole)
+        return components, tuple(stages)
+
+    def _traced_call(self, traced: TracedStage, way: str) -> Traced:
+        return trace(lambda: traced.run(way), traced.inputs, device=self.device.type)
+
+    def _component(self, name: str, traced: Traced) -> Component:
+        module, in_file = getattr(self.pipe, name), self.in_files.get(name)
+        is_in_file = in_file is None or all(slot.name in in_file for slot in slots(module) if slot.kind == "parameter")
+        return component(name, module, device=self.device.type, file_dtypes=in_file, traced=traced, in_file=is_in_file)
+
+    def _other_ways(self, traced: TracedStage, work: Work) -> dict[str, Call]:
+        """The ways that an autoencoder offers for this picture or clip."""
+        ways: dict[str, Call] = {}
+        vae = getattr(self.pipe, traced.component)
+        for way in (SLICED, EXACT_ON_DISK, BLENDED):
+            if not can_go(vae, way, len(traced.inputs[0])):
+                continue
+            try:
+                set_way(vae, way)
+                if way != BLENDED or vae.needs_tiles(traced.inputs[0], vae.config.scale):
+                    call = self._traced_call(traced, way).call
+                    by_rows = _by_rows(call, vae, work) if way == EXACT_ON_DISK else {way: call}
+                    ways |= {name: _finished(one, traced) for name, one in by_rows.items()}
+            except ValueError:
+                continue  # a network that does not go by rows
+            finally:
+                set_way(vae, WHOLE)
+        return ways
+
+
+def _by_rows(call: Call, vae: Any, work: Work) -> dict[str, Call]:
+    """Both ways row by row, of a call that has its rows in a file: the work of the whole one, and moving the rows."""
+    streaming = row_streaming_of(vae.decoder)
+    assert streaming is not None
+    moved = Work(touched=2.0 * call.stored * len(vae.config.block_out_channels))
+    on_disk = replace(call, work=work + moved)
+    in_memory = replace(on_disk, peak=call.peak + streaming.most_room, stored=0)
+    return {EXACT: in_memory, EXACT_ON_DISK: on_disk}
+
+
+def _finished(call: Call, traced: TracedStage) -> Call:
+    return replace(call, peak=max(call.peak, traced.tail), work=call.work.times(traced.parts))
+
+
+def twin_of(pipe: Any, device: torch.device, in_files: Mapping[str, Mapping[str, torch.dtype] | None]) -> Twin:
+    """The twin of a pipeline, which may be in memory, at rest or on meta itself."""
+    twin = copy.copy(pipe)
+    for name, module in pipe.modules().items():
+        setattr(twin, name, meta_twin(module))
+    twin.scheduler = StillScheduler(pipe.scheduler)
+    if hasattr(twin.vae, "disable_tiling"):
+        set_way(twin.vae, WHOLE)
+    return Twin(twin, in_files, device)
+
+
+class StillScheduler:
+    """Stands for a scheduler where nothing is computed: real ones look at numbers."""
+
+    init_noise_sigma = 1.0
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = copy.deepcopy(scheduler)
+        self.config = scheduler.config
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: object = None) -> torch.Tensor:
+        """The sample."""
+        return sample
+
+    def calls(self, steps: int) -> int:
+        """How often the network is called in so many steps."""
+        self._scheduler.set_timesteps(steps)
+        return len(self._scheduler.timesteps)
+
+
+def can_go(vae: nn.Module, way: str, pictures: int) -> bool:
+    """Whether an autoencoder has a way to decode so many pictures at a time."""
+    if way == WHOLE:
+        return True
+    if way == SLICED:
+        return pictures > 1 and hasattr(vae, "enable_slicing")
+    return hasattr(vae, "enable_tiling") and hasattr(vae, "needs_tiles")
+
+
+def set_way(vae: Any, way: str) -> None:
+    """Have an autoencoder decode in one of the ways of `lowtide.memory.plan.WAYS`."""
+    if not hasattr(vae, "enable_tiling"):
+        return
+    vae.disable_tiling()
+    vae.disable_slicing()
+    if way == SLICED:
+        vae.enable_slicing()
+    elif way in (EXACT, EXACT_ON_DISK):
+        vae.enable_tiling("exact", rows="device" if way == EXACT else "disk")
+    elif way == BLENDED:
+        vae.enable_tiling("blended")
+
+
+def nbytes(*tensors: torch.Tensor) -> int:
+    """Bytes of tensors together."""
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)

@@ -2,13 +2,15 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
-from lowtide.cli import diagnosis, probes
+from lowtide.cli import diagnosis
 from lowtide.cli.app import app
 from lowtide.cli.diagnosis import Gpu, Processor
+from lowtide.memory import probes, rates
 
 
 @pytest.fixture
@@ -17,6 +19,7 @@ def small_probes(monkeypatch):
     monkeypatch.setattr(probes, "_FILE_BYTES", 2**20)
     monkeypatch.setattr(probes, "_CHUNK", 2**18)
     monkeypatch.setattr(probes, "matmul_rate", lambda dtype, size: 1e11)
+    monkeypatch.setattr(rates, "machine_rates", lambda *_, refresh: replace(rates.assumed_rates(), assumed=not refresh))
 
 
 def doctor(*arguments):
@@ -34,6 +37,10 @@ def test_json_has_every_part_and_leaves_no_file(tmp_path):
     assert found["processor"]["usable"] > 0
     assert set(found["processor"]["matmul"]) == {"float32", "bfloat16", "float16"}
     assert found["disk"]["read_rate"] or found["disk"]["note"]
+    assert found["planning"]["rates"]["assumed"]
+    assert not json.loads(doctor("--json", "--refresh", "--folder", str(tmp_path)).stdout)["planning"]["rates"][
+        "assumed"
+    ]
     assert found["advice"]
     assert os.listdir(tmp_path) == []
 
@@ -43,7 +50,7 @@ def test_the_table_fits_a_narrow_terminal(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     result = doctor("--folder", str(tmp_path))
     assert result.exit_code == 0, result.output
-    for word in ("Software", "CPU", "Memory", "GPU", "Disk", "Advice", "GFLOP/s", "GB/s", "GiB"):
+    for word in ("Software", "CPU", "Memory", "GPU", "Disk", "Plans", "Advice", "GFLOP/s", "GB/s", "GiB"):
         assert word in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
 

@@ -9,9 +9,13 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lowtide
-from lowtide.cli import probes
+from lowtide.memory import probes
+
+if TYPE_CHECKING:
+    from lowtide.memory.plan import Rates
 
 _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "pillow")
 # Optional package -> what it is for.
@@ -68,6 +72,15 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class Planning:
+    """What plans are made with: the rates in the dtype to use here, and the folder that they are kept in."""
+
+    dtype: str
+    rates: Rates
+    kept_in: str
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """All that `lowtide doctor` finds; `--json` prints these fields."""
 
@@ -80,11 +93,15 @@ class Diagnosis:
     memory: Memory
     gpus: tuple[Gpu, ...]
     disk: Disk
+    planning: Planning
     advice: tuple[str, ...]
 
 
-def diagnose(folder: Path) -> Diagnosis:
-    """Look at this machine and measure it; `folder` is where the disk is measured."""
+def diagnose(folder: Path, *, refresh: bool = False) -> Diagnosis:
+    """Look at this machine and measure it; `folder` is where the disk is measured.
+
+    The rates that plans are made with are measured once; with `refresh` again.
+    """
     processor, gpus = _processor(), _gpus()
     optional = {name: _version(name) for name in _OPTIONAL}
     return Diagnosis(
@@ -97,6 +114,7 @@ def diagnose(folder: Path) -> Diagnosis:
         memory=_memory(),
         gpus=gpus,
         disk=_disk(folder),
+        planning=_planning(processor, gpus, refresh=refresh),
         advice=(_dtype_advice(processor, gpus), *_gpu_advice(gpus), *_install_advice(optional)),
     )
 
@@ -152,6 +170,17 @@ def _disk(folder: Path) -> Disk:
     else:
         rate = probes.disk_read_rate(folder)
     return Disk(str(folder.resolve()), free, rate.read, rate.note, constants.HF_HUB_CACHE)
+
+
+def _planning(processor: Processor, gpus: tuple[Gpu, ...], *, refresh: bool) -> Planning:
+    import torch
+
+    from lowtide.memory.rates import cache_folder, machine_rates
+
+    on_cpu = "bfloat16" if processor.matmul["bfloat16"] >= processor.matmul["float32"] else "float32"
+    device, dtype = ("cuda:0", "float16") if gpus else ("cpu", on_cpu)
+    rates = machine_rates(device, getattr(torch, dtype), refresh=refresh)
+    return Planning(dtype, rates, str(cache_folder()))
 
 
 def _dtype_advice(processor: Processor, gpus: tuple[Gpu, ...]) -> str:

@@ -15,13 +15,14 @@ from lowtide.sizes import format_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lowtide.cli.diagnosis import Diagnosis, Disk, Gpu, Memory, Processor
+    from lowtide.cli.diagnosis import Diagnosis, Disk, Gpu, Memory, Planning, Processor
 
 Rows = list[tuple[str, str]]
 
 
 def doctor(
     folder: Annotated[Path, typer.Option(help="Where to measure the disk: put the folder of your models.")] = Path(),
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure the rates for plans anew.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, bytes per second, FLOP/s.")] = False,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="LOWTIDE_DEBUG", help="Show tracebacks.", show_envvar=False)
@@ -35,7 +36,7 @@ def doctor(
             raise InputError(f"--folder {folder}: there is no such folder.")
         if not as_json:
             tell("Measuring; this takes a few seconds.")
-        diagnosis = diagnose(folder)
+        diagnosis = diagnose(folder, refresh=refresh)
         if as_json:
             typer.echo(json.dumps(asdict(diagnosis), indent=2))
         else:
@@ -74,6 +75,7 @@ def _sections(found: Diagnosis) -> dict[str, Rows]:
         "Memory": _memory_rows(found.memory),
         "GPU": [row for gpu in found.gpus for row in _gpu_rows(gpu)] or [("CUDA", "no device that PyTorch can use")],
         "Disk": _disk_rows(found.disk),
+        "Plans": _planning_rows(found.planning),
     }
 
 
@@ -111,6 +113,20 @@ def _disk_rows(disk: Disk) -> Rows:
         ("free", format_bytes(disk.free)),
         ("read rate", "; ".join([*measured, *([disk.note] if disk.note else [])])),
         ("Hub cache", disk.hub_cache),
+    ]
+
+
+def _planning_rows(planning: Planning) -> Rows:
+    rates = planning.rates
+    kinds = {"convolution": rates.convolution, "product": rates.product, "attention": rates.attention}
+    computing = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in kinds.items())
+    ways = {"mapped" if rates.on_cpu else "link": rates.link, "copied": rates.converted, "disk": rates.disk}
+    weights = ", ".join(f"{name} {_rate(rate)}" for name, rate in ways.items())
+    return [
+        (planning.dtype, f"{computing} GFLOP/s, other {_rate(rates.touched)}"),
+        ("weights", f"{weights}, from 8 bits {_rate(rates.dequantized)}"),
+        ("process itself", format_bytes(rates.base)),
+        ("kept in", f"{planning.kept_in}; measured anew with --refresh"),
     ]
 
 

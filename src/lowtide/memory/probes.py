@@ -1,4 +1,4 @@
-"""Short measurements for `lowtide doctor`: each takes a second at most. Rates are bytes or operations per second."""
+"""Short measurements of a machine: each takes a second at most. Rates are bytes or operations per second."""
 
 from __future__ import annotations
 
@@ -24,10 +24,15 @@ _CHUNK = 16 * _MIB
 
 @dataclass(frozen=True)
 class DiskRate:
-    """Bytes per second of a sequential read; `note` says when the figure is not the disk's own."""
+    """Bytes per second of a sequential read; `note` says when the figure is not the disk's own.
+
+    `again` is the rate once the file is in the system's memory, `mapped` that of mapping its pages then.
+    """
 
     read: float | None
     note: str = ""
+    again: float | None = None
+    mapped: float | None = None
 
 
 def memory_copy_rate() -> float:
@@ -75,7 +80,10 @@ def disk_read_rate(folder: Path, *, seconds: float = 1.0) -> DiskRate:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         cached = _cached_share(file.fileno(), written)
         rate = _read_for(seconds, file.fileno())
-    return DiskRate(rate, f"{cached:.0%} of the file was still in memory" if cached > 0.01 else "")
+        again = _read_for(seconds / 4, file.fileno())
+        mapped = _map_for(seconds / 2, Path(file.name), written)
+    note = f"{cached:.0%} of the file was still in memory" if cached > 0.01 else ""
+    return DiskRate(rate, note, again, mapped)
 
 
 def _usual_seconds(action: Callable[[], object], *, at_most: float) -> float:
@@ -106,6 +114,20 @@ def _read_for(seconds: float, file: int) -> float:
         offset += count
         if time.perf_counter() - start > seconds:
             break
+    return offset / (time.perf_counter() - start)
+
+
+def _map_for(seconds: float, path: Path, size: int) -> float:
+    """Map pages that are in memory and let them go, piece by piece, as the weights of blocks come and go."""
+    from lowtide.weights.files import WeightFile, bring_in, let_go
+
+    mapping = WeightFile(path).mapping("window")
+    offset, start = 0, time.perf_counter()
+    while offset < size and (offset == 0 or time.perf_counter() - start < seconds):
+        count = min(_CHUNK, size - offset)
+        bring_in(mapping.address + offset, count)
+        let_go(mapping.address + offset, count)
+        offset += count
     return offset / (time.perf_counter() - start)
 
 

@@ -1,0 +1,199 @@
+"""What this machine does in a second: measured once, then kept in a file in the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lowtide
+from lowtide.memory.host import host_memory, processor_name_and_flags, usable_cpus
+from lowtide.memory.pace_probes import Computing
+from lowtide.memory.plan import Rates
+from lowtide.memory.probes import DiskRate, disk_read_rate, link_rates
+
+_FORMAT = 1
+USUAL_DISK = 5e8
+"""Bytes a second, where no folder can be written to."""
+_USUAL_MAPPED, _USUAL_AGAIN = 2e9, 3e9
+
+_ALONE = """
+import sys
+from lowtide.memory.meter import steady_malloc
+steady_malloc()
+import psutil, torch, transformers
+import torch.nn.functional as F
+import lowtide.pipelines
+device, dtype = torch.device(sys.argv[1]), getattr(torch, sys.argv[2])
+x = torch.ones(1, 32, 16, 16, device=device, dtype=dtype)
+with torch.inference_mode():
+    F.conv2d(x, torch.ones(32, 32, 3, 3, device=device, dtype=dtype), padding=1)
+    F.linear(x[0, 0], x[0, 1])
+    F.scaled_dot_product_attention(x, x, x)
+free = 0
+if device.type == "cuda":
+    torch.cuda.synchronize()
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+print(psutil.Process().memory_info().rss, free)
+"""
+"""What a process takes by itself, once it has imported what pipelines need and computed a little."""
+
+
+def machine_rates(
+    device: torch.device | str, dtype: torch.dtype, folder: Path | None = None, *, refresh: bool = False
+) -> Rates:
+    """The rates of a device in a dtype; `folder` is where the disk is measured: that of the models.
+
+    Measured in a few seconds the first time, or to `refresh`, and then read from `cache_folder`; but `cache` is always
+    what the system's memory could hold now.
+    """
+    on = torch.device(device)
+    place = folder or _usual_folder()
+    key = _key(on, dtype, place)
+    file = cache_folder() / f"rates-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    known = None if refresh else _read(file, key)
+    if known is None:
+        known = measured_rates(on, dtype, place)
+        _write(file, key, known)
+    return replace(known, cache=host_memory().available)
+
+
+def cache_folder() -> Path:
+    """Where figures are kept: `lowtide` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
+    asked = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(asked) if asked else Path("~/.cache").expanduser()) / "lowtide"
+
+
+def assumed_rates(dtype: str = "float16") -> Rates:
+    """Usual figures of a consumer GPU (8 to 24 GB, PCIe 4) and its host, for a GPU that is not here.
+
+    About half of what data sheets of such cards promise: 40 TFLOP/s of half-precision products, 400 GB/s of memory.
+    """
+    speed = 2.0e13 if dtype in ("float16", "bfloat16") else 0.8e13
+    return Rates(
+        device="cuda",
+        convolution=speed,
+        product=1.2 * speed,
+        attention=speed,
+        touched=2.5e11,
+        kernel=8e-6,
+        link=1.2e10,
+        converted=3e9,
+        disk=2e9,
+        cache=host_memory().available,
+        base=1_500_000_000,
+        device_base=400_000_000,
+        slack=0.1,
+        dequantized=1.5e11,
+        assumed=True,
+    )
+
+
+def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Rates:
+    """Measure now."""
+    base, device_base = alone(device, dtype)
+    disk, computing = _disk(folder), Computing(device, dtype)
+    on_cpu = device.type == "cpu"
+    return Rates(
+        device=device.type,
+        convolution=computing.convolution(),
+        product=computing.product(),
+        attention=computing.attention(),
+        touched=computing.touched(),
+        kernel=computing.kernel(),
+        link=(disk.mapped or _USUAL_MAPPED) if on_cpu else link_rates(device.index or 0)[0],
+        converted=disk.again or _USUAL_AGAIN,
+        disk=disk.read or USUAL_DISK,
+        cache=host_memory().available,
+        base=base,
+        device_base=device_base,
+        slack=0.0 if on_cpu else 0.1,
+        dequantized=computing.dequantized(),
+        contention=_contention() if on_cpu else 0.0,
+    )
+
+
+def alone(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that a process takes by itself, on the host and on the device; 0 there for a CPU."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    command = [sys.executable, "-c", _ALONE, str(device), str(dtype).removeprefix("torch.")]
+    path = os.pathsep.join([str(Path(lowtide.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)}
+    )
+    host, left = map(int, done.stdout.split()[-2:])
+    return host, max(free - left, 0)
+
+
+def _contention() -> float:
+    """A reader beside as many computing threads as there are processors takes its share of them."""
+    cpus = usable_cpus()
+    return 1 / cpus if torch.get_num_threads() >= cpus else 0.0
+
+
+def _usual_folder() -> Path:
+    from huggingface_hub import constants
+
+    hub = Path(constants.HF_HUB_CACHE)
+    return hub if hub.is_dir() and os.access(hub, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def _disk(folder: Path) -> DiskRate:
+    for place in (folder, Path(tempfile.gettempdir())):
+        with suppress(OSError):
+            return disk_read_rate(place, seconds=0.5)
+    warnings.warn(f"The disk cannot be measured in {folder}: plans assume {USUAL_DISK / 1e9:.1f} GB/s.", stacklevel=4)
+    return DiskRate(None)
+
+
+# ---- the file
+
+
+def _key(device: torch.device, dtype: torch.dtype, folder: Path) -> list[Any]:
+    on_cpu = device.type == "cpu"
+    name = processor_name_and_flags()[0] if on_cpu else torch.cuda.get_device_name(device)
+    disk = os.stat(folder).st_dev if folder.is_dir() else None
+    numbers = (usable_cpus(), torch.get_num_threads(), disk)
+    return [_FORMAT, lowtide.__version__, torch.__version__, device.type, name, str(dtype), *numbers]
+
+
+def _read(file: Path, key: list[Any]) -> Rates | None:
+    """What was written for `key`, or None for anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, Mapping) or content.get("key") != key:
+        return None
+    rates = content.get("rates")
+    return Rates(**rates) if isinstance(rates, Mapping) and _is_whole(rates) else None
+
+
+def _is_whole(rates: Mapping[str, Any]) -> bool:
+    """Whether these are rates that can be computed with."""
+    if set(rates) != {field.name for field in fields(Rates)} or rates["device"] not in ("cpu", "cuda"):
+        return False
+    positive = ("convolution", "product", "attention", "touched", "kernel", "link", "converted", "disk", "dequantized")
+    numbers = [value for name, value in rates.items() if name not in ("device", "assumed")]
+    are_numbers = all(isinstance(one, int | float) and 0 <= one < float("inf") for one in numbers)
+    return are_numbers and all(rates[name] > 0 for name in positive)
+
+
+def _write(file: Path, key: list[Any], rates: Rates) -> None:
+    """Keep the figures; where that is not possible they are measured again next time."""
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as handle:
+            handle.write(json.dumps({"key": key, "rates": asdict(rates)}, indent=2))
+        Path(handle.name).replace(file)

@@ -1,0 +1,135 @@
+"""Rates of this machine: measured once, kept in a file that may be missing, foreign or broken."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lowtide.memory import pace_probes, rates
+from lowtide.memory.plan import Work
+from lowtide.memory.probes import disk_read_rate
+
+MEASURED = replace(rates.assumed_rates(), device="cpu", assumed=False, cache=1)
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """How often it was measured; nothing is, and what is kept is kept here."""
+    times = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(rates, "measured_rates", lambda *given: times.append(given) or MEASURED)
+    return times
+
+
+def ask(dtype=torch.float32, **options):
+    return rates.machine_rates("cpu", dtype, **options)
+
+
+def test_measured_once_for_each_dtype(measured, tmp_path):
+    first = ask()
+    assert replace(first, cache=1) == MEASURED
+    assert first.cache > 2**20, "what is available is looked up at the time of planning"
+    assert replace(ask(), cache=1) == MEASURED
+    assert len(measured) == 1
+    ask(torch.bfloat16)
+    ask(refresh=True)
+    assert len(measured) == 3
+    assert len(list((tmp_path / "lowtide").iterdir())) == 2
+
+
+def of_another_key(text):
+    return text.replace('"cpu"', '"cuda"', 1)
+
+
+def without_a_rate(text):
+    content = json.loads(text)
+    del content["rates"]["link"]
+    return json.dumps(content)
+
+
+def with_nothing_a_second(text):
+    content = json.loads(text)
+    return json.dumps({**content, "rates": {**content["rates"], "disk": 0}})
+
+
+def with_words(text):
+    content = json.loads(text)
+    return json.dumps({**content, "rates": {**content["rates"], "disk": "fast"}})
+
+
+BROKEN = [
+    of_another_key,
+    without_a_rate,
+    with_nothing_a_second,
+    with_words,
+    lambda _: "",
+    lambda _: "[]",
+    lambda _: "\0",
+]
+
+
+@pytest.mark.parametrize("breaking", BROKEN)
+def test_a_file_that_is_not_ours_is_measured_over(measured, tmp_path, breaking):
+    ask()
+    (file,) = (tmp_path / "lowtide").iterdir()
+    file.write_text(breaking(file.read_text()))
+    assert replace(ask(), cache=1) == MEASURED
+    assert len(measured) == 2
+    ask()
+    assert len(measured) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_no_error(measured, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert replace(ask(), cache=1) == MEASURED
+    ask()
+    assert len(measured) == 2
+
+
+def test_the_usual_folder_is_in_the_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert rates.cache_folder().parts[-2:] == (".cache", "lowtide")
+
+
+def test_computing_is_measured(monkeypatch):
+    monkeypatch.setattr(pace_probes, "CONVOLUTIONS", ((16, 8),))
+    monkeypatch.setattr(pace_probes, "PRODUCTS", ((16, 32, 8),))
+    monkeypatch.setattr(pace_probes, "ATTENTIONS", ((32, 2, 8),))
+    computing = pace_probes.Computing(torch.device("cpu"), torch.float32)
+    for name in ("convolution", "product", "attention", "touched", "dequantized"):
+        assert getattr(computing, name)() > 1e4
+    assert 0 < computing.kernel() < 1e-2
+
+
+def test_a_file_is_mapped_and_read_again(tmp_path, monkeypatch):
+    from lowtide.memory import probes
+
+    monkeypatch.setattr(probes, "_FILE_BYTES", 2**20)
+    monkeypatch.setattr(probes, "_CHUNK", 2**18)
+    found = disk_read_rate(tmp_path)
+    assert found.again > 0
+    assert found.mapped > 0
+
+
+def test_a_disk_that_cannot_be_written_is_assumed_aloud(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(rates, "disk_read_rate", refuse)
+    with pytest.warns(UserWarning, match="cannot be measured"):
+        assert rates._disk(tmp_path).read is None
+
+
+def test_assumed_rates_say_so_and_time_what_is_computed():
+    assumed = rates.assumed_rates("float32")
+    assert assumed.assumed
+    assert assumed.seconds(Work(product=1e12)) > rates.assumed_rates("float16").seconds(Work(product=1e12)) > 0
+
+
+@pytest.mark.slow
+def test_what_a_process_takes_by_itself():
+    host, device = rates.alone(torch.device("cpu"), torch.float32)
+    assert 5e7 < host < 3e9
+    assert device == 0

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests import tiny_video
+from tests.memory_peaks import peak_bytes
 from torch.utils._pytree import tree_map_only
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -20,8 +22,6 @@ from lowtide.models.vae import AutoencoderKL
 from lowtide.models.video_positions import rotary_embedding
 from lowtide.models.video_transformer import CogVideoXTransformer3DModel
 from lowtide.models.video_vae import AutoencoderKLCogVideoX
-from tests import tiny_video
-from tests.memory_peaks import peak_bytes
 
 SEASCAPES = Path(lowtide.__file__).parent / "assets" / "seascapes"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tests.memory.prediction_cases import large_cases, quick_cases
 
 from lowtide.memory import traced
-from tests.memory.prediction_cases import large_cases, quick_cases
 
 QUICK = list(quick_cases())
 BYTES_OF_SCALARS = 64

@@ -9,6 +9,8 @@ from lowtide.memory import traced
 QUICK = list(quick_cases())
 BYTES_OF_SCALARS = 64
 """Numbers that PyTorch wraps in tensors of their own are not followed."""
+SHARE_OF_BANDS = 1e-4
+"""Streamed rows are gone through at both ends of a pass alone."""
 
 pytestmark = [
     pytest.mark.skipif(torch.get_num_threads() > 1, reason="scratchpads were measured with one thread"),
@@ -18,7 +20,8 @@ pytestmark = [
 
 def check(case):
     predicted, measured = case.predicted().peak, case.measured()
-    assert measured - BYTES_OF_SCALARS <= predicted <= measured * 1.05, f"{predicted / measured - 1:+.3%}"
+    least = measured * (1 - SHARE_OF_BANDS) if "exact" in case.name else measured
+    assert least - BYTES_OF_SCALARS <= predicted <= measured * 1.05, f"{predicted / measured - 1:+.3%}"
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)

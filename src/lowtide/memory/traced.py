@@ -6,20 +6,22 @@ operator that makes it until its last tensor goes, as it would be on the device 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowtide.memory.kernels import REWRITTEN, made_by, work_of
 from lowtide.memory.plan import Call, Work
+from lowtide.memory.repeats import Signatures, form_of_call, forms_of_result, made_again
 from lowtide.memory.workspace import workspace
 from lowtide.ops.meant import meant_device, standing_for, taken_note
 
@@ -72,10 +74,10 @@ class _Memory:
         del self.refs[key]
         self.alive -= nbytes
 
-    def reached(self, beside: int) -> None:
-        """A kernel runs that takes so many bytes beside its tensors."""
-        if self.alive + beside > self.peak:
-            self.peak, self.workspace = self.alive + beside, beside
+    def reached(self, more: int, beside: int = 0) -> None:
+        """So many more bytes are alive for now, and a kernel takes some beside them."""
+        if self.alive + more + beside > self.peak:
+            self.peak, self.workspace = self.alive + more + beside, beside
 
 
 def trace(fn: Callable[[], Any], inputs: Iterable[torch.Tensor] = (), *, device: str = "cpu") -> Traced:
@@ -111,6 +113,20 @@ class _Rewritten(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@dataclass(frozen=True, eq=False)
+class _Repeat:
+    """What one call of a module took beyond what was there, and did."""
+
+    module: nn.Module
+    peak: int
+    workspace: int
+    result: Any
+    segments: tuple[Segment, ...]
+
+
+_WATCHING: ContextVar[_Watch | None] = ContextVar("lowtide_watching", default=None)
+
+
 class _Watch(TorchDispatchMode):
     """Sees every operator."""
 
@@ -120,6 +136,8 @@ class _Watch(TorchDispatchMode):
         self._memory = memory
         self._inside: list[nn.Module] = []
         self._done: list[Work] = []
+        self._signatures = Signatures()
+        self._repeats: dict[Any, _Repeat] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -131,7 +149,7 @@ class _Watch(TorchDispatchMode):
         made = list(tensors_in(result if isinstance(result, (tuple, list)) else (result,)))
         self._count(given, made)
         if not func.is_view:
-            self._memory.reached(workspace(func, args, given, made))
+            self._memory.reached(0, workspace(func, args, given, made))
             self._done.append(work_of(func, given, made))
         return result
 
@@ -143,32 +161,74 @@ class _Watch(TorchDispatchMode):
 
     @contextmanager
     def seeing_modules(self) -> Generator[None]:
-        """While this lasts, it is known inside which module an operator is called."""
-        hooks = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        ]
+        """While this lasts, it is known inside which module an operator is called, and repeated modules are replayed.
+
+        Stands in the place of `Module.__call__`, for this thread alone.
+        """
+        original = nn.Module.__call__
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if _WATCHING.get() is not self or meant_device() is None:
+                return original(module, *args, **kwargs)
+            return self._called(module, functools.partial(original, module), args, kwargs)
+
+        token = _WATCHING.set(self)
+        nn.Module.__call__ = call  # type: ignore[method-assign]
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+            _WATCHING.reset(token)
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        if meant_device() is not None:
-            self.close_segment()
-            self._inside.append(module)
+    def _called(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        form = form_of_call(args, kwargs) if module._modules else None
+        if form is None:
+            return self._followed(module, call, args, kwargs)
+        key = self._signatures.of(module), form[0]
+        if key in self._repeats:
+            return self._replayed(self._repeats[key], module, form[1])
+        begun, alive, outer = len(self.segments), self._memory.alive, (self._memory.peak, self._memory.workspace)
+        self._memory.peak = self._memory.workspace = 0
+        self._memory.reached(0)
+        result = self._followed(module, call, args, kwargs)
+        peak, beside = self._memory.peak, self._memory.workspace
+        self._memory.peak, self._memory.workspace = max(outer, (peak, beside), key=lambda one: one[0])
+        forms = forms_of_result(result, form[1])
+        if forms is not None and forms[1] == self._memory.alive - alive:  # else it keeps something, or lets go of it
+            inside = tuple(
+                Segment(one.inside[len(self._inside) :], one.work)
+                for one in self.segments[begun:]
+                if len(one.inside) > len(self._inside)
+            )
+            self._repeats[key] = _Repeat(module, peak - alive, beside, forms[0], inside)
+        return result
 
-    def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
-        if meant_device() is not None:
+    def _followed(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        self.close_segment()
+        self._inside.append(module)
+        try:
+            return call(*args, **kwargs)
+        finally:
             self.close_segment(even_if_empty=True)
             self._inside.pop()
+
+    def _replayed(self, repeat: _Repeat, module: nn.Module, inputs: list[torch.Tensor]) -> Any:
+        self.close_segment()
+        self._memory.reached(repeat.peak - repeat.workspace, repeat.workspace)
+        twins = dict(zip(repeat.module.modules(), module.modules(), strict=True))
+        for one in repeat.segments:
+            self.segments.append(Segment((*self._inside, *(twins[part] for part in one.inside)), one.work))
+        return made_again(repeat.result, inputs, _flat, {})
 
     def close_segment(self, *, even_if_empty: bool = False) -> None:
         """What was computed since the last segment is one; an empty one tells that a module was called."""
         if self._done or even_if_empty:
             self.segments.append(Segment(tuple(self._inside), total(self._done)))
             self._done = []
+
+
+def _flat(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device="meta")
 
 
 def total(works: Iterable[Work]) -> Work:

@@ -1,0 +1,136 @@
+"""Modules that are called again with inputs of the same form: what they took the first time, they take again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.Size)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a tensor of a result lies: in the memory of an input, or in new memory of so many bytes, by number."""
+
+    place: int
+    is_input: bool
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Signatures:
+    """Numbers that are equal for modules of equal structure."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Any, int] = {}
+        self._known: dict[int, tuple[nn.Module, int]] = {}
+
+    def of(self, module: nn.Module) -> int:
+        """The number of a module."""
+        if id(module) not in self._known:
+            content = (
+                type(module),
+                tuple(
+                    _attribute(name, one) for name, one in vars(module).items() if name not in ("_modules", "training")
+                ),
+                tuple((name, None if one is None else self.of(one)) for name, one in module._modules.items()),
+            )
+            self._known[id(module)] = (module, self._numbers.setdefault(content, len(self._numbers)))
+        return self._known[id(module)][1]
+
+
+def _attribute(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return name, tuple((key, _tensor(one)) for key, one in value.items())
+    return name, _fixed(value)
+
+
+def _tensor(value: Any) -> Any:
+    is_tensor = isinstance(value, torch.Tensor)
+    return (value.shape, value.stride(), value.dtype, value.requires_grad) if is_tensor else _fixed(value)
+
+
+def _fixed(value: Any) -> Any:
+    """Something equal only for what makes no difference."""
+    if isinstance(value, PLAIN):
+        return type(value), value
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_fixed, value))
+    if isinstance(value, (set, frozenset)) and all(isinstance(one, str) for one in value):
+        return frozenset(value)
+    return (type(value),) if not getattr(value, "__dict__", True) else id(value)
+
+
+def form_of_call(args: Any, kwargs: dict[str, Any]) -> tuple[Any, list[torch.Tensor]] | None:
+    """What can be compared of a call's inputs, and the tensors among them; None where other objects are."""
+    tensors: list[torch.Tensor] = []
+    try:
+        return _form((args, tuple(sorted(kwargs.items()))), tensors, {}), tensors
+    except TypeError:
+        return None
+
+
+def _form(value: Any, tensors: list[torch.Tensor], memories: dict[int, int]) -> Any:
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        memory = memories.setdefault(value.untyped_storage()._cdata, len(memories))
+        return memory, value.shape, value.stride(), value.storage_offset(), value.dtype, value.requires_grad
+    if isinstance(value, PLAIN):
+        return type(value), value
+    if type(value) is tuple:  # a list may be emptied by the call
+        return tuple(_form(one, tensors, memories) for one in value)
+    raise TypeError(type(value))
+
+
+def forms_of_result(result: Any, inputs: list[torch.Tensor]) -> tuple[Any, int] | None:
+    """How to make such a result again, and its new bytes; None for other objects than tensors."""
+    memories = {one.untyped_storage()._cdata: (place, True) for place, one in reversed(list(enumerate(inputs)))}
+    known, sizes = len(memories), {}
+    try:
+        forms = _forms(result, memories, sizes)
+    except TypeError:
+        return None
+    assert len(memories) == known + len(sizes)
+    return forms, sum(sizes.values())
+
+
+# Functions inside functions that call themselves would keep tensors alive until garbage is collected.
+def _forms(value: Any, memories: dict[int, tuple[int, bool]], sizes: dict[int, int]) -> Any:
+    if value is None:
+        return None
+    if type(value) in (tuple, list):
+        return type(value)(_forms(one, memories, sizes) for one in value)
+    if type(value) is not torch.Tensor:
+        raise TypeError(type(value))
+    storage = value.untyped_storage()
+    if storage._cdata not in memories:
+        memories[storage._cdata] = len(sizes), False
+        sizes[storage._cdata] = storage.nbytes()
+    place, is_input = memories[storage._cdata]
+    stride, offset = value.stride(), int(value.storage_offset())
+    return Form(place, is_input, storage.nbytes(), value.dtype, tuple(value.shape), stride, offset)
+
+
+def made_again(
+    form: Any, inputs: list[torch.Tensor], new: Callable[[int], torch.Tensor], memories: dict[int, torch.Tensor]
+) -> Any:
+    """The result of another call; `new` makes flat bytes, and `memories` is to be empty."""
+    if form is None:
+        return None
+    if not isinstance(form, Form):
+        return type(form)(made_again(one, inputs, new, memories) for one in form)
+    if not form.is_input:
+        if form.place not in memories:
+            memories[form.place] = new(form.nbytes)
+        return memories[form.place].view(form.dtype).as_strided(form.shape, form.stride, form.offset)
+    base = inputs[form.place]
+    same = (form.dtype, form.shape, form.stride, form.offset)
+    is_same = (base.dtype, tuple(base.shape), base.stride(), base.storage_offset()) == same
+    return base if is_same else base.as_strided(form.shape, form.stride, form.offset)

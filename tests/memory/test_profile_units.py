@@ -1,0 +1,95 @@
+"""The units of a component are those that attaching makes, with all the work of a call."""
+
+import pytest
+import torch
+from tests.memory.prediction_cases import SEASCAPES, quick_cases
+from tests.memory_peaks import peak_bytes
+
+from lowtide.memory.attach import attach, detach
+from lowtide.memory.forms import Level, Rule, Tier
+from lowtide.memory.presets import apply_casting, named_casting
+from lowtide.memory.profile import component, trace
+from lowtide.memory.small import CastWeight
+from lowtide.memory.stream import Stream
+from lowtide.memory.unit import aligned
+from lowtide.models.unet import UNet2DConditionModel
+from lowtide.weights.index import find_weights
+
+CASES = {str(case): case for case in quick_cases()}
+UNET = CASES["seascapes U-Net 2 of 16-float32"]
+
+
+def profiled(case=UNET, **options):
+    module = case.module("meta")
+    inputs = tuple(torch.empty_like(one, device="meta") for one in case.tensors())
+    traced = trace(lambda: case.call(module, *inputs), inputs)
+    return component("network", module, traced=traced, **options), traced
+
+
+@pytest.mark.parametrize("level", Level)
+def test_units_are_those_of_an_attached_module(level):
+    found, _ = profiled()
+    module = UNET.module("cpu")
+    attachment = attach(module, Rule(level), Stream(torch.device("cpu")))
+    expected = {unit.name: sum(aligned(one.nbytes) for one in unit.weights) for unit in attachment.units}
+    assert {unit.name: unit.nbytes for unit in found.units[level]} == expected
+    assert sum(unit.aside for unit in found.units[level]) == sum(unit.aside for unit in attachment.units)
+    detach(module)
+
+
+@pytest.mark.parametrize("level", Level)
+def test_units_are_in_the_order_of_calls_and_have_all_the_work(level):
+    found, traced = profiled()
+    for kind in ("convolution", "product", "attention", "touched", "kernels"):
+        done = sum(getattr(unit.work, kind) for unit in found.units[level])
+        assert done == pytest.approx(getattr(traced.call.work, kind)), kind
+    if level is not Level.WHOLE:
+        names = [unit.name.split(".")[1] for unit in found.units[level]]
+        assert names[0] in ("conv_in", "time_embedding")
+        assert names[-1] == "conv_out"
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_castings_rest_in_the_bytes_that_they_take(name):
+    found, _ = profiled()
+    module = UNET.module("cpu")
+    apply_casting(module, named_casting(name))
+    weights = attach(module, Rule(Level.WHOLE), Stream(torch.device("cpu"))).weights
+    scales = sum(4 * one.whole.scale.numel() for one in weights if isinstance(getattr(one, "whole", None), CastWeight))
+    expected = sum(aligned(one.nbytes) for one in weights) + scales
+    assert sum(unit.nbytes for unit in found.castings[name][Level.WHOLE]) == expected
+    detach(module)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("level", [Level.BLOCK, Level.LEAF])
+def test_weights_of_another_dtype_go_through_the_ring(level):
+    case = CASES["seascapes U-Net 2 of 16-bfloat16"]
+    found, traced = profiled(case, file_dtypes=torch.float16)
+    units = found.units[level]
+    streamed = max(unit.nbytes for unit in units if not unit.aside)
+    depth = 2 + any(unit.modules > 1 for unit in units)
+    bound = depth * streamed + sum(unit.nbytes for unit in units if unit.aside)
+    assert not any(unit.mapped for unit in units)
+    module = UNet2DConditionModel.from_pretrained(SEASCAPES, subfolder="unet", dtype=torch.bfloat16).requires_grad_(
+        False
+    )
+    index = find_weights(SEASCAPES / "unet", "diffusion_pytorch_model")
+    in_file = next(iter(index.values())).dtype
+    if in_file == torch.bfloat16:
+        pytest.skip("the shipped weights are bfloat16")
+    attachment = attach(module, Rule(level, Tier.DISK), Stream(torch.device("cpu")), index=index)
+    assert attachment.bound == bound
+    inputs = case.tensors()
+    with torch.no_grad():
+        case.call(module, *inputs)
+        peak = peak_bytes(lambda: case.call(module, *inputs)) + sum(one.nbytes for one in inputs)
+    assert peak <= traced.call.peak + bound
+    detach(module)
+
+
+def test_what_is_called_again_is_replayed_with_the_same_peak_and_work(monkeypatch):
+    _, replayed = profiled()
+    monkeypatch.setattr("lowtide.memory.traced.form_of_call", lambda args, kwargs: None)
+    _, followed = profiled()
+    assert replayed.call == followed.call

@@ -13,13 +13,13 @@ from lowtide.ops.quantization import dequantize, quantize
 
 CONVOLUTIONS = ((2, 320, 64), (2, 640, 32), (2, 1280, 16), (2, 1280, 8))
 """Maps, channels in and out, and the side of a map: of a UNet's levels, with guidance."""
-CHANNELS_LAST = ((1, 512, 64), (1, 256, 128), (1, 128, 384))
+CHANNELS_LAST = ((1, 512, 64), (1, 256, 128), (1, 128, 256))
 """The same of an image's decoder."""
 PRODUCTS = ((8192, 320, 2560), (2048, 640, 5120), (512, 1280, 10240), (128, 1280, 10240), (8192, 320, 320))
 """Rows, and features in and out: of feed-forward and projection layers."""
 ATTENTIONS = ((4096, 8, 40), (1024, 8, 80))
 """Tokens, heads, and features of a head."""
-_REPEATS = 3
+_REPEATS = 2
 
 
 class Computing:
@@ -101,7 +101,7 @@ class Computing:
         return torch.randn(shape, device=self.device).mul_(0.1).to(self.dtype)
 
     def _seconds(self, action: Callable[[], object]) -> float:
-        """The median of a few runs after one to warm up."""
+        """The usual seconds of a run, after one to warm up."""
         with torch.inference_mode():
             action()
             return statistics.median(self._once(action) for _ in range(_REPEATS))

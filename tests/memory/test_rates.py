@@ -94,11 +94,12 @@ def test_the_usual_folder_is_in_the_home(monkeypatch):
 
 
 def test_computing_is_measured(monkeypatch):
-    monkeypatch.setattr(pace_probes, "CONVOLUTIONS", ((16, 8),))
+    monkeypatch.setattr(pace_probes, "CONVOLUTIONS", ((2, 16, 8),))
+    monkeypatch.setattr(pace_probes, "CHANNELS_LAST", ((1, 16, 8),))
     monkeypatch.setattr(pace_probes, "PRODUCTS", ((16, 32, 8),))
     monkeypatch.setattr(pace_probes, "ATTENTIONS", ((32, 2, 8),))
     computing = pace_probes.Computing(torch.device("cpu"), torch.float32)
-    for name in ("convolution", "product", "attention", "touched", "dequantized"):
+    for name in ("convolution", "channels_last", "product", "attention", "touched", "dequantized"):
         assert getattr(computing, name)() > 1e4
     assert 0 < computing.kernel() < 1e-2
 

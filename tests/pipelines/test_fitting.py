@@ -41,7 +41,7 @@ def test_every_budget_from_the_least_on_gives_the_same(folders, plain, kind):
         for name, module in pipe.modules().items():
             if (found := attachment_of(module)) is not None and plan.components.get(name) is not None:
                 assert found.stream.ledger.peak <= found.bound <= plan.peak
-    assert len(seen) > 2  # the budgets made a difference
+    assert len(seen) > 1  # the budgets made a difference
 
 
 @pytest.mark.parametrize("kind", KINDS)

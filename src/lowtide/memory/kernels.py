@@ -76,8 +76,17 @@ def work_of(func: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> W
         return NOTHING
     if name in _OPERATIONS:
         kind, count = _OPERATIONS[name]
-        return Work(**{kind: float(count(given, made))}, kernels=1)
+        if kind == "convolution" and is_channels_last(given[0]) and not given[0].is_contiguous():
+            kind = "channels_last"
+        return Work(**{kind: float(count(given, made))}, touched=float(_weights(kind, given)), kernels=1)
     return Work(touched=float(sum(map(_touched, given)) + sum(map(_touched, made))), kernels=1)
+
+
+def _weights(kind: str, given: list[torch.Tensor]) -> int:
+    """Bytes of weights that come from memory, which takes longer than computing where there are few pixels."""
+    if kind == "attention":
+        return 0
+    return _touched(given[1]) if kind != "product" else max(map(_touched, given))
 
 
 def _touched(tensor: torch.Tensor) -> int:

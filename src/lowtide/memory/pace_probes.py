@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -10,9 +11,11 @@ import torch.nn.functional as F
 
 from lowtide.ops.quantization import dequantize, quantize
 
-CONVOLUTIONS = ((320, 64), (640, 32), (1280, 16), (128, 192))
-"""Channels in and out, and the side of the map: of a UNet's three levels, and of an image's decoder."""
-PRODUCTS = ((4096, 320, 2560), (1024, 640, 5120), (256, 1280, 10240), (4096, 320, 320), (256, 1280, 1280))
+CONVOLUTIONS = ((2, 320, 64), (2, 640, 32), (2, 1280, 16), (2, 1280, 8))
+"""Maps, channels in and out, and the side of a map: of a UNet's levels, with guidance."""
+CHANNELS_LAST = ((1, 512, 64), (1, 256, 128), (1, 128, 256))
+"""The same of an image's decoder."""
+PRODUCTS = ((8192, 320, 2560), (2048, 640, 5120), (512, 1280, 10240), (128, 1280, 10240), (8192, 320, 320))
 """Rows, and features in and out: of feed-forward and projection layers."""
 ATTENTIONS = ((4096, 8, 40), (1024, 8, 80))
 """Tokens, heads, and features of a head."""
@@ -27,12 +30,19 @@ class Computing:
 
     def convolution(self) -> float:
         """Operations a second."""
+        return self._convolved(CONVOLUTIONS, torch.contiguous_format)
+
+    def channels_last(self) -> float:
+        """Operations a second, for maps with their channels last and weights as they lie in files."""
+        return self._convolved(CHANNELS_LAST, torch.channels_last)
+
+    def _convolved(self, shapes: tuple[tuple[int, int, int], ...], layout: torch.memory_format) -> float:
         pairs = []
-        for channels, side in CONVOLUTIONS:
-            x, weight = self._some(1, channels, side, side), self._some(channels, channels, 3, 3)
-            pairs.append(
-                (2 * 9 * channels**2 * side**2, self._seconds(lambda x=x, w=weight: F.conv2d(x, w, padding=1)))
-            )
+        for count, channels, side in shapes:
+            x = self._some(count, channels, side, side).contiguous(memory_format=layout)
+            weight = self._some(channels, channels, 3, 3)
+            seconds = self._seconds(lambda x=x, w=weight: F.conv2d(x, w, padding=1))
+            pairs.append((2 * 9 * count * channels**2 * side**2, seconds))
         return _rate(pairs)
 
     def product(self) -> float:
@@ -53,15 +63,18 @@ class Computing:
         return _rate(pairs)
 
     def touched(self) -> float:
-        """Bytes read and written a second, by what is neither product nor convolution."""
-        x = self._some(1, 320, 64, 64)
-        each = x.numel() * x.itemsize
-        pairs = [
-            (2 * each, self._seconds(lambda: F.group_norm(x, 32))),
-            (2 * each, self._seconds(lambda: F.silu(x))),
-            (3 * each, self._seconds(lambda: x + x)),
+        """Bytes read and written a second by what is neither product nor convolution, also in another order."""
+        x, wide = self._some(2, 320, 64, 64), self._some(2, 4096, 1280)
+        rows = x.flatten(2).transpose(1, 2)
+        actions: list[tuple[int, Callable[[], object]]] = [
+            (2, lambda: F.group_norm(x, 32)),
+            (2, lambda: F.layer_norm(rows.contiguous(), (320,))),
+            (2, rows.contiguous),
+            (3, lambda: rows + x.view(2, 4096, 320)),
+            (2 * wide.numel() // x.numel(), lambda: F.gelu(wide)),
         ]
-        return _rate(pairs)
+        each = x.numel() * x.itemsize
+        return _rate([(times * each, self._seconds(action)) for times, action in actions])
 
     def kernel(self) -> float:
         """Seconds from one kernel's beginning to the next's, where there is next to nothing to compute."""
@@ -85,13 +98,13 @@ class Computing:
         return _rate(pairs)
 
     def _some(self, *shape: int) -> torch.Tensor:
-        return torch.full(shape, 0.01, dtype=self.dtype, device=self.device)
+        return torch.randn(shape, device=self.device).mul_(0.1).to(self.dtype)
 
     def _seconds(self, action: Callable[[], object]) -> float:
-        """The quickest of a few runs after one to warm up: others on the machine only ever slow it down."""
+        """The usual seconds of a run, after one to warm up."""
         with torch.inference_mode():
             action()
-            return min(self._once(action) for _ in range(_REPEATS))
+            return statistics.median(self._once(action) for _ in range(_REPEATS))
 
     def _once(self, action: Callable[[], object]) -> float:
         self._wait()

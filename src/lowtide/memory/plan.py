@@ -27,6 +27,7 @@ class Work:
     """What is computed: operations of convolutions, matrix products and attention; bytes all the rest reads and writes.
 
     A multiplication and an addition are two operations. `kernels` counts the calls of kernels of every kind.
+    `channels_last` are convolutions of maps laid out so, which `convolution` leaves out: a CPU is faster at them.
     """
 
     convolution: float = 0.0
@@ -34,6 +35,7 @@ class Work:
     attention: float = 0.0
     touched: float = 0.0
     kernels: int = 0
+    channels_last: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -42,6 +44,7 @@ class Work:
             self.attention + other.attention,
             self.touched + other.touched,
             self.kernels + other.kernels,
+            self.channels_last + other.channels_last,
         )
 
     def times(self, count: float) -> Work:
@@ -52,6 +55,7 @@ class Work:
             self.attention * count,
             self.touched * count,
             int(self.kernels * count),
+            self.channels_last * count,
         )
 
 
@@ -143,8 +147,9 @@ class Rates:
     system's memory, so that they are read from the disk once. `base` bytes are taken by the process itself on the host,
     `device_base` on the device, before anything is loaded; `slack` is the share of activations that an allocator takes
     on top. `dequantized` bytes of working numbers a second are made of 8-bit ones. For each second of loading beside
-    computing, computing loses `contention` of a second: a CPU's reader takes time from it. `assumed` where these are
-    usual figures, not measured ones.
+    computing, computing loses `contention` of a second: a CPU's reader takes time from it. `channels_last` are
+    operations of convolutions of such maps, 0 where they are as fast as others. `assumed` where these are usual
+    figures, not measured ones.
     """
 
     device: str
@@ -162,6 +167,7 @@ class Rates:
     slack: float = 0.0
     dequantized: float = 1e10
     contention: float = 0.0
+    channels_last: float = 0.0
     assumed: bool = False
 
     @property
@@ -173,6 +179,7 @@ class Rates:
         """How long computing takes, with the weights at hand."""
         return (
             work.convolution / self.convolution
+            + work.channels_last / (self.channels_last or self.convolution)
             + work.product / self.product
             + work.attention / self.attention
             + work.touched / self.touched

@@ -96,6 +96,7 @@ def assumed_rates(dtype: str = "float16") -> Rates:
         device_base=400_000_000,
         slack=0.1,
         dequantized=1.5e11,
+        channels_last=speed,
         assumed=True,
     )
 
@@ -121,6 +122,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Ra
         slack=0.0 if on_cpu else 0.1,
         dequantized=computing.dequantized(),
         contention=_contention() if on_cpu else 0.0,
+        channels_last=computing.channels_last(),
     )
 
 
@@ -184,7 +186,18 @@ def _is_whole(rates: Mapping[str, Any]) -> bool:
     """Whether these are rates that can be computed with."""
     if set(rates) != {field.name for field in fields(Rates)} or rates["device"] not in ("cpu", "cuda"):
         return False
-    positive = ("convolution", "product", "attention", "touched", "kernel", "link", "converted", "disk", "dequantized")
+    positive = (
+        "convolution",
+        "product",
+        "attention",
+        "touched",
+        "kernel",
+        "link",
+        "converted",
+        "disk",
+        "dequantized",
+        "channels_last",
+    )
     numbers = [value for name, value in rates.items() if name not in ("device", "assumed")]
     are_numbers = all(isinstance(one, int | float) and 0 <= one < float("inf") for one in numbers)
     return are_numbers and all(rates[name] > 0 for name in positive)

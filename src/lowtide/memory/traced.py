@@ -240,6 +240,7 @@ def total(works: Iterable[Work]) -> Work:
         sum(one.attention for one in works),
         sum(one.touched for one in works),
         sum(one.kernels for one in works),
+        sum(one.channels_last for one in works),
     )
 
 

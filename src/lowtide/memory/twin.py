@@ -27,7 +27,7 @@ def meta_twin(module: nn.Module) -> nn.Module:
         if id(tensor) not in on_meta:
             empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
             is_parameter = slot.kind == "parameter"
-            on_meta[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+            on_meta[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
     try:
         return copy.deepcopy(module, on_meta)
     except (RuntimeError, TypeError, ValueError) as error:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowtide.sizes import format_bytes, parse_bytes
+from lowtide.sizes import format_bytes, format_decimal, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,11 @@ def test_format(count, text):
 def test_what_is_written_reads_back_within_half_of_the_last_digit(count):
     unit = parse_bytes("1" + format_bytes(count).split()[1])
     assert abs(parse_bytes(format_bytes(count)) - count) <= 0.005 * unit + 1
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(6 * 10**9, "6.00 GB"), (910_000_000, "0.91 GB"), (99_000_000, "99.0 MB"), (12_300, "12.3 kB"), (0, "0.0 kB")],
+)
+def test_decimal_sizes_are_those_that_budgets_are_written_in(count, said):
+    assert format_decimal(count) == said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,18 +24,20 @@ class ProgressBar:
     """Shows the running stages on stderr: name, steps done, seconds per step.
 
     Where stderr is no terminal, each stage leaves one plain line when it ends. `disable=True` shows nothing.
-    It is drawn at stage boundaries and steps only, so it costs the pipeline no thread.
+    It is drawn at stage boundaries and steps only, so it costs the pipeline no thread. `note` gives what to say of the
+    last step, in place of the bar and the time.
     """
 
-    def __init__(self, *, disable: bool = False) -> None:
+    def __init__(self, *, disable: bool = False, note: Callable[[], str] | None = None) -> None:
         self.disable = disable
+        self._note = note
         self._progress: Progress | None = None
         self._rows: list[_Row] = []
 
     def stage_started(self, name: str, steps: int | None) -> None:
         """Open a row for `name`."""
         if self._progress is None:
-            self._progress = _new_progress(disable=self.disable)
+            self._progress = _new_progress(disable=self.disable, with_bar=self._note is None)
             self._progress.start()
         indent = "  " * len(self._rows)
         task = self._progress.add_task(indent + name, total=steps, steps=f"0/{steps}" if steps else "", pace="")
@@ -50,19 +53,25 @@ class ProgressBar:
     def stage_finished(self, name: str) -> None:
         """Close the row; after the outermost one the bar is left as it stands."""
         row = self._rows.pop()
-        if row.steps is None:
+        if row.steps is None or self._note is not None:
             done = max(row.step, 1)
-            self._show(row, completed=done, total=done)
+            self._show(row, completed=done, total=row.steps or done, ended=True)
         if not self._rows:
             self._close()
 
-    def _show(self, row: _Row, *, completed: int, total: int | None = None) -> None:
+    def _show(self, row: _Row, *, completed: int, total: int | None = None, ended: bool = False) -> None:
         assert self._progress is not None
         of_all = f"/{row.steps}" if row.steps else ""
-        pace = f"{(time.perf_counter() - row.start) / row.step:.2f} s/it" if row.step else ""
+        pace = self._pace(row, ended=ended) if row.step else ""
         steps = f"{row.step}{of_all}" if row.step else ""
         self._progress.update(row.task, completed=completed, total=total or row.steps, steps=steps, pace=pace)
         self._progress.refresh()
+
+    def _pace(self, row: _Row, *, ended: bool) -> str:
+        note = "" if self._note is None or ended else self._note()
+        passed = time.perf_counter() - row.start
+        in_all = "" if self._note is None else f", {passed:.1f} s"
+        return note or f"{passed / row.step:.2f} s/it{in_all}"
 
     def _close(self) -> None:
         assert self._progress is not None
@@ -70,16 +79,16 @@ class ProgressBar:
         self._progress = None
 
 
-def _new_progress(*, disable: bool) -> Progress:
+def _new_progress(*, disable: bool, with_bar: bool) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     return Progress(
         TextColumn("{task.description:<14}", markup=False),
-        BarColumn(bar_width=24),
+        *([BarColumn(bar_width=24)] if with_bar else []),
         TextColumn("{task.fields[steps]:>7}", markup=False),
         TextColumn("{task.fields[pace]:>11}", markup=False),
-        TimeElapsedColumn(),
+        *([TimeElapsedColumn()] if with_bar else []),
         console=Console(stderr=True),
         auto_refresh=False,
         redirect_stdout=sys.stdout.isatty(),  # else what a program prints would end up on stderr

@@ -33,6 +33,14 @@ def format_bytes(count: int) -> str:
     return f"{count / factor:.2f} {unit}"
 
 
+def format_decimal(count: float) -> str:
+    """`count` bytes in the units that budgets are written in: 6442450944 is "6.44 GB"; below 0.1 GB in MB, then kB."""
+    unit, factor = next(
+        ((unit, factor) for unit, factor in (("GB", 10**9), ("MB", 10**6)) if abs(count) >= factor / 10), ("kB", 10**3)
+    )
+    return f"{count / factor:.{2 if unit == 'GB' else 1}f} {unit}"
+
+
 def _shown(count: int, factor: int) -> float:
     return round(abs(count) / factor, 2)
 

@@ -308,7 +308,7 @@ def test_every_scheduler_name_leads_to_its_class(monkeypatch):
         fake.to = lambda device, fake=fake: fake
         loader = SimpleNamespace(from_pretrained=lambda *_, fake=fake, **__: fake)
         monkeypatch.setitem(vars(library), "StableDiffusionPipeline", loader)
-        request = SimpleNamespace(**PLAIN, scheduler=name, offload=NO_OFFLOAD, casting=NO_CASTING)
+        request = SimpleNamespace(**PLAIN, scheduler=name, offload=NO_OFFLOAD, casting=NO_CASTING, budget=None)
         command.load_pipeline(request, "cpu", "float32")
         assert name.value.replace("-", "") in type(fake.scheduler).__name__.lower()
 
@@ -325,7 +325,7 @@ def test_an_offload_reaches_the_loader_and_the_pipeline_stays_where_it_is(monkey
             from_pretrained=lambda *_, fake=fake, given=given, **kwargs: given.update(kwargs) or fake
         )
         monkeypatch.setitem(vars(library), "StableDiffusionPipeline", loader)
-        request = SimpleNamespace(**PLAIN, scheduler=None, offload=name, casting=NO_CASTING)
+        request = SimpleNamespace(**PLAIN, scheduler=None, offload=name, casting=NO_CASTING, budget=None)
         command.load_pipeline(request, "cpu", "float32")
         assert given["offload"] == (None if name == "none" else name.value)
         assert given["offload_device"] == "cpu"
@@ -343,7 +343,7 @@ def test_a_casting_reaches_the_loader(monkeypatch):
         loader = SimpleNamespace(from_pretrained=lambda *_, given=given, fake=fake, **more: given.update(more) or fake)
         monkeypatch.setitem(vars(library), "StableDiffusionPipeline", loader)
         casting = requests.Casting(name)
-        request = SimpleNamespace(**PLAIN, scheduler=None, offload=NO_OFFLOAD, casting=casting)
+        request = SimpleNamespace(**PLAIN, scheduler=None, offload=NO_OFFLOAD, casting=casting, budget=None)
         command.load_pipeline(request, "cpu", "float32")
         assert given["casting"] == expected
 

@@ -12,6 +12,7 @@ from lowtide.cli import bench
 from lowtide.cli.doctor import doctor
 from lowtide.cli.errors import tell
 from lowtide.cli.generate import generate
+from lowtide.cli.plan import plan
 
 app = typer.Typer(
     name="lowtide",
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
+app.command()(plan)
 app.command()(doctor)
 app.add_typer(bench.app, name="bench")
 

@@ -54,11 +54,12 @@ def _message(error: Exception) -> str:
     if isinstance(error, InputError):
         return str(error)
     if _is_out_of_memory(error):
-        advice = "Try a smaller --size, --offload block, or --dtype bfloat16, which halves the memory of float32."
-        return f"{_first_line(error)}\n{advice}"
+        said = _first_line(error) or "out of memory"
+        advice = "Try a smaller --size, a budget such as --ram 4GB, or --dtype bfloat16, half the memory of float32."
+        return f"{said}\n{advice}"
     if isinstance(error, ValueError | OSError):
         return str(error) or type(error).__name__
-    return f"{type(error).__name__}: {_first_line(error)}\n{_DEBUG_HINT}"
+    return f"{type(error).__name__}: {_first_line(error)}".rstrip(": ") + f"\n{_DEBUG_HINT}"
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -67,4 +68,4 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "out of memory").splitlines()[0]
+    return next(iter(str(error).strip().splitlines()), "")

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 import lowtide
+from lowtide.cli.budgets import Allow, budget_from
 from lowtide.cli.errors import InputError, reported, tell
+from lowtide.cli.fitted import fit_to_budget
 from lowtide.cli.pictures import output_paths, prepare_folders
+from lowtide.cli.plan import check_plot
 from lowtide.cli.request import (
     VIDEO_SIZE_STEP,
     Casting,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from lowtide.memory.meter import Meter
+    from lowtide.memory.plan import Plan
     from lowtide.pipelines.base import DiffusionPipeline
     from lowtide.pipelines.outputs import StableDiffusionPipelineOutput
     from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
@@ -111,6 +115,23 @@ def generate(
         Decode,
         typer.Option(metavar="NAME", help="whole, exact (by rows, the same picture), blended (tiles); auto chooses."),
     ] = Decode.AUTO,
+    vram: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Keep within so much GPU memory: 6GB, 80%, auto, -1GB.", show_default=False),
+    ] = None,
+    ram: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Keep within so much host memory, the process included.", show_default=False),
+    ] = None,
+    allow: Annotated[
+        list[Allow] | None,
+        typer.Option(
+            metavar="NAME", help="With a budget: fp8, int8, blended_tiling may change the result; repeatable."
+        ),
+    ] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Write a picture of memory over time.", show_default=False)
+    ] = None,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="LOWTIDE_DEBUG", help="Show tracebacks.", show_envvar=False)
     ] = False,
@@ -139,7 +160,10 @@ def generate(
             casting=casting,
             model=resolve_model(model, video=video),
             video=video_from(video, frames, fps, sheet),
+            budget=budget_from(vram, ram, allow or (), own_choice(offload, casting, decode)),
+            timeline=timeline,
         )
+        check_plot(timeline, "--timeline")
         run(request)
 
 
@@ -154,29 +178,39 @@ def run(request: Request) -> None:
     steady_malloc(mmap_threshold=8 * 2**20, trim_threshold=64 * 2**20)
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, device)
-    meter = Meter()
-    observers = (ProgressBar(), meter)
-    with Stages(observers).stage("load"):
+    meter = Meter(timeline=request.timeline is not None)
+    before = Stages((ProgressBar(), meter))
+    with before.stage("load"):
         pipe = load_pipeline(request, device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    with pipe.stages.observed(*observers):
+    fitted = None if request.budget is None else fit_to_budget(pipe, request, device, before)
+    shown = (ProgressBar(),) if fitted is None else fitted.observers()
+    with pipe.stages.observed(*shown, meter):
         if request.video is None:
             make_pictures(pipe, request, paths, dtype)
         else:
             make_videos(pipe, request, paths)
-    _print_table(meter)
+    if fitted is None:
+        _print_table(meter)
+    else:
+        fitted.print_report(meter)
+    if request.timeline is not None:
+        _write_timeline(meter, None if fitted is None else fitted.plan, request.timeline)
 
 
 def make_pictures(pipe: Any, request: Request, paths: Sequence[Path], dtype: torch.dtype) -> None:
     """Make the pictures with a pipeline of Stable Diffusion."""
     width, height = request.size or pipe.image_size(None, None)[::-1]
-    set_decoding(pipe, request.decode, exact=width * height > WHOLE_UP_TO)
+    if request.budget is None:
+        set_decoding(pipe, request.decode, exact=width * height > WHOLE_UP_TO)
     draw(pipe, request, paths, {**_settings(request, pipe, dtype), "size": f"{width}x{height}"})
 
 
 def load_pipeline(request: Request, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline that `request` asks for, on `device`, with the scheduler asked for."""
     offload = None if request.offload is Offload.NONE else request.offload.value
+    if request.budget is not None:
+        offload = Offload.BLOCK.value  # nothing is read before there is a plan
     is_video = request.video is not None
     check_kind(request.model, video=is_video)
     pipeline = lowtide.CogVideoXPipeline if is_video else lowtide.StableDiffusionPipeline
@@ -272,6 +306,19 @@ def _headline(request: Request) -> str:
     first, last = request.seeds[0], request.seeds[-1]
     seeds = f"seed {first}" if first == last else f"seeds {first} to {last}"
     return f"lowtide {lowtide.__version__}: {_model_name(request)}, {request.steps} steps, {seeds}"
+
+
+def own_choice(offload: Offload, casting: Casting, decode: Decode) -> list[str]:
+    """The options that choose by hand what a budget would choose."""
+    usual = {"--offload": (offload, Offload.NONE), "--casting": (casting, Casting.NONE)}
+    usual["--decode"] = (decode, Decode.AUTO)
+    return [f"{name} {value.value}" for name, (value, default) in usual.items() if value is not default]
+
+
+def _write_timeline(meter: Meter, plan: Plan | None, path: Path) -> None:
+    from lowtide.bench.timeline_plot import plot_timeline
+
+    tell(f"Written: {plot_timeline(meter.timeline(), plan, path)}")
 
 
 def _print_table(meter: Meter) -> None:

@@ -10,6 +10,7 @@ from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 
+from lowtide.cli.budgets import Budget
 from lowtide.cli.errors import InputError
 
 SHIPPED_MODEL = "seascapes"
@@ -96,13 +97,14 @@ class Request:
     decode: Decode = Decode.AUTO
     casting: Casting = Casting.NONE
     video: Video | None = None
+    budget: Budget | None = None
+    timeline: Path | None = None
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
         _check_text(self.negative)
         check_steps(self.steps)
-        if not math.isfinite(self.guidance) or self.guidance < 0:
-            raise InputError(f"--guidance {self.guidance}: give a number from 0 up. 7.5 is usual, 1 turns it off.")
+        check_guidance(self.guidance)
         check_device(self.device)
 
 
@@ -117,6 +119,12 @@ def check_steps(steps: int) -> None:
     """Raise `InputError` for less than one step."""
     if steps < 1:
         raise InputError(f"--steps {steps}: at least one step is needed. 20 to 50 are usual.")
+
+
+def check_guidance(guidance: float) -> None:
+    """Raise `InputError` for a number below 0 or none at all."""
+    if not math.isfinite(guidance) or guidance < 0:
+        raise InputError(f"--guidance {guidance}: give a number from 0 up. 7.5 is usual, 1 turns it off.")
 
 
 def check_device(name: str) -> None:

@@ -35,7 +35,8 @@ def make_videos(pipe: Any, request: Request, paths: Sequence[Path]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the pipeline says it again
         rows, columns, _ = pipe.clip_size(*(request.size or (None, None))[::-1], video.frames)
-    set_decoding(pipe, request.decode, exact=rows * columns > WHOLE_CLIPS_UP_TO)
+    if request.budget is None:
+        set_decoding(pipe, request.decode, exact=rows * columns > WHOLE_CLIPS_UP_TO)
     for seed, path, sheet in zip(request.seeds, paths, sheets, strict=True):
         make_video(pipe, request, seed, path, sheet)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lowtide.memory.peaks import Peaks, PeakSource, cuda_in_use
+from lowtide.memory.timeline import Samples, StageMark, Timeline
 from lowtide.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -41,10 +42,12 @@ class Meter:
 
     `interval` is the time between two samples in seconds; `None` samples at stage boundaries and steps alone. While
     a stage runs, the meter resets the process's `VmHWM` and PyTorch's peak statistics: use one meter at a time.
+    With `timeline` the samples are kept: see `Meter.timeline`.
     """
 
-    def __init__(self, interval: float | None = 0.01) -> None:
-        self._source = PeakSource(interval)
+    def __init__(self, interval: float | None = 0.01, *, timeline: bool = False) -> None:
+        self._samples = Samples() if timeline else None
+        self._source = PeakSource(interval, None if self._samples is None else self._samples.add)
         self._open: list[_OpenStage] = []
         self._begun: list[_OpenStage] = []
 
@@ -81,6 +84,18 @@ class Meter:
     def report(self) -> list[StageReading]:
         """The readings of all finished stages, in the order in which they began."""
         return [stage.reading() for stage in self._begun if stage.end is not None]
+
+    def timeline(self) -> Timeline:
+        """Memory over time since this meter was made, and the stages that have ended; for `Meter(timeline=True)`."""
+        if self._samples is None:
+            raise ValueError("This meter keeps no samples: make it with Meter(timeline=True).")
+        begin = self._samples.begin
+        ended = [(stage, stage.end) for stage in self._begun if stage.end is not None]
+        marks = (
+            StageMark(one.name, one.depth, one.start.host - begin, end.host - begin, one.peaks.rss, one.peaks.cuda)
+            for one, end in ended
+        )
+        return Timeline(self._samples.kept(), tuple(marks))
 
     def table(self) -> Table:
         """The readings for a terminal: stages of one name in one row, and a row for the whole."""

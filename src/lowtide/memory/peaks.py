@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,13 @@ class Peaks:
 class PeakSource:
     """Hands out the peaks since the last `take`; `start` and `stop` run the sampling thread.
 
-    `interval` is in seconds; `None` means no thread: only calls of `sample` and `take` are seen.
+    `interval` is in seconds; `None` means no thread: only calls of `sample` and `take` are seen. `seen` is handed every
+    sample, from whichever thread took it.
     """
 
-    def __init__(self, interval: float | None = 0.01) -> None:
+    def __init__(self, interval: float | None = 0.01, seen: Callable[[Peaks], None] | None = None) -> None:
         self.exact_rss = _can_reset_high_water_mark()
+        self._seen = seen
         self._interval = interval
         self._lock = threading.Lock()
         self._sampled: Peaks | None = None
@@ -74,6 +77,8 @@ class PeakSource:
     def sample(self) -> None:
         """Look once at the memory in use."""
         now = _in_use()
+        if self._seen is not None:
+            self._seen(now)
         with self._lock:
             self._sampled = now if self._sampled is None else self._sampled.merged(now)
 
@@ -125,6 +130,17 @@ def _in_use() -> Peaks:
     with open("/proc/self/statm", encoding="ascii") as statm:
         resident, shared = (int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in statm.read().split()[1:3])
     return Peaks(resident, resident - shared, shared)
+
+
+def resident_memory() -> int:
+    """Bytes of resident memory that this process uses now."""
+    return _in_use().rss
+
+
+def cuda_allocated() -> int | None:
+    """Bytes that PyTorch has allocated now on all CUDA devices; None if it uses none."""
+    cuda = cuda_in_use()
+    return None if cuda is None else sum(map(cuda.memory_allocated, range(cuda.device_count())))
 
 
 def cuda_in_use() -> Any | None:

@@ -176,7 +176,7 @@ class FittingMethods:
         fit = self._fit
         assert fit is not None
         if fit.device.type == "cpu":
-            steady_malloc(mmap_threshold=2**22, trim_threshold=2**24)
+            steady_malloc()  # what is predicted is what is in use: freed memory must not stay
         for name, module in self.modules().items():
             chosen = plan.components.get(name, _UNUSED)
             put_under(module, chosen, fit.castings.get(name), fit.device)
@@ -264,6 +264,7 @@ def _vram(device: torch.device, asked: Asked) -> int | None:
 def rates_here(device: torch.device, dtype: torch.dtype, modules: Mapping[str, nn.Module]) -> Rates:
     """What this machine does in a second, with what this process takes by itself already."""
     rates = machine_rates(device, dtype)
+    trim_heap()
     own = psutil.Process().memory_info().rss - sum(_in_memory(module) for module in modules.values())
     return replace(rates, base=max(rates.base, own))
 

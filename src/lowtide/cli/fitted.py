@@ -1,0 +1,76 @@
+"""`lowtide generate` within a budget: the plan before the run, a line a step during it, and the report after it."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from lowtide.cli.errors import tell
+from lowtide.cli.live import Sources, StepLines
+from lowtide.memory.flow import FlowMeter, ledgers_of, total_flow
+from lowtide.memory.peaks import cuda_allocated, resident_memory
+from lowtide.progress import ProgressBar
+
+if TYPE_CHECKING:
+    import torch
+
+    from lowtide.cli.request import Request
+    from lowtide.memory.meter import Meter
+    from lowtide.memory.plan import Plan
+    from lowtide.stages import StageObserver, Stages
+
+
+class FittedRun:
+    """A pipeline that was fitted to a budget, and what watches it."""
+
+    def __init__(self, pipe: Any, plan: Plan) -> None:
+        self._pipe = pipe
+        self.plan = plan
+        self._flows = FlowMeter(lambda: total_flow(self._ledgers()))
+
+    def observers(self) -> tuple[StageObserver, ...]:
+        """What shows each step, and what keeps the books; steps are looked at before they are shown."""
+        on_terminal = sys.stderr.isatty()
+        sources = Sources(_in_use(self.plan), lambda: total_flow(self._ledgers()).stalled)
+        lines = StepLines(self.plan, sources, None if on_terminal else tell)
+        return lines, self._flows, ProgressBar(note=(lambda: lines.line) if on_terminal else None)
+
+    def print_report(self, meter: Meter) -> None:
+        """Print on stderr what the run took beside what its plan said."""
+        from rich.console import Console
+
+        from lowtide.memory.report import run_report
+
+        degradations = getattr(self._pipe.report(), "degradations", ()) if hasattr(self._pipe, "report") else ()
+        report = run_report(self.plan, meter.report(), self._flows.report(), degradations)
+        Console(stderr=True).print(report.table())
+        for degradation in report.degradations:
+            tell(f"Not as planned: {degradation}")
+
+    def _ledgers(self) -> list[Any]:
+        return ledgers_of(self._pipe.modules().values())
+
+
+def fit_to_budget(pipe: Any, request: Request, device: torch.device, stages: Stages) -> FittedRun:
+    """Plan the run as a stage of its own, put the plan to work, and say it. Raises `BudgetError` if nothing fits."""
+    from lowtide.cli.plan_text import one_line
+
+    budget = request.budget
+    assert budget is not None
+    with stages.stage("plan"):
+        plan = pipe.fit(budget.vram, budget.ram, allow=budget.allow, device=device, **run_size(request))
+    tell(one_line(plan))
+    return FittedRun(pipe, plan)
+
+
+def run_size(request: Request) -> dict[str, Any]:
+    """What one call is asked for, by the names of `lowtide.pipelines.run_size.RunSize`."""
+    width, height = request.size or (None, None)
+    asked = {"height": height, "width": width, "frames": None if request.video is None else request.video.frames}
+    given = {name: value for name, value in asked.items() if value is not None}
+    output = {} if request.video is not None else {"output": "file"}
+    return {**given, **output, "steps": request.steps, "guided": request.guidance > 1}
+
+
+def _in_use(plan: Plan) -> Any:
+    return resident_memory if plan.device == "cpu" else lambda: cuda_allocated() or 0

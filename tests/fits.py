@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests import tiny, tiny_video
 
-from lowtide.memory.plan import Rates
+from lowtide.memory.costs import Rates
 from lowtide.pipelines.cogvideox import CogVideoXPipeline
 from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
 

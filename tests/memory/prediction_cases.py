@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 import lowtide
 from lowtide.configs import read_json
 from lowtide.memory.attach import detach
-from lowtide.memory.plan import Call
+from lowtide.memory.costs import Call
 from lowtide.memory.presets import apply_residency
 from lowtide.memory.profile import trace_call
 from lowtide.models.unet import UNet2DConditionModel

@@ -8,23 +8,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowtide.memory.bounds import Sizes, bound, depth, spread, within
+from lowtide.memory.costs import Call, Component, Rates, Stage, UnitSize, Work, Workload
 from lowtide.memory.forms import Level
 from lowtide.memory.frontier import PRECISION, Limits, beside_weights, choices
 from lowtide.memory.options import options, under_rule
 from lowtide.memory.pace import Timing
-from lowtide.memory.plan import (
-    LOSSY,
-    BudgetError,
-    Budgets,
-    Call,
-    Component,
-    Plan,
-    Rates,
-    Stage,
-    UnitSize,
-    Work,
-    Workload,
-)
+from lowtide.memory.plan import LOSSY, BudgetError, Budgets, Plan
 from lowtide.memory.planner import Planner, alternatives, choose, curve, minimum
 
 CPU = Rates("cpu", 1e9, 1e9, 1e9, 1e9, 1e-6, 2e8, 1e8, 5e7, 10**9, 1000, contention=0.5)

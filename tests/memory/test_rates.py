@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowtide.memory import pace_probes, rates
-from lowtide.memory.plan import Work
+from lowtide.memory.costs import Work
 from lowtide.memory.probes import disk_read_rate
 
 MEASURED = replace(rates.assumed_rates(), device="cpu", assumed=False, cache=1)

@@ -15,7 +15,7 @@ import lowtide
 from lowtide.memory import probes
 
 if TYPE_CHECKING:
-    from lowtide.memory.plan import Rates
+    from lowtide.memory.costs import Rates
 
 _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "pillow")
 # Optional package -> what it is for.

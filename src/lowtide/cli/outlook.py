@@ -11,7 +11,7 @@ from lowtide.memory.plan import LOSSY, BudgetError, Budgets, Plan
 from lowtide.sizes import format_decimal
 
 if TYPE_CHECKING:
-    from lowtide.memory.plan import Rates, Workload
+    from lowtide.memory.costs import Rates, Workload
 
 GIGABYTE = 10**9
 LEAST_GAIN = 0.002

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lowtide.memory.costs import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE
 from lowtide.memory.forms import Level, Rule, Tier
-from lowtide.memory.plan import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, ComponentPlan, Plan
+from lowtide.memory.plan import ComponentPlan, Plan
 from lowtide.sizes import format_decimal
 
 _LEVELS = {Level.WHOLE: "whole", Level.BLOCK: "by blocks", Level.LEAF: "by leaves"}

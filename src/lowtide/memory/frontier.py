@@ -16,9 +16,10 @@ from itertools import product
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+from lowtide.memory.costs import BLENDED, WAYS, Call, Component, Rates, Stage, Workload
 from lowtide.memory.options import Option, options
 from lowtide.memory.pace import Pace, Timing, exceeds_cache
-from lowtide.memory.plan import BLENDED, LOSSY, WAYS, Call, Component, Rates, Stage, Workload
+from lowtide.memory.plan import LOSSY
 
 BLENDED_TILING = "blended_tiling"
 PRECISION = 1e-3

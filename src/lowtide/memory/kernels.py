@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from lowtide.memory.plan import Work
+from lowtide.memory.costs import Work
 from lowtide.ops.meant import meant_device, standing_for
 
 aten = torch.ops.aten

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lowtide.memory.bounds import STAGE_BYTES, Sizes, bound, depth, spread, summed, within
+from lowtide.memory.costs import Component, Rates, UnitSize
 from lowtide.memory.forms import Level, Rule, Tier
-from lowtide.memory.plan import Component, ComponentPlan, Rates, UnitSize
+from lowtide.memory.plan import ComponentPlan
 
 HOST_SHARES = (1.0, 0.5, 0.0)
 """Of a component's streamed weights, those that rest in a GPU's host memory: all, or less where it is scarce."""

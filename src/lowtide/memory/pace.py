@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowtide.memory.costs import Component, Rates, Work, Workload
 from lowtide.memory.forms import Level
 from lowtide.memory.options import Option, Streamed
-from lowtide.memory.plan import Component, Rates, Work, Workload
 
 
 @dataclass(frozen=True)

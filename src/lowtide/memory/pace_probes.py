@@ -19,7 +19,7 @@ PRODUCTS = ((8192, 320, 2560), (2048, 640, 5120), (512, 1280, 10240), (128, 1280
 """Rows, and features in and out: of feed-forward and projection layers."""
 ATTENTIONS = ((4096, 8, 40), (1024, 8, 80))
 """Tokens, heads, and features of a head."""
-_REPEATS = 2
+_REPEATS = 3
 
 
 class Computing:

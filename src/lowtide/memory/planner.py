@@ -10,22 +10,12 @@ from dataclasses import dataclass, replace
 
 from lowtide.memory import words
 from lowtide.memory.bounds import Sizes, summed
+from lowtide.memory.costs import EXACT, WHOLE, Rates, Stage, Workload
 from lowtide.memory.forms import Level
 from lowtide.memory.frontier import Choice, Limits, Point, base, best_trades, choices, slack
 from lowtide.memory.options import Option
 from lowtide.memory.pace import Pace
-from lowtide.memory.plan import (
-    EXACT,
-    LOSSY,
-    WHOLE,
-    BudgetError,
-    Budgets,
-    Plan,
-    Rates,
-    Stage,
-    StagePlan,
-    Workload,
-)
+from lowtide.memory.plan import LOSSY, BudgetError, Budgets, Plan, StagePlan
 
 GIGABYTE = 10**9
 SCHEMES: dict[str, tuple[Level | None, int]] = {

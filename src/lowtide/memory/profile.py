@@ -11,9 +11,9 @@ from torch import nn
 
 from lowtide.memory.blocks import Part, split, with_atomic
 from lowtide.memory.casting import meant_by
+from lowtide.memory.costs import Call, Component, UnitSize, Work
 from lowtide.memory.forms import NAMED_CASTINGS, Casting, Level, Rule
 from lowtide.memory.gather import gather
-from lowtide.memory.plan import Call, Component, UnitSize, Work
 from lowtide.memory.traced import Traced, total, trace
 from lowtide.memory.unit import aligned
 from lowtide.memory.weight import Weight

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 import lowtide
+from lowtide.memory.costs import Rates
 from lowtide.memory.host import host_memory, processor_name_and_flags, usable_cpus
 from lowtide.memory.pace_probes import Computing
-from lowtide.memory.plan import Rates
 from lowtide.memory.probes import DiskRate, disk_read_rate, link_rates
 
 _FORMAT = 1

@@ -19,8 +19,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowtide.memory.costs import Call, Work
 from lowtide.memory.kernels import REWRITTEN, made_by, work_of
-from lowtide.memory.plan import Call, Work
 from lowtide.memory.repeats import Signatures, form_of_call, forms_of_result, made_again
 from lowtide.memory.workspace import workspace
 from lowtide.ops.meant import meant_device, standing_for, taken_note

@@ -4,19 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from lowtide.memory.costs import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, Workload
 from lowtide.memory.forms import Level, Tier
-from lowtide.memory.plan import (
-    BLENDED,
-    EXACT,
-    EXACT_ON_DISK,
-    SLICED,
-    WHOLE,
-    Budgets,
-    ComponentPlan,
-    Plan,
-    StagePlan,
-    Workload,
-)
+from lowtide.memory.plan import Budgets, ComponentPlan, Plan, StagePlan
 from lowtide.sizes import format_bytes
 
 WAY_WORDS = {

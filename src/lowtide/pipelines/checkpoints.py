@@ -14,9 +14,10 @@ from torch import nn
 from lowtide.hub import Source
 from lowtide.loading import ComponentSpec, LoadOptions, load_components, read_model_index
 from lowtide.memory.budgets import Asked, check_budget
+from lowtide.memory.costs import Rates, Workload
 from lowtide.memory.forms import NAMED_CASTINGS
 from lowtide.memory.loading import Offload
-from lowtide.memory.plan import Budgets, Plan, Rates, Workload
+from lowtide.memory.plan import Budgets, Plan
 from lowtide.memory.planner import choose
 from lowtide.memory.presets import stream_for
 from lowtide.memory.rates import assumed_rates

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from lowtide.models.video_positions import rotary_embedding
 from lowtide.pipelines import checks
 from lowtide.pipelines.base import DiffusionPipeline, StepCallback
 from lowtide.pipelines.frames import Frames
+from lowtide.pipelines.guidance import changed_by_callback, dynamic_guidance
 from lowtide.pipelines.meta_stages import clip_stages
 from lowtide.pipelines.outputs import VIDEO_OUTPUT_TYPES, CogVideoXPipelineOutput
 from lowtide.pipelines.resuming import kept_safe, load_latents, resumed
@@ -124,7 +124,7 @@ class CogVideoXPipeline(DiffusionPipeline):
                         asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                         returned = callback_on_step_end(self, step, timestep, asked)
                         changed = checks.check_returned(returned, CALLBACK_TENSORS)
-                        x, embeds, negative = _changed(x, embeds, negative, changed)
+                        x, embeds, negative = changed_by_callback(x, embeds, negative, changed)
                     stage.advance()
             frames: Any = x
             if output_type != "latent":
@@ -331,36 +331,3 @@ class CogVideoXPipeline(DiffusionPipeline):
     def transformer_config(self) -> Any:
         """The transformer's configuration; of a replacement that has none, the original's."""
         return getattr(self.transformer, "config", self._transformer_config)
-
-
-def dynamic_guidance(guidance_scale: float, timestep: torch.Tensor, num_steps: int) -> float:
-    """The guidance of one step: 1 + scale · (1 - cos(π · x⁵)) / 2 with x = (steps - timestep) / steps.
-
-    The timestep is the training schedule's own, as the ecosystem has it: x runs from far below 0 to nearly 1.
-    """
-    x = (num_steps - timestep.item()) / num_steps
-    return 1 + guidance_scale * ((1 - math.cos(math.pi * x**5.0)) / 2)
-
-
-def _changed(
-    x: torch.Tensor,
-    embeds: torch.Tensor,
-    negative: torch.Tensor | None,
-    returned: Mapping[str, torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Latents and embeddings after a callback; negative ones that it changed replace those among all embeddings.
-
-    Embeddings of the prompts alone end the guidance: there are no negative ones from then on, whatever it returned.
-    """
-    x, embeds = returned.get("latents", x), returned.get("prompt_embeds", embeds)
-    if len(embeds) not in (len(x), 2 * len(x)):
-        raise ValueError(
-            f"callback_on_step_end left {len(embeds)} prompt_embeds for {len(x)} latents; it must be {2 * len(x)}, or "
-            f"{len(x)} to end the guidance."
-        )
-    if negative is None or len(embeds) == len(x):
-        return x, embeds, None
-    changed = returned.get("negative_prompt_embeds", negative)
-    if changed is not None and changed is not negative:
-        embeds = torch.cat([changed.to(embeds), embeds[len(x) :]])
-    return x, embeds, changed

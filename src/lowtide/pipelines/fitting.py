@@ -17,10 +17,11 @@ from torch import nn
 
 from lowtide.memory.attach import attach, attachment_of, detach
 from lowtide.memory.budgets import Asked, budget_bytes, check_budget
+from lowtide.memory.costs import Rates
 from lowtide.memory.forms import NAMED_CASTINGS
 from lowtide.memory.host import host_memory, trim_heap
 from lowtide.memory.meter import Meter, StageReading, steady_malloc
-from lowtide.memory.plan import LOSSY, BudgetError, Budgets, ComponentPlan, Plan, Rates
+from lowtide.memory.plan import LOSSY, BudgetError, Budgets, ComponentPlan, Plan
 from lowtide.memory.planner import choose
 from lowtide.memory.presets import apply_casting, execution_device, model_rule, remove_casting, stream_for
 from lowtide.memory.rates import machine_rates

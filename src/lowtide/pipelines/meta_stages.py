@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lowtide.activations.frames import frame_batches
-from lowtide.memory.plan import BLENDED
+from lowtide.memory.costs import BLENDED
 from lowtide.pipelines.run_size import RunSize
 from lowtide.pipelines.workload import HISTORY, TracedStage, nbytes
 
@@ -82,7 +82,7 @@ def clip_stages(pipe: Any, size: RunSize) -> Iterator[TracedStage]:
         pipe.vae.decode_frames(z if way == BLENDED else some, lambda first, frames: None)
 
     values = 3 * size.height * size.width * frames * size.pictures
-    carried = nbytes(x, embeds, *positions) + values * {"pil": 1, "np": _FLOAT32}.get(size.output, dtype.itemsize)
+    carried = nbytes(x, embeds, *positions) + values * clip_bytes(size.output, dtype)
     parts = latents / some.shape[2]
     yield TracedStage("decode", "vae", size.pictures, decode, (z,), carried, decodes=True, parts=parts)
 
@@ -91,6 +91,11 @@ def _alike(latents: int, at_once: int) -> int:
     """So many latent frames are decoded in as much memory as all: a first batch, one in the middle, and a last one."""
     batches = list(frame_batches(latents, at_once))
     return latents if len(batches) <= 3 else batches[0].stop + 2 * at_once
+
+
+def clip_bytes(output: str, dtype: torch.dtype) -> int:
+    """Bytes for each value of a finished clip, in the form that is asked for."""
+    return {"pil": 1, "np": _FLOAT32}.get(output, int(dtype.itemsize))
 
 
 def picture_bytes(output: str, dtype: torch.dtype) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lowtide.activations.exact import row_streaming_of
-from lowtide.memory.plan import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Work, Workload
+from lowtide.memory.costs import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Work, Workload
 from lowtide.memory.profile import Traced, component, trace
 from lowtide.memory.twin import meta_twin
 from lowtide.pipelines.run_size import RunSize

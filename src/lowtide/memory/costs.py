@@ -1,0 +1,182 @@
+"""What a run takes, and what a machine does in a second: the nouns that plans are made from.
+
+Sizes in bytes, times in seconds, work in floating-point operations. Everything is frozen and free of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowtide.memory.forms import Level
+
+WHOLE, SLICED, EXACT, EXACT_ON_DISK, BLENDED = "whole", "sliced", "exact", "exact on disk", "blended"
+WAYS = (WHOLE, SLICED, EXACT, EXACT_ON_DISK, BLENDED)
+"""The ways to go through a stage: at once, one picture of a batch at a time, row by row with the finished rows in
+memory or in a file, in blended tiles."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is computed: operations of convolutions, matrix products and attention; bytes all the rest reads and writes.
+
+    A multiplication and an addition are two operations. `kernels` counts the calls of kernels of every kind.
+    `channels_last` are convolutions of maps laid out so, which `convolution` leaves out: a CPU is faster at them.
+    """
+
+    convolution: float = 0.0
+    product: float = 0.0
+    attention: float = 0.0
+    touched: float = 0.0
+    kernels: int = 0
+    channels_last: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.convolution + other.convolution,
+            self.product + other.product,
+            self.attention + other.attention,
+            self.touched + other.touched,
+            self.kernels + other.kernels,
+            self.channels_last + other.channels_last,
+        )
+
+    def times(self, count: float) -> Work:
+        """So much of it."""
+        return Work(
+            self.convolution * count,
+            self.product * count,
+            self.attention * count,
+            self.touched * count,
+            int(self.kernels * count),
+            self.channels_last * count,
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a component on one shape of input, its weights left out.
+
+    `peak` bytes of tensors are alive at once, at most: inputs and outputs, and `workspace` bytes of kernels' own
+    memory among them. `result` bytes are left when it ends; `stored` bytes of rows lie in a file in between.
+    """
+
+    peak: int
+    workspace: int
+    result: int
+    work: Work
+    stored: int = 0
+
+
+@dataclass(frozen=True)
+class UnitSize:
+    """What comes to the device at once: `nbytes` aligned bytes of weights as they are computed with.
+
+    `resting` bytes of them lie in the file. A `mapped` unit can be computed with where it lies there, on a CPU. Units
+    of several `modules` and those that stand `aside` count as `lowtide.memory.stream.Stream` counts them. `work` is
+    what one call of the component computes with these weights, `leaf` its largest single layer's bytes.
+    """
+
+    name: str
+    nbytes: int
+    resting: int
+    mapped: bool = True
+    modules: int = 1
+    aside: bool = False
+    work: Work = field(default_factory=Work)
+    leaf: int = 0
+
+
+@dataclass(frozen=True)
+class Component:
+    """A network's weights, split in units for each level, in the order in which they are called.
+
+    `castings` holds the same for weights that rest in 8 bits, by the casting's name. `in_file` tells whether the
+    weights lie in files that they can be read from again.
+    """
+
+    name: str
+    units: Mapping[Level, tuple[UnitSize, ...]]
+    castings: Mapping[str, Mapping[Level, tuple[UnitSize, ...]]] = field(default_factory=dict)
+    in_file: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights as they are computed with."""
+        return sum(unit.nbytes for unit in self.units[Level.WHOLE])
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named stretch of a run, in which one component is called `calls` times.
+
+    `ways` are the calls that it can be made of, by the names in `WAYS`. `carried` bytes are alive during all of it and
+    in no call's peak: latents, embeddings, the scheduler's history, pictures made so far.
+    """
+
+    name: str
+    component: str
+    calls: int
+    ways: Mapping[str, Call]
+    carried: int = 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A run: its stages in order and the components in use; `made_for` says what was asked, such as the size."""
+
+    components: Mapping[str, Component]
+    stages: tuple[Stage, ...]
+    dtype: str
+    made_for: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second, for one device and dtype.
+
+    Operations of `convolution`, `product` and `attention`; bytes `touched`; seconds a `kernel` takes to begin. Bytes
+    that come to the device a second: over the `link` from host memory (on a CPU: by mapping pages that are in memory),
+    `converted` where the dtype changes or bytes are copied, and from the `disk`. `cache` bytes of files stay in the
+    system's memory, so that they are read from the disk once. `base` bytes are taken by the process itself on the host,
+    `device_base` on the device, before anything is loaded; `slack` is the share of activations that an allocator takes
+    on top. `dequantized` bytes of working numbers a second are made of 8-bit ones. For each second of loading beside
+    computing, computing loses `contention` of a second: a CPU's reader takes time from it. `channels_last` are
+    operations of convolutions of such maps, 0 where they are as fast as others. `assumed` where these are usual
+    figures, not measured ones.
+    """
+
+    device: str
+    convolution: float
+    product: float
+    attention: float
+    touched: float
+    kernel: float
+    link: float
+    converted: float
+    disk: float
+    cache: int
+    base: int
+    device_base: int = 0
+    slack: float = 0.0
+    dequantized: float = 1e10
+    contention: float = 0.0
+    channels_last: float = 0.0
+    assumed: bool = False
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the device's memory is the host's."""
+        return self.device == "cpu"
+
+    def seconds(self, work: Work) -> float:
+        """How long computing takes, with the weights at hand."""
+        return (
+            work.convolution / self.convolution
+            + work.channels_last / (self.channels_last or self.convolution)
+            + work.product / self.product
+            + work.attention / self.attention
+            + work.touched / self.touched
+            + work.kernels * self.kernel
+        )

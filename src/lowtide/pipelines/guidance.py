@@ -1,0 +1,41 @@
+"""Guidance that changes from step to step, and what a callback makes of a clip's tensors between two steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+
+def dynamic_guidance(guidance_scale: float, timestep: torch.Tensor, num_steps: int) -> float:
+    """The guidance of one step: 1 + scale · (1 - cos(π · x⁵)) / 2 with x = (steps - timestep) / steps.
+
+    The timestep is the training schedule's own, as the ecosystem has it: x runs from far below 0 to nearly 1.
+    """
+    x = (num_steps - timestep.item()) / num_steps
+    return 1 + guidance_scale * ((1 - math.cos(math.pi * x**5.0)) / 2)
+
+
+def changed_by_callback(
+    x: torch.Tensor,
+    embeds: torch.Tensor,
+    negative: torch.Tensor | None,
+    returned: Mapping[str, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Latents and embeddings after a callback; negative ones that it changed replace those among all embeddings.
+
+    Embeddings of the prompts alone end the guidance: there are no negative ones from then on, whatever it returned.
+    """
+    x, embeds = returned.get("latents", x), returned.get("prompt_embeds", embeds)
+    if len(embeds) not in (len(x), 2 * len(x)):
+        raise ValueError(
+            f"callback_on_step_end left {len(embeds)} prompt_embeds for {len(x)} latents; it must be {2 * len(x)}, or "
+            f"{len(x)} to end the guidance."
+        )
+    if negative is None or len(embeds) == len(x):
+        return x, embeds, None
+    changed = returned.get("negative_prompt_embeds", negative)
+    if changed is not None and changed is not negative:
+        embeds = torch.cat([changed.to(embeds), embeds[len(x) :]])
+    return x, embeds, changed

@@ -6,7 +6,7 @@ Sizes in bytes, times in seconds, work in floating-point operations. Everything 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowtide.memory.forms import Level
@@ -121,6 +121,11 @@ class Stage:
     ways: Mapping[str, Call]
     carried: int = 0
 
+    @property
+    def keeps_heap(self) -> bool:
+        """Whether freed memory is worth keeping at hand: where calls are many. A decoder's blocks are few and large."""
+        return self.calls > 2 and set(self.ways) == {WHOLE}
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -141,10 +146,11 @@ class Rates:
     `converted` where the dtype changes or bytes are copied, and from the `disk`. `cache` bytes of files stay in the
     system's memory, so that they are read from the disk once. `base` bytes are taken by the process itself on the host,
     `device_base` on the device, before anything is loaded; `slack` is the share of activations that an allocator takes
-    on top. `dequantized` bytes of working numbers a second are made of 8-bit ones. For each second of loading beside
-    computing, computing loses `contention` of a second: a CPU's reader takes time from it. `channels_last` are
-    operations of convolutions of such maps, 0 where they are as fast as others. `assumed` where these are usual
-    figures, not measured ones.
+    on top, at most `slack_most` bytes. `frugal_touched` are bytes touched a second where freed memory goes back to the
+    system at once, which leaves no slack; 0 where that cannot be chosen. `dequantized` bytes of working numbers a
+    second are made of 8-bit ones. For each second of loading beside computing, computing loses `contention` of a
+    second: a CPU's reader takes time from it. `channels_last` are operations of convolutions of such maps, 0 where they
+    are as fast as others. `assumed` where these are usual figures, not measured ones.
     """
 
     device: str
@@ -160,6 +166,8 @@ class Rates:
     base: int
     device_base: int = 0
     slack: float = 0.0
+    slack_most: int = 2**62
+    frugal_touched: float = 0.0
     dequantized: float = 1e10
     contention: float = 0.0
     channels_last: float = 0.0
@@ -169,6 +177,20 @@ class Rates:
     def on_cpu(self) -> bool:
         """Whether the device's memory is the host's."""
         return self.device == "cpu"
+
+    def in_stage(self, stage: Stage) -> Rates:
+        """The rates in a stage: freed memory is kept at hand only where that is worth it."""
+        return self if stage.keeps_heap or self.frugal is None else self.frugal
+
+    @property
+    def is_frugal(self) -> bool:
+        """Whether freed memory goes back to the system at once."""
+        return self.frugal_touched > 0 and self.touched == self.frugal_touched and self.slack == 0
+
+    @property
+    def frugal(self) -> Rates | None:
+        """The rates where freed memory goes back to the system at once, if that can be chosen."""
+        return replace(self, slack=0.0, touched=self.frugal_touched) if self.frugal_touched and self.slack else None
 
     def seconds(self, work: Work) -> float:
         """How long computing takes, with the weights at hand."""

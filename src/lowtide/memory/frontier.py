@@ -51,6 +51,7 @@ class Point(NamedTuple):
     beside: int
     cost: int
     chain: Any = None
+    frugal: bool = False
 
     @property
     def choices(self) -> list[Choice]:
@@ -74,13 +75,20 @@ def best_trades(
     workload: Workload, rates: Rates, allow: Iterable[str] = (), limits: Limits | None = None
 ) -> list[Point]:
     """The plans that none beats in both bytes on the device and time, from the smallest to the fastest."""
-    known = limits or Limits()
-    per_component = [choices(component, workload, rates, allow, known) for component in workload.components.values()]
+    known, tick = limits or Limits(), tick_of(workload, rates)
     found: list[Point] = []
-    for stored, beside in _further_limits(per_component, rates, known):
-        fitting = [[one for one in group if one.stored <= stored] for group in per_component]
-        found += _trades(fitting, beside)
-    return staircase([Point(one.nbytes, 0, one.cost, one.chain) for one in found])
+    for one in (rates, rates.frugal):
+        if one is not None:
+            found += _all_trades(workload, one, allow, known, tick)
+    return staircase(found)
+
+
+def _all_trades(workload: Workload, rates: Rates, allow: Iterable[str], limits: Limits, tick: float) -> Iterator[Point]:
+    groups = [choices(component, workload, rates, allow, limits, tick) for component in workload.components.values()]
+    for stored, beside in _further_limits(groups, rates, limits):
+        fitting = [[one for one in group if one.stored <= stored] for group in groups]
+        for point in _trades(fitting, beside):
+            yield Point(point.nbytes, 0, point.cost, point.chain, rates.is_frugal)
 
 
 def _further_limits(groups: list[list[Choice]], rates: Rates, limits: Limits) -> Iterator[tuple[int, int | None]]:
@@ -134,13 +142,13 @@ def staircase(points: Iterable[Point]) -> list[Point]:
 
 
 def choices(
-    component: Component, workload: Workload, rates: Rates, allow: Iterable[str], limits: Limits
+    component: Component, workload: Workload, rates: Rates, allow: Iterable[str], limits: Limits, tick: float
 ) -> list[Choice]:
     """Every option of a component with every way through its stages."""
     allowed = set(allow)
     stages = [stage for stage in workload.stages if stage.component == component.name]
     castings = [name for name in LOSSY if name in allowed]
-    cold, tick = exceeds_cache(workload, rates), _tick(workload, rates)
+    cold = exceeds_cache(workload, rates)
     found: list[Choice] = []
     for option in options(component, rates, castings, scarce_host=limits.host is not None):
         timing = Timing(option, rates, cold=cold)
@@ -151,12 +159,17 @@ def choices(
 
 def _ways(stage: Stage, timing: Timing, allowed: set[str]) -> list[tuple[Stage, str, Pace]]:
     names = [name for name in stage.ways if name != BLENDED or BLENDED_TILING in allowed]
-    return [(stage, name, timing.stage(stage.calls, stage.ways[name].work)) for name in names]
+    rates = timing.rates.in_stage(stage)
+    return [(stage, name, timing.stage(stage.calls, stage.ways[name].work, rates)) for name in names]
 
 
-def _tick(workload: Workload, rates: Rates) -> float:
-    fastest = (stage.calls * min(rates.seconds(call.work) for call in stage.ways.values()) for stage in workload.stages)
-    return max(PRECISION * sum(fastest), 1e-9)
+def tick_of(workload: Workload, rates: Rates) -> float:
+    """The seconds that count as none."""
+    fastest = 0.0
+    for stage in workload.stages:
+        here = rates.in_stage(stage)
+        fastest += stage.calls * min(here.seconds(call.work) for call in stage.ways.values())
+    return max(PRECISION * fastest, 1e-9)
 
 
 def _choice(
@@ -184,7 +197,7 @@ def base(rates: Rates) -> int:
 
 def slack(stage: Stage, call: Call, rates: Rates) -> int:
     """What the allocator takes on top of activations."""
-    return int(rates.slack * (call.peak + stage.carried))
+    return int(min(rates.slack_most, rates.slack * (call.peak + stage.carried)))
 
 
 def beside_weights(stage: Stage, call: Call, rates: Rates) -> int:

@@ -57,6 +57,8 @@ class StagePlan:
     `workspace`, `carried`, and `base` of the process and `slack` of the allocator. In host memory (the same memory on
     a CPU): `host`, everything. On disk: `disk`, rows and spilled weights. Seconds for all of the stage: `seconds`,
     and how long each part alone would take: computing, the link, the disk.
+    In a `frugal` stage freed memory goes back to the system at once, at the cost of time, unless it fits into holes
+    that an earlier stage left in the heap; elsewhere a CPU's heap keeps some of it at hand.
     """
 
     name: str
@@ -76,6 +78,7 @@ class StagePlan:
     compute_seconds: float
     link_seconds: float
     disk_seconds: float
+    frugal: bool = False
 
     @property
     def peak(self) -> int:
@@ -108,8 +111,8 @@ class StagePlan:
 class Plan:
     """How a pipeline will use memory: a rule a component, a way a stage, and what that is predicted to take.
 
-    `why` says in words what each choice spared. Print it, save it with `to_json`, put it to work again with
-    `pipe.apply_plan`.
+    `why` says in words what each choice spared. Print it, save it with `to_json`, put it to work again
+    with `pipe.apply_plan`.
     """
 
     device: str

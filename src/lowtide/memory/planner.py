@@ -12,7 +12,7 @@ from lowtide.memory import words
 from lowtide.memory.bounds import Sizes, summed
 from lowtide.memory.costs import EXACT, WHOLE, Rates, Stage, Workload
 from lowtide.memory.forms import Level
-from lowtide.memory.frontier import Choice, Limits, Point, base, best_trades, choices, slack
+from lowtide.memory.frontier import Choice, Limits, Point, base, best_trades, choices, slack, tick_of
 from lowtide.memory.options import Option
 from lowtide.memory.pace import Pace
 from lowtide.memory.plan import LOSSY, BudgetError, Budgets, Plan, StagePlan
@@ -78,7 +78,7 @@ class Planner:
         fitting = [point for point in self._trades(budgets) if limit is None or point.nbytes <= limit]
         if not fitting:
             raise self._refusal(budgets)
-        return self._plan(fitting[-1].choices, budgets)
+        return self._at(fitting[-1], budgets)
 
     def minimum(self, budgets: Budgets) -> Budgets:
         """See `minimum`."""
@@ -91,8 +91,7 @@ class Planner:
     def curve(self, budgets: Budgets) -> list[tuple[int, Plan]]:
         """See `curve`."""
         return [
-            (point.nbytes, self._plan(point.choices, self._with_limit(budgets, point.nbytes)))
-            for point in self._trades(budgets)
+            (point.nbytes, self._at(point, self._with_limit(budgets, point.nbytes))) for point in self._trades(budgets)
         ]
 
     def with_more(self, budgets: Budgets, more: int = GIGABYTE) -> Plan:
@@ -112,9 +111,9 @@ class Planner:
                 found[f"{name}, decode by rows"] = self._plan(rows, budgets)
         trades, limit = self._trades(budgets), self._limit(budgets)
         if trades:
-            found["smallest"] = self._plan(trades[0].choices, budgets)
+            found["smallest"] = self._at(trades[0], budgets)
             fitting = [point for point in trades if limit is None or point.nbytes <= limit]
-            found.update({"chosen": self._plan(fitting[-1].choices, budgets)} if fitting else {})
+            found.update({"chosen": self._at(fitting[-1], budgets)} if fitting else {})
         return found
 
     # ---- limits
@@ -131,7 +130,8 @@ class Planner:
 
     def _groups(self, limits: Limits) -> list[list[Choice]]:
         components = self.workload.components.values()
-        return [choices(one, self.workload, self.rates, self.allow, limits) for one in components]
+        tick = tick_of(self.workload, self.rates)
+        return [choices(one, self.workload, self.rates, self.allow, limits, tick) for one in components]
 
     def _least_host(self, budgets: Budgets) -> int:
         groups = self._groups(self._limits(budgets))
@@ -154,10 +154,15 @@ class Planner:
 
     # ---- plans
 
-    def _plan(self, chosen: Sequence[Choice], budgets: Budgets) -> Plan:
+    def _at(self, point: Point, budgets: Budgets) -> Plan:
+        rates = self.rates.frugal if point.frugal else None
+        return self._plan(point.choices, budgets, rates)
+
+    def _plan(self, chosen: Sequence[Choice], budgets: Budgets, frugal: Rates | None = None) -> Plan:
         held = {one.option.component.name: one.option for one in chosen}
         ways = {stage.name: (stage, way, pace) for one in chosen for stage, way, pace in one.ways}
-        stages = tuple(self._stage(*ways[stage.name], held) for stage in self.workload.stages)
+        rates = frugal or self.rates
+        stages = tuple(self._stage(*ways[stage.name], held, rates) for stage in self.workload.stages)
         plan = Plan(
             self.rates.device,
             self.workload.dtype,
@@ -166,12 +171,12 @@ class Planner:
             budgets,
             self.allow,
             made_for=self.workload.made_for,
-            assumed=self.rates.assumed,
+            assumed=rates.assumed,
         )
         return replace(plan, why=words.reasons(plan, self.workload))
 
-    def _stage(self, stage: Stage, way: str, pace: Pace, held: dict[str, Option]) -> StagePlan:
-        call, rates = stage.ways[way], self.rates
+    def _stage(self, stage: Stage, way: str, pace: Pace, held: dict[str, Option], rates: Rates) -> StagePlan:
+        call = stage.ways[way]
         others = summed(option.kept for name, option in held.items() if name != stage.component)
         weights: Sizes = others + held[stage.component].working
         resting = rates.base + sum(option.host for option in held.values())
@@ -193,6 +198,7 @@ class Planner:
             compute_seconds=pace.compute,
             link_seconds=pace.link,
             disk_seconds=pace.disk,
+            frugal=rates.in_stage(stage).is_frugal,
         )
         return replace(planned, host=planned.peak) if rates.on_cpu else planned
 

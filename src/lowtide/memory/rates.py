@@ -23,31 +23,59 @@ from lowtide.memory.host import host_memory, processor_name_and_flags, usable_cp
 from lowtide.memory.pace_probes import Computing
 from lowtide.memory.probes import DiskRate, disk_read_rate, link_rates
 
-_FORMAT = 1
+_FORMAT = 2
 USUAL_DISK = 5e8
 """Bytes a second, where no folder can be written to."""
 _USUAL_MAPPED, _USUAL_AGAIN = 2e9, 3e9
+
+SLACK_ON_CPU = 120 * 2**20
+"""What glibc's heap keeps beside the bytes in use where it keeps some: 112 MiB of a U-Net that takes 126, 50 to 114 of
+a decoder that takes 357."""
+COMPILED = 56 * 2**20
+"""What kernels keep once they are compiled for their shapes, and pages of libraries: 52 MiB after a U-Net of Stable
+Diffusion, 57 after its decoder too."""
+OBJECTS = 24 * 2**20
+"""What a loaded pipeline takes beside its weights: its modules, its tokenizer, its twin on meta."""
+FRUGAL_SECONDS = 2e-10
+"""Seconds that every byte touched takes longer where its page is made anew each time."""
 
 _ALONE = """
 import sys
 from lowtide.memory.meter import steady_malloc
 steady_malloc()
-import psutil, torch, transformers
+import psutil, torch
 import torch.nn.functional as F
-import lowtide.pipelines
+from transformers import CLIPTextModel, T5EncoderModel
+from lowtide import CogVideoXPipeline, StableDiffusionPipeline
+from lowtide.memory.host import trim_heap
+from lowtide.memory.profile import trace_call
 device, dtype = torch.device(sys.argv[1]), getattr(torch, sys.argv[2])
 x = torch.ones(1, 32, 16, 16, device=device, dtype=dtype)
-with torch.inference_mode():
+with torch.no_grad():
     F.conv2d(x, torch.ones(32, 32, 3, 3, device=device, dtype=dtype), padding=1)
     F.linear(x[0, 0], x[0, 1])
     F.scaled_dot_product_attention(x, x, x)
+    on_meta = x.to("meta")
+    trace_call(lambda: F.group_norm(on_meta, 4) + F.interpolate(on_meta, scale_factor=2).mean(), [on_meta])
 free = 0
 if device.type == "cuda":
     torch.cuda.synchronize()
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+trim_heap()
 print(psutil.Process().memory_info().rss, free)
 """
-"""What a process takes by itself, once it has imported what pipelines need and computed a little."""
+"""What a process takes by itself, once it has imported what pipelines need, planned and computed a little."""
+
+
+_ELSEWHERE = """
+import dataclasses, json, sys
+from pathlib import Path
+import torch
+from lowtide.memory.rates import measured_rates
+device, dtype, folder = torch.device(sys.argv[1]), getattr(torch, sys.argv[2]), Path(sys.argv[3])
+torch.set_num_threads(int(sys.argv[4]))
+print(json.dumps(dataclasses.asdict(measured_rates(device, dtype, folder))))
+"""
 
 
 def machine_rates(
@@ -64,7 +92,7 @@ def machine_rates(
     file = cache_folder() / f"rates-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     known = None if refresh else _read(file, key)
     if known is None:
-        known = measured_rates(on, dtype, place)
+        known = _measured_elsewhere(on, dtype, place)
         _write(file, key, known)
     return replace(known, cache=host_memory().available)
 
@@ -105,13 +133,13 @@ def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Ra
     """Measure now."""
     base, device_base = alone(device, dtype)
     disk, computing = _disk(folder), Computing(device, dtype)
-    on_cpu = device.type == "cpu"
+    on_cpu, touched = device.type == "cpu", computing.touched()
     return Rates(
         device=device.type,
         convolution=computing.convolution(),
         product=computing.product(),
         attention=computing.attention(),
-        touched=computing.touched(),
+        touched=touched,
         kernel=computing.kernel(),
         link=(disk.mapped or _USUAL_MAPPED) if on_cpu else link_rates(device.index or 0)[0],
         converted=disk.again or _USUAL_AGAIN,
@@ -119,23 +147,36 @@ def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Ra
         cache=host_memory().available,
         base=base,
         device_base=device_base,
-        slack=0.0 if on_cpu else 0.1,
+        slack=1.0 if on_cpu else 0.1,
+        slack_most=SLACK_ON_CPU if on_cpu else 2**62,
+        frugal_touched=1 / (1 / touched + FRUGAL_SECONDS) if on_cpu else 0.0,
         dequantized=computing.dequantized(),
         contention=_contention() if on_cpu else 0.0,
         channels_last=computing.channels_last(),
     )
 
 
+def _measured_elsewhere(device: torch.device, dtype: torch.dtype, folder: Path) -> Rates:
+    """Measure in a process of its own: what that leaves in memory would stay in this one."""
+    name = str(dtype).removeprefix("torch.")
+    done = _in_a_process(_ELSEWHERE, str(device), name, str(folder), str(torch.get_num_threads()))
+    return Rates(**json.loads(done.splitlines()[-1]))
+
+
+def _in_a_process(code: str, *arguments: str) -> str:
+    """What `code` prints when it runs by itself, with this very package."""
+    path = os.pathsep.join([str(Path(lowtide.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+
 def alone(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that a process takes by itself, on the host and on the device; 0 there for a CPU."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    command = [sys.executable, "-c", _ALONE, str(device), str(dtype).removeprefix("torch.")]
-    path = os.pathsep.join([str(Path(lowtide.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)}
-    )
-    host, left = map(int, done.stdout.split()[-2:])
-    return host, max(free - left, 0)
+    printed = _in_a_process(_ALONE, str(device), str(dtype).removeprefix("torch."))
+    host, left = map(int, printed.split()[-2:])
+    return host + COMPILED + OBJECTS, max(free - left, 0)
 
 
 def _contention() -> float:

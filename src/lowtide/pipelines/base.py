@@ -253,7 +253,7 @@ class DiffusionPipeline(FittingMethods, OffloadMethods, ActivationMethods):
             stack.enter_context(torch.no_grad())
             stack.enter_context(self._measured())
             bar = ProgressBar(disable=self._progress_disabled)
-            stack.enter_context(self.stages.observed(bar, Tidy(self._streams)))
+            stack.enter_context(self.stages.observed(bar, Tidy(self._streams, every_step=self.plan is not None)))
             yield
 
     @resumed("denoise")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -19,12 +20,13 @@ from lowtide.memory.attach import attach, attachment_of, detach
 from lowtide.memory.budgets import Asked, budget_bytes, check_budget
 from lowtide.memory.costs import Rates
 from lowtide.memory.forms import NAMED_CASTINGS
+from lowtide.memory.heap import Heap
 from lowtide.memory.host import host_memory, trim_heap
 from lowtide.memory.meter import Meter, StageReading, steady_malloc
 from lowtide.memory.plan import LOSSY, BudgetError, Budgets, ComponentPlan, Plan
 from lowtide.memory.planner import choose
 from lowtide.memory.presets import apply_casting, execution_device, model_rule, remove_casting, stream_for
-from lowtide.memory.rates import machine_rates
+from lowtide.memory.rates import COMPILED, machine_rates
 from lowtide.memory.twin import dtypes_in_files, is_cast
 from lowtide.pipelines.run_size import RunSize
 from lowtide.pipelines.workload import Twin, set_way, twin_of
@@ -177,7 +179,7 @@ class FittingMethods:
         fit = self._fit
         assert fit is not None
         if fit.device.type == "cpu":
-            steady_malloc()  # what is predicted is what is in use: freed memory must not stay
+            steady_malloc()
         for name, module in self.modules().items():
             chosen = plan.components.get(name, _UNUSED)
             put_under(module, chosen, fit.castings.get(name), fit.device)
@@ -196,11 +198,9 @@ class FittingMethods:
         meter = next((one for one in self.stages.observers if isinstance(one, Meter)), None)
         ours = Meter() if meter is None else meter
         seen = len(ours.report())
+        watching = (Heap(lambda: fit.plan),) if fit.device.type == "cpu" else ()
         try:
-            if meter is None:
-                with self.stages.observed(ours):
-                    yield
-            else:
+            with self.stages.observed(*watching, *([ours] if meter is None else [])):
                 yield
         finally:
             fit.readings = ours.report()[seen:]
@@ -265,9 +265,10 @@ def _vram(device: torch.device, asked: Asked) -> int | None:
 def rates_here(device: torch.device, dtype: torch.dtype, modules: Mapping[str, nn.Module]) -> Rates:
     """What this machine does in a second, with what this process takes by itself already."""
     rates = machine_rates(device, dtype)
+    gc.collect()
     trim_heap()
     own = psutil.Process().memory_info().rss - sum(_in_memory(module) for module in modules.values())
-    return replace(rates, base=max(rates.base, own))
+    return replace(rates, base=max(rates.base, own + COMPILED))
 
 
 def _in_memory(module: nn.Module) -> int:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lowtide.memory.bounds import Sizes, bound, depth, spread, within
 from lowtide.memory.costs import Call, Component, Rates, Stage, UnitSize, Work, Workload
 from lowtide.memory.forms import Level
-from lowtide.memory.frontier import PRECISION, Limits, beside_weights, choices
+from lowtide.memory.frontier import PRECISION, Limits, beside_weights, choices, tick_of
 from lowtide.memory.options import options, under_rule
 from lowtide.memory.pace import Timing
 from lowtide.memory.plan import LOSSY, BudgetError, Budgets, Plan
@@ -18,6 +18,7 @@ from lowtide.memory.planner import Planner, alternatives, choose, curve, minimum
 
 CPU = Rates("cpu", 1e9, 1e9, 1e9, 1e9, 1e-6, 2e8, 1e8, 5e7, 10**9, 1000, contention=0.5)
 GPU = Rates("cuda", 1e9, 1e9, 1e9, 1e9, 1e-6, 1e8, 5e7, 2e7, 10**9, 5000, 700, 0.1)
+HEAP = replace(CPU, slack=0.5, slack_most=20000, frugal_touched=2e8)
 NONE = Limits()
 SLOW = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
@@ -74,7 +75,13 @@ workloads = st.builds(
 
 def everything(work, rates, allow=(), limits=NONE):
     """Every plan there is, as (bytes on the device, cost)."""
-    groups = [choices(one, work, rates, allow, limits) for one in work.components.values()]
+    for one in (rates, rates.frugal):
+        if one is not None:
+            yield from _everything(work, one, allow, limits, tick_of(work, rates))
+
+
+def _everything(work, rates, allow, limits, tick):
+    groups = [choices(one, work, rates, allow, limits, tick) for one in work.components.values()]
     for chosen in product(*groups):
         kept = sum(one.option.kept.total for one in chosen)
         peak = 0
@@ -89,7 +96,7 @@ def everything(work, rates, allow=(), limits=NONE):
 
 
 @SLOW
-@given(workloads, st.floats(0, 1), st.sampled_from([CPU, GPU]))
+@given(workloads, st.floats(0, 1), st.sampled_from([CPU, HEAP, GPU]))
 def test_no_plan_is_better_than_the_chosen_one(work, share, rates):
     least = minimum(work, rates)
     device = least.ram if rates.on_cpu else least.vram
@@ -122,7 +129,7 @@ def test_with_little_host_memory_too(work, part):
 
 
 @SLOW
-@given(workloads, st.sampled_from([(), ("fp8",), LOSSY]), st.sampled_from([CPU, GPU]))
+@given(workloads, st.sampled_from([(), ("fp8",), LOSSY]), st.sampled_from([CPU, HEAP, GPU]))
 def test_the_minimum_fits_and_one_byte_less_does_not(work, allow, rates):
     least = minimum(work, rates, allow)
     name = "ram" if rates.on_cpu else "vram"
@@ -134,7 +141,7 @@ def test_the_minimum_fits_and_one_byte_less_does_not(work, allow, rates):
 
 
 @SLOW
-@given(workloads, st.sampled_from([(), LOSSY]), st.sampled_from([CPU, GPU]))
+@given(workloads, st.sampled_from([(), LOSSY]), st.sampled_from([CPU, HEAP, GPU]))
 def test_more_memory_is_never_slower(work, allow, rates):
     found = curve(work, rates, allow)
     assert [plan.peak for _, plan in found] == [nbytes for nbytes, _ in found]
@@ -157,7 +164,7 @@ def test_what_is_allowed_helps_where_little_fits():
     least = minimum(workload(), GPU)
     with_fp8 = minimum(workload(), GPU, ("fp8",))
     assert with_fp8.vram < least.vram
-    with pytest.raises(BudgetError, match=r'allow=\("fp8",\) would fit'):
+    with pytest.raises(BudgetError, match=r'allow=\("fp8",\), which fits'):
         choose(workload(), GPU, with_fp8)
     with pytest.raises(ValueError, match="it may hold fp8"):
         choose(workload(), GPU, allow=("fp4",))

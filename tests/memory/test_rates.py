@@ -18,7 +18,7 @@ def measured(monkeypatch, tmp_path):
     """How often it was measured; nothing is, and what is kept is kept here."""
     times = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(rates, "measured_rates", lambda *given: times.append(given) or MEASURED)
+    monkeypatch.setattr(rates, "_measured_elsewhere", lambda *given: times.append(given) or MEASURED)
     return times
 
 

@@ -203,7 +203,7 @@ def test_plans_in_a_few_words():
     words = in_words(plans.on_gpu())
     assert "text_encoder and vae whole from host memory" in words
     assert "unet by blocks from host memory, 0.90 GB stay" in words
-    assert words.endswith("decode one by one")
+    assert words.endswith("decode one picture at a time")
     assert in_words(plans.resident(plans.on_cpu())) == "all weights resident"
     assert "unet by blocks from disk in int8" in in_words(plans.lossy(plans.on_cpu()))
     assert asked_in_words(plans.on_gpu()) == "4 × 1024x1024, 30 steps"

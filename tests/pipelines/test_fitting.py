@@ -51,10 +51,10 @@ def test_less_than_the_least_is_refused_with_the_least(folders, plain, kind):
     least = fits.least(pipe, output="pt")
     before = pipe.plan
     with pytest.raises(BudgetError, match="fit") as caught:
-        pipe.fit(ram=least - 1)
+        pipe.fit(ram=least - 1, output="pt")
     assert caught.value.minimum.ram == least
     assert pipe.plan is before
-    pipe.fit(ram=least)
+    pipe.fit(ram=least, output="pt")
     fits.make(pipe, **({"num_images_per_prompt": 1, "generator": None} if kind == "pictures" else {}))
 
 

@@ -12,20 +12,21 @@ from lowtide.memory.peaks import cuda_allocated, resident_memory
 from lowtide.progress import ProgressBar
 
 if TYPE_CHECKING:
-    import torch
-
     from lowtide.cli.request import Request
     from lowtide.memory.meter import Meter
     from lowtide.memory.plan import Plan
-    from lowtide.stages import StageObserver, Stages
+    from lowtide.stages import StageObserver
 
 
 class FittedRun:
     """A pipeline that was fitted to a budget, and what watches it."""
 
-    def __init__(self, pipe: Any, plan: Plan) -> None:
+    def __init__(self, pipe: Any) -> None:
+        from lowtide.cli.plan_text import one_line
+
         self._pipe = pipe
-        self.plan = plan
+        self.plan: Plan = pipe.plan
+        tell(one_line(self.plan))
         self._flows = FlowMeter(lambda: total_flow(self._ledgers()))
 
     def observers(self) -> tuple[StageObserver, ...]:
@@ -41,8 +42,7 @@ class FittedRun:
 
         from lowtide.memory.report import run_report
 
-        degradations = getattr(self._pipe.report(), "degradations", ()) if hasattr(self._pipe, "report") else ()
-        report = run_report(self.plan, meter.report(), self._flows.report(), degradations)
+        report = run_report(self._pipe.plan, meter.report(), self._flows.report(), self._pipe.degradations)
         Console(stderr=True).print(report.table())
         for degradation in report.degradations:
             tell(f"Not as planned: {degradation}")
@@ -51,16 +51,11 @@ class FittedRun:
         return ledgers_of(self._pipe.modules().values())
 
 
-def fit_to_budget(pipe: Any, request: Request, device: torch.device, stages: Stages) -> FittedRun:
-    """Plan the run as a stage of its own, put the plan to work, and say it. Raises `BudgetError` if nothing fits."""
-    from lowtide.cli.plan_text import one_line
-
+def budget_options(request: Request) -> dict[str, Any]:
+    """What `from_pretrained` is told about the budget, and what will be asked for."""
     budget = request.budget
     assert budget is not None
-    with stages.stage("plan"):
-        plan = pipe.fit(budget.vram, budget.ram, allow=budget.allow, device=device, **run_size(request))
-    tell(one_line(plan))
-    return FittedRun(pipe, plan)
+    return {"vram": budget.vram, "ram": budget.ram, "allow": budget.allow, "size": run_size(request)}
 
 
 def run_size(request: Request) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import typer
 import lowtide
 from lowtide.cli.budgets import Allow, budget_from
 from lowtide.cli.errors import InputError, reported, tell
-from lowtide.cli.fitted import fit_to_budget
+from lowtide.cli.fitted import FittedRun, budget_options
 from lowtide.cli.pictures import output_paths, prepare_folders
 from lowtide.cli.plan import check_plot
 from lowtide.cli.request import (
@@ -183,7 +183,7 @@ def run(request: Request) -> None:
     with before.stage("load"):
         pipe = load_pipeline(request, device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    fitted = None if request.budget is None else fit_to_budget(pipe, request, device, before)
+    fitted = None if request.budget is None else FittedRun(pipe)
     shown = (ProgressBar(),) if fitted is None else fitted.observers()
     with pipe.stages.observed(*shown, meter):
         if request.video is None:
@@ -209,8 +209,7 @@ def make_pictures(pipe: Any, request: Request, paths: Sequence[Path], dtype: tor
 def load_pipeline(request: Request, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline that `request` asks for, on `device`, with the scheduler asked for."""
     offload = None if request.offload is Offload.NONE else request.offload.value
-    if request.budget is not None:
-        offload = Offload.BLOCK.value  # nothing is read before there is a plan
+    budget: dict[str, Any] = {} if request.budget is None else budget_options(request)
     is_video = request.video is not None
     check_kind(request.model, video=is_video)
     pipeline = lowtide.CogVideoXPipeline if is_video else lowtide.StableDiffusionPipeline
@@ -221,10 +220,11 @@ def load_pipeline(request: Request, device: torch.device, dtype: torch.dtype) ->
         offload=offload,
         offload_device=device,
         casting=None if request.casting is Casting.NONE else request.casting.value,
+        **budget,
     )
     if request.scheduler is not None:
         pipe.scheduler = getattr(lowtide, _SCHEDULERS[request.scheduler]).from_config(pipe.scheduler.config)
-    return pipe.to(device) if offload is None else pipe
+    return pipe.to(device) if offload is None and request.budget is None else pipe
 
 
 def draw(pipe: StableDiffusionPipeline, request: Request, paths: Sequence[Path], settings: Mapping[str, str]) -> None:

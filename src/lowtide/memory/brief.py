@@ -11,8 +11,9 @@ from lowtide.sizes import format_decimal
 
 _LEVELS = {Level.WHOLE: "whole", Level.BLOCK: "by blocks", Level.LEAF: "by leaves"}
 _RESTS = {Tier.DISK: "from disk", Tier.HOST: "from host memory", Tier.DEVICE: "from the device"}
-_WAYS = {
-    SLICED: "one by one",
+WAY_WORDS = {
+    WHOLE: "at once",
+    SLICED: "one picture at a time",
     EXACT: "row by row",
     EXACT_ON_DISK: "row by row, rows on disk",
     BLENDED: "in blended tiles",
@@ -70,7 +71,7 @@ def _ahead(prefetch: int) -> str:
 
 
 def _stages(plan: Plan) -> Iterable[str]:
-    return [f"{stage.name} {_WAYS[stage.way]}" for stage in plan.stages if stage.way != WHOLE]
+    return [f"{stage.name} {WAY_WORDS[stage.way]}" for stage in plan.stages if stage.way != WHOLE]
 
 
 def _joined(names: list[str]) -> str:

@@ -75,7 +75,9 @@ class UnitSize:
 
     `resting` bytes of them lie in the file. A `mapped` unit can be computed with where it lies there, on a CPU. Units
     of several `modules` and those that stand `aside` count as `lowtide.memory.stream.Stream` counts them. `work` is
-    what one call of the component computes with these weights, `leaf` its largest single layer's bytes.
+    what one call of the component computes with these weights, `leaf` its largest single layer's bytes. A unit that is
+    not `called`, such as an encoder's where only decoding is done, is never read; of one read `by_rows`, such as an
+    embedding, next to nothing.
     """
 
     name: str
@@ -86,6 +88,8 @@ class UnitSize:
     aside: bool = False
     work: Work = field(default_factory=Work)
     leaf: int = 0
+    called: bool = True
+    by_rows: bool = False
 
 
 @dataclass(frozen=True)

@@ -159,17 +159,13 @@ def choices(
 
 def _ways(stage: Stage, timing: Timing, allowed: set[str]) -> list[tuple[Stage, str, Pace]]:
     names = [name for name in stage.ways if name != BLENDED or BLENDED_TILING in allowed]
-    rates = timing.rates.in_stage(stage)
-    return [(stage, name, timing.stage(stage.calls, stage.ways[name].work, rates)) for name in names]
+    return [(stage, name, timing.stage(stage.calls, stage.ways[name].work)) for name in names]
 
 
 def tick_of(workload: Workload, rates: Rates) -> float:
     """The seconds that count as none."""
-    fastest = 0.0
-    for stage in workload.stages:
-        here = rates.in_stage(stage)
-        fastest += stage.calls * min(here.seconds(call.work) for call in stage.ways.values())
-    return max(PRECISION * fastest, 1e-9)
+    fastest = (stage.calls * min(rates.seconds(call.work) for call in stage.ways.values()) for stage in workload.stages)
+    return max(PRECISION * sum(fastest), 1e-9)
 
 
 def _choice(

@@ -72,7 +72,7 @@ def units_of(component: Component, level: Level, casting: str | None) -> tuple[U
 
 def _resident(component: Component, rates: Rates, casting: str | None) -> Option:
     units = units_of(component, Level.LEAF, casting)
-    kept = summed(_size(unit, mapped=rates.on_cpu and unit.mapped and component.in_file) for unit in units)
+    kept = summed(_resident_size(unit, mapped=rates.on_cpu and unit.mapped and component.in_file) for unit in units)
     leaf = _leaf(units, casting)
     plan = ComponentPlan(None, casting, kept.total, kept.total, len(units), len(units))
     return Option(component, plan, units, (), kept, kept + Sizes(leaf), leaf)
@@ -110,21 +110,22 @@ def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | No
     staying = set(spread([unit.nbytes for unit in units], rule.resident_bytes))
     places = [place for place in range(len(units)) if place not in staying]
     on_host = within([units[place].nbytes for place in places], rule.host_bytes) if rule.rest is Tier.HOST else None
-    streams = tuple(
+    streamed = tuple(
         Streamed(place, _is_mapped(component, units[place], rates), on_disk=on_host is None or not on_host[number])
         for number, place in enumerate(places)
     )
+    streams = tuple(one for one in streamed if units[one.place].called)
     kept = summed(
         _size(units[place], mapped=rates.on_cpu and component.in_file and units[place].mapped) for place in staying
     )
-    ring = [_size(units[one.place], mapped=one.mapped) for one in streams if not units[one.place].aside]
-    aside = [_size(units[one.place], mapped=one.mapped) for one in streams if units[one.place].aside]
-    several = any(units[one.place].modules > 1 for one in streams if not units[one.place].aside)
+    ring = [_size(units[one.place], mapped=one.mapped) for one in streamed if not units[one.place].aside]
+    aside = [_size(units[one.place], mapped=one.mapped) for one in streamed if units[one.place].aside]
+    several = any(units[one.place].modules > 1 for one in streamed if not units[one.place].aside)
     leaf = _leaf(units, casting)
     working = bound([kept], ring, aside, depth(rule.prefetch, several=several)) + Sizes(leaf)
-    resting = sum(units[one.place].nbytes for one in streams if not one.on_disk)
-    staging = 2 * STAGE_BYTES if not rates.on_cpu and (staying or any(one.on_disk for one in streams)) else 0
-    spilled = sum(units[one.place].nbytes for one in streams) if rule.spill else 0
+    resting = sum(units[one.place].nbytes for one in streamed if not one.on_disk)
+    staging = 2 * STAGE_BYTES if not rates.on_cpu and (staying or any(one.on_disk for one in streamed)) else 0
+    spilled = sum(units[one.place].nbytes for one in streamed) if rule.spill else 0
     nbytes = sum(unit.nbytes for unit in units)
     plan = ComponentPlan(rule, casting, nbytes, kept.total, len(units), len(staying))
     return Option(component, plan, units, streams, kept, working, leaf, resting + staging, spilled)
@@ -136,6 +137,11 @@ def _is_mapped(component: Component, unit: UnitSize, rates: Rates) -> bool:
 
 def _size(unit: UnitSize, *, mapped: bool) -> Sizes:
     return Sizes(window=unit.nbytes) if mapped else Sizes(copied=unit.nbytes)
+
+
+def _resident_size(unit: UnitSize, *, mapped: bool) -> Sizes:
+    """Of a unit that is simply there: pages of a file come when they are read."""
+    return Sizes() if mapped and (unit.by_rows or not unit.called) else _size(unit, mapped=mapped)
 
 
 def _leaf(units: Sequence[UnitSize], casting: str | None) -> int:

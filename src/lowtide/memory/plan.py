@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from lowtide.memory.costs import BLENDED, EXACT, EXACT_ON_DISK, WHOLE
 from lowtide.memory.forms import Rule
-from lowtide.sizes import format_bytes
+from lowtide.sizes import format_decimal
 
 LOSSY = ("fp8", "int8", "blended_tiling")
 """What `allow` may hold: forms of weights and ways that change the result by more than rounding."""
@@ -28,7 +28,9 @@ class Budgets:
 
     def __str__(self) -> str:
         given = [
-            f"{one.name} {format_bytes(size)}" for one in fields(self) if (size := getattr(self, one.name)) is not None
+            f"{one.name} {format_decimal(size)}"
+            for one in fields(self)
+            if (size := getattr(self, one.name)) is not None
         ]
         return ", ".join(given) or "no limit"
 

@@ -73,6 +73,7 @@ class _Found:
         self.device = device
         self.file_dtypes = file_dtypes
         self.traced = traced
+        self.called = {id(one) for one in traced.order} if traced is not None else set()
         self.weights = gather(slots(module))
         self.homes = {id(inner): id(atomic or inner) for inner, atomic in with_atomic(module, None)}
 
@@ -100,7 +101,12 @@ class _Found:
             part.aside,
             work,
             self._largest_leaf(part),
+            self._is_called(part),
+            all(isinstance(module, nn.Embedding) for module in part.modules),
         )
+
+    def _is_called(self, part: Part) -> bool:
+        return self.traced is None or any(id(module) in self.called for module in part.modules)
 
     def _scales(self, meant: set[int], casting: Casting | None) -> list[UnitSize]:
         """The scales of channels stay on the device whatever the weights do."""

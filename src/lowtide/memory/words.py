@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from lowtide.memory.costs import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, Workload
+from lowtide.memory.brief import WAY_WORDS, asked_in_words, seconds_in_words
+from lowtide.memory.costs import WHOLE, Workload
 from lowtide.memory.forms import Level, Tier
 from lowtide.memory.plan import Budgets, ComponentPlan, Plan, StagePlan
-from lowtide.sizes import format_bytes
+from lowtide.sizes import format_decimal
 
-WAY_WORDS = {
-    WHOLE: "at once",
-    SLICED: "one picture at a time",
-    EXACT: "row by row",
-    EXACT_ON_DISK: "row by row, finished rows on disk",
-    BLENDED: "in blended tiles",
-}
 _PLACES = {Tier.DISK: "disk", Tier.HOST: "host memory"}
 _HIDDEN = 1.05
 """Up to so many times the seconds of computing, loads count as hidden behind it."""
@@ -32,17 +26,20 @@ def describe(plan: Plan) -> str:
 
 
 def _header(plan: Plan) -> str:
-    made_for = "".join(f", {name} {value}" for name, value in plan.made_for.items())
-    sizes = f"predicted peak {format_bytes(plan.peak)}"
+    sizes = f"predicted peak {format_decimal(plan.peak)}"
     if plan.device != "cpu":
-        sizes += f" on {plan.device}, {format_bytes(plan.host_peak)} of host memory"
+        sizes += f" on {plan.device}, {format_decimal(plan.host_peak)} of host memory"
     assumed = ", by usual figures of such a device, not measured ones" if plan.assumed else ""
-    return f"{plan.budgets}: {sizes}, {seconds(plan.seconds)} ({plan.exactness}; {plan.dtype}{made_for}){assumed}"
+    return f"{plan.budgets}: {sizes}, {seconds_in_words(plan.seconds)} ({plan.exactness}; {_run(plan)}){assumed}"
+
+
+def _run(plan: Plan) -> str:
+    return ", ".join(filter(None, [asked_in_words(plan), plan.dtype]))
 
 
 def _stage(stage: StagePlan) -> str:
     calls = f" × {stage.calls}" if stage.calls > 1 else ""
-    took = f"{format_bytes(stage.peak)}, {seconds(stage.seconds)}"
+    took = f"{format_decimal(stage.peak)}, {seconds_in_words(stage.seconds)}"
     return f"{WAY_WORDS[stage.way]}{calls}: {took}, bound by {stage.bound}"
 
 
@@ -54,7 +51,7 @@ def held(one: ComponentPlan, device: str) -> str:
         return f"{'in memory' if device == 'cpu' else 'on the device'} all the time{form}"
     place = _PLACES[rule.rest]
     if rule.host_bytes is not None:
-        place = f"host memory ({format_bytes(rule.host_bytes)}) and disk"
+        place = f"host memory ({format_decimal(rule.host_bytes)}) and disk"
     if rule.level is Level.WHOLE:
         return f"whole while it works, from {place}{form}"
     ahead = "" if rule.prefetch else ", none ahead"
@@ -71,12 +68,12 @@ def _component_reasons(plan: Plan) -> Iterator[str]:
     for name, one in plan.components.items():
         rule, stages = one.rule, [stage for stage in plan.stages if stage.component == name]
         if one.casting:
-            yield f"{name}: its weights rest in {one.casting}, {format_bytes(one.nbytes)}, which changes the result"
+            yield f"{name}: its weights rest in {one.casting}, {format_decimal(one.nbytes)}, which changes the result"
         if rule is None or rule.level is Level.WHOLE:
             continue
         took, computed = sum(one.seconds for one in stages), sum(one.compute_seconds for one in stages)
-        what = f"{one.kept_units} of {one.units} {rule.level}s stay ({format_bytes(one.kept)}); the rest"
-        waits = f", which costs {seconds(took - computed)}"
+        what = f"{one.kept_units} of {one.units} {rule.level}s stay ({format_decimal(one.kept)}); the rest"
+        waits = f", which costs {seconds_in_words(took - computed)}"
         behind = " behind the computing" if took <= computed * _HIDDEN else waits
         yield f"{name}: {what if one.kept_units else 'all of it'} streams from {_PLACES[rule.rest]}{behind}"
 
@@ -86,7 +83,7 @@ def _way_reasons(plan: Plan, workload: Workload) -> Iterator[str]:
         way = plan.way(stage.name)
         if way != WHOLE and WHOLE in stage.ways:
             spared = stage.ways[WHOLE].peak - stage.ways[way].peak
-            gain = f"which spares {format_bytes(spared)}" if spared > 0 else "which is faster"
+            gain = f"which spares {format_decimal(spared)}" if spared > 0 else "which is faster"
             yield f"{stage.name}: {WAY_WORDS[way]}, {gain}"
 
 
@@ -107,29 +104,19 @@ def parts(stage: StagePlan) -> str:
         "the process itself": stage.base,
         "the allocator": stage.slack,
     }
-    return ", ".join(f"{format_bytes(size)} {name}" for name, size in named.items() if size)
-
-
-def seconds(count: float) -> str:
-    """A time as people read it."""
-    if count < 1:
-        return f"{count:.2g} s"
-    if count < 120:
-        return f"{count:.1f} s" if count < 10 else f"{count:.0f} s"
-    return f"{count / 60:.0f} min" if count < 7200 else f"{count / 3600:.1f} h"
+    return ", ".join(f"{format_decimal(size)} {name}" for name, size in named.items() if size)
 
 
 def refusal(smallest: Plan, asked: Budgets, least: Budgets, helping: Mapping[str, Budgets], *, on_cpu: bool) -> str:
     """What to say where no plan fits: what was asked, the least and what it is made of, and what to try."""
-    made_for = "".join(f", {name} {value}" for name, value in smallest.made_for.items())
     largest = max(smallest.stages, key=lambda stage: stage.peak)
     needed = f"at least {_changed(asked, least)}"
-    tries = [f'allow=("{name}",) would fit' for name, one in helping.items() if _fits(one, asked, on_cpu=on_cpu)]
+    tries = [f'allow=("{name}",), which fits' for name, one in helping.items() if _fits(one, asked, on_cpu=on_cpu)]
     lower = [name for name, one in helping.items() if _device(one, on_cpu) < _device(least, on_cpu)]
     if not tries and lower:
-        tries = [f'allow=("{name}",) would take {_changed(asked, helping[name])}' for name in lower]
+        tries = [f'allow=("{name}",), which takes {_changed(asked, helping[name])}' for name in lower]
     return (
-        f"This run ({smallest.dtype}{made_for}) does not fit {asked}: it takes {needed}. Stage {largest.name!r} binds, "
+        f"This run ({_run(smallest)}) does not fit {asked}: it takes {needed}. Stage {largest.name!r} binds, "
         f"with {parts(largest)}. Try {'; '.join([*tries, 'a smaller size'])}, or give it more."
     )
 
@@ -147,4 +134,4 @@ def _fits(least: Budgets, asked: Budgets, *, on_cpu: bool) -> bool:
 def _changed(asked: Budgets, least: Budgets) -> str:
     """The budgets that must be larger."""
     names = [one for one in ("vram", "ram", "disk") if getattr(least, one) != getattr(asked, one)]
-    return ", ".join(f"{name} {format_bytes(getattr(least, name))}" for name in names)
+    return ", ".join(f"{name} {format_decimal(getattr(least, name))}" for name in names)

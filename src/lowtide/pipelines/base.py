@@ -6,7 +6,7 @@ import importlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -105,6 +105,7 @@ class DiffusionPipeline(FittingMethods, OffloadMethods, ActivationMethods):
         ram: Asked = None,
         disk: Asked = None,
         allow: Collection[str] = (),
+        size: Mapping[str, Any] | None = None,
         **components: Any,
     ) -> Self:
         """Load from a folder with a `model_index.json`, or a Hub id, of which only the files needed are fetched.
@@ -116,7 +117,8 @@ class DiffusionPipeline(FittingMethods, OffloadMethods, ActivationMethods):
         and come to `offload_device` (a GPU if there is one, else the CPU) when they are called.
         With `casting` ("fp8", "int8" or a `lowtide.Casting`) the weights of every network rest in 8 bits.
         With a budget (`vram`, `ram`, `disk`; see `lowtide.fit`, also for `allow`) the memory of loading and of every
-        call stays within it; the plan is made before any weights are read, and computes on `offload_device`.
+        call stays within it; the plan is made before any weights are read, for calls of this `size` (as for
+        `lowtide.fit`) or the model's usual one, and computes on `offload_device`.
         Raises `FileNotFoundError` for a missing model, file or variant, `CheckpointError` for malformed files,
         `ValueError` for classes, components or settings that are not possible, `BudgetError` if no plan fits.
         """
@@ -140,7 +142,7 @@ class DiffusionPipeline(FittingMethods, OffloadMethods, ActivationMethods):
         if asked.are_given:
             check_only_budget(offload, casting)
             device = execution_device(offload_device)
-            return load_within(pipeline_class, source, to_load, options, components, asked, device)
+            return load_within(pipeline_class, source, to_load, options, components, asked, device, size or {})
         loaded = pipeline_class(**components, **load_components(source, to_load, options))
         trim_heap()
         return loaded

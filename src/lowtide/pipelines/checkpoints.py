@@ -108,8 +108,9 @@ def load_within(
     given: Mapping[str, Any],
     asked: AskedBudgets,
     device: torch.device,
+    asked_size: Mapping[str, Any],
 ) -> Any:
-    """Load a pipeline under the plan for its usual size, so that loading stays within the budgets too.
+    """Load a pipeline under the plan for a size, its usual one but for what is asked, so that loading fits in too.
 
     Raises `BudgetError` before any weight is read where no plan fits.
     """
@@ -118,7 +119,7 @@ def load_within(
     networks = {name: part for name, part in given.items() if isinstance(part, nn.Module)}
     in_files |= {name: dtypes_in_files(part) for name, part in networks.items()}
     twin = _twin(pipeline_class, {**given, **parts}, in_files, device)
-    size: RunSize = twin.pipe.usual_size()
+    size: RunSize = twin.pipe.usual_size(**asked_size)
     rates, budgets = rates_here(device, twin.pipe.dtype, networks), resolved(device, asked.vram, asked.ram, asked.disk)
     plan = choose(twin.workload(size), rates, budgets, asked.allow)
     own = {name: _options_under(plan, name, options, device) for name in in_files if name not in given}

@@ -19,6 +19,7 @@ from torch import nn
 from lowtide.memory.attach import attach, attachment_of, detach
 from lowtide.memory.budgets import Asked, budget_bytes, check_budget
 from lowtide.memory.costs import Rates
+from lowtide.memory.flow import Flow, FlowMeter, ledgers_of, total_flow
 from lowtide.memory.forms import NAMED_CASTINGS
 from lowtide.memory.heap import Heap
 from lowtide.memory.host import host_memory, trim_heap
@@ -27,6 +28,7 @@ from lowtide.memory.plan import LOSSY, BudgetError, Budgets, ComponentPlan, Plan
 from lowtide.memory.planner import choose
 from lowtide.memory.presets import apply_casting, execution_device, model_rule, remove_casting, stream_for
 from lowtide.memory.rates import COMPILED, machine_rates
+from lowtide.memory.report import RunReport, run_report
 from lowtide.memory.twin import dtypes_in_files, is_cast
 from lowtide.pipelines.run_size import RunSize
 from lowtide.pipelines.workload import Twin, set_way, twin_of
@@ -50,6 +52,7 @@ class Fit:
     way_before: tuple[Any, ...] = ()
     castings: dict[str, str | None] = field(default_factory=dict)
     readings: list[StageReading] = field(default_factory=list)
+    flows: dict[str, Flow] = field(default_factory=dict)
     degradations: list[str] = field(default_factory=list)
 
     def plan_for(self, size: RunSize) -> Plan:
@@ -136,6 +139,16 @@ class FittingMethods:
         """The plan at work, for the size asked for last; None where no budget was given."""
         return None if self._fit is None else self._fit.plan
 
+    def report(self) -> RunReport:
+        """What the last run took beside what its plan said, stage by stage; print it, or take its `to_dict`.
+
+        Raises `RuntimeError` where no budget was given, or nothing has run since.
+        """
+        if self._fit is None or not self._fit.readings:
+            reason = "no budget was given: call pipe.fit(...) first" if self._fit is None else "nothing has run since"
+            raise RuntimeError(f"There is nothing to report, since {reason}.")
+        return run_report(self._fit.plan, self._fit.readings, self._fit.flows, self._fit.degradations)
+
     @property
     def degradations(self) -> list[str]:
         """What was made smaller since a budget was given, because memory ran out; in words, in order."""
@@ -198,12 +211,13 @@ class FittingMethods:
         meter = next((one for one in self.stages.observers if isinstance(one, Meter)), None)
         ours = Meter() if meter is None else meter
         seen = len(ours.report())
+        flows = FlowMeter(lambda: total_flow(ledgers_of(self.modules().values())))
         watching = (Heap(lambda: fit.plan),) if fit.device.type == "cpu" else ()
         try:
-            with self.stages.observed(*watching, *([ours] if meter is None else [])):
+            with self.stages.observed(flows, *watching, *([ours] if meter is None else [])):
                 yield
         finally:
-            fit.readings = ours.report()[seen:]
+            fit.readings, fit.flows = ours.report()[seen:], dict(flows.report())
 
     def _shrink(self, stage: str, reason: str) -> bool:
         """After memory ran out in a stage: go on with a plan that takes less, if there is one; whether there was."""

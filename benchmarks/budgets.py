@@ -1,0 +1,167 @@
+"""Do budgets hold, and are predictions right? Three models, three sizes, five budgets, each in a fresh process.
+
+    python benchmarks/budgets.py [--models seascapes sd15 clips] [--steps 3]
+
+The budgets go from 3 % less than the least that a plan takes, which must be refused, to all weights resident. Each
+process loads within its budget and makes the same thing twice; its peak is the kernel's own high-water mark from its
+first instruction on, interpreter and libraries included. Seconds are those of the second run. Writes JSON and markdown
+to `benchmarks/results/`. `sd15` needs `runs/sd15` (see make_sd15.py). Linux only, on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from compare import HERE, describe_machine
+
+SHARES = (-0.03, 0.0, 0.1, 0.4, 1.0)
+SIZES: dict[str, list[dict[str, int]]] = {
+    "seascapes": [{"height": side, "width": side} for side in (128, 256, 512)],
+    "sd15": [{"height": side, "width": side} for side in (256, 384, 512)],
+    "clips": [{"height": h, "width": w, "frames": f} for h, w, f in ((96, 128, 17), (192, 256, 17), (240, 352, 9))],
+}
+
+
+def child(model: str, folder: str, size: dict[str, int], share: float, steps: int) -> dict[str, Any]:
+    """One process: the budget from the share, then load and run within it."""
+    import time
+
+    import torch
+
+    import lowtide
+    from lowtide.memory.peaks import process_peak
+    from lowtide.memory.planner import Planner
+    from lowtide.pipelines.base import DiffusionPipeline
+    from lowtide.pipelines.checkpoints import AskedBudgets, plan_checkpoint
+
+    dtype, variant = (torch.bfloat16, "bf16") if model == "sd15" else (torch.float32, None)
+    pipelines = {name: getattr(lowtide, name) for name in ("StableDiffusionPipeline", "CogVideoXPipeline")}
+    asked = {**size, "steps": steps}
+    cpu = torch.device("cpu")
+    found = plan_checkpoint(folder, pipelines, AskedBudgets(), dtype=dtype, device=cpu, variant=variant, **asked)
+    curve = Planner(found.workload, found.rates).curve(found.budgets)
+    least, most = curve[0][0], curve[-1][0]
+    budget = int(least + share * ((most - least) if share > 0 else least))
+    result: dict[str, Any] = {"model": model, **size, "budget": budget, "least": least}
+    try:
+        options: dict[str, Any] = {"ram": budget, "offload_device": "cpu", "size": asked}
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, variant=variant, **options)
+    except lowtide.BudgetError as error:
+        return {**result, "refused": str(error), "minimum": error.minimum.ram, "measured": process_peak()}
+    pipe.set_progress_bar_config(disable=True)
+    peaks = [process_peak() or 0]
+    for _ in range(2):
+        began = time.perf_counter()
+        pipe("a boat on the sea", num_inference_steps=steps, generator=torch.Generator().manual_seed(0), **call(size))
+        seconds = time.perf_counter() - began
+        peaks += [pipe.report().peak or 0, process_peak() or 0]  # the report's meter begins the kernel's mark anew
+    plan = pipe.plan
+    result |= {"predicted": plan.peak, "exactness": plan.exactness, "predicted_seconds": plan.seconds}
+    stages = {
+        one.name: [one.predicted_peak, one.peak, one.predicted_seconds, one.seconds] for one in pipe.report().stages
+    }
+    return {**result, "measured": max(peaks), "seconds": seconds, "stages": stages}
+
+
+def call(size: dict[str, int]) -> dict[str, int]:
+    """The size as a pipeline's call takes it."""
+    return {"num_frames" if name == "frames" else name: value for name, value in size.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(**json.loads(options.child))))
+        return
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in options.models:
+            folder = checkpoint(model, Path(scratch))
+            for size in SIZES[model]:
+                for share in SHARES:
+                    given = {
+                        "model": model,
+                        "folder": str(folder),
+                        "size": size,
+                        "share": share,
+                        "steps": options.steps,
+                    }
+                    rows.append(one_process(given))
+                    print(line(rows[-1]), flush=True)
+    write(rows, options.steps)
+
+
+def checkpoint(model: str, scratch: Path) -> Path:
+    """The folder of a model; the small video model is written."""
+    root = HERE.parent
+    if model == "clips":
+        subprocess.run(
+            [sys.executable, str(root / "examples" / "make_tiny_video_model.py"), scratch / "clips"], check=True
+        )
+        return scratch / "clips"
+    return root / "runs" / "sd15" if model == "sd15" else root / "src" / "lowtide" / "assets" / "seascapes"
+
+
+def one_process(**given: Any) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{given}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+HEADINGS = ("model", "size", "budget", "predicted", "measured", "predicted / measured", "result", "s", "predicted / s")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    size = f"{row['width']}x{row['height']}" + (f"x{row['frames']}" if "frames" in row else "")
+    first = [row["model"], size, f"{row['budget'] / 1e6:.0f}"]
+    if "refused" in row:
+        return [*first, f"refused, least {row['minimum'] / 1e6:.0f}", f"{row['measured'] / 1e6:.0f}", "", "", "", ""]
+    ratio, pace = row["predicted"] / row["measured"], row["predicted_seconds"] / row["seconds"]
+    sizes = [f"{row['predicted'] / 1e6:.0f}", f"{row['measured'] / 1e6:.0f}", f"{ratio:.3f}"]
+    return [*first, *sizes, row["exactness"], f"{row['seconds']:.1f}", f"{pace:.2f}"]
+
+
+def line(row: dict[str, Any]) -> str:
+    return "| " + " | ".join(cells(row)) + " |"
+
+
+def write(rows: list[dict[str, Any]], steps: int) -> None:
+    ran = [row for row in rows if "refused" not in row]
+    held = sum(row["measured"] <= row["budget"] for row in ran)
+    ratios = [row["predicted"] / row["measured"] for row in ran]
+    head = [line_of(HEADINGS), line_of(["---"] * len(HEADINGS))]
+    text = "\n".join(
+        [
+            f"# Budgets: {held} of {len(ran)} held, {len(rows) - len(ran)} refused beforehand",
+            "",
+            f"MB of resident memory of the whole process, CPU, {steps} steps. Predicted over measured peaks: "
+            f"{min(ratios):.3f} to {max(ratios):.3f}. {describe_machine()}",
+            "",
+            *head,
+            *map(line, rows),
+            "",
+        ]
+    )
+    (HERE / "results" / "budgets.md").write_text(text, encoding="utf-8")
+    (HERE / "results" / "budgets.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    print(text)
+
+
+def line_of(texts: Any) -> str:
+    return "| " + " | ".join(texts) + " |"
+
+
+if __name__ == "__main__":
+    main()

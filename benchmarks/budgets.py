@@ -89,14 +89,8 @@ def main() -> None:
             folder = checkpoint(model, Path(scratch))
             for size in SIZES[model]:
                 for share in SHARES:
-                    given = {
-                        "model": model,
-                        "folder": str(folder),
-                        "size": size,
-                        "share": share,
-                        "steps": options.steps,
-                    }
-                    rows.append(one_process(given))
+                    given = {"model": model, "folder": str(folder), "size": size, "share": share}
+                    rows.append(one_process(**given, steps=options.steps))
                     print(line(rows[-1]), flush=True)
     write(rows, options.steps)
 

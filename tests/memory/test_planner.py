@@ -75,6 +75,7 @@ workloads = st.builds(
 
 def everything(work, rates, allow=(), limits=NONE):
     """Every plan there is, as (bytes on the device, cost)."""
+    rates = rates.in_workload(work)
     for one in (rates, rates.frugal):
         if one is not None:
             yield from _everything(work, one, allow, limits, tick_of(work, rates))

@@ -182,6 +182,13 @@ class Rates:
         """Whether the device's memory is the host's."""
         return self.device == "cpu"
 
+    def in_workload(self, workload: Workload) -> Rates:
+        """The rates for a run: a CPU's heap keeps no more than the stages that fill it have in use."""
+        if self.frugal is None:
+            return self
+        filling = (call.peak + one.carried for one in workload.stages if one.keeps_heap for call in one.ways.values())
+        return replace(self, slack_most=min(self.slack_most, int(self.slack * max(filling, default=0))))
+
     def in_stage(self, stage: Stage) -> Rates:
         """The rates in a stage: freed memory is kept at hand only where that is worth it."""
         return self if stage.keeps_heap or self.frugal is None else self.frugal

@@ -70,6 +70,7 @@ class Planner:
         unknown = [name for name in self.allow if name not in LOSSY]
         if unknown:
             raise ValueError(f"allow={unknown} is not possible: it may hold {', '.join(LOSSY)}.")
+        object.__setattr__(self, "rates", self.rates.in_workload(self.workload))
         object.__setattr__(self, "_known", {})
 
     def choose(self, budgets: Budgets) -> Plan:

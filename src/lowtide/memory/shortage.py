@@ -36,4 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
+    signs = any(sign in text for sign in _SIGNS)
+    # oneDNN's word for no room to compile a kernel; with "descriptor" it means a shape that it does not take
+    no_room = text.startswith(("could not create a primitive", "could not execute a primitive"))
+    return isinstance(error, RuntimeError) and (signs or (no_room and "descriptor" not in text))

@@ -23,7 +23,8 @@ from lowtide.memory.presets import stream_for
 from lowtide.memory.rates import assumed_rates
 from lowtide.memory.twin import dtypes_in_files
 from lowtide.pipelines.blueprint import InFiles, components_on_meta, config_patterns
-from lowtide.pipelines.fitting import Fit, check_allowed, rates_here, resolved
+from lowtide.pipelines.fit import Fit, rates_here, resolved
+from lowtide.pipelines.fitting import check_allowed
 from lowtide.pipelines.run_size import RunSize
 from lowtide.pipelines.workload import Twin, twin_of
 from lowtide.sizes import parse_bytes

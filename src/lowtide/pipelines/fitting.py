@@ -2,78 +2,35 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from lowtide.memory.attach import attach, attachment_of, detach
-from lowtide.memory.budgets import Asked, budget_bytes, check_budget
-from lowtide.memory.costs import Rates
-from lowtide.memory.flow import Flow, FlowMeter, ledgers_of, total_flow
+from lowtide.memory.budgets import Asked, check_budget
+from lowtide.memory.flow import FlowMeter, ledgers_of, total_flow
 from lowtide.memory.forms import NAMED_CASTINGS
 from lowtide.memory.heap import Heap
-from lowtide.memory.host import host_memory, trim_heap
-from lowtide.memory.meter import Meter, StageReading, steady_malloc
-from lowtide.memory.plan import LOSSY, BudgetError, Budgets, ComponentPlan, Plan
+from lowtide.memory.host import trim_heap
+from lowtide.memory.meter import Meter, steady_malloc
+from lowtide.memory.plan import LOSSY, Budgets, ComponentPlan, Plan
 from lowtide.memory.planner import choose
 from lowtide.memory.presets import apply_casting, execution_device, model_rule, remove_casting, stream_for
-from lowtide.memory.rates import COMPILED, machine_rates
 from lowtide.memory.report import RunReport, run_report
+from lowtide.memory.shortage import is_out_of_memory
 from lowtide.memory.twin import dtypes_in_files, is_cast
+from lowtide.pipelines.fit import Fit, rates_here, resolved
 from lowtide.pipelines.run_size import RunSize
 from lowtide.pipelines.workload import Twin, set_way, twin_of
+from lowtide.sizes import format_decimal
 from lowtide.stages import Stages
-
-LESS = 0.8
-"""Of what a stage was to take: what it may take after memory ran out in it."""
-
-
-@dataclass
-class Fit:
-    """Budgets at work on a pipeline: what they allow, the plan for the size asked for last, and what happened since."""
-
-    budgets: Budgets
-    allow: tuple[str, ...]
-    device: torch.device
-    rates: Rates
-    twin: Twin
-    size: RunSize
-    plan: Plan
-    way_before: tuple[Any, ...] = ()
-    castings: dict[str, str | None] = field(default_factory=dict)
-    readings: list[StageReading] = field(default_factory=list)
-    flows: dict[str, Flow] = field(default_factory=dict)
-    degradations: list[str] = field(default_factory=list)
-
-    def plan_for(self, size: RunSize) -> Plan:
-        """The fastest plan for a run of this size; raises `BudgetError`, naming the minimum, where there is none."""
-        return choose(self.twin.workload(size), self.rates, self.budgets, self.allow)
-
-    def smaller(self, stage: str) -> Plan | None:
-        """A plan under which a stage takes clearly less than now; where all of the run cannot, this stage alone."""
-        now = next(one for one in self.plan.stages if one.name == stage)
-        limit = int(now.peak * LESS)
-        workload = self.twin.workload(self.size)
-        alone = replace(workload, stages=tuple(one for one in workload.stages if one.name == stage))
-        for tried, bytes_tried in ((workload, limit), (alone, limit), (alone, now.peak - 1)):
-            try:
-                return choose(tried, self.rates, self._limited(bytes_tried), self.allow)
-            except BudgetError:
-                continue
-        return None
-
-    def _limited(self, nbytes: int) -> Budgets:
-        return replace(self.budgets, **{"ram" if self.device.type == "cpu" else "vram": nbytes})
 
 
 class FittingMethods:
@@ -193,10 +150,10 @@ class FittingMethods:
         assert fit is not None
         if fit.device.type == "cpu":
             steady_malloc()
-        for name, module in self.modules().items():
-            chosen = plan.components.get(name, _UNUSED)
-            put_under(module, chosen, fit.castings.get(name), fit.device)
-            fit.castings[name] = chosen.casting
+        chosen = {name: plan.components.get(name, _UNUSED) for name in self.modules()}
+        for name in sorted(chosen, key=lambda one: chosen[one].rule is None):  # first what gives room, then what takes
+            put_under(getattr(self, name), chosen[name], fit.castings.get(name), fit.device)
+            fit.castings[name] = chosen[name].casting
         set_way(self.vae, plan.way("decode"))
         fit.plan = plan
         trim_heap()
@@ -223,15 +180,20 @@ class FittingMethods:
         """After memory ran out in a stage: go on with a plan that takes less, if there is one; whether there was."""
         fit = self._fit
         assert fit is not None
-        plan = fit.smaller(stage)
-        if plan is None:
-            return False
-        fit.budgets = replace(fit.budgets, **{"ram" if fit.device.type == "cpu" else "vram": plan.peak})
-        self._put_to_work(plan)
-        said = f"{stage}: memory ran out ({reason}); going on with a plan for {plan.peak / 1e9:.2f} GB"
-        fit.degradations.append(said)
-        warnings.warn(said, stacklevel=4)
-        return True
+        while (plan := fit.smaller(stage)) is not None:
+            fit.budgets = replace(fit.budgets, **{"ram" if fit.device.type == "cpu" else "vram": plan.peak})
+            fit.plan = plan
+            try:
+                self._put_to_work(plan)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                continue
+            said = f"{stage}: memory ran out ({reason}); going on with a plan for {format_decimal(plan.peak)}"
+            fit.degradations.append(said)
+            warnings.warn(said, stacklevel=4)
+            return True
+        return False
 
 
 _UNUSED = ComponentPlan()
@@ -257,38 +219,6 @@ def casting_for(module: Any, name: str) -> Any:
     """The casting called so, without the parts that the model says are never cast."""
     casting = NAMED_CASTINGS[name]
     return replace(casting, skip_patterns=(*casting.skip_patterns, *getattr(module, "never_cast", ())))
-
-
-def resolved(device: torch.device, vram: Asked, ram: Asked, disk: Asked) -> Budgets:
-    """Budgets in bytes on this machine; what is not given is what is free, but for a little."""
-    host, own = host_memory(), psutil.Process().memory_info().rss
-    on_disk = shutil.disk_usage(tempfile.gettempdir())
-    return Budgets(
-        None if device.type == "cpu" else _vram(device, vram),
-        budget_bytes("auto" if ram is None else ram, "ram", total=host.total, free=host.available + own),
-        budget_bytes("auto" if disk is None else disk, "disk", total=on_disk.total, free=on_disk.free),
-    )
-
-
-def _vram(device: torch.device, asked: Asked) -> int | None:
-    free, total = torch.cuda.mem_get_info(device)
-    own = torch.cuda.memory_reserved(device)
-    return budget_bytes("auto" if asked is None else asked, "vram", total=total, free=free + own)
-
-
-def rates_here(device: torch.device, dtype: torch.dtype, modules: Mapping[str, nn.Module]) -> Rates:
-    """What this machine does in a second, with what this process takes by itself already."""
-    rates = machine_rates(device, dtype)
-    gc.collect()
-    trim_heap()
-    own = psutil.Process().memory_info().rss - sum(_in_memory(module) for module in modules.values())
-    return replace(rates, base=max(rates.base, own + COMPILED))
-
-
-def _in_memory(module: nn.Module) -> int:
-    """Bytes of weights in this process's memory, at most: those that are not at rest."""
-    found = {t.data_ptr(): t.numel() * t.itemsize for t in module.parameters() if type(t) is nn.Parameter and t.is_cpu}
-    return sum(found.values())
 
 
 def check_allowed(allow: Collection[str]) -> None:

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from compare import HERE, describe_machine
+from compare import HERE, machine_in_words
 
 SHARES = (-0.03, 0.0, 0.1, 0.4, 1.0)
 SIZES: dict[str, list[dict[str, int]]] = {
@@ -141,7 +141,7 @@ def write(rows: list[dict[str, Any]], steps: int) -> None:
             f"# Budgets: {held} of {len(ran)} held, {len(rows) - len(ran)} refused beforehand",
             "",
             f"MB of resident memory of the whole process, CPU, {steps} steps. Predicted over measured peaks: "
-            f"{min(ratios):.3f} to {max(ratios):.3f}. {describe_machine()}",
+            f"{min(ratios):.3f} to {max(ratios):.3f}. {machine_in_words()}",
             "",
             *head,
             *map(line, rows),

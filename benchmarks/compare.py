@@ -124,5 +124,15 @@ def describe_machine(script: str, run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def machine_in_words() -> str:
+    """The command, the machine and the versions in one line."""
+    import torch
+
+    from lowtide import __version__
+
+    about = describe_machine(str(Path(sys.argv[0])), {"versions": f"lowtide {__version__}, torch {torch.__version__}"})
+    return f"`{about['command']}`; {about['machine']}; {about['versions']}; commit {about['commit']}."
+
+
 if __name__ == "__main__":
     main()

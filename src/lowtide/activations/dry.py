@@ -1,7 +1,7 @@
 """A run on meta: the memory of a streamed run without its arithmetic, and without most of its bands.
 
-Bands in the middle of a pass are alike. Those at both ends are gone through, as ever; of the others only the pages that
-they fill and leave are counted.
+Bands in the middle of a pass are alike. The first ones are gone through, as ever; of the others, which take no more,
+only the pages that they fill and leave are counted.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from lowtide.activations.run import RowSink, Run
 from lowtide.activations.schedule import Pass
 from lowtide.ops.statistics import ChannelStatistics
 
-AT_THE_ENDS = 2
-"""Bands of a pass that are gone through at its beginning, and as many at its end."""
+GONE_THROUGH = 2
+"""Bands of a pass: the first, which has no rows above it, and one that has rows on both sides."""
 
 
 class _FirstPart(ChannelStatistics):
@@ -34,7 +34,7 @@ class DryRun(Run):
 
     def _sweep(self, one: Pass, spans: list[Span], write: RowSink) -> None:
         for place, span in enumerate(spans):
-            if min(place, len(spans) - 1 - place) < AT_THE_ENDS:
+            if place < GONE_THROUGH:
                 self._band(one, span, write)
             else:
                 self._count_band(one, span)

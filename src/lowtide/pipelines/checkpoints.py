@@ -81,7 +81,7 @@ def plan_checkpoint(
     parts, in_files = components_on_meta(folder, wanted, LoadOptions(dtype, variant))
     twin = _twin(pipelines[class_name], parts, in_files, device)
     rates, budgets = _machine(device, twin, asked)
-    return Planning(twin.workload(twin.pipe.usual_size(**size)), rates, budgets, asked.allow)
+    return Planning(twin.workload(twin.pipe.usual_size(**size), asked.allow), rates, budgets, asked.allow)
 
 
 def _machine(device: torch.device, twin: Twin, asked: AskedBudgets) -> tuple[Rates, Budgets]:
@@ -122,7 +122,7 @@ def load_within(
     twin = _twin(pipeline_class, {**given, **parts}, in_files, device)
     size: RunSize = twin.pipe.usual_size(**asked_size)
     rates, budgets = rates_here(device, twin.pipe.dtype, networks), resolved(device, asked.vram, asked.ram, asked.disk)
-    plan = choose(twin.workload(size), rates, budgets, asked.allow)
+    plan = choose(twin.workload(size, asked.allow), rates, budgets, asked.allow)
     own = {name: _options_under(plan, name, options, device) for name in in_files if name not in given}
     pipe = pipeline_class(**given, **load_components(source, specs, options, own))
     pipe.put_under_plan(Fit(budgets, asked.allow, device, rates, twin, size, plan), as_planned=set(own))

@@ -48,12 +48,12 @@ class Fit:
 
     def plan_for(self, size: RunSize) -> Plan:
         """The fastest plan for a run of this size; raises `BudgetError`, naming the minimum, where there is none."""
-        return choose(self.twin.workload(size), self.rates, self.budgets, self.allow)
+        return choose(self.twin.workload(size, self.allow), self.rates, self.budgets, self.allow)
 
     def smaller(self, stage: str) -> Plan | None:
         """A plan under which a stage takes clearly less than now, the least at worst; None where that is now."""
         now = next((one for one in self.plan.stages if one.name == stage), None)
-        workload = self.twin.workload(self.size)
+        workload = self.twin.workload(self.size, self.allow)
         if now is None:
             return None
         limit = now.base + int(LESS * (now.peak - now.base))

@@ -79,7 +79,7 @@ class FittingMethods:
         self, twin: Twin, budgets: Budgets, allow: tuple[str, ...], device: torch.device, size: RunSize
     ) -> None:
         rates = rates_here(device, twin.pipe.dtype, self.modules())
-        plan = choose(twin.workload(size), rates, budgets, allow)
+        plan = choose(twin.workload(size, allow), rates, budgets, allow)
         self.put_under_plan(Fit(budgets, allow, device, rates, twin, size, plan))
 
     def put_under_plan(self, fit: Fit, *, as_planned: Collection[str] = ()) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,27 +51,31 @@ class Twin:
     device: torch.device
     _traced: dict[tuple[Any, ...], tuple[dict[str, Component], tuple[Stage, ...]]] = field(default_factory=dict)
 
-    def workload(self, size: RunSize) -> Workload:
-        """What a run of this size takes. Raises `ValueError` for a size that the pipeline cannot make."""
-        key = (size.height, size.width, size.pictures, size.prompts, size.guided, size.frames, size.output)
+    def workload(self, size: RunSize, allow: Collection[str] = ()) -> Workload:
+        """What a run of this size takes. Raises `ValueError` for a size that the pipeline cannot make.
+
+        Blended tiles of clips, which take long to trace, are looked at where `allow` has them.
+        """
+        blended = size.frames is None or "blended_tiling" in allow
+        key = (blended, size.height, size.width, size.pictures, size.prompts, size.guided, size.frames, size.output)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             if key not in self._traced:
-                self._traced[key] = self._trace(size)
+                self._traced[key] = self._trace(size, (SLICED, EXACT_ON_DISK, *([BLENDED] if blended else [])))
             components, traced = self._traced[key]
             calls = self.pipe.scheduler.calls(size.steps)
         stages = tuple(replace(one, calls=calls) if one.name == "denoise" else one for one in traced)
         dtype = str(self.pipe.dtype).removeprefix("torch.")
         return Workload(components, stages, dtype, size.to_dict())
 
-    def _trace(self, size: RunSize) -> tuple[dict[str, Component], tuple[Stage, ...]]:
+    def _trace(self, size: RunSize, other_ways: Sequence[str]) -> tuple[dict[str, Component], tuple[Stage, ...]]:
         components: dict[str, Component] = {}
         stages: list[Stage] = []
         for one in self.pipe.traced_stages(size):
             whole = self._traced_call(one, WHOLE)
             ways = {WHOLE: _finished(whole.call, one)}
             if one.decodes:
-                ways |= self._other_ways(one, whole.call.work)
+                ways |= self._other_ways(one, other_ways, whole.call.work)
             stages.append(Stage(one.name, one.component, one.calls, ways, one.carried))
             if one.component not in components:
                 components[one.component] = self._component(one.component, whole)
@@ -85,11 +89,11 @@ class Twin:
         is_in_file = in_file is None or all(slot.name in in_file for slot in slots(module) if slot.kind == "parameter")
         return component(name, module, device=self.device.type, file_dtypes=in_file, traced=traced, in_file=is_in_file)
 
-    def _other_ways(self, traced: TracedStage, work: Work) -> dict[str, Call]:
+    def _other_ways(self, traced: TracedStage, names: Sequence[str], work: Work) -> dict[str, Call]:
         """The ways that an autoencoder offers for this picture or clip."""
         ways: dict[str, Call] = {}
         vae = getattr(self.pipe, traced.component)
-        for way in (SLICED, EXACT_ON_DISK, BLENDED):
+        for way in names:
             if not can_go(vae, way, len(traced.inputs[0])):
                 continue
             try:

@@ -1,0 +1,104 @@
+"""How long planning takes, after imports, for Stable Diffusion 1.5 and CogVideoX-5b, from configurations alone.
+
+    python benchmarks/planning.py [--rounds 3]
+
+Each round is a fresh process: the first plan of a process is the slowest. Prints a table with medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from compare import machine_in_words
+
+UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+TEXT = {"model_type": "clip_text_model", "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+T5 = {"model_type": "t5", "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "feed_forward_proj": "gated-gelu", "vocab_size": 32128}  # fmt: skip
+PARTS: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
+    "StableDiffusionPipeline": {
+        "unet": ("diffusers", "UNet2DConditionModel", UNET),
+        "vae": ("diffusers", "AutoencoderKL", {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+            "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}),
+        "text_encoder": ("transformers", "CLIPTextModel", {**TEXT, "num_hidden_layers": 12, "vocab_size": 49408}),
+        "tokenizer": ("transformers", "CLIPTokenizer", {}),
+        "scheduler": ("diffusers", "DDIMScheduler", {**SCALED, "steps_offset": 1, "clip_sample": False}),
+    },
+    "CogVideoXPipeline": {
+        "transformer": ("diffusers", "CogVideoXTransformer3DModel", {"num_attention_heads": 48, "num_layers": 42,
+            "use_rotary_positional_embeddings": True}),
+        "vae": ("diffusers", "AutoencoderKLCogVideoX", {"scaling_factor": 0.7}),
+        "text_encoder": ("transformers", "T5EncoderModel", T5),
+        "tokenizer": ("transformers", "T5Tokenizer", {}),
+        "scheduler": ("diffusers", "CogVideoXDPMScheduler", {**SCALED, "snr_shift_scale": 1.0}),
+    },
+}  # fmt: skip
+BUDGETS = {"StableDiffusionPipeline": "1GB", "CogVideoXPipeline": "8GB"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(seconds(*options.child)))
+        return
+    print("| model | trace, s | choose, s | together, s |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in PARTS:
+            write(Path(scratch) / name, name)
+            taken = [one_process(name, Path(scratch) / name) for _ in range(options.rounds)]
+            cells = [statistics.median(column) for column in zip(*taken, strict=True)]
+            print(
+                f"| {name} | {cells[0]:.2f} | {cells[1]:.2f} | {statistics.median(map(sum, taken)):.2f} |", flush=True
+            )
+    print(machine_in_words())
+
+
+def write(folder: Path, name: str) -> None:
+    """A folder that holds configurations and nothing else."""
+    index: dict[str, Any] = {"_class_name": name}
+    for part, (library, kind, config) in PARTS[name].items():
+        (folder / part).mkdir(parents=True)
+        file = "scheduler_config.json" if part == "scheduler" else "config.json"
+        (folder / part / file).write_text(json.dumps({"_class_name": kind, **config}), encoding="utf-8")
+        index[part] = [library, kind]
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def one_process(name: str, folder: Path) -> list[float]:
+    command = [sys.executable, __file__, "--child", name, str(folder)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def seconds(name: str, folder: str) -> list[float]:
+    """Seconds to trace, and to choose; rates are measured before, if they have not been."""
+    import time
+
+    import torch
+
+    import lowtide
+    from lowtide.memory.planner import Planner
+    from lowtide.memory.rates import machine_rates
+    from lowtide.pipelines.checkpoints import AskedBudgets, plan_checkpoint
+
+    cpu, pipelines = torch.device("cpu"), {name: getattr(lowtide, name)}
+    machine_rates(cpu, torch.bfloat16)
+    began = time.perf_counter()
+    found = plan_checkpoint(folder, pipelines, AskedBudgets(ram=BUDGETS[name]), dtype=torch.bfloat16, device=cpu)
+    traced = time.perf_counter()
+    Planner(found.workload, found.rates).choose(found.budgets)
+    return [traced - began, time.perf_counter() - traced]
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from lowtide.cli import plan as command
 from lowtide.cli.app import app
 from lowtide.cli.outlook import More, Outlook, thinned
+from lowtide.cli.plan_text import plans_table, shown_plans
 from lowtide.memory.plan import Budgets, Plan
 from lowtide.sizes import parse_bytes
 
@@ -58,10 +59,12 @@ def test_the_chosen_plan_is_marked_and_stands_beside_others(found):
     result = lowtide("--ram", "1GB")
     assert result.exit_code == 0, result.output
     chosen = row(result.stdout, "→")
-    for said in ("0.92 of 1.00 GB", "38.9 s", "yes"):
+    for said in ("chosen", "0.92 GB", "38.9 s", "yes"):
         assert said in chosen
-    assert "no" in row(result.stdout, "all weights resident ")
-    assert "changed: int8" in row(result.stdout, "the smallest: ")
+    assert "Chosen:  all weights by blocks from disk; decode row by row" in result.stdout
+    assert "0.92 of 1.00 GB of memory, 38.9 s, exact up to rounding" in result.stdout
+    assert "no" in row(result.stdout, "resident ").split()
+    assert "changed: int8" in row(result.stdout, "smallest ")
     assert result.stdout.count("→") == 1
 
 
@@ -79,9 +82,32 @@ def test_a_gpu_that_is_not_there_is_planned_for_and_said_to_be_assumed(found):
     assert (found["asked"].device, found["asked"].dtype) == ("cuda", "float16")
     assert "assumed rates" in result.stdout
     assert "4 × 1024x1024, 30 steps" in result.stdout
-    chosen = row(result.stdout, "→")
-    assert "5.87 of 6.00 GB" in chosen
-    assert "4.00 of 16.00 GB" in chosen
+    assert "5.87 of 6.00 GB of GPU memory, 4.00 of 16.00 GB of host memory" in result.stdout
+
+
+def test_rows_that_add_nothing_are_left_out_and_the_chosen_one_has_its_usual_name():
+    plan = plans.on_cpu()
+    usual = {"resident": plans.resident(plan), "blocks": plan}
+    slower = replace(plans.scaled(plan, 1.0, 1.2), components={})
+    found = replace(outlook(plan), alternatives={**usual, "leaves": slower, "smallest": plans.lossy(plan)})
+    assert [name for name, _ in shown_plans(found)] == ["resident", "blocks", "smallest"]
+    smaller = replace(plans.scaled(plan, 0.9, 1.2), components={})
+    found = replace(found, alternatives={**usual, "leaves": smaller})
+    assert [name for name, _ in shown_plans(found)] == ["resident", "blocks", "leaves"]
+
+
+@pytest.mark.parametrize("make", [plans.on_cpu, plans.on_gpu])
+def test_a_table_of_80_columns_has_a_line_a_plan(make):
+    from rich.console import Console
+
+    console = Console(width=80, color_system=None)
+    plan = make()
+    names = {"sequential, decode by rows": plans.resident(plan), "smallest": plans.scaled(plan, 0.5, 2)}
+    with console.capture() as captured:
+        console.print(plans_table(replace(outlook(plan), alternatives=names)))
+    lines = captured.get().strip().splitlines()
+    assert len([line for line in lines if "…" in line]) == 0
+    assert len(lines) == 2 + len(shown_plans(replace(outlook(plan), alternatives=names)))
 
 
 def test_what_is_asked_reaches_the_planning(found):

@@ -165,7 +165,7 @@ def test_what_is_allowed_helps_where_little_fits():
     least = minimum(workload(), GPU)
     with_fp8 = minimum(workload(), GPU, ("fp8",))
     assert with_fp8.vram < least.vram
-    with pytest.raises(BudgetError, match=r'allow=\("fp8",\), which fits'):
+    with pytest.raises(BudgetError, match=r'allow=\("fp8",\) or --allow fp8, which fits'):
         choose(workload(), GPU, with_fp8)
     with pytest.raises(ValueError, match="it may hold fp8"):
         choose(workload(), GPU, allow=("fp4",))

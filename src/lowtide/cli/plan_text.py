@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lowtide.cli.outlook import LEAST_GAIN, More, Outlook, minimum_in_words
 from lowtide.memory.brief import asked_in_words, in_words, seconds_in_words
 from lowtide.memory.plan import Plan
+from lowtide.memory.words import budgets_in_words
 from lowtide.sizes import format_decimal
 
 if TYPE_CHECKING:
@@ -15,9 +16,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+NOTICED = 0.98
+"""A plan is shown beside faster ones where it takes at most so much of their memory."""
+
+
 def print_outlook(console: Console, outlook: Outlook, model: str) -> None:
     """Print all of it."""
-    for line in headline(outlook, model):
+    for line in (*headline(outlook, model), *chosen_in_words(outlook)):
         console.print(line, markup=False, soft_wrap=True)
     console.print(plans_table(outlook))
     for name, lines in below(outlook).items():
@@ -30,30 +35,58 @@ def headline(outlook: Outlook, model: str) -> Iterator[str]:
     """What is planned, and on which machine."""
     plan = next((plan for _, plan in outlook.plans()), None)
     what = "" if plan is None else f": {asked_in_words(plan)}, {plan.dtype}"
-    yield f"{model}{what}; on {outlook.device}, with {_budgets(outlook)}"
+    on_cpu = outlook.device == "cpu"
+    yield f"{model}{what}, on {'the CPU' if on_cpu else outlook.device}"
+    yield f"Given:   {budgets_in_words(outlook.budgets, on_cpu=on_cpu)}"
     if outlook.assumed:
         yield "Times are from assumed rates, not measured ones; memory does not depend on them."
 
 
+def chosen_in_words(outlook: Outlook) -> Iterator[str]:
+    """The chosen plan, and what it takes of each budget."""
+    plan, budgets = outlook.plan, outlook.budgets
+    if plan is None:
+        return
+    sizes = f"{_of(plan.host_peak, budgets.ram)} of memory"
+    if outlook.device != "cpu":
+        sizes = f"{_of(plan.peak, budgets.vram)} of GPU memory, {_of(plan.host_peak, budgets.ram)} of host memory"
+    yield f"Chosen:  {in_words(plan)}"
+    yield f"         {sizes}, {seconds_in_words(plan.seconds)}, {plan.exactness}"
+
+
 def plans_table(outlook: Outlook) -> Table:
-    """One row a plan; an arrow shows the chosen one."""
+    """One row a plan, the largest first; an arrow shows the chosen one."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     on_cpu = outlook.device == "cpu"
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
-    table.add_column("plan", overflow="fold", ratio=1)
-    for heading in ("memory",) if on_cpu else ("GPU memory", "host memory"):
+    table.add_column("plan", no_wrap=True)
+    for heading in ("memory",) if on_cpu else ("GPU", "host"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("result")
-    table.add_column("fits")
-    for name, plan in outlook.plans():
+    table.add_column("fits", no_wrap=True)
+    for name, plan in shown_plans(outlook):
         style = "bold" if plan is outlook.plan else "" if outlook.fits(plan) else "dim"
         table.add_row(*(Text(cell) for cell in _cells(outlook, name, plan)), style=style)
     return table
+
+
+def shown_plans(outlook: Outlook) -> list[tuple[str, Plan]]:
+    """The chosen plan and the smallest, and of the others those that no faster and as exact one makes needless.
+
+    The chosen one has the name of the usual plan that it is, or "chosen".
+    """
+    names = {id(plan): _name_of(outlook, name, plan) for name, plan in outlook.plans()}
+    kept: list[Plan] = []
+    for _, plan in sorted(outlook.plans(), key=lambda one: (one[1].seconds, one[1].peak)):
+        as_exact = [one for one in kept if _inexactness(one) <= _inexactness(plan)]
+        if plan is outlook.plan or names[id(plan)] == "smallest" or all(_is_smaller(plan, one) for one in as_exact):
+            kept.append(plan)
+    return [(names[id(plan)], plan) for plan in sorted(kept, key=lambda plan: -plan.peak)]
 
 
 def below(outlook: Outlook) -> dict[str, list[str]]:
@@ -77,14 +110,34 @@ def one_line(plan: Plan) -> str:
 
 
 def _cells(outlook: Outlook, name: str, plan: Plan) -> list[str]:
-    on_cpu = outlook.device == "cpu"
-    sizes = [_of(plan.host_peak, outlook.budgets.ram)]
-    if not on_cpu:
-        sizes.insert(0, _of(plan.peak, outlook.budgets.vram))
-    fits = "yes" if outlook.fits(plan) else "no"
+    sizes = [format_decimal(plan.host_peak)]
+    if outlook.device != "cpu":
+        sizes.insert(0, format_decimal(plan.peak))
     mark = "→" if plan is outlook.plan else ""
-    said = f"the smallest: {in_words(plan)}" if name == "smallest" else in_words(plan)
-    return [mark, said, *sizes, seconds_in_words(plan.seconds), plan.exactness, fits]
+    result = plan.exactness.removeprefix("exact ")
+    return [mark, name, *sizes, seconds_in_words(plan.seconds), result, "yes" if outlook.fits(plan) else "no"]
+
+
+def _name_of(outlook: Outlook, name: str, plan: Plan) -> str:
+    """The short name of a plan; the chosen one may be a usual one too."""
+    if plan is not outlook.plan:
+        return name
+    same = [usual for usual, other in outlook.alternatives.items() if usual != "chosen" and _same(other, plan)]
+    return next(iter(same), name)
+
+
+def _same(one: Plan, other: Plan) -> bool:
+    ways = [[(stage.name, stage.way) for stage in plan.stages] for plan in (one, other)]
+    return one.components == other.components and ways[0] == ways[1]
+
+
+def _inexactness(plan: Plan) -> int:
+    return ("equal bits", "exact up to rounding").index(plan.exactness) if "changed" not in plan.exactness else 2
+
+
+def _is_smaller(plan: Plan, other: Plan) -> bool:
+    """Whether a plan takes noticeably less, on the device or in host memory."""
+    return plan.peak < other.peak * NOTICED or plan.host_peak < other.host_peak * NOTICED
 
 
 def _of(size: int, budget: int | None) -> str:
@@ -97,16 +150,17 @@ def _of(size: int, budget: int | None) -> str:
 
 
 def _bought(outlook: Outlook, more: More) -> str:
-    budget = f"--{more.name} {more.budget / 1e9:g}GB"
+    budget = f"--{more.name} {_typed(more.budget)}"
     saved = outlook.saved(more)
     if saved is None or outlook.plan is None:
         return f"{budget} would do: {in_words(more.plan)}, {seconds_in_words(more.plan.seconds)}"
     if saved < LEAST_GAIN * outlook.plan.seconds:
         return f"{budget} would save nothing"
-    return f"{budget} would save {seconds_in_words(saved)} ({saved / outlook.plan.seconds:.0%}): {in_words(more.plan)}"
+    share = saved / outlook.plan.seconds
+    said = f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"
+    return f"{budget} would save {seconds_in_words(saved)} ({said}): {in_words(more.plan)}"
 
 
-def _budgets(outlook: Outlook) -> str:
-    of = {"vram": "GPU memory", "ram": "memory" if outlook.device == "cpu" else "host memory", "disk": "disk"}
-    sizes = ((said, getattr(outlook.budgets, name)) for name, said in of.items())
-    return ", ".join(f"{format_decimal(size)} of {said}" for said, size in sizes if size is not None) or "no limit"
+def _typed(size: int) -> str:
+    """A size as an option takes it: "2GB", "23.04GB"."""
+    return f"{round(size / 1e9, 2):g}GB"

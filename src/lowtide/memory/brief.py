@@ -43,6 +43,12 @@ def seconds_in_words(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def at_least(size: int) -> str:
+    """A size rounded up, so that a budget typed as it is said is enough: 468100000 is "0.47 GB"."""
+    step = 10**7 if size >= 10**8 else 10**5 if size >= 10**5 else 100
+    return format_decimal(-(-size // step) * step)
+
+
 def _weights(plan: Plan) -> list[str]:
     groups: dict[str, list[str]] = {}
     for name, component in plan.components.items():

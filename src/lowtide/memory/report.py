@@ -172,9 +172,9 @@ def _table(report: RunReport) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE, caption=_caption(report), caption_justify="left")
+    table = Table(box=box.SIMPLE, caption=_caption(report), caption_justify="left", padding=0, pad_edge=False)
     table.add_column("stage", no_wrap=True)
-    for heading in ("took, s", "planned", "bound", "of bound", "stall", "peak", "planned", "off", "moved"):
+    for heading in ("took, s", "planned", "of bound", "stall", "peak, GB", "planned", "moved"):
         table.add_column(heading, justify="right", no_wrap=True)
     for stage in report.stages:
         table.add_row(f"{stage.name} ×{stage.times}" if stage.times > 1 else stage.name, *_cells(stage))
@@ -202,23 +202,26 @@ def _whole(report: RunReport) -> StageReport:
 
 
 def _cells(stage: StageReport) -> list[str]:
-    ratio, difference = stage.ratio_to_bound, stage.peak_difference
+    ratio = stage.ratio_to_bound
     return [
-        f"{stage.seconds:.2f}",
-        f"{stage.predicted_seconds:.2f}",
-        f"{stage.bound_seconds:.2f} {stage.bound}".rstrip(),
-        "–" if ratio is None else f"{ratio:.2f}x",
+        _seconds(stage.seconds),
+        _seconds(stage.predicted_seconds),
+        "–" if ratio is None else f"{ratio:.2f}x {stage.bound}".rstrip(),
         f"{stage.stalled_share:.0%}",
-        "–" if stage.peak is None else format_decimal(stage.peak),
-        format_decimal(stage.predicted_peak),
-        "–" if difference is None else f"{difference:+.0%}",
-        format_decimal(stage.moved) if stage.moved else "–",
+        "–" if stage.peak is None else f"{stage.peak / 1e9:.2f}",
+        f"{stage.predicted_peak / 1e9:.2f}",
+        f"{stage.moved / 1e9:.2f}" if stage.moved else "–",
     ]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f}" if seconds < 1000 else f"{seconds:.0f}"
 
 
 def _caption(report: RunReport) -> str:
     what = "resident memory" if report.device == "cpu" else "what PyTorch allocates on the GPU"
-    said = f"Peaks are {what}; bound: the least time that computing, the link or the disk needs."
+    least = "computing or the disk" if report.device == "cpu" else "computing, the link or the disk"
+    said = f"Peaks are {what}; the bound is the least time that {least} needs."
     beaten = [stage.name for stage in report.stages if (stage.ratio_to_bound or 1) < BEATEN]
     if beaten:
         said += f"\nFaster than the bound in {', '.join(beaten)}: the plan's rates are too low for this machine."
@@ -226,5 +229,5 @@ def _caption(report: RunReport) -> str:
         return said
     held = "within" if report.within_budget else "above"
     context = f" and {format_decimal(report.unseen)} of the process's own" if report.unseen else ""
-    taken = f"{seconds_in_words(report.seconds)}, at most {format_decimal(report.peak)}{context}"
+    taken = f"{seconds_in_words(report.seconds)} in all, at most {format_decimal(report.peak)}{context}"
     return f"{said}\n{taken}: {held} the budget of {format_decimal(report.budget)}."

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from lowtide.memory.brief import WAY_WORDS, asked_in_words, seconds_in_words
+from lowtide.memory.brief import WAY_WORDS, asked_in_words, at_least, seconds_in_words
 from lowtide.memory.costs import WHOLE, Workload
 from lowtide.memory.forms import Level, Tier
 from lowtide.memory.plan import Budgets, ComponentPlan, Plan, StagePlan
 from lowtide.sizes import format_decimal
 
 _PLACES = {Tier.DISK: "disk", Tier.HOST: "host memory"}
+_LEAST_NAMED = 5_000_000
+"""Parts of a peak with fewer bytes, or less than a hundredth of it, are left out."""
 _HIDDEN = 1.05
 """Up to so many times the seconds of computing, loads count as hidden behind it."""
 
@@ -19,18 +21,32 @@ def describe(plan: Plan) -> str:
     """The plan as lines of text: what it was made for, each component, each stage, and why."""
     names = [*plan.components, *(stage.name for stage in plan.stages)]
     width = max(map(len, names), default=0)
-    lines = [_header(plan)]
+    lines = [*_header(plan), "Weights"]
     lines += [f"  {name:<{width}}  {held(one, plan.device)}" for name, one in plan.components.items()]
-    lines += [f"  {stage.name:<{width}}  {_stage(stage)}" for stage in plan.stages]
-    return "\n".join([*lines, *(f"  - {reason}" for reason in plan.why)])
+    lines += ["Stages", *(f"  {stage.name:<{width}}  {_stage(stage)}" for stage in plan.stages)]
+    return "\n".join([*lines, *(["Why", *(f"  {reason}" for reason in plan.why)] if plan.why else [])])
 
 
-def _header(plan: Plan) -> str:
-    sizes = f"predicted peak {format_decimal(plan.peak)}"
-    if plan.device != "cpu":
-        sizes += f" on {plan.device}, {format_decimal(plan.host_peak)} of host memory"
-    assumed = ", by usual figures of such a device, not measured ones" if plan.assumed else ""
-    return f"{plan.budgets}: {sizes}, {seconds_in_words(plan.seconds)} ({plan.exactness}; {_run(plan)}){assumed}"
+def budgets_in_words(budgets: Budgets, *, on_cpu: bool) -> str:
+    """Such as "1.50 GB of memory and 65.30 GB of disk"."""
+    of = {"vram": "GPU memory", "ram": "memory" if on_cpu else "host memory", "disk": "disk"}
+    sizes = ((place, getattr(budgets, name)) for name, place in of.items())
+    given = [f"{format_decimal(size) if size else '0 GB'} of {place}" for place, size in sizes if size is not None]
+    return f"{', '.join(given[:-1])} and {given[-1]}" if len(given) > 1 else "".join(given) or "no limit"
+
+
+def _header(plan: Plan) -> list[str]:
+    on_cpu = plan.device == "cpu"
+    peak = f"at most {format_decimal(plan.peak)}" + ("" if on_cpu else " of GPU memory")
+    host = "" if on_cpu else f", {format_decimal(plan.host_peak)} of host memory"
+    assumed = " (usual figures of such a device, not measured ones)" if plan.assumed else ""
+    within = budgets_in_words(plan.budgets, on_cpu=on_cpu)
+    return [
+        f"Plan for {_run(plan) or 'a run'} on {'the CPU' if on_cpu else plan.device}",
+        f"  given     {within}",
+        f"  predicted {peak}{host}, {seconds_in_words(plan.seconds)}{assumed}",
+        f"  result    {plan.exactness}",
+    ]
 
 
 def _run(plan: Plan) -> str:
@@ -38,9 +54,9 @@ def _run(plan: Plan) -> str:
 
 
 def _stage(stage: StagePlan) -> str:
-    calls = f" × {stage.calls}" if stage.calls > 1 else ""
+    calls = f", {stage.calls} calls" if stage.calls > 1 else ""
     took = f"{format_decimal(stage.peak)}, {seconds_in_words(stage.seconds)}"
-    return f"{WAY_WORDS[stage.way]}{calls}: {took}, bound by {stage.bound}"
+    return f"{took}, bound by {stage.bound}; {WAY_WORDS[stage.way]}{calls}"
 
 
 def held(one: ComponentPlan, device: str) -> str:
@@ -104,21 +120,30 @@ def parts(stage: StagePlan) -> str:
         "the process itself": stage.base,
         "the allocator": stage.slack,
     }
-    return ", ".join(f"{format_decimal(size)} {name}" for name, size in named.items() if size)
+    least = min(_LEAST_NAMED, stage.peak // 100)
+    return ", ".join(f"{format_decimal(size)} {name}" for name, size in named.items() if size > least)
 
 
 def refusal(smallest: Plan, asked: Budgets, least: Budgets, helping: Mapping[str, Budgets], *, on_cpu: bool) -> str:
     """What to say where no plan fits: what was asked, the least and what it is made of, and what to try."""
     largest = max(smallest.stages, key=lambda stage: stage.peak)
-    needed = f"at least {_changed(asked, least)}"
-    tries = [f'allow=("{name}",), which fits' for name, one in helping.items() if _fits(one, asked, on_cpu=on_cpu)]
+    needed = _changed(asked, least, on_cpu=on_cpu)
+    tries = [f"{_allowing(name)}, which fits" for name, one in helping.items() if _fits(one, asked, on_cpu=on_cpu)]
     lower = [name for name, one in helping.items() if _device(one, on_cpu) < _device(least, on_cpu)]
     if not tries and lower:
-        tries = [f'allow=("{name}",), which takes {_changed(asked, helping[name])}' for name in lower]
+        tries = [
+            f"{_allowing(name)}, with which {_changed(asked, helping[name], on_cpu=on_cpu)} would do" for name in lower
+        ]
     return (
-        f"This run ({_run(smallest)}) does not fit {asked}: it takes {needed}. Stage {largest.name!r} binds, "
-        f"with {parts(largest)}. Try {'; '.join([*tries, 'a smaller size'])}, or give it more."
+        f"This run ({_run(smallest)}) does not fit {_asked(asked, least, on_cpu=on_cpu)}: it needs at least {needed}. "
+        f"Stage {largest.name!r} takes the most: {parts(largest)}. Try {'; '.join([*tries, 'a smaller size'])}, or "
+        f"give it more."
     )
+
+
+def _allowing(name: str) -> str:
+    """How a lossy form is allowed, in Python and as an option."""
+    return f'allow=("{name}",) or --allow {name}'
 
 
 def _device(budgets: Budgets, on_cpu: bool) -> int:
@@ -131,7 +156,14 @@ def _fits(least: Budgets, asked: Budgets, *, on_cpu: bool) -> bool:
     return all(given is None or (needed or 0) <= given for needed, given in pairs)
 
 
-def _changed(asked: Budgets, least: Budgets) -> str:
-    """The budgets that must be larger."""
+def _asked(asked: Budgets, least: Budgets, *, on_cpu: bool) -> str:
+    """The budgets that are too small, as they were asked for."""
     names = [one for one in ("vram", "ram", "disk") if getattr(least, one) != getattr(asked, one)]
-    return ", ".join(f"{name} {format_decimal(getattr(least, name))}" for name in names)
+    return budgets_in_words(Budgets(**{name: getattr(asked, name) for name in names}), on_cpu=on_cpu)
+
+
+def _changed(asked: Budgets, least: Budgets, *, on_cpu: bool) -> str:
+    """The budgets that must be larger, and the least that they can be."""
+    of = {"vram": "GPU memory", "ram": "memory" if on_cpu else "host memory", "disk": "disk"}
+    names = [one for one in of if getattr(least, one) != getattr(asked, one)]
+    return " and ".join(f"{at_least(getattr(least, name))} of {of[name]}" for name in names)

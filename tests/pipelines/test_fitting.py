@@ -1,6 +1,8 @@
 """Pipelines within budgets: planned before they load, within their plans, as fast as allowed, and undone again."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -169,6 +171,48 @@ def test_a_budget_and_choices_by_hand_do_not_go_together(folders):
     pipe = fits.load(folders["pictures"], "pictures", casting="int8")
     with pytest.raises(ValueError, match="8 bits"):
         pipe.fit(ram="1GB")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.to("cpu"),
+        lambda pipe: pipe.enable_model_cpu_offload(),
+        lambda pipe: setattr(pipe, "unet", copy.deepcopy(pipe.unet)),
+    ],
+    ids=["moved", "offloaded by hand", "replaced"],
+)
+def test_the_plan_is_at_work_in_every_call(folders, plain, change):
+    pipe = fits.load(folders["pictures"], "pictures")
+    size = {"output": "pt", "pictures": 2, "steps": 3}
+    pipe.fit(ram="1GB", **size)
+    plan = pipe.fit(ram=fits.least(pipe, **size), **size)
+    change(pipe)
+    assert fits.same(fits.make(pipe), plain["pictures"])
+    held = {name: getattr(attachment_of(module), "rule", None) for name, module in pipe.modules().items()}
+    assert {rule.level for rule in held.values() if rule is not None} == {
+        one.rule.level for one in plan.components.values() if one.rule is not None
+    }
+    assert all(held[name].level == one.rule.level for name, one in plan.components.items() if one.rule is not None)
+
+
+def test_size_and_allow_without_a_budget_are_refused(folders):
+    for option in ({"size": {"steps": 3}}, {"allow": ("int8",)}):
+        with pytest.raises(ValueError, match="budget"):
+            fits.load(folders["pictures"], "pictures", **option)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"dtype": "float16"}, "float16"), ({"made_for": {"side": 1}}, "side"), ({"allow": ("int4",)}, "int4")],
+)
+def test_a_plan_that_is_not_of_this_pipeline_is_refused(folders, changes, said):
+    pipe = fits.load(folders["pictures"], "pictures")
+    plan = replace(pipe.fit(ram="1GB"), **changes)
+    pipe.unfit()
+    with pytest.raises(ValueError, match=said):
+        pipe.apply_plan(plan)
+    assert pipe.plan is None
 
 
 def test_a_pipeline_whose_weights_are_in_no_file(tmp_path):

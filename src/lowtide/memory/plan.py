@@ -6,7 +6,7 @@ Sizes in bytes, times in seconds. Everything is frozen and free of torch; a plan
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
@@ -16,6 +16,13 @@ from lowtide.sizes import format_decimal
 
 LOSSY = ("fp8", "int8", "blended_tiling")
 """What `allow` may hold: forms of weights and ways that change the result by more than rounding."""
+
+
+def check_allowed(allow: Collection[str]) -> None:
+    """Raise `ValueError` for anything that is no lossy form or way."""
+    unknown = sorted(set(allow) - set(LOSSY))
+    if isinstance(allow, str) or unknown:
+        raise ValueError(f"allow={allow!r} is not possible: it holds some of {', '.join(LOSSY)}, as in allow=('fp8',).")
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from lowtide.memory.budgets import Asked, check_budget
 from lowtide.memory.costs import Rates, Workload
 from lowtide.memory.forms import NAMED_CASTINGS
 from lowtide.memory.loading import Offload
-from lowtide.memory.plan import Budgets, Plan
+from lowtide.memory.plan import Budgets, Plan, check_allowed
 from lowtide.memory.planner import choose
 from lowtide.memory.presets import stream_for
 from lowtide.memory.rates import assumed_rates
 from lowtide.memory.twin import dtypes_in_files
 from lowtide.pipelines.blueprint import InFiles, components_on_meta, config_patterns
-from lowtide.pipelines.fitting import Fit, check_allowed, rates_here, resolved
+from lowtide.pipelines.fitting import Fit, rates_here, resolved
 from lowtide.pipelines.run_size import RunSize
 from lowtide.pipelines.workload import Twin, twin_of
 from lowtide.sizes import parse_bytes

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,20 +17,21 @@ from torch import nn
 
 from lowtide.memory.attach import attach, attachment_of, detach
 from lowtide.memory.budgets import Asked, budget_bytes, check_budget
-from lowtide.memory.costs import Rates
+from lowtide.memory.costs import Rates, Workload
 from lowtide.memory.flow import Flow, FlowMeter, ledgers_of, total_flow
 from lowtide.memory.forms import NAMED_CASTINGS
 from lowtide.memory.heap import Heap
 from lowtide.memory.host import host_memory, trim_heap
 from lowtide.memory.meter import Meter, StageReading, steady_malloc
-from lowtide.memory.plan import LOSSY, BudgetError, Budgets, ComponentPlan, Plan
+from lowtide.memory.plan import BudgetError, Budgets, ComponentPlan, Plan, check_allowed
 from lowtide.memory.planner import choose
 from lowtide.memory.presets import apply_casting, execution_device, model_rule, remove_casting, stream_for
 from lowtide.memory.rates import COMPILED, machine_rates
 from lowtide.memory.report import RunReport, run_report
 from lowtide.memory.twin import dtypes_in_files, is_cast
 from lowtide.pipelines.run_size import RunSize
-from lowtide.pipelines.workload import Twin, set_way, twin_of
+from lowtide.pipelines.workload import Twin, put_ways_back, set_way, twin_of, ways_set
+from lowtide.sizes import format_decimal
 from lowtide.stages import Stages
 
 LESS = 0.8
@@ -40,7 +40,10 @@ LESS = 0.8
 
 @dataclass
 class Fit:
-    """Budgets at work on a pipeline: what they allow, the plan for the size asked for last, and what happened since."""
+    """Budgets at work on a pipeline: what they allow, the plan for the size asked for last, and what happened since.
+
+    `lowered` are the budgets that are left since memory ran out.
+    """
 
     budgets: Budgets
     allow: tuple[str, ...]
@@ -54,26 +57,44 @@ class Fit:
     readings: list[StageReading] = field(default_factory=list)
     flows: dict[str, Flow] = field(default_factory=dict)
     degradations: list[str] = field(default_factory=list)
+    lowered: Budgets | None = None
 
     def plan_for(self, size: RunSize) -> Plan:
-        """The fastest plan for a run of this size; raises `BudgetError`, naming the minimum, where there is none."""
-        return choose(self.twin.workload(size), self.rates, self.budgets, self.allow)
+        """The fastest plan for a run of this size; raises `BudgetError`, naming the minimum, where there is none.
+
+        What fits no budget that was lowered is tried within those that were given.
+        """
+        workload = self.twin.workload(size)
+        if self.lowered is not None:
+            with suppress(BudgetError):
+                return choose(workload, self.rates, self.lowered, self.allow)
+        return choose(workload, self.rates, self.budgets, self.allow)
 
     def smaller(self, stage: str) -> Plan | None:
-        """A plan under which a stage takes clearly less than now; where all of the run cannot, this stage alone."""
-        now = next(one for one in self.plan.stages if one.name == stage)
-        limit = int(now.peak * LESS)
-        workload = self.twin.workload(self.size)
-        alone = replace(workload, stages=tuple(one for one in workload.stages if one.name == stage))
-        for tried, bytes_tried in ((workload, limit), (alone, limit), (alone, now.peak - 1)):
-            try:
-                return choose(tried, self.rates, self._limited(bytes_tried), self.allow)
-            except BudgetError:
-                continue
+        """A plan under which a stage takes clearly less than now; where all of the run cannot, this stage alone.
+
+        None where there is none, or where the plan has no such stage.
+        """
+        now = next((one for one in self.plan.stages if one.name == stage), None)
+        if now is None:
+            return None
+        limit, workload = int(now.peak * LESS), self.twin.workload(self.size)
+        yet = [(workload, limit)]
+        yet += [(_withheld(workload, stage, self.plan.peak - most), self.plan.peak) for most in (limit, now.peak - 1)]
+        for tried, most in yet:
+            with suppress(BudgetError):
+                return choose(tried, self.rates, self.limited(most), self.allow)
         return None
 
-    def _limited(self, nbytes: int) -> Budgets:
+    def limited(self, nbytes: int) -> Budgets:
+        """The budgets with so many bytes of the device's memory."""
         return replace(self.budgets, **{"ram" if self.device.type == "cpu" else "vram": nbytes})
+
+
+def _withheld(workload: Workload, stage: str, nbytes: int) -> Workload:
+    """The workload with so many bytes of memory less in one stage."""
+    stages = tuple(replace(one, withheld=nbytes) if one.name == stage else one for one in workload.stages)
+    return replace(workload, stages=stages)
 
 
 class FittingMethods:
@@ -128,7 +149,7 @@ class FittingMethods:
     def put_under_plan(self, fit: Fit, *, as_planned: Collection[str] = ()) -> None:
         """Put a plan to work; the components named `as_planned` were loaded under it."""
         before = self._fit
-        fit.way_before = _ways_set(self.vae) if before is None else before.way_before
+        fit.way_before = ways_set(self.vae) if before is None else before.way_before
         fit.castings = {} if before is None else before.castings
         fit.castings |= {name: fit.plan.components[name].casting for name in as_planned if name in fit.plan.components}
         self._fit = fit
@@ -157,15 +178,19 @@ class FittingMethods:
     def apply_plan(self, plan: Plan, device: torch.device | str | None = None) -> None:
         """Put a plan to work, such as one saved as JSON; calls of another size than its own are planned anew.
 
-        Raises `ValueError` for a plan of components that this pipeline has not.
+        Raises `ValueError` for a plan of components that this pipeline has not, or of another dtype.
         """
         unknown = sorted(set(plan.components) - set(self.modules()))
         if unknown:
             raise ValueError(f"The plan has {unknown}, and this pipeline has {', '.join(self.modules())}.")
+        check_allowed(plan.allow)
+        size = self.usual_size(**plan.made_for)
         chosen = execution_device(device or plan.device.partition(":")[0])
         twin = self._fit.twin if self._fit is not None else twin_of(self, chosen, _in_files(self.modules()))
+        dtype = str(twin.pipe.dtype).removeprefix("torch.")
+        if plan.dtype != dtype:
+            raise ValueError(f"The plan is for {plan.dtype}, and this pipeline computes in {dtype}: make another one.")
         rates = rates_here(chosen, twin.pipe.dtype, self.modules())
-        size = RunSize(**plan.made_for) if plan.made_for else self.usual_size()
         self.put_under_plan(Fit(plan.budgets, plan.allow, chosen, rates, twin, size, plan))
 
     def unfit(self) -> None:
@@ -176,17 +201,20 @@ class FittingMethods:
             if self._fit.castings.get(name) is not None:
                 remove_casting(module)
             detach(module)
-        _set_ways(self.vae, self._fit.way_before)
+        put_ways_back(self.vae, self._fit.way_before)
         self._fit = None
 
     def _prepare(self, size: RunSize) -> None:
-        """Before a run: have the plan that its size needs; raises `BudgetError` where there is none."""
+        """Before a run: have the plan that its size needs; raises `BudgetError` where there is none.
+
+        It is put to work each time: components may have been moved, replaced, or offloaded by hand in between.
+        """
         fit = self._fit
-        if fit is None or size == fit.size:
+        if fit is None:
             return
-        plan = fit.plan_for(size)
-        fit.size = size
+        plan = fit.plan if size == fit.size else fit.plan_for(size)
         self._put_to_work(plan)
+        fit.size = size
 
     def _put_to_work(self, plan: Plan) -> None:
         fit = self._fit
@@ -226,9 +254,10 @@ class FittingMethods:
         plan = fit.smaller(stage)
         if plan is None:
             return False
-        fit.budgets = replace(fit.budgets, **{"ram" if fit.device.type == "cpu" else "vram": plan.peak})
+        fit.lowered = fit.limited(plan.peak)
         self._put_to_work(plan)
-        said = f"{stage}: memory ran out ({reason}); going on with a plan for {plan.peak / 1e9:.2f} GB"
+        taken = next(one.peak for one in plan.stages if one.name == stage)
+        said = f"{stage}: memory ran out ({reason}); going on with a plan that takes {format_decimal(taken)} there"
         fit.degradations.append(said)
         warnings.warn(said, stacklevel=4)
         return True
@@ -291,32 +320,8 @@ def _in_memory(module: nn.Module) -> int:
     return sum(found.values())
 
 
-def check_allowed(allow: Collection[str]) -> None:
-    """Raise `ValueError` for anything that is no lossy form or way."""
-    unknown = sorted(set(allow) - set(LOSSY))
-    if isinstance(allow, str) or unknown:
-        raise ValueError(f"allow={allow!r} is not possible: it holds some of {', '.join(LOSSY)}, as in allow=('fp8',).")
-
-
 def _in_files(modules: Mapping[str, nn.Module]) -> dict[str, Mapping[str, torch.dtype] | None]:
     return {name: dtypes_in_files(module) for name, module in modules.items()}
-
-
-def _ways_set(vae: Any) -> tuple[Any, ...]:
-    """How an autoencoder decodes now, to be put back."""
-    parts = (getattr(vae, "encoder", None), getattr(vae, "decoder", None))
-    forwards = tuple(None if part is None else part.__dict__.get("forward") for part in parts)
-    return getattr(vae, "use_slicing", False), getattr(vae, "tiles", None), parts, forwards
-
-
-def _set_ways(vae: Any, before: tuple[Any, ...]) -> None:
-    if not hasattr(vae, "enable_tiling"):
-        return
-    vae.disable_tiling()
-    vae.use_slicing, vae.tiles, parts, forwards = before
-    for part, forward in zip(parts, forwards, strict=True):
-        if forward is not None:
-            part.__dict__["forward"] = forward
 
 
 def fit(
@@ -342,8 +347,3 @@ def fit(
     Raises `BudgetError`, naming the minimum, where no plan fits, and `ValueError` for what is not possible.
     """
     return pipe.fit(vram, ram, disk=disk, allow=allow, device=device, **size)
-
-
-def latents_folder() -> str:
-    """Where latents are kept while they are decoded."""
-    return os.environ.get("LOWTIDE_LATENTS", tempfile.gettempdir())

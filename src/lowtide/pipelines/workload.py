@@ -172,6 +172,24 @@ def set_way(vae: Any, way: str) -> None:
         vae.enable_tiling("blended")
 
 
+def ways_set(vae: Any) -> tuple[Any, ...]:
+    """How an autoencoder decodes now, to be put back."""
+    parts = (getattr(vae, "encoder", None), getattr(vae, "decoder", None))
+    forwards = tuple(None if part is None else part.__dict__.get("forward") for part in parts)
+    return getattr(vae, "use_slicing", False), getattr(vae, "tiles", None), parts, forwards
+
+
+def put_ways_back(vae: Any, before: tuple[Any, ...]) -> None:
+    """Have it decode as it did when `ways_set` was asked."""
+    if not hasattr(vae, "enable_tiling"):
+        return
+    vae.disable_tiling()
+    vae.use_slicing, vae.tiles, parts, forwards = before
+    for part, forward in zip(parts, forwards, strict=True):
+        if forward is not None:
+            part.__dict__["forward"] = forward
+
+
 def nbytes(*tensors: torch.Tensor) -> int:
     """Bytes of tensors together."""
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)

@@ -70,7 +70,7 @@ def test_the_chosen_plan_is_marked_and_stands_beside_others(found):
 
 def test_below_stand_the_minimum_the_next_gigabyte_and_why(found):
     output = lowtide("--ram", "1GB").stdout
-    assert "Minimum\n  0.61 GB of memory" in output
+    assert "Minimum\n  0.62 GB of memory" in output
     assert "--ram 2GB would save 3.89 s (10%)" in output
     assert "Why\n  unet by blocks" in output
 

@@ -1,6 +1,8 @@
 """Pipelines within budgets: planned before they load, within their plans, as fast as allowed, and undone again."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -171,6 +173,48 @@ def test_a_budget_and_choices_by_hand_do_not_go_together(folders):
         pipe.fit(ram="1GB")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.to("cpu"),
+        lambda pipe: pipe.enable_model_cpu_offload(),
+        lambda pipe: setattr(pipe, "unet", copy.deepcopy(pipe.unet)),
+    ],
+    ids=["moved", "offloaded by hand", "replaced"],
+)
+def test_the_plan_is_at_work_in_every_call(folders, plain, change):
+    pipe = fits.load(folders["pictures"], "pictures")
+    size = {"output": "pt", "pictures": 2, "steps": 3}
+    pipe.fit(ram="1GB", **size)
+    plan = pipe.fit(ram=fits.least(pipe, **size), **size)
+    change(pipe)
+    assert fits.same(fits.make(pipe), plain["pictures"])
+    held = {name: getattr(attachment_of(module), "rule", None) for name, module in pipe.modules().items()}
+    assert {rule.level for rule in held.values() if rule is not None} == {
+        one.rule.level for one in plan.components.values() if one.rule is not None
+    }
+    assert all(held[name].level == one.rule.level for name, one in plan.components.items() if one.rule is not None)
+
+
+def test_size_and_allow_without_a_budget_are_refused(folders):
+    for option in ({"size": {"steps": 3}}, {"allow": ("int8",)}):
+        with pytest.raises(ValueError, match="budget"):
+            fits.load(folders["pictures"], "pictures", **option)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"dtype": "float16"}, "float16"), ({"made_for": {"side": 1}}, "side"), ({"allow": ("int4",)}, "int4")],
+)
+def test_a_plan_that_is_not_of_this_pipeline_is_refused(folders, changes, said):
+    pipe = fits.load(folders["pictures"], "pictures")
+    plan = replace(pipe.fit(ram="1GB"), **changes)
+    pipe.unfit()
+    with pytest.raises(ValueError, match=said):
+        pipe.apply_plan(plan)
+    assert pipe.plan is None
+
+
 def test_a_pipeline_whose_weights_are_in_no_file(tmp_path):
     from tests import tiny
 
@@ -181,3 +225,61 @@ def test_a_pipeline_whose_weights_are_in_no_file(tmp_path):
     assert fits.same(fits.make(pipe), before)
     pipe.unfit()
     assert torch.equal(fits.make(pipe), before)
+
+
+def test_what_is_replaced_after_it_is_planned_for_anew(folders, plain):
+    pipe = fits.load(folders["pictures"], "pictures")
+    before = pipe.fit(ram="1GB", pictures=2)
+    pipe.to(torch.float64)
+    after = pipe.fit(ram="1GB", pictures=2)
+    assert after.dtype == "float64"
+    assert after.peak > 1.5 * before.peak
+    pipe.unfit()
+    pipe = fits.load(folders["pictures"], "pictures")
+    pipe.fit(ram="1GB", pictures=2)
+    pipe.unet = fits.load(folders["pictures"], "pictures").unet
+    assert torch.equal(fits.make(pipe), plain["pictures"])
+
+
+def test_the_offload_of_before_comes_back(folders):
+    pipe = fits.load(folders["pictures"], "pictures", offload="leaf", offload_device="cpu")
+    rules = {name: attachment_of(module).rule for name, module in pipe.modules().items()}
+    pipe.fit(ram="1GB")
+    pipe.unfit()
+    assert {name: attachment_of(module).rule for name, module in pipe.modules().items()} == rules
+
+
+def test_a_budget_cannot_be_changed_during_a_call(folders):
+    pipe = fits.load(folders["pictures"], "pictures")
+    plan = pipe.fit(ram="1GB", pictures=2)
+
+    def meddle(*_):
+        with pytest.raises(RuntimeError, match="being called"):
+            pipe.fit(ram="1GB")
+        return {}
+
+    fits.make(pipe, callback_on_step_end=meddle)
+    assert pipe.plan.components == plan.components
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": "toaster"},
+        {"allow": ["int4"]},
+        {"budgets": {"vram": None, "ram": "1GB", "disk": None}},
+        {"components": {"unet": {"rule": None, "casting": "int4"}}},
+    ],
+)
+def test_a_plan_that_was_tampered_with_is_refused(folders, change):
+    pipe = fits.load(folders["pictures"], "pictures")
+    content = {**pipe.fit(ram="1GB").to_dict(), **change}
+    with pytest.raises(ValueError, match=r"no plan|not possible"):
+        Plan.from_dict(content)
+
+
+@pytest.mark.parametrize("size", [{"height": 8_000_000}, {"output": "foo"}, {"guided": "no"}])
+def test_sizes_that_make_no_sense_are_refused_at_once(folders, size):
+    pipe = fits.load(folders["pictures"], "pictures")
+    with pytest.raises(ValueError, match="not possible"):
+        pipe.fit(ram="1GB", **size)

@@ -177,3 +177,66 @@ def test_foreign_files_hold_no_latents(folders, tmp_path):
     with pytest.raises(ValueError, match="StableDiffusionPipeline"):
         pipe.decode_saved(tmp_path / "other.safetensors")
     assert tiny.MAX_TOKENS
+
+
+def test_one_stage_at_its_least_leaves_the_others_planned(folders, plain, monkeypatch):
+    pipe = fits.load(folders["pictures"], "pictures")
+    stages = [one.name for one in pipe.fit(ram="1GB", pictures=2).stages]
+    failing(monkeypatch, pipe.text_encoder, [0, 1, 2], ERRORS["cpu"])
+    failing(monkeypatch, pipe.unet, [1], ERRORS["cpu"])
+    with pytest.warns(UserWarning, match="memory ran out"):
+        made = fits.make(pipe)
+    assert fits.same(made, plain["pictures"])
+    assert len(pipe.degradations) == 4
+    assert [one.name for one in pipe.plan.stages if one.name in stages] == stages
+
+
+def test_a_size_that_fits_what_was_given_is_not_refused_after_a_degradation(folders, monkeypatch):
+    pipe = fits.load(folders["pictures"], "pictures")
+    pipe.fit(ram="1GB", pictures=1)
+    with monkeypatch.context() as patched, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        failing(patched, pipe.vae, [0, 1], ERRORS["cpu"])
+        fits.make(pipe, num_images_per_prompt=1, generator=None)
+    left = pipe.plan.peak
+    fits.make(pipe, height=128, width=128, generator=None)
+    assert left < pipe.plan.peak
+
+
+def test_noise_of_the_default_generator_is_drawn_once(folders, monkeypatch):
+    def draw(fails):
+        pipe = fits.load(folders["pictures"], "pictures")
+        pipe.fit(ram="1GB", pictures=2)
+        step, count = type(pipe.scheduler).step, []
+
+        def broken(self, *args, **kwargs):
+            torch.rand(1)
+            made = step(self, *args, **kwargs)
+            count.append(1)
+            if fails and len(count) == 2:
+                raise ERRORS["cpu"]
+            return made
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(pipe.scheduler), "step", broken)
+            torch.manual_seed(0)
+            fits.make(pipe, generator=None, output_type="latent")
+        return torch.rand(1)
+
+    whole = draw(fails=False)
+    with pytest.warns(UserWarning, match="memory ran out"):
+        assert torch.equal(draw(fails=True), whole)
+
+
+def test_a_full_disk_does_not_end_the_run(folders, plain, monkeypatch, own_folder):
+    from safetensors import SafetensorError
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    pipe = fits.load(folders["pictures"], "pictures")
+    pipe.fit(ram="1GB", pictures=2)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        assert fits.same(fits.make(pipe), plain["pictures"])
+    assert not list(own_folder.glob("lowtide-latents-*"))

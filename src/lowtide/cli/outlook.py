@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lowtide.memory.brief import in_words
+from lowtide.memory.brief import at_least, in_words
 from lowtide.memory.plan import LOSSY, BudgetError, Budgets, Plan
 from lowtide.sizes import format_decimal
 
@@ -151,9 +151,9 @@ def _as_options(budgets: Budgets, device: str) -> str:
 def minimum_in_words(minimum: Budgets, device: str) -> str:
     """The least that would do, such as "1.21 GB of GPU memory, with 16.00 GB of host memory"."""
     if device == "cpu":
-        return f"{format_decimal(minimum.ram or 0)} of memory"
+        return f"{at_least(minimum.ram or 0)} of memory"
     host = "" if minimum.ram is None else f", with {format_decimal(minimum.ram)} of host memory"
-    return f"{format_decimal(minimum.vram or 0)} of GPU memory{host}"
+    return f"{at_least(minimum.vram or 0)} of GPU memory{host}"
 
 
 def _more(choose: Callable[[Budgets], Plan], budgets: Budgets, *, on_cpu: bool) -> Iterator[More]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lowtide.sizes import format_bytes, parse_bytes
+from lowtide.sizes import format_decimal, parse_bytes
 
 AUTO_SHARE = 0.9
 """Of what is free: what "auto" takes."""
@@ -47,5 +47,5 @@ def check_budget(asked: Asked, name: str) -> None:
 
 def _left(spared: int, asked: int | str, name: str, free: int) -> int:
     if spared >= free:
-        raise ValueError(f"{name}={asked!r} is not possible: only {format_bytes(free)} is free.")
+        raise ValueError(f"{name}={asked!r} is not possible: only {format_decimal(free)} is free.")
     return free - spared

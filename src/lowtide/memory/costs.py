@@ -116,7 +116,8 @@ class Stage:
     """A named stretch of a run, in which one component is called `calls` times.
 
     `ways` are the calls that it can be made of, by the names in `WAYS`. `carried` bytes are alive during all of it and
-    in no call's peak: latents, embeddings, the scheduler's history, pictures made so far.
+    in no call's peak: latents, embeddings, the scheduler's history, pictures made so far. `withheld` bytes of the
+    device's memory this stage may not take, since it ran out there.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Stage:
     calls: int
     ways: Mapping[str, Call]
     carried: int = 0
+    withheld: int = 0
 
     @property
     def keeps_heap(self) -> bool:

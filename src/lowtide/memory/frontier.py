@@ -172,7 +172,7 @@ def _choice(
     option: Option, ways: tuple[tuple[Stage, str, Pace], ...], rates: Rates, limits: Limits, tick: float
 ) -> Choice:
     calls = [(stage, stage.ways[way]) for stage, way, _ in ways]
-    over = max((beside_weights(stage, call, rates) for stage, call in calls), default=base(rates))
+    over = max((beside_weights(stage, call, rates) + stage.withheld for stage, call in calls), default=base(rates))
     ticks = round(sum(pace.seconds for *_, pace in ways) / tick)
     losses = (option.plan.casting is not None) + sum(way == BLENDED for _, way, _ in ways)
     simple = option.complexity + sum(WAYS.index(way) for _, way, _ in ways)

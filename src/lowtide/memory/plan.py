@@ -6,16 +6,23 @@ Sizes in bytes, times in seconds. Everything is frozen and free of torch; a plan
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-from lowtide.memory.costs import BLENDED, EXACT, EXACT_ON_DISK, WHOLE
-from lowtide.memory.forms import Rule
+from lowtide.memory.costs import BLENDED, EXACT, EXACT_ON_DISK, WAYS, WHOLE
+from lowtide.memory.forms import NAMED_CASTINGS, Rule
 from lowtide.sizes import format_decimal
 
 LOSSY = ("fp8", "int8", "blended_tiling")
 """What `allow` may hold: forms of weights and ways that change the result by more than rounding."""
+
+
+def check_allowed(allow: Collection[str]) -> None:
+    """Raise `ValueError` for anything that is no lossy form or way."""
+    unknown = sorted(set(allow) - set(LOSSY))
+    if isinstance(allow, str) or unknown:
+        raise ValueError(f"allow={allow!r} is not possible: it holds some of {', '.join(LOSSY)}, as in allow=('fp8',).")
 
 
 @dataclass(frozen=True)
@@ -186,9 +193,20 @@ class Plan:
             }
             stages = tuple(StagePlan(**stage) for stage in content["stages"])
             given = {**content, "components": components, "stages": stages, "budgets": Budgets(**content["budgets"])}
-            return cls(**{**given, "allow": tuple(content["allow"]), "why": tuple(content["why"])})
+            plan = cls(**{**given, "allow": tuple(content["allow"]), "why": tuple(content["why"])})
+            plan.check()
+            return plan
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"This is no plan that Lowtide wrote: {error}.") from error
+
+    def check(self) -> None:
+        """Raise `ValueError` for what no planner makes."""
+        check_allowed(self.allow)
+        sizes = [getattr(self.budgets, name) for name in ("vram", "ram", "disk")]
+        right = self.device in ("cpu", "cuda") and all(one is None or type(one) is int for one in sizes)
+        right &= all(one.casting in (None, *NAMED_CASTINGS) for one in self.components.values())
+        if not right or not all(stage.way in WAYS for stage in self.stages):
+            raise ValueError("This is no plan that Lowtide wrote: its device, budgets, castings or ways are unknown.")
 
     def to_json(self) -> str:
         """The plan as text."""

@@ -143,6 +143,8 @@ class DiffusionPipeline(FittingMethods, OffloadMethods, ActivationMethods):
             check_only_budget(offload, casting)
             device = execution_device(offload_device)
             return load_within(pipeline_class, source, to_load, options, components, asked, device, size or {})
+        if size is not None or asked.allow:
+            raise ValueError("size and allow are for a budget: give one of vram, ram and disk too, or leave them out.")
         loaded = pipeline_class(**components, **load_components(source, to_load, options))
         trim_heap()
         return loaded

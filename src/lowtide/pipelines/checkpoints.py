@@ -17,14 +17,14 @@ from lowtide.memory.budgets import Asked, check_budget
 from lowtide.memory.costs import Rates, Workload
 from lowtide.memory.forms import NAMED_CASTINGS
 from lowtide.memory.loading import Offload
-from lowtide.memory.plan import Budgets, Plan
+from lowtide.memory.plan import Budgets, Plan, check_allowed
 from lowtide.memory.planner import choose
 from lowtide.memory.presets import stream_for
 from lowtide.memory.rates import assumed_rates
 from lowtide.memory.twin import dtypes_in_files
 from lowtide.pipelines.blueprint import InFiles, components_on_meta, config_patterns
-from lowtide.pipelines.fit import Fit, rates_here, resolved
-from lowtide.pipelines.fitting import check_allowed
+from lowtide.pipelines.fit import Fit, rates_here, resolved, warn_without_gpu
+from lowtide.pipelines.fitting import check_not_cast
 from lowtide.pipelines.run_size import RunSize
 from lowtide.pipelines.workload import Twin, twin_of
 from lowtide.sizes import parse_bytes
@@ -115,9 +115,11 @@ def load_within(
 
     Raises `BudgetError` before any weight is read where no plan fits.
     """
+    networks = {name: part for name, part in given.items() if isinstance(part, nn.Module)}
+    check_not_cast(networks)
+    warn_without_gpu(device, asked.vram)
     folder = source.fetch(config_patterns(specs))
     parts, in_files = components_on_meta(folder, specs, options)
-    networks = {name: part for name, part in given.items() if isinstance(part, nn.Module)}
     in_files |= {name: dtypes_in_files(part) for name, part in networks.items()}
     twin = _twin(pipeline_class, {**given, **parts}, in_files, device)
     size: RunSize = twin.pipe.usual_size(**asked_size)
@@ -125,6 +127,7 @@ def load_within(
     plan = choose(twin.workload(size, asked.allow), rates, budgets, asked.allow)
     own = {name: _options_under(plan, name, options, device) for name in in_files if name not in given}
     pipe = pipeline_class(**given, **load_components(source, specs, options, own))
+    twin.adopt(pipe)
     pipe.put_under_plan(Fit(budgets, asked.allow, device, rates, twin, size, plan), as_planned=set(own))
     return pipe
 

@@ -25,6 +25,10 @@ def check_size(height: int, width: int, multiple: int) -> None:
             raise ValueError(f"{name}={value!r} is not possible: it must be a multiple of {multiple}; try {near}.")
 
 
+LARGEST_SIDE = 32768
+"""Pixels: what plans are made for."""
+
+
 def run_size(height: int, width: int, **asked: Any) -> RunSize:
     """The size of a run; raises `ValueError` for names that are no part of it, and for counts that are not possible."""
     known = [field.name for field in fields(RunSize)]
@@ -32,6 +36,12 @@ def run_size(height: int, width: int, **asked: Any) -> RunSize:
     if unknown:
         raise ValueError(f"A run's size has no {', '.join(unknown)}; it has {', '.join(known)}.")
     given = {name: value for name, value in asked.items() if value is not None}
+    if max(height, width) > LARGEST_SIDE:
+        raise ValueError(f"{width}x{height} is not possible: a side is at most {LARGEST_SIDE} pixels.")
+    if given.get("output", "pil") not in OUTPUT_TYPES:
+        raise ValueError(f"output={given['output']!r} is not possible; choose one of {', '.join(OUTPUT_TYPES)}.")
+    if not isinstance(given.get("guided", True), bool):
+        raise ValueError(f"guided={given['guided']!r} is not possible: it is True or False.")
     check_counts(**{name: given[name] for name in ("pictures", "prompts", "steps", "frames") if name in given})
     if given.get("prompts", 1) > given.get("pictures", 1):
         raise ValueError("A run makes a picture of each prompt, or more: prompts is at most pictures.")

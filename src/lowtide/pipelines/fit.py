@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,16 +15,18 @@ import psutil
 import torch
 from torch import nn
 
+from lowtide.memory.attach import attachment_of
 from lowtide.memory.budgets import Asked, budget_bytes
 from lowtide.memory.costs import Rates, Workload
 from lowtide.memory.flow import Flow
+from lowtide.memory.forms import Rule
 from lowtide.memory.host import host_memory, trim_heap
 from lowtide.memory.meter import StageReading
 from lowtide.memory.plan import BudgetError, Budgets, Plan
-from lowtide.memory.planner import choose, minimum
+from lowtide.memory.planner import choose
 from lowtide.memory.rates import compiled, machine_rates
 from lowtide.pipelines.run_size import RunSize
-from lowtide.pipelines.workload import Twin
+from lowtide.pipelines.workload import Twin, ways_set
 
 LESS = 0.8
 """Of what a stage was to take: what it may take after memory ran out in it."""
@@ -31,7 +34,10 @@ LESS = 0.8
 
 @dataclass
 class Fit:
-    """Budgets at work on a pipeline: what they allow, the plan for the size asked for last, and what happened since."""
+    """Budgets at work on a pipeline: what they allow, the plan for the size asked for last, and what happened since.
+
+    `lowered` are the budgets that are left since memory ran out.
+    """
 
     budgets: Budgets
     allow: tuple[str, ...]
@@ -41,47 +47,64 @@ class Fit:
     size: RunSize
     plan: Plan
     way_before: tuple[Any, ...] = ()
+    rules_before: dict[str, tuple[Rule, torch.device]] = field(default_factory=dict)
     castings: dict[str, str | None] = field(default_factory=dict)
     readings: list[StageReading] = field(default_factory=list)
     flows: dict[str, Flow] = field(default_factory=dict)
     degradations: list[str] = field(default_factory=list)
+    lowered: Budgets | None = None
 
     def plan_for(self, size: RunSize) -> Plan:
-        """The fastest plan for a run of this size; raises `BudgetError`, naming the minimum, where there is none."""
-        return choose(self.twin.workload(size, self.allow), self.rates, self.budgets, self.allow)
+        """The fastest plan for a run of this size; raises `BudgetError`, naming the minimum, where there is none.
+
+        What fits no budget that was lowered is tried within those that were given.
+        """
+        workload = self.twin.workload(size, self.allow)
+        if self.lowered is not None:
+            with suppress(BudgetError):
+                return choose(workload, self.rates, self.lowered, self.allow)
+        return choose(workload, self.rates, self.budgets, self.allow)
 
     def smaller(self, stage: str) -> Plan | None:
-        """A plan under which a stage takes clearly less than now, the least at worst; None where that is now."""
+        """A plan under which a stage takes clearly less than now; where all of the run cannot, this stage alone.
+
+        None where there is none, or where the plan has no such stage.
+        """
         now = next((one for one in self.plan.stages if one.name == stage), None)
-        workload = self.twin.workload(self.size, self.allow)
         if now is None:
             return None
-        limit = now.base + int(LESS * (now.peak - now.base))
-        with suppress(BudgetError):
-            return choose(workload, self.rates, self._limited(limit), self.allow)
-        alone = replace(workload, stages=tuple(one for one in workload.stages if one.name == stage))
-        others = replace(workload, stages=tuple(one for one in workload.stages if one.name != stage))
-        plans = [self._least(alone, limit), self._least(others, 0)]
-        plan = joined(plans[0], plans[1], [one.name for one in workload.stages])
-        return plan if plans[0].peak < now.peak else None
+        limit, workload = now.base + int(LESS * (now.peak - now.base)), self.twin.workload(self.size, self.allow)
+        tries = [(workload, limit)]
+        tries += [(_withheld(workload, stage, self.plan.peak - most), self.plan.peak) for most in (limit, now.peak - 1)]
+        for tried, most in tries:
+            with suppress(BudgetError):
+                return choose(tried, self.rates, self.limited(most), self.allow)
+        return None
 
-    def _least(self, workload: Workload, limit: int) -> Plan:
-        """The fastest plan within a limit, or the smallest one."""
-        with suppress(BudgetError):
-            return choose(workload, self.rates, self._limited(limit), self.allow)
-        least = minimum(workload, self.rates, self.allow, self.budgets)
-        return choose(workload, self.rates, least, self.allow)
+    def follow(self, before: Fit | None, pipe: Any) -> None:
+        """Take over what must be put back one day: from the budgets before, or from the pipeline as it is."""
+        if before is not None:
+            self.way_before, self.rules_before = before.way_before, before.rules_before
+            self.castings = before.castings_of(self.twin)
+            return
+        self.way_before = ways_set(pipe.vae)
+        for name, module in pipe.modules().items():
+            if (found := attachment_of(module)) is not None:
+                self.rules_before[name] = found.rule, found.device
 
-    def _limited(self, nbytes: int) -> Budgets:
+    def castings_of(self, twin: Twin) -> dict[str, str | None]:
+        """The castings of components that another twin has too; those that were replaced have none of ours."""
+        return {name: casting for name, casting in self.castings.items() if self.twin.shares(name, twin)}
+
+    def limited(self, nbytes: int) -> Budgets:
+        """The budgets with so many bytes of the device's memory."""
         return replace(self.budgets, **{"ram" if self.device.type == "cpu" else "vram": nbytes})
 
 
-def joined(first: Plan, second: Plan, order: Sequence[str]) -> Plan:
-    """One plan of two for different stages of a run: the components of each as the plan of their stages has them."""
-    owned = {stage.component for stage in first.stages}
-    components = {**second.components, **{name: one for name, one in first.components.items() if name in owned}}
-    stages = sorted((*first.stages, *second.stages), key=lambda stage: order.index(stage.name))
-    return replace(first, components=components, stages=tuple(stages), why=(*first.why, *second.why))
+def _withheld(workload: Workload, stage: str, nbytes: int) -> Workload:
+    """The workload with so many bytes of memory less in one stage."""
+    stages = tuple(replace(one, withheld=nbytes) if one.name == stage else one for one in workload.stages)
+    return replace(workload, stages=stages)
 
 
 def resolved(device: torch.device, vram: Asked, ram: Asked, disk: Asked) -> Budgets:
@@ -108,10 +131,30 @@ def rates_here(device: torch.device, dtype: torch.dtype, modules: Mapping[str, n
     gc.collect()
     trim_heap()
     own = psutil.Process().memory_info().rss - sum(_in_memory(module) for module in modules.values())
-    return replace(rates, base=max(rates.base, own + compiled(dtype)))
+    return replace(rates, base=_steady((device.type, dtype), max(rates.base, own + compiled(dtype))))
+
+
+def _steady(key: tuple[str, torch.dtype], base: int) -> int:
+    """What the process takes by itself: the figure of before, unless it has clearly grown, so that plans repeat."""
+    known = _bases.get(key)
+    if known is None or base > known + CREEP:
+        _bases[key] = base
+    return _bases[key]
+
+
+_bases: dict[tuple[str, torch.dtype], int] = {}
+CREEP = 64 * 2**20
+"""Bytes that kernels, once they are compiled, and memory between two collections add to a process: no news."""
 
 
 def _in_memory(module: nn.Module) -> int:
-    """Bytes of weights in this process's memory, at most: those that are not at rest."""
+    """Bytes of weights in this process's memory, at most: those that are not at rest, and those that stay."""
     found = {t.data_ptr(): t.numel() * t.itemsize for t in module.parameters() if type(t) is nn.Parameter and t.is_cpu}
-    return sum(found.values())
+    attachment = attachment_of(module)
+    return sum(found.values()) + (0 if attachment is None else attachment.stream.ledger.in_use)
+
+
+def warn_without_gpu(device: torch.device, vram: Asked) -> None:
+    """Say that a budget of a GPU's memory has no effect where there is none."""
+    if device.type == "cpu" and vram is not None:
+        warnings.warn(f"vram={vram!r} has no effect: there is no GPU here, and all memory is ram.", stacklevel=4)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,15 +18,15 @@ from lowtide.memory.forms import NAMED_CASTINGS
 from lowtide.memory.heap import Heap
 from lowtide.memory.host import trim_heap
 from lowtide.memory.meter import Meter, steady_malloc
-from lowtide.memory.plan import LOSSY, Budgets, ComponentPlan, Plan
+from lowtide.memory.plan import Budgets, ComponentPlan, Plan, check_allowed
 from lowtide.memory.planner import choose
 from lowtide.memory.presets import apply_casting, execution_device, model_rule, remove_casting, stream_for
 from lowtide.memory.report import RunReport, run_report
 from lowtide.memory.shortage import is_out_of_memory
 from lowtide.memory.twin import dtypes_in_files, is_cast
-from lowtide.pipelines.fit import Fit, rates_here, resolved
+from lowtide.pipelines.fit import Fit, rates_here, resolved, warn_without_gpu
 from lowtide.pipelines.run_size import RunSize
-from lowtide.pipelines.workload import Twin, set_way, twin_of
+from lowtide.pipelines.workload import Twin, put_ways_back, set_way, twin_of
 from lowtide.sizes import format_decimal
 from lowtide.stages import Stages
 
@@ -39,6 +37,8 @@ class FittingMethods:
     vae: Any
     stages: Stages
     _fit: Fit | None = None
+    _lock: Any
+    _is_running: bool
 
     def modules(self) -> dict[str, nn.Module]:
         """The components that are networks."""
@@ -63,16 +63,11 @@ class FittingMethods:
         for name, asked in (("vram", vram), ("ram", ram), ("disk", disk)):
             check_budget(asked, name)
         check_allowed(allow)
-        cast = [] if self._fit is not None else [name for name, module in self.modules().items() if is_cast(module)]
-        if cast:
-            raise ValueError(
-                f"{', '.join(cast)} rest in 8 bits already. Call disable_layerwise_casting on them first, and let the "
-                "plan choose: fit(..., allow=('fp8',)) or ('int8',)."
-            )
-        if chosen.type == "cpu" and vram is not None:
-            warnings.warn(f"vram={vram!r} has no effect: there is no GPU here, and all memory is ram.", stacklevel=2)
-        twin = self._fit.twin if self._fit is not None else twin_of(self, chosen, _in_files(self.modules()))
-        self._begin_fit(twin, resolved(chosen, vram, ram, disk), tuple(allow), chosen, self.usual_size(**size))
+        if self._fit is None:
+            check_not_cast(self.modules())
+        warn_without_gpu(chosen, vram)
+        budgets, wanted = resolved(chosen, vram, ram, disk), self.usual_size(**size)
+        self._begin_fit(self._twin(chosen), budgets, tuple(allow), chosen, wanted)
         return self.plan  # type: ignore[return-value]
 
     def _begin_fit(
@@ -83,13 +78,21 @@ class FittingMethods:
         self.put_under_plan(Fit(budgets, allow, device, rates, twin, size, plan))
 
     def put_under_plan(self, fit: Fit, *, as_planned: Collection[str] = ()) -> None:
-        """Put a plan to work; the components named `as_planned` were loaded under it."""
-        before = self._fit
-        fit.way_before = _ways_set(self.vae) if before is None else before.way_before
-        fit.castings = {} if before is None else before.castings
-        fit.castings |= {name: fit.plan.components[name].casting for name in as_planned if name in fit.plan.components}
-        self._fit = fit
-        self._put_to_work(fit.plan)
+        """Put a plan to work; the components named `as_planned` were loaded under it. All of it or, if that fails,
+        what was before. Raises `RuntimeError` while the pipeline is being called.
+        """
+        with self._lock:
+            if self._is_running:
+                raise RuntimeError("This pipeline is being called: its budget cannot be changed before that ends.")
+            before = self._fit
+            fit.follow(before, self)
+            fit.castings |= {name: fit.plan.components[name].casting for name in as_planned}
+            self._fit = fit
+            try:
+                self._put_to_work(fit.plan)
+            except BaseException:
+                self._fit = before  # its plan is put to work again before the next call
+                raise
 
     @property
     def plan(self) -> Plan | None:
@@ -114,36 +117,62 @@ class FittingMethods:
     def apply_plan(self, plan: Plan, device: torch.device | str | None = None) -> None:
         """Put a plan to work, such as one saved as JSON; calls of another size than its own are planned anew.
 
-        Raises `ValueError` for a plan of components that this pipeline has not.
+        Raises `ValueError` for a plan of components that this pipeline has not, or of another dtype.
         """
         unknown = sorted(set(plan.components) - set(self.modules()))
         if unknown:
             raise ValueError(f"The plan has {unknown}, and this pipeline has {', '.join(self.modules())}.")
+        check_allowed(plan.allow)
+        if self._fit is None:
+            check_not_cast(self.modules())
+        size = self.usual_size(**plan.made_for)
         chosen = execution_device(device or plan.device.partition(":")[0])
-        twin = self._fit.twin if self._fit is not None else twin_of(self, chosen, _in_files(self.modules()))
+        twin = self._twin(chosen)
+        dtype = str(twin.pipe.dtype).removeprefix("torch.")
+        if plan.dtype != dtype:
+            raise ValueError(f"The plan is for {plan.dtype}, and this pipeline computes in {dtype}: make another one.")
         rates = rates_here(chosen, twin.pipe.dtype, self.modules())
-        size = RunSize(**plan.made_for) if plan.made_for else self.usual_size()
         self.put_under_plan(Fit(plan.budgets, plan.allow, chosen, rates, twin, size, plan))
 
+    def _twin(self, device: torch.device) -> Twin:
+        """The pipeline's twin, made anew where a component was replaced or computes in another dtype since."""
+        fit = self._fit
+        if fit is not None and fit.twin.device == device and fit.twin.is_of(self):
+            return fit.twin
+        return twin_of(self, device, _in_files(self.modules()))
+
     def unfit(self) -> None:
-        """Undo `fit`: no plan, no budget, and every weight where it was before."""
-        if self._fit is None:
-            return
-        for name, module in self.modules().items():
-            if self._fit.castings.get(name) is not None:
-                remove_casting(module)
-            detach(module)
-        _set_ways(self.vae, self._fit.way_before)
-        self._fit = None
+        """Undo `fit`: no plan, no budget; every weight is where it was before, under the offload that was set then."""
+        with self._lock:
+            fit = self._fit
+            if fit is None:
+                return
+            for name, module in self.modules().items():
+                if fit.castings.get(name) is not None:
+                    remove_casting(module)
+                detach(module)
+                if name in fit.rules_before:
+                    rule, device = fit.rules_before[name]
+                    attach(module, rule, stream_for(device, rule))
+            put_ways_back(self.vae, fit.way_before)
+            self._fit = None
 
     def _prepare(self, size: RunSize) -> None:
-        """Before a run: have the plan that its size needs; raises `BudgetError` where there is none."""
+        """Before a run: have the plan that its size needs; raises `BudgetError` where there is none.
+
+        It is put to work each time: components may have been moved, replaced, or offloaded by hand in between.
+        """
         fit = self._fit
-        if fit is None or size == fit.size:
+        if fit is None:
             return
-        plan = fit.plan_for(size)
-        fit.size = size
+        twin = self._twin(fit.device)
+        is_known = twin is fit.twin and size == fit.size
+        if twin is not fit.twin:
+            fit.castings = fit.castings_of(twin)
+            fit.twin = twin
+        plan = fit.plan if is_known else fit.plan_for(size)
         self._put_to_work(plan)
+        fit.size = size
 
     def _put_to_work(self, plan: Plan) -> None:
         fit = self._fit
@@ -181,15 +210,15 @@ class FittingMethods:
         fit = self._fit
         assert fit is not None
         while (plan := fit.smaller(stage)) is not None:
-            fit.budgets = replace(fit.budgets, **{"ram" if fit.device.type == "cpu" else "vram": plan.peak})
-            fit.plan = plan
+            fit.lowered, fit.plan = fit.limited(plan.peak), plan
             try:
                 self._put_to_work(plan)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 continue
-            said = f"{stage}: memory ran out ({reason}); going on with a plan for {format_decimal(plan.peak)}"
+            taken = next(one.peak for one in plan.stages if one.name == stage)
+            said = f"{stage}: memory ran out ({reason}); going on with a plan that takes {format_decimal(taken)} there"
             fit.degradations.append(said)
             warnings.warn(said, stacklevel=4)
             return True
@@ -221,32 +250,18 @@ def casting_for(module: Any, name: str) -> Any:
     return replace(casting, skip_patterns=(*casting.skip_patterns, *getattr(module, "never_cast", ())))
 
 
-def check_allowed(allow: Collection[str]) -> None:
-    """Raise `ValueError` for anything that is no lossy form or way."""
-    unknown = sorted(set(allow) - set(LOSSY))
-    if isinstance(allow, str) or unknown:
-        raise ValueError(f"allow={allow!r} is not possible: it holds some of {', '.join(LOSSY)}, as in allow=('fp8',).")
+def check_not_cast(modules: Mapping[str, nn.Module]) -> None:
+    """Raise `ValueError` for components that rest in 8 bits by hand."""
+    cast = [name for name, module in modules.items() if is_cast(module)]
+    if cast:
+        raise ValueError(
+            f"{', '.join(cast)} rest in 8 bits already. Call disable_layerwise_casting on them first, and let the plan "
+            "choose: fit(..., allow=('fp8',)) or ('int8',)."
+        )
 
 
 def _in_files(modules: Mapping[str, nn.Module]) -> dict[str, Mapping[str, torch.dtype] | None]:
     return {name: dtypes_in_files(module) for name, module in modules.items()}
-
-
-def _ways_set(vae: Any) -> tuple[Any, ...]:
-    """How an autoencoder decodes now, to be put back."""
-    parts = (getattr(vae, "encoder", None), getattr(vae, "decoder", None))
-    forwards = tuple(None if part is None else part.__dict__.get("forward") for part in parts)
-    return getattr(vae, "use_slicing", False), getattr(vae, "tiles", None), parts, forwards
-
-
-def _set_ways(vae: Any, before: tuple[Any, ...]) -> None:
-    if not hasattr(vae, "enable_tiling"):
-        return
-    vae.disable_tiling()
-    vae.use_slicing, vae.tiles, parts, forwards = before
-    for part, forward in zip(parts, forwards, strict=True):
-        if forward is not None:
-            part.__dict__["forward"] = forward
 
 
 def fit(
@@ -272,8 +287,3 @@ def fit(
     Raises `BudgetError`, naming the minimum, where no plan fits, and `ValueError` for what is not possible.
     """
     return pipe.fit(vram, ram, disk=disk, allow=allow, device=device, **size)
-
-
-def latents_folder() -> str:
-    """Where latents are kept while they are decoded."""
-    return os.environ.get("LOWTIDE_LATENTS", tempfile.gettempdir())

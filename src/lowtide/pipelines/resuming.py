@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,9 @@ class _State:
         before = {} if self._scheduler is None else vars(self._scheduler)
         self._before = {name: copy.copy(value) if isinstance(value, list) else value for name, value in before.items()}
         generators = [one for value in given for one in (value if isinstance(value, (list, tuple)) else (value,))]
-        self._generators = [(one, one.get_state()) for one in generators if isinstance(one, torch.Generator)]
+        given_ones = [one for one in generators if isinstance(one, torch.Generator)]
+        known = [torch.default_generator, *given_ones]  # the default one draws where none is given
+        self._generators = [(one, one.get_state()) for one in known]
 
     def put_back(self) -> None:
         if self._scheduler is not None:
@@ -95,17 +98,23 @@ def kept_safe(pipe: Any, latents: torch.Tensor) -> Iterator[None]:
 
 
 def save_latents(pipe: Any, latents: torch.Tensor) -> Path | None:
-    """Write latents to a new file in the temporary folder; None where that is not possible."""
+    """Write latents to a new file in the temporary folder; None, with a warning, where that is not possible."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    path = None
     try:
         handle, name = tempfile.mkstemp(prefix="lowtide-latents-", suffix=".safetensors")
+        path = Path(name)
         os.close(handle)
         about = {"pipeline": type(pipe).__name__, "dtype": str(latents.dtype)}
         save_file({"latents": latents.detach().cpu().contiguous()}, name, metadata={"lowtide": json.dumps(about)})
-    except OSError:
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:  # a full disk is a SafetensorError
+        if path is not None:
+            path.unlink(missing_ok=True)
+        warnings.warn(f"Latents cannot be kept in {tempfile.gettempdir()} while they decode: {error}", stacklevel=2)
         return None
-    return Path(name)
+    return path
 
 
 def load_latents(pipe: Any, path: str | os.PathLike[str]) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -49,7 +50,20 @@ class Twin:
     pipe: Any
     in_files: Mapping[str, Mapping[str, torch.dtype] | None]
     device: torch.device
+    original: tuple[dict[str, Any], torch.dtype] = field(default_factory=lambda: ({}, torch.float32))
     _traced: dict[tuple[Any, ...], tuple[dict[str, Component], tuple[Stage, ...]]] = field(default_factory=dict)
+
+    def is_of(self, pipe: Any) -> bool:
+        """Whether this is the twin of the components that a pipeline has now, in the dtype that it computes in."""
+        return self.original == _original(pipe)
+
+    def shares(self, name: str, other: Twin) -> bool:
+        """Whether a component is the same one in another twin."""
+        return name in self.original[0] and self.original[0][name] == other.original[0].get(name)
+
+    def adopt(self, pipe: Any) -> None:
+        """Stand for a pipeline that was loaded as the twin was made."""
+        self.original = _original(pipe)
 
     def workload(self, size: RunSize, allow: Collection[str] = ()) -> Workload:
         """What a run of this size takes. Raises `ValueError` for a size that the pipeline cannot make.
@@ -131,7 +145,13 @@ def twin_of(pipe: Any, device: torch.device, in_files: Mapping[str, Mapping[str,
     twin.scheduler = StillScheduler(pipe.scheduler)
     if hasattr(twin.vae, "disable_tiling"):
         set_way(twin.vae, WHOLE)
-    return Twin(twin, in_files, device)
+    return Twin(twin, in_files, device, _original(pipe))
+
+
+def _original(pipe: Any) -> tuple[dict[str, Any], torch.dtype]:
+    """What a twin depends on: the networks and the scheduler, which it does not keep alive, and the dtype."""
+    parts = {**pipe.modules(), "scheduler": pipe.scheduler}
+    return {name: weakref.ref(part) for name, part in parts.items()}, pipe.dtype
 
 
 class StillScheduler:
@@ -174,6 +194,24 @@ def set_way(vae: Any, way: str) -> None:
         vae.enable_tiling("exact", rows="device" if way == EXACT else "disk")
     elif way == BLENDED:
         vae.enable_tiling("blended")
+
+
+def ways_set(vae: Any) -> tuple[Any, ...]:
+    """How an autoencoder decodes now, to be put back."""
+    parts = (getattr(vae, "encoder", None), getattr(vae, "decoder", None))
+    forwards = tuple(None if part is None else part.__dict__.get("forward") for part in parts)
+    return getattr(vae, "use_slicing", False), getattr(vae, "tiles", None), parts, forwards
+
+
+def put_ways_back(vae: Any, before: tuple[Any, ...]) -> None:
+    """Have it decode as it did when `ways_set` was asked."""
+    if not hasattr(vae, "enable_tiling"):
+        return
+    vae.disable_tiling()
+    vae.use_slicing, vae.tiles, parts, forwards = before
+    for part, forward in zip(parts, forwards, strict=True):
+        if forward is not None:
+            part.__dict__["forward"] = forward
 
 
 def nbytes(*tensors: torch.Tensor) -> int:

@@ -86,7 +86,8 @@ class FittingMethods:
                 raise RuntimeError("This pipeline is being called: its budget cannot be changed before that ends.")
             before = self._fit
             fit.follow(before, self)
-            fit.castings |= {name: fit.plan.components[name].casting for name in as_planned}
+            planned = {name: one for name, one in fit.plan.components.items() if name in as_planned}
+            fit.castings |= {name: one.casting for name, one in planned.items()}
             self._fit = fit
             try:
                 self._put_to_work(fit.plan)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowtide.activations.exact import row_streaming_of
+from lowtide.activations.exact import RowSettings, row_streaming_of
 from lowtide.memory.costs import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Work, Workload
 from lowtide.memory.profile import Traced, component, trace
 from lowtide.memory.twin import meta_twin
@@ -184,16 +184,28 @@ def can_go(vae: nn.Module, way: str, pictures: int) -> bool:
 
 def set_way(vae: Any, way: str) -> None:
     """Have an autoencoder decode in one of the ways of `lowtide.memory.plan.WAYS`."""
-    if not hasattr(vae, "enable_tiling"):
+    if not hasattr(vae, "enable_tiling") or way == _way_of(vae):
         return
     vae.disable_tiling()
     vae.disable_slicing()
     if way == SLICED:
         vae.enable_slicing()
     elif way in (EXACT, EXACT_ON_DISK):
-        vae.enable_tiling("exact", rows="device" if way == EXACT else "disk")
+        vae.enable_tiling("exact", rows=_ROWS[way])
     elif way == BLENDED:
         vae.enable_tiling("blended")
+
+
+def _way_of(vae: Any) -> str | None:
+    """The way that an autoencoder is in already, if it is as `set_way` makes it; its traces of rows are kept then."""
+    streaming = row_streaming_of(vae.decoder)
+    if streaming is not None and not vae.use_slicing:
+        ways = {RowSettings.of(rows, None, None, None): way for way, rows in _ROWS.items()}
+        return ways.get(streaming.settings)
+    return None
+
+
+_ROWS = {EXACT: "device", EXACT_ON_DISK: "disk"}
 
 
 def ways_set(vae: Any) -> tuple[Any, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -19,7 +18,7 @@ PRODUCTS = ((8192, 320, 2560), (2048, 640, 5120), (512, 1280, 10240), (128, 1280
 """Rows, and features in and out: of feed-forward and projection layers."""
 ATTENTIONS = ((4096, 8, 40), (1024, 8, 80))
 """Tokens, heads, and features of a head."""
-_REPEATS = 3
+_REPEATS = 5
 
 
 class Computing:
@@ -101,10 +100,10 @@ class Computing:
         return torch.randn(shape, device=self.device).mul_(0.1).to(self.dtype)
 
     def _seconds(self, action: Callable[[], object]) -> float:
-        """The usual seconds of a run, after one to warm up."""
+        """The least seconds of some runs, after one to warm up: others may be at work beside us."""
         with torch.inference_mode():
             action()
-            return statistics.median(self._once(action) for _ in range(_REPEATS))
+            return min(self._once(action) for _ in range(_REPEATS))
 
     def _once(self, action: Callable[[], object]) -> float:
         self._wait()

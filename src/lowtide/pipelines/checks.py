@@ -188,7 +188,7 @@ def warn_of_long_prompts(tokenizer: Any, texts: Sequence[str], length: int, *, o
             warnings.warn(
                 f"The model reads {length - own_tokens} tokens; of this prompt it ignores "
                 f"{tokenizer.decode(excess)!r}.",
-                stacklevel=5,
+                stacklevel=6,
             )
 
 

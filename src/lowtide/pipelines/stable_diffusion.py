@@ -263,7 +263,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             clip_input = self.feature_extractor(pictures, return_tensors="pt").pixel_values
             unsafe = self.safety_checker(clip_input.to(self.device, self.dtype))
         if any(unsafe):
-            warnings.warn("The safety checker blackened a picture; try another prompt or seed.", stacklevel=3)
+            warnings.warn("The safety checker blackened a picture; try another prompt or seed.", stacklevel=5)
         keep = torch.tensor([not one for one in unsafe], device=pixels.device)
         return pixels * keep[:, None, None, None], unsafe
 

@@ -1,9 +1,12 @@
 """Shared by all tests: no network, few threads, and `gpu` tests only where there is a GPU."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# rates of this machine, measured while tests run beside each other, are not for its user
+os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "lowtide-tests-cache")
 
 import hypothesis
 import pytest

@@ -38,7 +38,8 @@ def child(model: str, folder: str, size: dict[str, int], share: float, steps: in
     from lowtide.memory.peaks import process_peak
     from lowtide.memory.planner import Planner
     from lowtide.pipelines.base import DiffusionPipeline
-    from lowtide.pipelines.checkpoints import AskedBudgets, plan_checkpoint
+    from lowtide.pipelines.checkpoints import plan_checkpoint
+    from lowtide.pipelines.fit import AskedBudgets
 
     dtype, variant = (torch.bfloat16, "bf16") if model == "sd15" else (torch.float32, None)
     pipelines = {name: getattr(lowtide, name) for name in ("StableDiffusionPipeline", "CogVideoXPipeline")}

@@ -89,7 +89,8 @@ def seconds(name: str, folder: str) -> list[float]:
     import lowtide
     from lowtide.memory.planner import Planner
     from lowtide.memory.rates import machine_rates
-    from lowtide.pipelines.checkpoints import AskedBudgets, plan_checkpoint
+    from lowtide.pipelines.checkpoints import plan_checkpoint
+    from lowtide.pipelines.fit import AskedBudgets
 
     cpu, pipelines = torch.device("cpu"), {name: getattr(lowtide, name)}
     machine_rates(cpu, torch.bfloat16)

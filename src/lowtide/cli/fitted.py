@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowtide.cli.errors import tell
 from lowtide.cli.live import Sources, StepLines
+from lowtide.cli.request import sides
 from lowtide.memory.flow import FlowMeter, ledgers_of, total_flow
 from lowtide.memory.peaks import cuda_allocated, resident_memory
 from lowtide.progress import ProgressBar
@@ -60,9 +61,7 @@ def budget_options(request: Request) -> dict[str, Any]:
 
 def run_size(request: Request) -> dict[str, Any]:
     """What one call is asked for, by the names of `lowtide.pipelines.run_size.RunSize`."""
-    width, height = request.size or (None, None)
-    asked = {"height": height, "width": width, "frames": None if request.video is None else request.video.frames}
-    given = {name: value for name, value in asked.items() if value is not None}
+    given = sides(request.size, None if request.video is None else request.video.frames)
     output = {} if request.video is not None else {"output": "file"}
     return {**given, **output, "steps": request.steps, "guided": request.guidance > 1}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lowtide.memory.brief import at_least, in_words
@@ -12,8 +13,8 @@ from lowtide.sizes import format_decimal
 
 if TYPE_CHECKING:
     from lowtide.memory.costs import Rates, Workload
+    from lowtide.memory.planner import Planner
 
-GIGABYTE = 10**9
 LEAST_GAIN = 0.002
 """The share of a run's time that makes a faster plan one that is shown."""
 
@@ -47,7 +48,7 @@ class Outlook:
         """The chosen plan first, then those beside it by their names; each once."""
         beside = [(name, plan) for name, plan in self.alternatives.items() if name != "chosen"]
         found = [*([] if self.plan is None else [("chosen", self.plan)]), *beside]
-        return list({_identity(plan): (name, plan) for name, plan in reversed(found)}.values())[::-1]
+        return list({identity(plan): (name, plan) for name, plan in reversed(found)}.values())[::-1]
 
     def fits(self, plan: Plan) -> bool:
         """Whether a plan keeps the budgets."""
@@ -100,7 +101,7 @@ def look(workload: Workload, rates: Rates, budgets: Budgets, allow: tuple[str, .
         plan=plan,
         alternatives=planner.alternatives(budgets),
         minimum=planner.minimum(budgets),
-        more=tuple(_more(planner.choose, budgets, on_cpu=rates.on_cpu)),
+        more=tuple(_more(planner, budgets)),
         curve=tuple(thinned(planner.curve(budgets))),
         assumed=rates.assumed,
         refusal=refusal,
@@ -156,16 +157,15 @@ def minimum_in_words(minimum: Budgets, device: str) -> str:
     return f"{at_least(minimum.vram or 0)} of GPU memory{host}"
 
 
-def _more(choose: Callable[[Budgets], Plan], budgets: Budgets, *, on_cpu: bool) -> Iterator[More]:
-    for name in ("ram",) if on_cpu else ("vram", "ram"):
-        now = getattr(budgets, name)
-        if now is None:
+def _more(planner: Planner, budgets: Budgets) -> Iterator[More]:
+    for name in ("ram",) if planner.rates.on_cpu else ("vram", "ram"):
+        if getattr(budgets, name) is None:
             continue
-        try:
-            yield More(name, now + GIGABYTE, choose(replace(budgets, **{name: now + GIGABYTE})))
-        except BudgetError:
-            continue
+        with suppress(BudgetError):
+            plan = planner.with_more(budgets, name)
+            yield More(name, getattr(plan.budgets, name), plan)
 
 
-def _identity(plan: Plan) -> str:
+def identity(plan: Plan) -> str:
+    """What a plan does: equal for plans that do the same."""
     return repr((plan.components, [(stage.name, stage.way) for stage in plan.stages]))

@@ -14,7 +14,8 @@ import lowtide
 from lowtide.cli.budgets import Allow, Budget
 from lowtide.cli.errors import BAD_INPUT, InputError, reported, tell
 from lowtide.cli.outlook import Outlook, look, what_to_try
-from lowtide.cli.request import VIDEO_SIZE_STEP, DType, check_guidance, check_steps, parse_size, resolve_model
+from lowtide.cli.request import VIDEO_SIZE_STEP, DType, check_guidance, check_steps, parse_size, resolve_model, sides
+from lowtide.cli.video import VIDEO_PIPELINE, made_by
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,8 @@ class Asked:
 
     def run_size(self) -> dict[str, Any]:
         """What is asked for, by the names of `lowtide.pipelines.run_size.RunSize`."""
-        width, height = self.size or (None, None)
-        asked = {"height": height, "width": width, "frames": self.frames}
-        given = {name: value for name, value in asked.items() if value is not None}
         counts = {"pictures": self.batch, "prompts": self.batch, "steps": self.steps}
-        return {**given, **counts, "guided": self.guidance > 1}
+        return {**sides(self.size, self.frames), **counts, "guided": self.guidance > 1}
 
 
 def plan(
@@ -108,7 +106,7 @@ def plan(
         folder = resolve_model(model)
         where = _device(device, budget)
         check_plot(plot)
-        video = makes_videos(folder)
+        video = made_by(folder) == VIDEO_PIPELINE
         asked = Asked(
             model=folder,
             is_video=video,
@@ -146,7 +144,8 @@ def look_at(asked: Asked, budget: Budget) -> Outlook:
     import torch
 
     from lowtide.pipelines.base import PIPELINES
-    from lowtide.pipelines.checkpoints import AskedBudgets, plan_checkpoint
+    from lowtide.pipelines.checkpoints import plan_checkpoint
+    from lowtide.pipelines.fit import AskedBudgets
 
     planning = plan_checkpoint(
         asked.model,
@@ -158,15 +157,6 @@ def look_at(asked: Asked, budget: Budget) -> Outlook:
         **asked.run_size(),
     )
     return look(planning.workload, planning.rates, planning.budgets, planning.allow)
-
-
-def makes_videos(model: str) -> bool:
-    """Whether a model makes videos, as its index says; raises `OSError` where there is none."""
-    from lowtide.hub import Source
-    from lowtide.loading import MODEL_INDEX, read_model_index
-
-    made_by, _, _ = read_model_index(Source(model).fetch([MODEL_INDEX]))
-    return made_by == "CogVideoXPipeline"
 
 
 def check_plot(path: Path | None, option: str = "--plot") -> None:

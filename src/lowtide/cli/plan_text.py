@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lowtide.cli.outlook import LEAST_GAIN, More, Outlook, minimum_in_words
+from lowtide.cli.outlook import LEAST_GAIN, More, Outlook, identity, minimum_in_words
 from lowtide.memory.brief import asked_in_words, in_words, seconds_in_words
 from lowtide.memory.plan import Plan
 from lowtide.memory.words import budgets_in_words
@@ -122,13 +122,12 @@ def _name_of(outlook: Outlook, name: str, plan: Plan) -> str:
     """The short name of a plan; the chosen one may be a usual one too."""
     if plan is not outlook.plan:
         return name
-    same = [usual for usual, other in outlook.alternatives.items() if usual != "chosen" and _same(other, plan)]
+    same = [
+        usual
+        for usual, other in outlook.alternatives.items()
+        if usual != "chosen" and identity(other) == identity(plan)
+    ]
     return next(iter(same), name)
-
-
-def _same(one: Plan, other: Plan) -> bool:
-    ways = [[(stage.name, stage.way) for stage in plan.stages] for plan in (one, other)]
-    return one.components == other.components and ways[0] == ways[1]
 
 
 def _inexactness(plan: Plan) -> int:

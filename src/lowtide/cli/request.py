@@ -150,6 +150,13 @@ def parse_size(text: str, step: int = 8) -> tuple[int, int]:
     return width, height
 
 
+def sides(size: tuple[int, int] | None, frames: int | None) -> dict[str, int]:
+    """What was asked for of (width, height) and frames, by the names of `lowtide.pipelines.run_size.RunSize`."""
+    width, height = size or (None, None)
+    asked = {"height": height, "width": width, "frames": frames}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
 def seeds_from(seed: int | None, count: int) -> tuple[int, ...]:
     """One seed a picture: `seed`, `seed` + 1 and so on; a random start where none is given."""
     if count < 1:

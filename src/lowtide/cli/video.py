@@ -14,6 +14,7 @@ from lowtide.cli.request import Decode, Request
 from lowtide.pictures import fresh_path, whole_or_not
 from lowtide.stages import Stage
 
+VIDEO_PIPELINE = "CogVideoXPipeline"
 WHOLE_CLIPS_UP_TO = 144 * 144
 """Pixels of a frame up to which a clip's frames are decoded whole where nothing else is asked for."""
 LONGEST_NAME = 200
@@ -90,15 +91,20 @@ def set_decoding(pipe: Any, decode: Decode, *, exact: bool) -> None:
         pipe.enable_vae_tiling()
 
 
-def check_kind(model: str, *, video: bool) -> None:
-    """Raise `InputError` for a model that makes the other kind of thing, before any of its weights are fetched."""
+def made_by(model: str) -> str:
+    """The class of pipeline that a model's index names; only the index is fetched."""
     from lowtide.hub import Source
     from lowtide.loading import MODEL_INDEX, read_model_index
 
-    made_by, _, _ = read_model_index(Source(model).fetch([MODEL_INDEX]))
-    if made_by == "CogVideoXPipeline" and not video:
+    return read_model_index(Source(model).fetch([MODEL_INDEX]))[0]
+
+
+def check_kind(model: str, *, video: bool) -> None:
+    """Raise `InputError` for a model that makes the other kind of thing, before any of its weights are fetched."""
+    pipeline = made_by(model)
+    if pipeline == VIDEO_PIPELINE and not video:
         raise InputError(f"--model {model} makes videos: add --video.")
-    if made_by == "StableDiffusionPipeline" and video:
+    if pipeline == "StableDiffusionPipeline" and video:
         raise InputError(f"--model {model} makes pictures: leave out --video, or give a model such as CogVideoX.")
 
 

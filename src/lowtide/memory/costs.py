@@ -191,13 +191,13 @@ class Rates:
         filling = (call.peak + one.carried for one in workload.stages if one.keeps_heap for call in one.ways.values())
         return replace(self, slack_most=min(self.slack_most, int(self.slack * max(filling, default=0))))
 
-    def in_stage(self, stage: Stage) -> Rates:
-        """The rates in a stage: freed memory is kept at hand only where that is worth it."""
-        return self if stage.keeps_heap or self.frugal is None else self.frugal
+    def gives_back(self, stage: Stage) -> bool:
+        """Whether freed memory goes back to the system at once in a stage: wherever keeping it is not worth it."""
+        return self.is_frugal or (self.frugal is not None and not stage.keeps_heap)
 
     @property
     def is_frugal(self) -> bool:
-        """Whether freed memory goes back to the system at once."""
+        """Whether freed memory goes back to the system at once in all stages."""
         return self.frugal_touched > 0 and self.touched == self.frugal_touched and self.slack == 0
 
     @property

@@ -28,7 +28,7 @@ class Heap:
 
     def step_done(self, name: str, step: int) -> None:
         """Keep some from now on, where that was planned."""
-        planned = next((one for one in self._plan().stages if one.name == name), None)
+        planned = self._plan().stage(name)
         if planned is not None and not planned.frugal:
             steady_malloc(*KEPT)
 

@@ -14,7 +14,7 @@ from lowtide.memory.forms import Casting, Rule
 from lowtide.memory.presets import apply_casting, execution_device, named_rule, stream_for
 from lowtide.memory.saved import computing_dtype, place, resting_state, saved_weights
 from lowtide.memory.stream import Stream
-from lowtide.weights.fill import fill
+from lowtide.weights.fill import dtype_name, fill
 from lowtide.weights.index import CheckpointIndex
 
 __all__ = ["Offload", "offload_named", "put_weights", "resting_state"]
@@ -71,7 +71,7 @@ def put_weights(
     if saved:
         place(module, saved, compute or torch.float32, own)
     if casting is not None:
-        target = casting.compute or (None if compute is None else str(compute).removeprefix("torch."))
+        target = casting.compute or (None if compute is None else dtype_name(compute))
         as_saved = (f"^{re.escape(name.rpartition('.')[0])}$" for name in named)  # these stay as they are
         patterns = (*casting.skip_patterns, *never_cast, *as_saved)
         apply_casting(module, replace(casting, compute=target, skip_patterns=patterns), own)

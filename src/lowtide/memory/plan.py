@@ -22,7 +22,7 @@ def check_allowed(allow: Collection[str]) -> None:
     """Raise `ValueError` for anything that is no lossy form or way."""
     unknown = sorted(set(allow) - set(LOSSY))
     if isinstance(allow, str) or unknown:
-        raise ValueError(f"allow={allow!r} is not possible: it holds some of {', '.join(LOSSY)}, as in allow=('fp8',).")
+        raise ValueError(f"allow={allow!r} is not possible: it may hold {', '.join(LOSSY)}, as in allow=('fp8',).")
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,12 @@ class Plan:
 
     def way(self, stage: str) -> str:
         """How the stage called so is gone through; "whole" for one that the plan does not know."""
-        return next((one.way for one in self.stages if one.name == stage), WHOLE)
+        planned = self.stage(stage)
+        return WHOLE if planned is None else planned.way
+
+    def stage(self, name: str) -> StagePlan | None:
+        """What the stage called so will take; None for one that the plan does not know."""
+        return next((one for one in self.stages if one.name == name), None)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON can hold it."""

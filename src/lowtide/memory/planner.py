@@ -15,7 +15,7 @@ from lowtide.memory.forms import Level
 from lowtide.memory.frontier import Choice, Limits, Point, base, best_trades, choices, slack, tick_of
 from lowtide.memory.options import Option
 from lowtide.memory.pace import Pace
-from lowtide.memory.plan import LOSSY, BudgetError, Budgets, Plan, StagePlan
+from lowtide.memory.plan import LOSSY, BudgetError, Budgets, Plan, StagePlan, check_allowed
 
 GIGABYTE = 10**9
 SCHEMES: dict[str, tuple[Level | None, int]] = {
@@ -67,9 +67,7 @@ class Planner:
     allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.allow if name not in LOSSY]
-        if unknown:
-            raise ValueError(f"allow={unknown} is not possible: it may hold {', '.join(LOSSY)}.")
+        check_allowed(self.allow)
         object.__setattr__(self, "rates", self.rates.in_workload(self.workload))
         object.__setattr__(self, "_known", {})
 
@@ -95,10 +93,11 @@ class Planner:
             (point.nbytes, self._at(point, self._with_limit(budgets, point.nbytes))) for point in self._trades(budgets)
         ]
 
-    def with_more(self, budgets: Budgets, more: int = GIGABYTE) -> Plan:
-        """What the next gigabyte, or `more` bytes, of the device's memory would buy."""
-        limit = self._limit(budgets)
-        return self.choose(budgets if limit is None else self._with_limit(budgets, limit + more))
+    def with_more(self, budgets: Budgets, name: str | None = None) -> Plan:
+        """What the next gigabyte of the budget called so, or of the device's memory, would buy."""
+        name = name or ("ram" if self.rates.on_cpu else "vram")
+        limit = getattr(budgets, name)
+        return self.choose(budgets if limit is None else replace(budgets, **{name: limit + GIGABYTE}))
 
     def alternatives(self, budgets: Budgets) -> dict[str, Plan]:
         """See `alternatives`."""
@@ -199,7 +198,7 @@ class Planner:
             compute_seconds=pace.compute,
             link_seconds=pace.link,
             disk_seconds=pace.disk,
-            frugal=rates.in_stage(stage).is_frugal,
+            frugal=rates.gives_back(stage),
         )
         return replace(planned, host=planned.peak) if rates.on_cpu else planned
 

@@ -18,7 +18,7 @@ from lowtide.memory.small import FLOATING
 from lowtide.memory.stream import Stream
 from lowtide.ops.quantization import STORAGE
 from lowtide.sizes import parse_bytes
-from lowtide.weights.fill import dtype_by_name
+from lowtide.weights.fill import dtype_by_name, dtype_name
 from lowtide.weights.index import CheckpointIndex
 from lowtide.weights.slots import slots
 
@@ -215,10 +215,10 @@ def casting_rule(
         except re.error as error:
             raise ValueError(f"skip_modules_pattern {pattern!r} is not a regular expression: {error}.") from error
     return Casting(
-        _dtype_name(storage_dtype),
+        dtype_name(storage_dtype),
         scaled=scaled,
         fp8_matmul=fp8_matmul,
-        compute=None if compute_dtype is None else _dtype_name(compute_dtype),
+        compute=None if compute_dtype is None else dtype_name(compute_dtype),
         skip_patterns=patterns,
         skip_classes=tuple(skip_modules_classes or ()),
     )
@@ -266,10 +266,6 @@ def remove_casting(module: nn.Module) -> None:
     """Undo `apply_casting`: weights of a checkpoint are as its file has them, others keep what their 8 bits hold."""
     with set_aside(module) as is_ruled:
         uncast(module, at_rest=is_ruled)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _level(level: Level | str) -> Level:

@@ -14,7 +14,7 @@ from lowtide.memory.casting import meant_by
 from lowtide.memory.costs import Call, Component, UnitSize, Work
 from lowtide.memory.forms import NAMED_CASTINGS, Casting, Level, Rule
 from lowtide.memory.gather import gather
-from lowtide.memory.traced import Traced, total, trace
+from lowtide.memory.traced import Traced, trace
 from lowtide.memory.unit import aligned
 from lowtide.memory.weight import Weight
 from lowtide.weights.slots import slots
@@ -154,4 +154,4 @@ def _works(parts: list[Part], traced: Traced | None, root: nn.Module) -> dict[in
             first, works = found[id(inner)]
             found[id(inner)] = (min(first, place), [*works, segment.work])
             last = inner
-    return {key: (first, total(works)) for key, (first, works) in found.items()}
+    return {key: (first, sum(works, Work())) for key, (first, works) in found.items()}

@@ -22,6 +22,7 @@ from lowtide.memory.costs import Rates
 from lowtide.memory.host import host_memory, processor_name_and_flags, usable_cpus
 from lowtide.memory.pace_probes import Computing
 from lowtide.memory.probes import DiskRate, disk_read_rate, link_rates
+from lowtide.weights.fill import dtype_name
 
 _FORMAT = 3
 USUAL_DISK = 5e8
@@ -163,7 +164,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Ra
 
 def _measured_elsewhere(device: torch.device, dtype: torch.dtype, folder: Path) -> Rates:
     """Measure in a process of its own: what that leaves in memory would stay in this one."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     done = _in_a_process(_ELSEWHERE, str(device), name, str(folder), str(torch.get_num_threads()))
     return Rates(**json.loads(done.splitlines()[-1]))
 
@@ -179,14 +180,14 @@ def _in_a_process(code: str, *arguments: str) -> str:
 def alone(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that a process takes by itself, on the host and on the device; 0 there for a CPU."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    printed = _in_a_process(_ALONE, str(device), str(dtype).removeprefix("torch."))
+    printed = _in_a_process(_ALONE, str(device), dtype_name(dtype))
     host, left = map(int, printed.split()[-2:])
     return host + compiled(dtype) + OBJECTS, max(free - left, 0)
 
 
 def compiled(dtype: torch.dtype) -> int:
     """Bytes that kernels of a dtype keep on a CPU once a pipeline has run."""
-    return _COMPILED.get(str(dtype).removeprefix("torch."), _COMPILED_ELSE)
+    return _COMPILED.get(dtype_name(dtype), _COMPILED_ELSE)
 
 
 def _contention() -> float:

@@ -99,7 +99,7 @@ def trace(fn: Callable[[], Any], inputs: Iterable[torch.Tensor] = (), *, device:
     left = memory.alive - before
     del result
     watch.close_segment()
-    done = total(one.work for one in watch.segments)
+    done = sum((one.work for one in watch.segments), Work())
     return Traced(Call(memory.peak, memory.workspace, left, done, taken_note()), tuple(watch.segments))
 
 
@@ -223,25 +223,12 @@ class _Watch(TorchDispatchMode):
     def close_segment(self, *, even_if_empty: bool = False) -> None:
         """What was computed since the last segment is one; an empty one tells that a module was called."""
         if self._done or even_if_empty:
-            self.segments.append(Segment(tuple(self._inside), total(self._done)))
+            self.segments.append(Segment(tuple(self._inside), sum(self._done, Work())))
             self._done = []
 
 
 def _flat(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device="meta")
-
-
-def total(works: Iterable[Work]) -> Work:
-    """The sum."""
-    works = list(works)
-    return Work(
-        sum(one.convolution for one in works),
-        sum(one.product for one in works),
-        sum(one.attention for one in works),
-        sum(one.touched for one in works),
-        sum(one.kernels for one in works),
-        sum(one.channels_last for one in works),
-    )
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:

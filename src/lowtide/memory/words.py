@@ -29,10 +29,13 @@ def describe(plan: Plan) -> str:
 
 def budgets_in_words(budgets: Budgets, *, on_cpu: bool) -> str:
     """Such as "1.50 GB of memory and 65.30 GB of disk"."""
-    of = {"vram": "GPU memory", "ram": "memory" if on_cpu else "host memory", "disk": "disk"}
-    sizes = ((place, getattr(budgets, name)) for name, place in of.items())
+    sizes = ((place, getattr(budgets, name)) for name, place in _of_what(on_cpu).items())
     given = [f"{format_decimal(size) if size else '0 GB'} of {place}" for place, size in sizes if size is not None]
     return f"{', '.join(given[:-1])} and {given[-1]}" if len(given) > 1 else "".join(given) or "no limit"
+
+
+def _of_what(on_cpu: bool) -> dict[str, str]:
+    return {"vram": "GPU memory", "ram": "memory" if on_cpu else "host memory", "disk": "disk"}
 
 
 def _header(plan: Plan) -> list[str]:
@@ -156,14 +159,18 @@ def _fits(least: Budgets, asked: Budgets, *, on_cpu: bool) -> bool:
     return all(given is None or (needed or 0) <= given for needed, given in pairs)
 
 
+def _too_small(asked: Budgets, least: Budgets) -> list[str]:
+    """The names of the budgets that must be larger."""
+    return [one for one in ("vram", "ram", "disk") if getattr(least, one) != getattr(asked, one)]
+
+
 def _asked(asked: Budgets, least: Budgets, *, on_cpu: bool) -> str:
     """The budgets that are too small, as they were asked for."""
-    names = [one for one in ("vram", "ram", "disk") if getattr(least, one) != getattr(asked, one)]
+    names = _too_small(asked, least)
     return budgets_in_words(Budgets(**{name: getattr(asked, name) for name in names}), on_cpu=on_cpu)
 
 
 def _changed(asked: Budgets, least: Budgets, *, on_cpu: bool) -> str:
     """The budgets that must be larger, and the least that they can be."""
-    of = {"vram": "GPU memory", "ram": "memory" if on_cpu else "host memory", "disk": "disk"}
-    names = [one for one in of if getattr(least, one) != getattr(asked, one)]
+    names, of = _too_small(asked, least), _of_what(on_cpu)
     return " and ".join(f"{at_least(getattr(least, name))} of {of[name]}" for name in names)

@@ -35,7 +35,8 @@ from lowtide.memory.stream import Stream
 from lowtide.memory.tidy import Tidy
 from lowtide.models.mixin import PEER_VERSION, chosen_dtype
 from lowtide.pipelines.activations import ActivationMethods
-from lowtide.pipelines.checkpoints import asked_budgets, check_only_budget, load_within
+from lowtide.pipelines.checkpoints import check_only_budget, load_within
+from lowtide.pipelines.fit import AskedBudgets
 from lowtide.pipelines.fitting import FittingMethods
 from lowtide.pipelines.offloading import OffloadMethods
 from lowtide.pipelines.resuming import resumed
@@ -138,7 +139,7 @@ class DiffusionPipeline(FittingMethods, OffloadMethods, ActivationMethods):
                 "DiffusionPipeline, which takes the checkpoint's own."
             )
         to_load = pipeline_class._to_load(specs, components)
-        asked = asked_budgets(vram, ram, disk, allow)
+        asked = AskedBudgets.of(vram, ram, disk, allow)
         if asked.are_given:
             check_only_budget(offload, casting)
             device = execution_device(offload_device)

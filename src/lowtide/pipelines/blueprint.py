@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowtide.hub import Source
 from lowtide.loading import (
     FLOAT32_BESIDE_FLOAT16,
     MODELS,
     TEXT_ENCODERS,
     ComponentSpec,
     LoadOptions,
-    load_components,
     text_encoder_on_meta,
 )
 from lowtide.models.mixin import WEIGHTS_NAME
@@ -25,14 +23,10 @@ from lowtide.models.safety_checker import StableDiffusionSafetyChecker
 from lowtide.schedulers import SCHEDULERS
 from lowtide.weights.fill import dtype_by_name, state_names
 from lowtide.weights.index import CheckpointIndex, find_weights
-from lowtide.weights.names import CLIP_TEXT_NAMES, SAFETY_CHECKER_NAMES, T5_NAMES, NameTable, apply_names
+from lowtide.weights.names import SAFETY_CHECKER_NAMES, apply_names
 from lowtide.weights.slots import slots
 
-_NAMES: dict[str, NameTable] = {
-    "CLIPTextModel": CLIP_TEXT_NAMES,
-    "T5EncoderModel": T5_NAMES,
-    "StableDiffusionSafetyChecker": SAFETY_CHECKER_NAMES,
-}
+_NAMES = {**TEXT_ENCODERS, "StableDiffusionSafetyChecker": SAFETY_CHECKER_NAMES}
 
 InFiles = dict[str, Mapping[str, torch.dtype] | None]
 """For each network the dtypes of its weights in files, by name; None where there are no files."""
@@ -71,7 +65,7 @@ def _part(folder: Path, spec: ComponentSpec, options: LoadOptions) -> Any:
     if name in TEXT_ENCODERS:
         return text_encoder_on_meta(folder, name, options.dtype)
     if name in SCHEDULERS:
-        return load_components(Source(str(folder.parent)), {spec.name: spec}, options)[spec.name]
+        return SCHEDULERS[name].from_pretrained(folder)
     return object()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,38 +13,22 @@ from torch import nn
 
 from lowtide.hub import Source
 from lowtide.loading import ComponentSpec, LoadOptions, load_components, read_model_index
-from lowtide.memory.budgets import Asked, check_budget
 from lowtide.memory.costs import Rates, Workload
 from lowtide.memory.forms import NAMED_CASTINGS
 from lowtide.memory.loading import Offload
-from lowtide.memory.plan import Budgets, Plan, check_allowed
+from lowtide.memory.plan import Budgets, Plan
 from lowtide.memory.planner import choose
 from lowtide.memory.presets import stream_for
 from lowtide.memory.rates import assumed_rates
-from lowtide.memory.twin import dtypes_in_files
 from lowtide.pipelines.blueprint import InFiles, components_on_meta, config_patterns
-from lowtide.pipelines.fit import Fit, rates_here, resolved, warn_without_gpu
+from lowtide.pipelines.fit import AskedBudgets, Fit, rates_here, resolved, warn_without_gpu
 from lowtide.pipelines.fitting import check_not_cast
 from lowtide.pipelines.run_size import RunSize
 from lowtide.pipelines.workload import Twin, twin_of
 from lowtide.sizes import parse_bytes
+from lowtide.weights.fill import dtype_name
 
 Specs = Mapping[str, ComponentSpec | None]
-
-
-@dataclass(frozen=True)
-class AskedBudgets:
-    """Budgets as they were given, and what may change the result; see `lowtide.fit`."""
-
-    vram: Asked = None
-    ram: Asked = None
-    disk: Asked = None
-    allow: tuple[str, ...] = ()
-
-    @property
-    def are_given(self) -> bool:
-        """Whether there is any."""
-        return any(one is not None for one in (self.vram, self.ram, self.disk))
 
 
 @dataclass(frozen=True)
@@ -86,19 +70,13 @@ def plan_checkpoint(
 
 def _machine(device: torch.device, twin: Twin, asked: AskedBudgets) -> tuple[Rates, Budgets]:
     if device.type == "cpu" or torch.cuda.is_available():
-        return rates_here(device, twin.pipe.dtype, {}), resolved(device, asked.vram, asked.ram, asked.disk)
-    on_host = resolved(torch.device("cpu"), None, asked.ram, asked.disk)
+        return rates_here(device, twin.pipe.dtype, {}), resolved(device, asked)
+    on_host = resolved(torch.device("cpu"), asked)
     try:
-        vram = None if asked.vram is None else budget_of_absent(asked.vram)
+        vram = None if asked.vram is None else parse_bytes(asked.vram)
     except ValueError as error:
         raise ValueError(f"vram={asked.vram!r} is not possible without that GPU: give a size such as '6GB'.") from error
-    return assumed_rates(str(twin.pipe.dtype).removeprefix("torch.")), replace(on_host, vram=vram)
-
-
-def budget_of_absent(asked: Asked) -> int:
-    """Bytes of a device that is not here: a size, no share of it. Raises `ValueError` for anything else."""
-    assert asked is not None
-    return parse_bytes(asked)
+    return assumed_rates(dtype_name(twin.pipe.dtype)), replace(on_host, vram=vram)
 
 
 def load_within(
@@ -120,12 +98,11 @@ def load_within(
     warn_without_gpu(device, asked.vram)
     folder = source.fetch(config_patterns(specs))
     parts, in_files = components_on_meta(folder, specs, options)
-    in_files |= {name: dtypes_in_files(part) for name, part in networks.items()}
     twin = _twin(pipeline_class, {**given, **parts}, in_files, device)
     size: RunSize = twin.pipe.usual_size(**asked_size)
-    rates, budgets = rates_here(device, twin.pipe.dtype, networks), resolved(device, asked.vram, asked.ram, asked.disk)
+    rates, budgets = rates_here(device, twin.pipe.dtype, networks), resolved(device, asked)
     plan = choose(twin.workload(size, asked.allow), rates, budgets, asked.allow)
-    own = {name: _options_under(plan, name, options, device) for name in in_files if name not in given}
+    own = {name: _options_under(plan, name, options, device) for name in in_files}
     pipe = pipeline_class(**given, **load_components(source, specs, options, own))
     twin.adopt(pipe)
     pipe.put_under_plan(Fit(budgets, asked.allow, device, rates, twin, size, plan), as_planned=set(own))
@@ -145,14 +122,6 @@ def _twin(pipeline_class: type[Any], parts: Mapping[str, Any], in_files: InFiles
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return twin_of(pipeline_class(**parts), device, in_files)
-
-
-def asked_budgets(vram: Asked, ram: Asked, disk: Asked, allow: Collection[str]) -> AskedBudgets:
-    """What was given, checked; raises `ValueError` for what means nothing."""
-    for name, asked in (("vram", vram), ("ram", ram), ("disk", disk)):
-        check_budget(asked, name)
-    check_allowed(allow)
-    return AskedBudgets(vram, ram, disk, tuple(allow))
 
 
 def check_only_budget(offload: str | None, casting: object) -> None:

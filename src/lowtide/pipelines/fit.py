@@ -6,23 +6,23 @@ import gc
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from lowtide.memory.attach import attachment_of
-from lowtide.memory.budgets import Asked, budget_bytes
+from lowtide.memory.budgets import Asked, budget_bytes, check_budget
 from lowtide.memory.costs import Rates, Workload
 from lowtide.memory.flow import Flow
 from lowtide.memory.forms import Rule
 from lowtide.memory.host import host_memory, trim_heap
 from lowtide.memory.meter import StageReading
-from lowtide.memory.plan import BudgetError, Budgets, Plan
+from lowtide.memory.peaks import resident_memory
+from lowtide.memory.plan import BudgetError, Budgets, Plan, check_allowed
 from lowtide.memory.planner import choose
 from lowtide.memory.rates import compiled, machine_rates
 from lowtide.pipelines.run_size import RunSize
@@ -70,7 +70,7 @@ class Fit:
 
         None where there is none, or where the plan has no such stage.
         """
-        now = next((one for one in self.plan.stages if one.name == stage), None)
+        now = self.plan.stage(stage)
         if now is None:
             return None
         limit, workload = now.base + int(LESS * (now.peak - now.base)), self.twin.workload(self.size, self.allow)
@@ -107,15 +107,38 @@ def _withheld(workload: Workload, stage: str, nbytes: int) -> Workload:
     return replace(workload, stages=stages)
 
 
-def resolved(device: torch.device, vram: Asked, ram: Asked, disk: Asked) -> Budgets:
+@dataclass(frozen=True)
+class AskedBudgets:
+    """Budgets as they were given, and what may change the result; see `lowtide.fit`."""
+
+    vram: Asked = None
+    ram: Asked = None
+    disk: Asked = None
+    allow: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, vram: Asked, ram: Asked, disk: Asked, allow: Collection[str]) -> AskedBudgets:
+        """What was given, checked; raises `ValueError` for what means nothing."""
+        for name, asked in (("vram", vram), ("ram", ram), ("disk", disk)):
+            check_budget(asked, name)
+        check_allowed(allow)
+        return cls(vram, ram, disk, tuple(allow))
+
+    @property
+    def are_given(self) -> bool:
+        """Whether there is any."""
+        return any(one is not None for one in (self.vram, self.ram, self.disk))
+
+
+def resolved(device: torch.device, asked: AskedBudgets) -> Budgets:
     """Budgets in bytes on this machine; what is not given is what is free, but for a little."""
-    host, own = host_memory(), psutil.Process().memory_info().rss
+    host, own = host_memory(), resident_memory()
     free = min(host.available + own, host.total)  # pages of libraries may count for another container
     on_disk = shutil.disk_usage(tempfile.gettempdir())
     return Budgets(
-        None if device.type == "cpu" else _vram(device, vram),
-        budget_bytes("auto" if ram is None else ram, "ram", total=host.total, free=free),
-        budget_bytes("auto" if disk is None else disk, "disk", total=on_disk.total, free=on_disk.free),
+        None if device.type == "cpu" else _vram(device, asked.vram),
+        budget_bytes("auto" if asked.ram is None else asked.ram, "ram", total=host.total, free=free),
+        budget_bytes("auto" if asked.disk is None else asked.disk, "disk", total=on_disk.total, free=on_disk.free),
     )
 
 
@@ -130,7 +153,7 @@ def rates_here(device: torch.device, dtype: torch.dtype, modules: Mapping[str, n
     rates = machine_rates(device, dtype)
     gc.collect()
     trim_heap()
-    own = psutil.Process().memory_info().rss - sum(_in_memory(module) for module in modules.values())
+    own = resident_memory() - sum(_in_memory(module) for module in modules.values())
     return replace(rates, base=_steady((device.type, dtype), max(rates.base, own + compiled(dtype))))
 
 

@@ -12,23 +12,24 @@ import torch
 from torch import nn
 
 from lowtide.memory.attach import attach, attachment_of, detach
-from lowtide.memory.budgets import Asked, check_budget
+from lowtide.memory.budgets import Asked
 from lowtide.memory.flow import FlowMeter, ledgers_of, total_flow
 from lowtide.memory.forms import NAMED_CASTINGS
 from lowtide.memory.heap import Heap
 from lowtide.memory.host import trim_heap
 from lowtide.memory.meter import Meter, steady_malloc
-from lowtide.memory.plan import Budgets, ComponentPlan, Plan, check_allowed
+from lowtide.memory.plan import ComponentPlan, Plan, check_allowed
 from lowtide.memory.planner import choose
 from lowtide.memory.presets import apply_casting, execution_device, model_rule, remove_casting, stream_for
 from lowtide.memory.report import RunReport, run_report
 from lowtide.memory.shortage import is_out_of_memory
-from lowtide.memory.twin import dtypes_in_files, is_cast
-from lowtide.pipelines.fit import Fit, rates_here, resolved, warn_without_gpu
+from lowtide.memory.twin import is_cast
+from lowtide.pipelines.fit import AskedBudgets, Fit, rates_here, resolved, warn_without_gpu
 from lowtide.pipelines.run_size import RunSize
 from lowtide.pipelines.workload import Twin, put_ways_back, set_way, twin_of
 from lowtide.sizes import format_decimal
 from lowtide.stages import Stages
+from lowtide.weights.fill import dtype_name
 
 
 class FittingMethods:
@@ -60,22 +61,15 @@ class FittingMethods:
     ) -> Plan:
         """Keep within budgets of bytes from now on, whatever is asked for, as fast as they allow; see `lowtide.fit`."""
         chosen = execution_device(device)
-        for name, asked in (("vram", vram), ("ram", ram), ("disk", disk)):
-            check_budget(asked, name)
-        check_allowed(allow)
+        asked = AskedBudgets.of(vram, ram, disk, allow)
         if self._fit is None:
             check_not_cast(self.modules())
         warn_without_gpu(chosen, vram)
-        budgets, wanted = resolved(chosen, vram, ram, disk), self.usual_size(**size)
-        self._begin_fit(self._twin(chosen), budgets, tuple(allow), chosen, wanted)
-        return self.plan  # type: ignore[return-value]
-
-    def _begin_fit(
-        self, twin: Twin, budgets: Budgets, allow: tuple[str, ...], device: torch.device, size: RunSize
-    ) -> None:
-        rates = rates_here(device, twin.pipe.dtype, self.modules())
-        plan = choose(twin.workload(size, allow), rates, budgets, allow)
-        self.put_under_plan(Fit(budgets, allow, device, rates, twin, size, plan))
+        budgets, wanted, twin = resolved(chosen, asked), self.usual_size(**size), self._twin(chosen)
+        rates = rates_here(chosen, twin.pipe.dtype, self.modules())
+        plan = choose(twin.workload(wanted, asked.allow), rates, budgets, asked.allow)
+        self.put_under_plan(Fit(budgets, asked.allow, chosen, rates, twin, wanted, plan))
+        return plan
 
     def put_under_plan(self, fit: Fit, *, as_planned: Collection[str] = ()) -> None:
         """Put a plan to work; the components named `as_planned` were loaded under it. All of it or, if that fails,
@@ -129,7 +123,7 @@ class FittingMethods:
         size = self.usual_size(**plan.made_for)
         chosen = execution_device(device or plan.device.partition(":")[0])
         twin = self._twin(chosen)
-        dtype = str(twin.pipe.dtype).removeprefix("torch.")
+        dtype = dtype_name(twin.pipe.dtype)
         if plan.dtype != dtype:
             raise ValueError(f"The plan is for {plan.dtype}, and this pipeline computes in {dtype}: make another one.")
         rates = rates_here(chosen, twin.pipe.dtype, self.modules())
@@ -140,7 +134,7 @@ class FittingMethods:
         fit = self._fit
         if fit is not None and fit.twin.device == device and fit.twin.is_of(self):
             return fit.twin
-        return twin_of(self, device, _in_files(self.modules()))
+        return twin_of(self, device)
 
     def unfit(self) -> None:
         """Undo `fit`: no plan, no budget; every weight is where it was before, under the offload that was set then."""
@@ -218,8 +212,10 @@ class FittingMethods:
                 if not is_out_of_memory(error):
                     raise
                 continue
-            taken = next(one.peak for one in plan.stages if one.name == stage)
-            said = f"{stage}: memory ran out ({reason}); going on with a plan that takes {format_decimal(taken)} there"
+            taken = plan.stage(stage)
+            assert taken is not None
+            less = format_decimal(taken.peak)
+            said = f"{stage}: memory ran out ({reason}); going on with a plan that takes {less} there"
             fit.degradations.append(said)
             warnings.warn(said, stacklevel=4)
             return True
@@ -259,10 +255,6 @@ def check_not_cast(modules: Mapping[str, nn.Module]) -> None:
             f"{', '.join(cast)} rest in 8 bits already. Call disable_layerwise_casting on them first, and let the plan "
             "choose: fit(..., allow=('fp8',)) or ('int8',)."
         )
-
-
-def _in_files(modules: Mapping[str, nn.Module]) -> dict[str, Mapping[str, torch.dtype] | None]:
-    return {name: dtypes_in_files(module) for name, module in modules.items()}
 
 
 def fit(

@@ -33,13 +33,13 @@ def resumed(stage: str) -> Callable[[Callable[Concatenate[Any, P], R]], Callable
         @functools.wraps(method)
         def begun_anew(pipe: Any, *args: P.args, **kwargs: P.kwargs) -> R:
             while True:
-                state = _State(pipe, (*args, *kwargs.values()))
+                state = None if pipe.plan is None else _State(pipe, (*args, *kwargs.values()))
                 try:
                     return method(pipe, *args, **kwargs)
                 except BaseException as error:
                     if not is_out_of_memory(error):
                         raise
-                    if pipe.plan is None:
+                    if state is None:
                         error.add_note(ADVICE)
                         raise
                     reason = str(error).partition("\n")[0][:160] or type(error).__name__

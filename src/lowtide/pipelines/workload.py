@@ -15,8 +15,9 @@ from torch import nn
 from lowtide.activations.exact import RowSettings, row_streaming_of
 from lowtide.memory.costs import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Work, Workload
 from lowtide.memory.profile import Traced, component, trace
-from lowtide.memory.twin import meta_twin
+from lowtide.memory.twin import dtypes_in_files, meta_twin
 from lowtide.pipelines.run_size import RunSize
+from lowtide.weights.fill import dtype_name
 from lowtide.weights.slots import slots
 
 HISTORY = 8
@@ -51,7 +52,7 @@ class Twin:
     in_files: Mapping[str, Mapping[str, torch.dtype] | None]
     device: torch.device
     original: tuple[dict[str, Any], torch.dtype] = field(default_factory=lambda: ({}, torch.float32))
-    _traced: dict[tuple[Any, ...], tuple[dict[str, Component], tuple[Stage, ...]]] = field(default_factory=dict)
+    _traced: dict[tuple[bool, RunSize], tuple[dict[str, Component], tuple[Stage, ...]]] = field(default_factory=dict)
 
     def is_of(self, pipe: Any) -> bool:
         """Whether this is the twin of the components that a pipeline has now, in the dtype that it computes in."""
@@ -71,7 +72,7 @@ class Twin:
         Blended tiles of clips, which take long to trace, are looked at where `allow` has them.
         """
         blended = size.frames is None or "blended_tiling" in allow
-        key = (blended, size.height, size.width, size.pictures, size.prompts, size.guided, size.frames, size.output)
+        key = blended, replace(size, steps=1)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             if key not in self._traced:
@@ -79,8 +80,7 @@ class Twin:
             components, traced = self._traced[key]
             calls = self.pipe.scheduler.calls(size.steps)
         stages = tuple(replace(one, calls=calls) if one.name == "denoise" else one for one in traced)
-        dtype = str(self.pipe.dtype).removeprefix("torch.")
-        return Workload(components, stages, dtype, size.to_dict())
+        return Workload(components, stages, dtype_name(self.pipe.dtype), size.to_dict())
 
     def _trace(self, size: RunSize, other_ways: Sequence[str]) -> tuple[dict[str, Component], tuple[Stage, ...]]:
         components: dict[str, Component] = {}
@@ -137,15 +137,22 @@ def _finished(call: Call, traced: TracedStage) -> Call:
     return replace(call, peak=max(call.peak, traced.tail), work=call.work.times(traced.parts))
 
 
-def twin_of(pipe: Any, device: torch.device, in_files: Mapping[str, Mapping[str, torch.dtype] | None]) -> Twin:
-    """The twin of a pipeline, which may be in memory, at rest or on meta itself."""
-    twin = copy.copy(pipe)
+def twin_of(
+    pipe: Any, device: torch.device, in_files: Mapping[str, Mapping[str, torch.dtype] | None] | None = None
+) -> Twin:
+    """The twin of a pipeline, which may be in memory, at rest or on meta itself.
+
+    `in_files` tells the dtypes in files of components that are on meta; the others know theirs.
+    """
+    twin, known = copy.copy(pipe), dict(in_files or {})
     for name, module in pipe.modules().items():
         setattr(twin, name, meta_twin(module))
+        if name not in known:
+            known[name] = dtypes_in_files(module)
     twin.scheduler = StillScheduler(pipe.scheduler)
     if hasattr(twin.vae, "disable_tiling"):
         set_way(twin.vae, WHOLE)
-    return Twin(twin, in_files, device, _original(pipe))
+    return Twin(twin, known, device, _original(pipe))
 
 
 def _original(pipe: Any) -> tuple[dict[str, Any], torch.dtype]:
@@ -174,9 +181,7 @@ class StillScheduler:
 
 
 def can_go(vae: nn.Module, way: str, pictures: int) -> bool:
-    """Whether an autoencoder has a way to decode so many pictures at a time."""
-    if way == WHOLE:
-        return True
+    """Whether an autoencoder has a way, other than the whole, to decode so many pictures at a time."""
     if way == SLICED:
         return pictures > 1 and hasattr(vae, "enable_slicing")
     return hasattr(vae, "enable_tiling") and hasattr(vae, "needs_tiles")

@@ -20,7 +20,7 @@ from lowtide.weights.files import CHUNK_BYTES, Origin, WeightFile, pieces, remem
 from lowtide.weights.index import CheckpointError, CheckpointIndex, TensorEntry
 from lowtide.weights.slots import Slot, slots
 
-__all__ = ["CHUNK_BYTES", "WeightsMismatchError", "dtype_by_name", "fill", "load_tensors", "state_names"]
+__all__ = ["CHUNK_BYTES", "WeightsMismatchError", "dtype_by_name", "dtype_name", "fill", "load_tensors", "state_names"]
 
 Otherwise = TypeVar("Otherwise", bound=torch.dtype | None)
 
@@ -99,6 +99,11 @@ def dtype_by_name(
     known = list(names)
     matching = (dtype for pattern, dtype in own_dtypes.items() if any(fnmatchcase(name, pattern) for name in known))
     return next(matching, otherwise)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """How plans, castings and files of ours write a dtype: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _target_dtype(name: str, entry: TensorEntry, dtype: torch.dtype | None, keep: Collection[str]) -> torch.dtype:

@@ -73,11 +73,10 @@ class Planner:
 
     def choose(self, budgets: Budgets) -> Plan:
         """See `choose`."""
-        limit = self._limit(budgets)
-        fitting = [point for point in self._trades(budgets) if limit is None or point.nbytes <= limit]
-        if not fitting:
+        best = self._best(budgets)
+        if best is None:
             raise self._refusal(budgets)
-        return self._at(fitting[-1], budgets)
+        return self._at(best, budgets)
 
     def minimum(self, budgets: Budgets) -> Budgets:
         """See `minimum`."""
@@ -95,7 +94,7 @@ class Planner:
 
     def with_more(self, budgets: Budgets, name: str | None = None) -> Plan:
         """What the next gigabyte of the budget called so, or of the device's memory, would buy."""
-        name = name or ("ram" if self.rates.on_cpu else "vram")
+        name = name or self._device_budget
         limit = getattr(budgets, name)
         return self.choose(budgets if limit is None else replace(budgets, **{name: limit + GIGABYTE}))
 
@@ -109,20 +108,27 @@ class Planner:
             if by_rows:
                 rows = [_of_scheme(group, scheme, EXACT) for group in groups]
                 found[f"{name}, decode by rows"] = self._plan(rows, budgets)
-        trades, limit = self._trades(budgets), self._limit(budgets)
-        if trades:
-            found["smallest"] = self._at(trades[0], budgets)
-            fitting = [point for point in trades if limit is None or point.nbytes <= limit]
-            found.update({"chosen": self._at(fitting[-1], budgets)} if fitting else {})
+        for point in self._trades(budgets)[:1]:
+            found["smallest"] = self._at(point, budgets)
+        best = self._best(budgets)
+        if best is not None:
+            found["chosen"] = self._at(best, budgets)
         return found
 
     # ---- limits
 
-    def _limit(self, budgets: Budgets) -> int | None:
-        return budgets.ram if self.rates.on_cpu else budgets.vram
+    @property
+    def _device_budget(self) -> str:
+        return "ram" if self.rates.on_cpu else "vram"
+
+    def _best(self, budgets: Budgets) -> Point | None:
+        """The fastest trade within the budgets."""
+        limit = getattr(budgets, self._device_budget)
+        fitting = [point for point in self._trades(budgets) if limit is None or point.nbytes <= limit]
+        return fitting[-1] if fitting else None
 
     def _with_limit(self, budgets: Budgets, nbytes: int) -> Budgets:
-        return replace(budgets, ram=nbytes) if self.rates.on_cpu else replace(budgets, vram=nbytes)
+        return replace(budgets, **{self._device_budget: nbytes})
 
     def _limits(self, budgets: Budgets) -> Limits:
         on_gpu = not self.rates.on_cpu

@@ -33,16 +33,6 @@ PAGE = 4096
 BOOKED = 128
 """Bytes that oneDNN adds to each part of a scratchpad."""
 
-CUBLAS, CUBLAS_ON_HOPPER = 8519680, 32 * 2**20
-
-
-def cublas_workspace(capability: tuple[int, int]) -> int:
-    """Bytes that cuBLAS keeps from its first product on, on a GPU of this compute capability; not in any call's peak.
-
-    For each handle and stream; PyTorch's default sizes.
-    """
-    return CUBLAS_ON_HOPPER if capability >= (9, 0) else CUBLAS
-
 
 def workspace(func: Any, args: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> int:
     """Bytes that an operator has allocated at its peak, beyond its inputs and outputs."""

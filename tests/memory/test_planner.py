@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lowtide.memory.bounds import Sizes, bound, depth, spread, within
 from lowtide.memory.costs import Call, Component, Rates, Stage, UnitSize, Work, Workload
 from lowtide.memory.forms import Level
-from lowtide.memory.frontier import PRECISION, Limits, beside_weights, choices, tick_of
+from lowtide.memory.frontier import PRECISION, Limits, beside_weights, choices, held_by, tick_of
 from lowtide.memory.options import options, under_rule
 from lowtide.memory.pace import Timing
 from lowtide.memory.plan import LOSSY, BudgetError, Budgets, Plan
@@ -82,7 +82,8 @@ def everything(work, rates, allow=(), limits=NONE):
 
 
 def _everything(work, rates, allow, limits, tick):
-    groups = [choices(one, work, rates, allow, limits, tick) for one in work.components.values()]
+    held = held_by(work, rates, allow, limits)
+    groups = [choices(one, work, rates, allow, limits, tick) for one in held]
     for chosen in product(*groups):
         kept = sum(one.option.kept.total for one in chosen)
         peak = 0

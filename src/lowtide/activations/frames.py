@@ -5,7 +5,8 @@ Shapes: clips `[B, C, F, H, W]` with `F` frames.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 
@@ -27,6 +28,11 @@ def frame_batches(frames: int, size: int) -> Iterator[slice]:
     yield slice(0, first)
     for start in range(first, frames, size):
         yield slice(start, start + size)
+
+
+def batches_gone_through(x_BCFHW: torch.Tensor, batches: Iterable[slice]) -> Iterator[slice]:
+    """All batches of a clip; on meta the first and one behind it, since the others take no more memory."""
+    return islice(batches, 2) if x_BCFHW.is_meta else iter(batches)
 
 
 def frames_made(latent_frames: int, batch_size: int, ratio: int) -> int:

@@ -105,13 +105,11 @@ class MemoryPages(Numbers):
 
     def write(self, page: int, start: int, content: torch.Tensor) -> None:
         """Write flat uint8 bytes into a page from `start` on."""
-        if not content.is_meta:
-            self._page(page)[start : start + content.numel()].copy_(content)
+        self._page(page)[start : start + content.numel()].copy_(content)
 
     def read(self, page: int, start: int, target: torch.Tensor) -> None:
         """Fill a flat uint8 tensor with the bytes of a page from `start` on."""
-        if not target.is_meta:
-            target.copy_(self._page(page)[start : start + target.numel()])
+        target.copy_(self._page(page)[start : start + target.numel()])
 
     def _page(self, page: int) -> torch.Tensor:
         return self._blocks[page // self._in_block][page % self._in_block]
@@ -162,7 +160,10 @@ class RowStore:
         self._planes = [_Plane(pages, row_bytes // planes) for _ in range(planes)]
 
     def write(self, first: int, rows: torch.Tensor) -> None:
-        """Store rows from `first` on, given as flat uint8."""
+        """Store rows from `first` on, given as flat uint8; those on meta only take their pages."""
+        if rows.is_meta:
+            self.reserve(first, rows.numel())
+            return
         for plane, part in zip(self._planes, rows.view(len(self._planes), -1), strict=True):
             plane.write(first, part)
 
@@ -172,7 +173,9 @@ class RowStore:
             plane.reserve(first, nbytes // len(self._planes))
 
     def read(self, span: Span, target: torch.Tensor) -> None:
-        """Fill a flat uint8 tensor with the rows of `span`."""
+        """Fill a flat uint8 tensor with the rows of `span`, unless it is on meta."""
+        if target.is_meta:
+            return
         for plane, part in zip(self._planes, target.view(len(self._planes), -1), strict=True):
             plane.read(span, part)
 

@@ -11,7 +11,7 @@ from torch import nn
 from lowtide.activations.frames import FrameCache
 from lowtide.activations.graph import Attend, GroupNorm, Local, Span, Value, inside, is_map
 from lowtide.activations.pages import Pages, RowStore
-from lowtide.activations.schedule import Pass, Schedule, attended, freed, height_within, overwritten
+from lowtide.activations.schedule import Pass, Schedule, attended, freed, overwritten
 from lowtide.memory.host import trim_heap
 from lowtide.ops.attention import OnlineSoftmax
 from lowtide.ops.convolution import channels_last
@@ -47,7 +47,7 @@ class Run:
         self.module = module
         self.schedule = schedule
         self.pages = pages
-        self.heights = [height_within(one, work_bytes) for one in schedule.passes]
+        self.heights = schedule.heights(work_bytes)
         self.cache = FrameCache() if cache is None else cache
         before = (value for value in schedule.trace.values if value.place is not None)
         self._stores: dict[Value, RowStore] = {value: self.cache.stores[value.place] for value in before}  # type: ignore[index]

@@ -9,7 +9,7 @@ makes one stored value, or several that need the same ones, from those stored be
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowtide.activations.graph import Attend, Convolution, GroupNorm, Linear, Span, Value, inside, is_half, union
 from lowtide.activations.trace import Trace
@@ -109,6 +109,13 @@ class Schedule:
     trace: Trace
     passes: tuple[Pass, ...]
     input_norms: tuple[Value, ...]
+    _heights: dict[int, list[int]] = field(default_factory=dict)
+
+    def heights(self, work_bytes: int) -> list[int]:
+        """For each pass the most rows of a band that needs at most `work_bytes`, at least one."""
+        if work_bytes not in self._heights:
+            self._heights[work_bytes] = [_height_within(one, work_bytes) for one in self.passes]
+        return self._heights[work_bytes]
 
     @property
     def planes(self) -> int:
@@ -124,8 +131,7 @@ class Schedule:
         """
         alive = {value: _nbytes(value) for value in self.trace.values if value.place is not None}
         stored = work = 0
-        for one in self.passes:
-            height = height_within(one, work_bytes)
+        for one, height in zip(self.passes, self.heights(work_bytes), strict=True):
             work = max(work, one.work_bytes(height))
             kept = {target: _nbytes(target) for target in one.targets if target is not self.trace.output}
             leaving = [source for source in one.released if source in alive]
@@ -142,8 +148,7 @@ class Schedule:
         return stored, work
 
 
-def height_within(one: Pass, work_bytes: int) -> int:
-    """The most rows of a band that needs at most `work_bytes`, at least one."""
+def _height_within(one: Pass, work_bytes: int) -> int:
     low, high = 1, one.rows
     while low < high:
         middle = (low + high + 1) // 2

@@ -7,6 +7,7 @@ real there, so code that looks at them works; code that looks at values does not
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -107,12 +108,14 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.values: list[Value] = []
         self._known: dict[int, tuple[torch.Tensor, Value]] = {}  # the tensors are kept, so that no id is used again
+        self._in_memory: defaultdict[int, set[int]] = defaultdict(set)
         for tensor, name in slots.values():
             self.know(tensor, Value(tuple(tensor.shape), tensor.dtype, slot=name))
 
     def know(self, tensor: torch.Tensor, value: Value) -> Value:
         """Remember what a tensor is."""
         self._known[id(tensor)] = (tensor, value)
+        self._in_memory[tensor.untyped_storage()._cdata].add(id(tensor))
         self.values.append(value)
         return value
 
@@ -160,9 +163,8 @@ class _Recorder(TorchFunctionMode):
 
     def _is_shared(self, written: Value, tensor: torch.Tensor) -> bool:
         """Whether another known tensor lies in the same memory."""
-        memory = tensor.untyped_storage()._cdata
-        others = (other for other, value in self._known.values() if value is not written and other is not tensor)
-        return any(other.untyped_storage()._cdata == memory for other in others)
+        there = (self._known[one] for one in self._in_memory[tensor.untyped_storage()._cdata])
+        return any(value is not written and other is not tensor for other, value in there)
 
 
 def _is_in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:

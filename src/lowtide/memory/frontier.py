@@ -16,7 +16,7 @@ from itertools import product
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from lowtide.memory.costs import BLENDED, WAYS, Call, Component, Rates, Stage, Workload
+from lowtide.memory.costs import BLENDED, WAYS, Call, Rates, Stage, Workload
 from lowtide.memory.options import Option, options
 from lowtide.memory.pace import Pace, Timing, exceeds_cache
 from lowtide.memory.plan import LOSSY
@@ -76,15 +76,15 @@ def best_trades(
 ) -> list[Point]:
     """The plans that none beats in both bytes on the device and time, from the smallest to the fastest."""
     known, tick = limits or Limits(), tick_of(workload, rates)
+    held = held_by(workload, rates, allow, known)
     found: list[Point] = []
     for one in (rates, rates.frugal):
         if one is not None:
-            found += _all_trades(workload, one, allow, known, tick)
+            found += _all_trades([choices(each, workload, one, allow, known, tick) for each in held], one, known)
     return staircase(found)
 
 
-def _all_trades(workload: Workload, rates: Rates, allow: Iterable[str], limits: Limits, tick: float) -> Iterator[Point]:
-    groups = [choices(component, workload, rates, allow, limits, tick) for component in workload.components.values()]
+def _all_trades(groups: list[list[Choice]], rates: Rates, limits: Limits) -> Iterator[Point]:
     for stored, beside in _further_limits(groups, rates, limits):
         fitting = [[one for one in group if one.stored <= stored] for group in groups]
         for point in _trades(fitting, beside):
@@ -141,16 +141,21 @@ def staircase(points: Iterable[Point]) -> list[Point]:
     return kept
 
 
+def held_by(workload: Workload, rates: Rates, allow: Iterable[str], limits: Limits) -> list[list[Option]]:
+    """For each component its options."""
+    castings, scarce = [name for name in LOSSY if name in set(allow)], limits.host is not None
+    return [options(component, rates, castings, scarce_host=scarce) for component in workload.components.values()]
+
+
 def choices(
-    component: Component, workload: Workload, rates: Rates, allow: Iterable[str], limits: Limits, tick: float
+    held: list[Option], workload: Workload, rates: Rates, allow: Iterable[str], limits: Limits, tick: float
 ) -> list[Choice]:
     """Every option of a component with every way through its stages."""
     allowed = set(allow)
-    stages = [stage for stage in workload.stages if stage.component == component.name]
-    castings = [name for name in LOSSY if name in allowed]
+    stages = [stage for stage in workload.stages if stage.component == held[0].component.name]
     cold = exceeds_cache(workload, rates)
     found: list[Choice] = []
-    for option in options(component, rates, castings, scarce_host=limits.host is not None):
+    for option in held:
         timing = Timing(option, rates, cold=cold)
         per_stage = [_ways(stage, timing, allowed) for stage in stages]
         found += [_choice(option, ways, rates, limits, tick) for ways in product(*per_stage)]

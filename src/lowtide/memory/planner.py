@@ -12,7 +12,7 @@ from lowtide.memory import words
 from lowtide.memory.bounds import Sizes, summed
 from lowtide.memory.costs import EXACT, WHOLE, Rates, Stage, Workload
 from lowtide.memory.forms import Level
-from lowtide.memory.frontier import Choice, Limits, Point, base, best_trades, choices, slack, tick_of
+from lowtide.memory.frontier import Choice, Limits, Point, base, best_trades, choices, held_by, slack, tick_of
 from lowtide.memory.options import Option
 from lowtide.memory.pace import Pace
 from lowtide.memory.plan import LOSSY, BudgetError, Budgets, Plan, StagePlan, check_allowed
@@ -135,9 +135,9 @@ class Planner:
         return Limits(budgets.ram - self.rates.base if on_gpu and budgets.ram is not None else None, budgets.disk)
 
     def _groups(self, limits: Limits) -> list[list[Choice]]:
-        components = self.workload.components.values()
+        held = held_by(self.workload, self.rates, self.allow, limits)
         tick = tick_of(self.workload, self.rates)
-        return [choices(one, self.workload, self.rates, self.allow, limits, tick) for one in components]
+        return [choices(one, self.workload, self.rates, self.allow, limits, tick) for one in held]
 
     def _least_host(self, budgets: Budgets) -> int:
         groups = self._groups(self._limits(budgets))

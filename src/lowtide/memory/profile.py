@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,16 +47,30 @@ def component(
     `never_cast` are not cast, besides those that never are. Raises `ValueError` for what cannot be moved as bytes.
     """
     found = _Found(module, device, file_dtypes, traced)
-    patterns = tuple(never_cast) or tuple(getattr(module, "never_cast", ()))
-    castings = {
-        name: {level: found.units(level, _with(casting, patterns)) for level in Level}
-        for name, casting in NAMED_CASTINGS.items()
-    }
-    return Component(name, {level: found.units(level, None) for level in Level}, castings, in_file)
+    castings = _Castings(found, tuple(never_cast) or tuple(getattr(module, "never_cast", ())))
+    return Component(name, found.levels(None), castings, in_file)
 
 
-def _with(casting: Casting, patterns: tuple[str, ...]) -> Casting:
-    return replace(casting, skip_patterns=(*casting.skip_patterns, *patterns))
+class _Castings(Mapping[str, Mapping[Level, tuple[UnitSize, ...]]]):
+    """The units under each casting by its name, made as they are asked for: most plans have none."""
+
+    def __init__(self, found: _Found, patterns: tuple[str, ...]) -> None:
+        self._found = found
+        self._patterns = patterns
+        self._known: dict[str, Mapping[Level, tuple[UnitSize, ...]]] = {}
+
+    def __getitem__(self, name: str) -> Mapping[Level, tuple[UnitSize, ...]]:
+        if name not in self._known:
+            casting = NAMED_CASTINGS[name]
+            patterns = (*casting.skip_patterns, *self._patterns)
+            self._known[name] = self._found.levels(replace(casting, skip_patterns=patterns))
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(NAMED_CASTINGS)
+
+    def __len__(self) -> int:
+        return len(NAMED_CASTINGS)
 
 
 class _Found:
@@ -76,6 +90,10 @@ class _Found:
         self.called = {id(one) for one in traced.order} if traced is not None else set()
         self.weights = gather(slots(module))
         self.homes = {id(inner): id(atomic or inner) for inner, atomic in with_atomic(module, None)}
+
+    def levels(self, casting: Casting | None) -> dict[Level, tuple[UnitSize, ...]]:
+        """The units of every level."""
+        return {level: self.units(level, casting) for level in Level}
 
     def units(self, level: Level, casting: Casting | None) -> tuple[UnitSize, ...]:
         """The units of a level, in the order in which they are called."""

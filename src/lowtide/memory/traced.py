@@ -139,8 +139,15 @@ class _Watch(TorchDispatchMode):
         self._signatures = Signatures()
         self._repeats: dict[Any, _Repeat] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in here, and to make sure of that takes as long as most operators
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # functions have their forms by now
+            return self._seen(func, args, kwargs or {})
+
+    def _seen(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if meant_device() is None:
             return func(*args, **kwargs)
         result = made_by(func, args, kwargs)

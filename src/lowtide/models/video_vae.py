@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from lowtide.activations.exact import row_streaming_of
-from lowtide.activations.frames import FrameCache, frames_made, latent_frames_made, only_batch
+from lowtide.activations.frames import (
+    FrameCache,
+    batches_gone_through,
+    frames_made,
+    latent_frames_made,
+    only_batch,
+)
 from lowtide.activations.tiling import Tiles, sliced
 from lowtide.models.autoencoder import AutoencoderMixin
 from lowtide.models.layers import silu_of_fresh
@@ -206,7 +212,7 @@ def _joined(network: nn.Module, x: torch.Tensor, size: int, total: int) -> torch
 def _by_frames(network: nn.Module, x: torch.Tensor, size: int, write: FrameSink) -> None:
     """Compute batches of `size` frames in order, each with what the convolutions remember of those before."""
     cache, first = FrameCache(size), 0
-    for batch in cache.batches(x.shape[2], size):
+    for batch in batches_gone_through(x, cache.batches(x.shape[2], size)):
         frames = network(x[:, :, batch], cache)
         write(first, frames)
         first += frames.shape[2]

@@ -150,11 +150,13 @@ def _vram(device: torch.device, asked: Asked) -> int | None:
 
 def rates_here(device: torch.device, dtype: torch.dtype, modules: Mapping[str, nn.Module]) -> Rates:
     """What this machine does in a second, with what this process takes by itself already."""
-    rates = machine_rates(device, dtype)
-    gc.collect()
-    trim_heap()
-    own = resident_memory() - sum(_in_memory(module) for module in modules.values())
-    return replace(rates, base=_steady((device.type, dtype), max(rates.base, own + compiled(dtype))))
+    rates, weights = machine_rates(device, dtype), sum(_in_memory(module) for module in modules.values())
+    own = resident_memory() + compiled(dtype) - weights
+    if own > rates.base:
+        gc.collect()
+        trim_heap()
+        own = resident_memory() + compiled(dtype) - weights
+    return replace(rates, base=_steady((device.type, dtype), max(rates.base, own)))
 
 
 def _steady(key: tuple[str, torch.dtype], base: int) -> int:

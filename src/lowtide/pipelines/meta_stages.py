@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from lowtide.activations.frames import frame_batches
-from lowtide.memory.costs import BLENDED
+from lowtide.activations.frames import batches_gone_through, frame_batches
 from lowtide.pipelines.run_size import RunSize
 from lowtide.pipelines.workload import HISTORY, TracedStage, nbytes
 
@@ -76,21 +75,11 @@ def clip_stages(pipe: Any, size: RunSize) -> Iterator[TracedStage]:
         return
     latents = shape[1] - pipe.padding(frames)
     z = torch.empty((1, shape[2], latents, *shape[3:]), dtype=dtype, device="meta")
-    some = z[:, :, : _alike(latents, pipe.vae.num_latent_frames_batch_size)]
-
-    def decode(way: str) -> None:
-        pipe.vae.decode_frames(z if way == BLENDED else some, lambda first, frames: None)
-
+    *_, last = batches_gone_through(z, frame_batches(latents, pipe.vae.num_latent_frames_batch_size))
     values = 3 * size.height * size.width * frames * size.pictures
     carried = nbytes(x, embeds, *positions) + values * clip_bytes(size.output, dtype)
-    parts = latents / some.shape[2]
-    yield TracedStage("decode", "vae", size.pictures, decode, (z,), carried, decodes=True, parts=parts)
-
-
-def _alike(latents: int, at_once: int) -> int:
-    """So many latent frames are decoded in as much memory as all: a first batch, one in the middle, and a last one."""
-    batches = list(frame_batches(latents, at_once))
-    return latents if len(batches) <= 3 else batches[0].stop + 2 * at_once
+    run = lambda way: pipe.vae.decode_frames(z, lambda first, frames: None)  # noqa: E731
+    yield TracedStage("decode", "vae", size.pictures, run, (z,), carried, decodes=True, parts=latents / last.stop)
 
 
 def clip_bytes(output: str, dtype: torch.dtype) -> int:

@@ -149,6 +149,20 @@ def test_a_refusal_names_the_minimum_and_what_to_try(found, options):
         assert content["minimum"]["ram"] == 612_000_000
 
 
+def test_a_picture_of_what_does_not_fit_is_not_promised(found, tmp_path):
+    found["answer"] = outlook(plans.on_cpu(), Budgets(ram=plans.GB // 2), "Nothing fits 500 MB.")
+    result = lowtide("--ram", "500MB", "--plot", str(tmp_path / "plan.png"))
+    assert result.exit_code == 2
+    assert "plan.png was not written" in result.stderr
+    assert not (tmp_path / "plan.png").exists()
+
+
+def test_a_model_that_is_not_there_is_bad_input():
+    result = lowtide("nothere")
+    assert result.exit_code == 2
+    assert "Error: No model at 'nothere'" in result.stderr
+
+
 def test_the_minimum_is_rounded_so_that_it_works_when_typed():
     from lowtide.cli.outlook import rounded_up
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -55,6 +56,7 @@ def test_less_than_the_least_is_refused_with_the_least(folders, plain, kind):
     with pytest.raises(BudgetError, match="fit") as caught:
         pipe.fit(ram=least - 1, output="pt")
     assert caught.value.minimum.ram == least
+    assert str(caught.value).startswith(f"{caught.value.reason} Try ")
     assert pipe.plan is before
     pipe.fit(ram=least, output="pt")
     fits.make(pipe, **({"num_images_per_prompt": 1, "generator": None} if kind == "pictures" else {}))
@@ -70,6 +72,14 @@ def test_loading_plans_before_it_reads(folders, plain, kind, monkeypatch):
     monkeypatch.setattr("lowtide.pipelines.checkpoints.load_components", None)  # nothing may be read
     with pytest.raises(BudgetError):
         fits.load(folders[kind], kind, ram=1000)
+
+
+def test_configurations_that_do_not_belong_together_are_named(folders, tmp_path):
+    shutil.copytree(folders["pictures"], tmp_path / "model")
+    file = tmp_path / "model" / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "cross_attention_dim": 56}))
+    with pytest.raises(ValueError, match="The unet cannot do what stage 'denoise' asks of it"):
+        fits.load(tmp_path / "model", "pictures", ram="1GB")
 
 
 def test_a_larger_call_is_planned_anew_and_refused_before_it_begins(folders):

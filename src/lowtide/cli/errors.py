@@ -47,7 +47,7 @@ def _ended(code: int, message: str) -> typer.Exit:
 
 
 def _exit_code(error: Exception) -> int:
-    return BAD_INPUT if isinstance(error, InputError | ValueError) else RUN_FAILED
+    return BAD_INPUT if isinstance(error, InputError | ValueError | FileNotFoundError) else RUN_FAILED
 
 
 def _message(error: Exception) -> str:

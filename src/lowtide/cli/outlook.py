@@ -94,7 +94,7 @@ def look(workload: Workload, rates: Rates, budgets: Budgets, allow: tuple[str, .
     try:
         plan = planner.choose(budgets)
     except BudgetError as error:
-        refusal = str(error)
+        refusal = error.reason
     return Outlook(
         device=rates.device,
         budgets=budgets,
@@ -131,7 +131,7 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 def what_to_try(outlook: Outlook) -> str:
     """What would help where no plan fits, as options."""
-    tries = [f"As options: {_as_options(outlook.minimum, outlook.device)}", "a smaller --size or --batch"]
+    tries = [f"Try {_as_options(outlook.minimum, outlook.device)}", "a smaller --size or --batch"]
     changed = outlook.minimum_if_changed
     if changed is not None and changed != outlook.minimum:
         tries += [f"--allow int8 --allow blended_tiling, with which {_as_options(changed, outlook.device)} would do"]

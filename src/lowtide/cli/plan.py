@@ -129,7 +129,8 @@ def run(asked: Asked, budget: Budget, *, as_json: bool, plot: Path | None) -> No
     if as_json:
         typer.echo(json.dumps(outlook.to_dict(), indent=2))
     if outlook.plan is None:
-        tell(f"Error: {outlook.refusal}\n{what_to_try(outlook)}")
+        not_drawn = "" if plot is None else f"\nThere is nothing to draw, so {plot} was not written."
+        tell(f"Error: {outlook.refusal}\n{what_to_try(outlook)}{not_drawn}")
         raise typer.Exit(BAD_INPUT)
     if not as_json:
         _print(outlook, asked.model)

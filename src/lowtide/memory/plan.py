@@ -227,8 +227,9 @@ class Plan:
 
 
 class BudgetError(ValueError):
-    """No plan fits the budgets; `minimum` would."""
+    """No plan fits the budgets; `minimum` would. `reason` is the message without its last part, what to try."""
 
-    def __init__(self, message: str, minimum: Budgets) -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, advice: str, minimum: Budgets) -> None:
+        super().__init__(f"{reason} {advice}")
+        self.reason = reason
         self.minimum = minimum

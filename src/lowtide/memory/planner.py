@@ -156,7 +156,9 @@ class Planner:
         for name in [one for one in LOSSY if one not in self.allow]:
             other = Planner(self.workload, self.rates, (*self.allow, name))
             helping[name] = other.minimum(budgets)
-        return BudgetError(words.refusal(smallest, budgets, least, helping, on_cpu=self.rates.on_cpu), least)
+        on_cpu = self.rates.on_cpu
+        advice = words.advice(budgets, least, helping, on_cpu=on_cpu)
+        return BudgetError(words.refusal(smallest, budgets, least, on_cpu=on_cpu), advice, least)
 
     # ---- plans
 

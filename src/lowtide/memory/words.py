@@ -127,21 +127,24 @@ def parts(stage: StagePlan) -> str:
     return ", ".join(f"{format_decimal(size)} {name}" for name, size in named.items() if size > least)
 
 
-def refusal(smallest: Plan, asked: Budgets, least: Budgets, helping: Mapping[str, Budgets], *, on_cpu: bool) -> str:
-    """What to say where no plan fits: what was asked, the least and what it is made of, and what to try."""
+def refusal(smallest: Plan, asked: Budgets, least: Budgets, *, on_cpu: bool) -> str:
+    """What to say where no plan fits: what was asked, and the least and what it is made of."""
     largest = max(smallest.stages, key=lambda stage: stage.peak)
-    needed = _changed(asked, least, on_cpu=on_cpu)
+    return (
+        f"This run ({_run(smallest)}) does not fit {_asked(asked, least, on_cpu=on_cpu)}: it needs at least "
+        f"{_changed(asked, least, on_cpu=on_cpu)}. Stage {largest.name!r} takes the most: {parts(largest)}."
+    )
+
+
+def advice(asked: Budgets, least: Budgets, helping: Mapping[str, Budgets], *, on_cpu: bool) -> str:
+    """What to do where no plan fits; `helping` are the minimums with what may be allowed, by its name."""
     tries = [f"{_allowing(name)}, which fits" for name, one in helping.items() if _fits(one, asked, on_cpu=on_cpu)]
     lower = [name for name, one in helping.items() if _device(one, on_cpu) < _device(least, on_cpu)]
     if not tries and lower:
         tries = [
             f"{_allowing(name)}, with which {_changed(asked, helping[name], on_cpu=on_cpu)} would do" for name in lower
         ]
-    return (
-        f"This run ({_run(smallest)}) does not fit {_asked(asked, least, on_cpu=on_cpu)}: it needs at least {needed}. "
-        f"Stage {largest.name!r} takes the most: {parts(largest)}. Try {'; '.join([*tries, 'a smaller size'])}, or "
-        f"give it more."
-    )
+    return f"Try {'; '.join([*tries, 'a smaller size'])}, or give it more."
 
 
 def _allowing(name: str) -> str:

@@ -86,7 +86,13 @@ class Twin:
         components: dict[str, Component] = {}
         stages: list[Stage] = []
         for one in self.pipe.traced_stages(size):
-            whole = self._traced_call(one, WHOLE)
+            try:
+                whole = self._traced_call(one, WHOLE)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"The {one.component} cannot do what stage {one.name!r} asks of it "
+                    f"({_first_line(error)}). Do its configuration and the others' belong together?"
+                ) from error
             ways = {WHOLE: _finished(whole.call, one)}
             if one.decodes:
                 ways |= self._other_ways(one, other_ways, whole.call.work)
@@ -234,3 +240,7 @@ def put_ways_back(vae: Any, before: tuple[Any, ...]) -> None:
 def nbytes(*tensors: torch.Tensor) -> int:
     """Bytes of tensors together."""
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")

@@ -275,7 +275,7 @@ def timed(rates, prefetch, resident=0, calls=11, work=100.0):
         if o.plan.rule and o.plan.rule.level is Level.BLOCK and o.plan.rule.prefetch == prefetch
     )
     option = under_rule(one, rates, replace(rule, resident_bytes=resident), None)
-    return Timing(option, rates, cold=False).stage(calls, Work(product=work * rates.product))
+    return Timing(option, rates, cold=False).stage(calls, work)
 
 
 def test_loads_hide_behind_computing_but_in_the_first_call():

@@ -195,6 +195,10 @@ class Rates:
         """Whether freed memory goes back to the system at once in a stage: wherever keeping it is not worth it."""
         return self.is_frugal or (self.frugal is not None and not stage.keeps_heap)
 
+    def in_stage(self, stage: Stage) -> Rates:
+        """The rates in a stage."""
+        return self.frugal or self if self.gives_back(stage) else self
+
     @property
     def is_frugal(self) -> bool:
         """Whether freed memory goes back to the system at once in all stages."""

@@ -153,23 +153,26 @@ def choices(
     """Every option of a component with every way through its stages."""
     allowed = set(allow)
     stages = [stage for stage in workload.stages if stage.component == held[0].component.name]
+    ways_of = [(stage, _ways(stage, rates, allowed)) for stage in stages]
     cold = exceeds_cache(workload, rates)
     found: list[Choice] = []
     for option in held:
         timing = Timing(option, rates, cold=cold)
-        per_stage = [_ways(stage, timing, allowed) for stage in stages]
+        per_stage = [[(one, way, timing.stage(one.calls, took)) for way, took in ways] for one, ways in ways_of]
         found += [_choice(option, ways, rates, limits, tick) for ways in product(*per_stage)]
     return found
 
 
-def _ways(stage: Stage, timing: Timing, allowed: set[str]) -> list[tuple[Stage, str, Pace]]:
-    names = [name for name in stage.ways if name != BLENDED or BLENDED_TILING in allowed]
-    return [(stage, name, timing.stage(stage.calls, stage.ways[name].work)) for name in names]
+def _ways(stage: Stage, rates: Rates, allowed: set[str]) -> list[tuple[str, float]]:
+    """The ways that a stage may go, and what a call computes in each, in seconds."""
+    there = rates.in_stage(stage)
+    allowed_ways = {name: call for name, call in stage.ways.items() if name != BLENDED or BLENDED_TILING in allowed}
+    return [(name, there.seconds(call.work)) for name, call in allowed_ways.items()]
 
 
 def tick_of(workload: Workload, rates: Rates) -> float:
     """The seconds that count as none."""
-    fastest = (stage.calls * min(rates.seconds(call.work) for call in stage.ways.values()) for stage in workload.stages)
+    fastest = (stage.calls * min(rates.in_stage(stage).seconds(call.work) for call in stage.ways.values()) for stage in workload.stages)
     return max(PRECISION * sum(fastest), 1e-9)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowtide.memory.costs import Component, Rates, Work, Workload
+from lowtide.memory.costs import Component, Rates, Workload
 from lowtide.memory.forms import Level
 from lowtide.memory.options import Option, Streamed
 
@@ -59,9 +59,9 @@ class Timing:
         self._lingers = rule is not None and rule.level is Level.WHOLE
         self._shares = _shares(option, rates)
 
-    def stage(self, calls: int, work: Work) -> Pace:
-        """What `calls` calls take that compute `work` each."""
-        compute = self.rates.seconds(work) + self._dequantizing()
+    def stage(self, calls: int, computing: float) -> Pace:
+        """What `calls` calls take that compute so many seconds each."""
+        compute = computing + self._dequantizing()
         later = 0 if self._lingers else calls - 1
         first = compute + sum(load.seconds for load in self._first)
         following = compute if self._lingers else self._pipelined(compute)

@@ -4,7 +4,8 @@
 
 The budgets go from 3 % less than the least that a plan takes, which must be refused, to all weights resident. Each
 process loads within its budget and makes the same thing twice; its peak is the kernel's own high-water mark from its
-first instruction on, interpreter and libraries included. Seconds are those of the second run. Writes JSON and markdown
+first instruction on, interpreter and libraries included. Seconds are those of the second run, predicted by rates that
+are measured anew for each size. Writes JSON and markdown
 to `benchmarks/results/`. `sd15` needs `runs/sd15` (see make_sd15.py). Linux only, on a CPU.
 """
 
@@ -37,6 +38,7 @@ def child(model: str, folder: str, size: dict[str, int], share: float, steps: in
     import lowtide
     from lowtide.memory.peaks import process_peak
     from lowtide.memory.planner import Planner
+    from lowtide.memory.rates import machine_rates
     from lowtide.pipelines.base import DiffusionPipeline
     from lowtide.pipelines.checkpoints import plan_checkpoint
     from lowtide.pipelines.fit import AskedBudgets
@@ -45,6 +47,7 @@ def child(model: str, folder: str, size: dict[str, int], share: float, steps: in
     pipelines = {name: getattr(lowtide, name) for name in ("StableDiffusionPipeline", "CogVideoXPipeline")}
     asked = {**size, "steps": steps}
     cpu = torch.device("cpu")
+    machine_rates(cpu, dtype, refresh=share == SHARES[0])  # what else goes on here changes within minutes
     found = plan_checkpoint(folder, pipelines, AskedBudgets(), dtype=dtype, device=cpu, variant=variant, **asked)
     curve = Planner(found.workload, found.rates).curve(found.budgets)
     least, most = curve[0][0], curve[-1][0]

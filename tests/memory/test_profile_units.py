@@ -40,7 +40,7 @@ def test_units_are_those_of_an_attached_module(level):
 @pytest.mark.parametrize("level", Level)
 def test_units_are_in_the_order_of_calls_and_have_all_the_work(level):
     found, traced = profiled()
-    for kind in ("convolution", "product", "attention", "touched", "kernels"):
+    for kind in ("convolution", "product", "attention", "touched", "weights", "kernels"):
         done = sum(getattr(unit.work, kind) for unit in found.units[level])
         assert done == pytest.approx(getattr(traced.call.work, kind)), kind
     if level is not Level.WHOLE:

@@ -74,6 +74,17 @@ def test_loading_plans_before_it_reads(folders, plain, kind, monkeypatch):
         fits.load(folders[kind], kind, ram=1000)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_configurations_are_traced_once(folders, kind, monkeypatch):
+    fits.load(folders[kind], kind, ram="1GB")
+    monkeypatch.setattr("lowtide.pipelines.workload.trace", None)  # nothing may be traced
+    pipe = fits.load(folders[kind], kind, ram="1GB")
+    with pytest.raises(TypeError):
+        fits.load(folders[kind], kind, ram="1GB", torch_dtype=torch.bfloat16)
+    with pytest.raises(TypeError):
+        fits.load(folders[kind], kind, ram="1GB", vae=pipe.vae)
+
+
 def test_configurations_that_do_not_belong_together_are_named(folders, tmp_path):
     shutil.copytree(folders["pictures"], tmp_path / "model")
     file = tmp_path / "model" / "unet" / "config.json"

@@ -52,13 +52,14 @@ def at_least(size: int) -> str:
 def _weights(plan: Plan) -> list[str]:
     groups: dict[str, list[str]] = {}
     for name, component in plan.components.items():
-        groups.setdefault(_component(component), []).append(name)
+        groups.setdefault(held_in_words(component), []).append(name)
     if len(groups) == 1:
         return [f"all weights {found}" for found in groups]
     return [f"{_joined(names)} {found}" for found, names in groups.items()]
 
 
-def _component(component: ComponentPlan) -> str:
+def held_in_words(component: ComponentPlan) -> str:
+    """How a component is held, such as "by blocks from disk, 0.30 GB stay" or "resident in int8"."""
     form = "" if component.casting is None else f" in {component.casting}"
     return ("resident" if component.rule is None else _rule(component.rule)) + form
 

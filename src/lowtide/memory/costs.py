@@ -19,7 +19,8 @@ memory or in a file, in blended tiles."""
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed: operations of convolutions, matrix products and attention; bytes all the rest reads and writes.
+    """What is computed: operations of convolutions, matrix products and attention; bytes that all the rest reads and
+    writes, and `weights`, bytes that convolutions and products read of them.
 
     A multiplication and an addition are two operations. `kernels` counts the calls of kernels of every kind.
     `channels_last` are convolutions of maps laid out so, which `convolution` leaves out: a CPU is faster at them.
@@ -31,6 +32,7 @@ class Work:
     touched: float = 0.0
     kernels: int = 0
     channels_last: float = 0.0
+    weights: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -40,6 +42,7 @@ class Work:
             self.touched + other.touched,
             self.kernels + other.kernels,
             self.channels_last + other.channels_last,
+            self.weights + other.weights,
         )
 
     def times(self, count: float) -> Work:
@@ -51,6 +54,7 @@ class Work:
             self.touched * count,
             int(self.kernels * count),
             self.channels_last * count,
+            self.weights * count,
         )
 
 
@@ -143,6 +147,11 @@ class Workload:
     made_for: Mapping[str, Any] = field(default_factory=dict)
 
 
+HOLES, HOLES_MOST = 0.1, 24 * 2**20
+"""What a CPU's heap takes beside the bytes in use where freed memory goes back at once: holes between blocks, up to
+16 MiB in a decoder."""
+
+
 @dataclass(frozen=True)
 class Rates:
     """What a machine does in a second, for one device and dtype.
@@ -153,7 +162,7 @@ class Rates:
     system's memory, so that they are read from the disk once. `base` bytes are taken by the process itself on the host,
     `device_base` on the device, before anything is loaded; `slack` is the share of activations that an allocator takes
     on top, at most `slack_most` bytes. `frugal_touched` are bytes touched a second where freed memory goes back to the
-    system at once, which leaves no slack; 0 where that cannot be chosen. `dequantized` bytes of working numbers a
+    system at once, with hardly any slack; 0 where that cannot be chosen. `dequantized` bytes of working numbers a
     second are made of 8-bit ones. For each second of loading beside computing, computing loses `contention` of a
     second: a CPU's reader takes time from it. `channels_last` are operations of convolutions of such maps, 0 where they
     are as fast as others. `assumed` where these are usual figures, not measured ones.
@@ -202,19 +211,24 @@ class Rates:
     @property
     def is_frugal(self) -> bool:
         """Whether freed memory goes back to the system at once in all stages."""
-        return self.frugal_touched > 0 and self.touched == self.frugal_touched and self.slack == 0
+        return self.frugal_touched > 0 and self.touched == self.frugal_touched
 
     @property
     def frugal(self) -> Rates | None:
         """The rates where freed memory goes back to the system at once, if that can be chosen."""
-        return replace(self, slack=0.0, touched=self.frugal_touched) if self.frugal_touched and self.slack else None
+        if not self.frugal_touched or self.is_frugal:
+            return None
+        return replace(self, slack=min(self.slack, HOLES), slack_most=HOLES_MOST, touched=self.frugal_touched)
 
     def seconds(self, work: Work) -> float:
-        """How long computing takes, with the weights at hand."""
-        return (
+        """How long computing takes, with the weights at hand; reading them may be what takes longest."""
+        weighted = (
             work.convolution / self.convolution
             + work.channels_last / (self.channels_last or self.convolution)
             + work.product / self.product
+        )
+        return (
+            max(weighted, work.weights / self.touched)
             + work.attention / self.attention
             + work.touched / self.touched
             + work.kernels * self.kernel

@@ -10,7 +10,7 @@ sum is kept beside R: bytes in a GPU's host memory, or, on a CPU, weights spille
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from operator import itemgetter
@@ -163,7 +163,7 @@ def choices(
     return found
 
 
-def _ways(stage: Stage, rates: Rates, allowed: set[str]) -> list[tuple[str, float]]:
+def _ways(stage: Stage, rates: Rates, allowed: Collection[str]) -> list[tuple[str, float]]:
     """The ways that a stage may go, and what a call computes in each, in seconds."""
     there = rates.in_stage(stage)
     allowed_ways = {name: call for name, call in stage.ways.items() if name != BLENDED or BLENDED_TILING in allowed}
@@ -172,7 +172,7 @@ def _ways(stage: Stage, rates: Rates, allowed: set[str]) -> list[tuple[str, floa
 
 def tick_of(workload: Workload, rates: Rates) -> float:
     """The seconds that count as none."""
-    fastest = (stage.calls * min(rates.in_stage(stage).seconds(call.work) for call in stage.ways.values()) for stage in workload.stages)
+    fastest = (one.calls * min(took for _, took in _ways(one, rates, LOSSY)) for one in workload.stages)
     return max(PRECISION * sum(fastest), 1e-9)
 
 
@@ -201,7 +201,8 @@ def base(rates: Rates) -> int:
 
 def slack(stage: Stage, call: Call, rates: Rates) -> int:
     """What the allocator takes on top of activations."""
-    return int(min(rates.slack_most, rates.slack * (call.peak + stage.carried)))
+    there = rates.in_stage(stage)
+    return int(min(there.slack_most, there.slack * (call.peak + stage.carried)))
 
 
 def beside_weights(stage: Stage, call: Call, rates: Rates) -> int:

@@ -78,12 +78,12 @@ def work_of(func: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> W
         kind, count = _OPERATIONS[name]
         if kind == "convolution" and is_channels_last(given[0]) and not given[0].is_contiguous():
             kind = "channels_last"
-        return Work(**{kind: float(count(given, made))}, touched=float(_weights(kind, given)), kernels=1)
+        return Work(**{kind: float(count(given, made))}, weights=float(_weights(kind, given)), kernels=1)
     return Work(touched=float(sum(map(_touched, given)) + sum(map(_touched, made))), kernels=1)
 
 
 def _weights(kind: str, given: list[torch.Tensor]) -> int:
-    """Bytes of weights that come from memory, which takes longer than computing where there are few pixels."""
+    """Bytes of weights that come from memory."""
     if kind == "attention":
         return 0
     return _touched(given[1]) if kind != "product" else max(map(_touched, given))

@@ -25,22 +25,22 @@ from lowtide.memory.pace_probes import Computing
 from lowtide.memory.probes import DiskRate, disk_read_rate, link_rates
 from lowtide.weights.fill import dtype_name
 
-_FORMAT = 4
+_FORMAT = 6
 USUAL_DISK = 5e8
 """Bytes a second, where no folder can be written to."""
 _USUAL_MAPPED, _USUAL_AGAIN = 2e9, 3e9
 
 SLACK_ON_CPU = KEPT[1]
-"""What glibc's heap keeps at most beside the bytes in use: up to 37 MiB in a U-Net and 16 MiB in a decoder, measured."""
+"""What glibc's heap keeps at most beside the bytes in use; measured were up to 37 MiB, in a U-Net."""
 _COMPILED = {"bfloat16": 64 * 2**20, "float16": 64 * 2**20}
 _COMPILED_ELSE = 36 * 2**20
 """What kernels keep once they are compiled for their shapes, and pages of libraries: 57 MiB after a U-Net of Stable
 Diffusion and its decoder in bfloat16, 34 in float32; 42 and 20 after those of the shipped model."""
 OBJECTS = 36 * 2**20
 """What a loaded pipeline takes beside its weights: its modules, its tokenizer, its twin on meta."""
-REACHED = 0.77
-"""Of the rates that kernels reach alone, what they reach in a network: 0.60 to 0.95 in nine runs of a U-Net."""
-MODULE = 4e-5
+REACHED = 0.85
+"""Of the rates that kernels reach alone, what they reach in a network: 0.6 to 1.2 in runs of three pipelines."""
+MODULE = 6e-5
 """Seconds that Python takes from one kernel to the next inside a network, beside the kernel's own beginning."""
 FRUGAL_SECONDS = 2e-10
 """Seconds that every byte touched takes longer where its page is made anew each time."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from lowtide.memory.brief import WAY_WORDS, asked_in_words, at_least, seconds_in_words
+from lowtide.memory.brief import WAY_WORDS, asked_in_words, at_least, held_in_words, seconds_in_words
 from lowtide.memory.costs import WHOLE, Workload
 from lowtide.memory.forms import Level, Tier
-from lowtide.memory.plan import Budgets, ComponentPlan, Plan, StagePlan
+from lowtide.memory.plan import Budgets, Plan, StagePlan
 from lowtide.sizes import format_decimal
 
 _PLACES = {Tier.DISK: "disk", Tier.HOST: "host memory"}
@@ -22,7 +22,7 @@ def describe(plan: Plan) -> str:
     names = [*plan.components, *(stage.name for stage in plan.stages)]
     width = max(map(len, names), default=0)
     lines = [*_header(plan), "Weights"]
-    lines += [f"  {name:<{width}}  {held(one, plan.device)}" for name, one in plan.components.items()]
+    lines += [f"  {name:<{width}}  {held_in_words(one)}" for name, one in plan.components.items()]
     lines += ["Stages", *(f"  {stage.name:<{width}}  {_stage(stage)}" for stage in plan.stages)]
     return "\n".join([*lines, *(["Why", *(f"  {reason}" for reason in plan.why)] if plan.why else [])])
 
@@ -60,22 +60,6 @@ def _stage(stage: StagePlan) -> str:
     calls = f", {stage.calls} calls" if stage.calls > 1 else ""
     took = f"{format_decimal(stage.peak)}, {seconds_in_words(stage.seconds)}"
     return f"{took}, bound by {stage.bound}; {WAY_WORDS[stage.way]}{calls}"
-
-
-def held(one: ComponentPlan, device: str) -> str:
-    """How a component is held, in a few words."""
-    form = f", in {one.casting}" if one.casting else ""
-    rule = one.rule
-    if rule is None:
-        return f"{'in memory' if device == 'cpu' else 'on the device'} all the time{form}"
-    place = _PLACES[rule.rest]
-    if rule.host_bytes is not None:
-        place = f"host memory ({format_decimal(rule.host_bytes)}) and disk"
-    if rule.level is Level.WHOLE:
-        return f"whole while it works, from {place}{form}"
-    ahead = "" if rule.prefetch else ", none ahead"
-    stay = f", {one.kept_units} of {one.units} stay" if one.kept_units else ""
-    return f"{rule.level} by {rule.level}{stay}, from {place}{ahead}{form}"
 
 
 def reasons(plan: Plan, workload: Workload) -> tuple[str, ...]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +27,7 @@ from lowtide.pipelines.blueprint import InFiles, components_on_meta, config_patt
 from lowtide.pipelines.fit import AskedBudgets, Fit, rates_here, resolved, warn_without_gpu
 from lowtide.pipelines.fitting import check_not_cast
 from lowtide.pipelines.run_size import RunSize
-from lowtide.pipelines.workload import Twin, twin_of
+from lowtide.pipelines.workload import Traces, Twin, twin_of
 from lowtide.sizes import parse_bytes
 from lowtide.weights.fill import dtype_name
 
@@ -64,6 +67,7 @@ def plan_checkpoint(
     folder = source.fetch(config_patterns(wanted))
     parts, in_files = components_on_meta(folder, wanted, LoadOptions(dtype, variant))
     twin = _twin(pipelines[class_name], parts, in_files, device)
+    twin.traced = _traced_before(_config_hash(folder, wanted, twin))
     rates, budgets = _machine(device, twin, asked)
     return Planning(twin.workload(twin.pipe.usual_size(**size), asked.allow), rates, budgets, asked.allow)
 
@@ -99,6 +103,8 @@ def load_within(
     folder = source.fetch(config_patterns(specs))
     parts, in_files = components_on_meta(folder, specs, options)
     twin = _twin(pipeline_class, {**given, **parts}, in_files, device)
+    if not networks:
+        twin.traced = _traced_before(_config_hash(folder, specs, twin))
     size: RunSize = twin.pipe.usual_size(**asked_size)
     rates, budgets = rates_here(device, twin.pipe.dtype, networks), resolved(device, asked)
     plan = choose(twin.workload(size, asked.allow), rates, budgets, asked.allow)
@@ -122,6 +128,20 @@ def _twin(pipeline_class: type[Any], parts: Mapping[str, Any], in_files: InFiles
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return twin_of(pipeline_class(**parts), device, in_files)
+
+
+def _config_hash(folder: Path, specs: Specs, twin: Twin) -> str:
+    """What tracing a checkpoint depends on besides the size of a run: its configurations, and dtypes in its files."""
+    found = hashlib.sha256(repr((type(twin.pipe), specs, twin.device.type, twin.pipe.dtype, twin.in_files)).encode())
+    for file in sorted(path for pattern in config_patterns(specs) for path in folder.glob(pattern)):
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+@functools.lru_cache(maxsize=4)
+def _traced_before(config_hash: str) -> Traces:
+    """What was traced so far of checkpoints with the same configurations, of those that were planned for last."""
+    return {}
 
 
 def check_only_budget(offload: str | None, casting: object) -> None:

@@ -44,6 +44,10 @@ class TracedStage:
     parts: float = 1.0
 
 
+Traces = dict[tuple[bool, RunSize], tuple[dict[str, Component], tuple[Stage, ...]]]
+"""Components and stages by what they were traced for: whether with blended tiles, and the size."""
+
+
 @dataclass
 class Twin:
     """A pipeline on meta, the dtypes in files of its components' weights by name, and what was traced on it so far."""
@@ -52,7 +56,7 @@ class Twin:
     in_files: Mapping[str, Mapping[str, torch.dtype] | None]
     device: torch.device
     original: tuple[dict[str, Any], torch.dtype] = field(default_factory=lambda: ({}, torch.float32))
-    _traced: dict[tuple[bool, RunSize], tuple[dict[str, Component], tuple[Stage, ...]]] = field(default_factory=dict)
+    traced: Traces = field(default_factory=dict)
 
     def is_of(self, pipe: Any) -> bool:
         """Whether this is the twin of the components that a pipeline has now, in the dtype that it computes in."""
@@ -75,9 +79,9 @@ class Twin:
         key = blended, replace(size, steps=1)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            if key not in self._traced:
-                self._traced[key] = self._trace(size, (SLICED, EXACT_ON_DISK, *([BLENDED] if blended else [])))
-            components, traced = self._traced[key]
+            if key not in self.traced:
+                self.traced[key] = self._trace(size, (SLICED, EXACT_ON_DISK, *([BLENDED] if blended else [])))
+            components, traced = self.traced[key]
             calls = self.pipe.scheduler.calls(size.steps)
         stages = tuple(replace(one, calls=calls) if one.name == "denoise" else one for one in traced)
         return Workload(components, stages, dtype_name(self.pipe.dtype), size.to_dict())

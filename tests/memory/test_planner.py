@@ -12,7 +12,7 @@ from lowtide.memory.costs import Call, Component, Rates, Stage, UnitSize, Work, 
 from lowtide.memory.forms import Level
 from lowtide.memory.frontier import PRECISION, Limits, beside_weights, choices, held_by, tick_of
 from lowtide.memory.options import options, under_rule
-from lowtide.memory.pace import Timing
+from lowtide.memory.pace import Timing, shares_of
 from lowtide.memory.plan import LOSSY, BudgetError, Budgets, Plan
 from lowtide.memory.planner import Planner, alternatives, choose, curve, minimum
 
@@ -275,7 +275,7 @@ def timed(rates, prefetch, resident=0, calls=11, work=100.0):
         if o.plan.rule and o.plan.rule.level is Level.BLOCK and o.plan.rule.prefetch == prefetch
     )
     option = under_rule(one, rates, replace(rule, resident_bytes=resident), None)
-    return Timing(option, rates, cold=False).stage(calls, work)
+    return Timing(option, rates, shares_of(option.units, rates), cold=False).stage(calls, work)
 
 
 def test_loads_hide_behind_computing_but_in_the_first_call():

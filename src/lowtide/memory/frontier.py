@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from lowtide.memory.costs import BLENDED, WAYS, Call, Rates, Stage, Workload
 from lowtide.memory.options import Option, options
-from lowtide.memory.pace import Pace, Timing, exceeds_cache
+from lowtide.memory.pace import Pace, Timing, exceeds_cache, shares_of
 from lowtide.memory.plan import LOSSY
 
 BLENDED_TILING = "blended_tiling"
@@ -155,9 +155,12 @@ def choices(
     stages = [stage for stage in workload.stages if stage.component == held[0].component.name]
     ways_of = [(stage, _ways(stage, rates, allowed)) for stage in stages]
     cold = exceeds_cache(workload, rates)
+    shares: dict[int, list[float]] = {}
     found: list[Choice] = []
     for option in held:
-        timing = Timing(option, rates, cold=cold)
+        if id(option.units) not in shares:  # options of one level have the same units
+            shares[id(option.units)] = shares_of(option.units, rates)
+        timing = Timing(option, rates, shares[id(option.units)], cold=cold)
         per_stage = [[(one, way, timing.stage(one.calls, took)) for way, took in ways] for one, ways in ways_of]
         found += [_choice(option, ways, rates, limits, tick) for ways in product(*per_stage)]
     return found

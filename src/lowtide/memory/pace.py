@@ -9,9 +9,10 @@ it holds: then the first call reads from the disk, and later ones too where what
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowtide.memory.costs import Component, Rates, Workload
+from lowtide.memory.costs import Component, Rates, UnitSize, Workload
 from lowtide.memory.forms import Level
 from lowtide.memory.options import Option, Streamed
 
@@ -46,18 +47,21 @@ def _file_bytes(component: Component) -> int:
 
 
 class Timing:
-    """The loads of one option, from which the time of any stage follows."""
+    """The loads of one option, from which the time of any stage follows; `shares` are those of its units."""
 
-    def __init__(self, option: Option, rates: Rates, *, cold: bool) -> None:
+    def __init__(self, option: Option, rates: Rates, shares: list[float], *, cold: bool) -> None:
         self.option, self.rates = option, rates
+        self._shares = shares
         resting = sum(option.units[one.place].resting for one in option.streams if one.on_disk)
+        still_cold = resting > rates.cache
         self._first = [self._load(one, cold=cold) for one in option.streams]
-        self._later = [self._load(one, cold=resting > rates.cache) for one in option.streams]
+        self._later = (
+            self._first if still_cold == cold else [self._load(one, cold=still_cold) for one in option.streams]
+        )
         rule = option.plan.rule
         ring = [number for number, one in enumerate(option.streams) if not option.units[one.place].aside]
         self._ring = ring if rule is not None and rule.prefetch > 0 and len(ring) > 1 else []
         self._lingers = rule is not None and rule.level is Level.WHOLE
-        self._shares = _shares(option, rates)
 
     def stage(self, calls: int, computing: float) -> Pace:
         """What `calls` calls take that compute so many seconds each."""
@@ -109,10 +113,10 @@ class Timing:
         return parts
 
 
-def _shares(option: Option, rates: Rates) -> list[float]:
+def shares_of(units: Sequence[UnitSize], rates: Rates) -> list[float]:
     """Of a call's computing, the part that each unit's weights have; by bytes where that is unknown."""
-    seconds = [rates.seconds(unit.work) for unit in option.units]
+    seconds = [rates.seconds(unit.work) for unit in units]
     if sum(seconds) <= 0:
-        seconds = [float(unit.nbytes) for unit in option.units]
+        seconds = [float(unit.nbytes) for unit in units]
     total = sum(seconds) or 1.0
     return [one / total for one in seconds]

@@ -13,6 +13,7 @@ from lowtide.memory.bounds import Sizes, summed
 from lowtide.memory.costs import EXACT, WHOLE, Rates, Stage, Workload
 from lowtide.memory.forms import Level
 from lowtide.memory.frontier import Choice, Limits, Point, base, best_trades, choices, held_by, slack, tick_of
+from lowtide.memory.host import without_collecting
 from lowtide.memory.options import Option
 from lowtide.memory.pace import Pace
 from lowtide.memory.plan import LOSSY, BudgetError, Budgets, Plan, StagePlan, check_allowed
@@ -146,7 +147,8 @@ class Planner:
     def _trades(self, budgets: Budgets) -> list[Point]:
         limits, known = self._limits(budgets), self.__dict__["_known"]
         if limits not in known:
-            known[limits] = best_trades(self.workload, self.rates, self.allow, limits)
+            with without_collecting():
+                known[limits] = best_trades(self.workload, self.rates, self.allow, limits)
         return known[limits]
 
     def _refusal(self, budgets: Budgets) -> BudgetError:

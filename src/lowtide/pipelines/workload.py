@@ -14,6 +14,7 @@ from torch import nn
 
 from lowtide.activations.exact import RowSettings, row_streaming_of
 from lowtide.memory.costs import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Work, Workload
+from lowtide.memory.host import without_collecting
 from lowtide.memory.profile import Traced, component, trace
 from lowtide.memory.twin import dtypes_in_files, meta_twin
 from lowtide.pipelines.run_size import RunSize
@@ -77,7 +78,7 @@ class Twin:
         """
         blended = size.frames is None or "blended_tiling" in allow
         key = blended, replace(size, steps=1)
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), without_collecting():
             warnings.simplefilter("ignore")
             if key not in self.traced:
                 self.traced[key] = self._trace(size, (SLICED, EXACT_ON_DISK, *([BLENDED] if blended else [])))

@@ -19,18 +19,17 @@ import torch
 
 import lowtide
 from lowtide.memory.costs import Rates
-from lowtide.memory.heap import KEPT
 from lowtide.memory.host import host_memory, processor_name_and_flags, usable_cpus
 from lowtide.memory.pace_probes import Computing
 from lowtide.memory.probes import DiskRate, disk_read_rate, link_rates
 from lowtide.weights.fill import dtype_name
 
-_FORMAT = 6
+_FORMAT = 7
 USUAL_DISK = 5e8
 """Bytes a second, where no folder can be written to."""
 _USUAL_MAPPED, _USUAL_AGAIN = 2e9, 3e9
 
-SLACK_ON_CPU = KEPT[1]
+SLACK_ON_CPU = 48 * 2**20
 """What glibc's heap keeps at most beside the bytes in use; measured were up to 37 MiB, in a U-Net."""
 _COMPILED = {"bfloat16": 64 * 2**20, "float16": 64 * 2**20}
 _COMPILED_ELSE = 36 * 2**20

@@ -1,0 +1,119 @@
+"""Are predicted times right? Runs of three pipelines, each beside rates measured just before and just after it.
+
+    python benchmarks/pace.py [--rounds 3]
+
+A machine that others use too changes by half within minutes, which no rate of before can know; so a run is compared
+with the mean of what the rates on both sides of it predict. Each row is the median of fresh processes; in each the run
+is the second of its kind. Writes markdown to `benchmarks/results/`. `sd15` needs `runs/sd15` (see make_sd15.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from budgets import call, checkpoint
+from compare import HERE, machine_in_words
+
+RUNS: list[tuple[str, dict[str, int]]] = [
+    ("seascapes", {"height": 128, "width": 128, "steps": 10}),
+    ("seascapes", {"height": 256, "width": 256, "steps": 10}),
+    ("seascapes", {"height": 512, "width": 512, "steps": 5}),
+    ("sd15", {"height": 256, "width": 256, "steps": 5}),
+    ("sd15", {"height": 512, "width": 512, "steps": 2}),
+    ("clips", {"height": 96, "width": 128, "frames": 17, "steps": 5}),
+    ("clips", {"height": 192, "width": 256, "frames": 17, "steps": 5}),
+]
+
+
+def child(model: str, folder: str, size: dict[str, int]) -> list[float]:
+    """Seconds predicted by the rates before, measured, and predicted by the rates after."""
+    import time
+
+    import torch
+
+    from lowtide.memory.planner import Planner
+    from lowtide.memory.rates import machine_rates
+    from lowtide.pipelines.base import DiffusionPipeline
+
+    cpu, dtype = torch.device("cpu"), torch.bfloat16 if model == "sd15" else torch.float32
+    options: dict[str, Any] = {"variant": "bf16"} if model == "sd15" else {}
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, ram="12GB", size=size, **options)
+    pipe.set_progress_bar_config(disable=True)
+    fit = pipe._fit
+
+    def predicted() -> float:
+        rates = machine_rates(cpu, dtype, refresh=True)
+        return Planner(fit.twin.workload(fit.size), rates).choose(fit.budgets).seconds
+
+    def run() -> float:
+        began = time.perf_counter()
+        asked = {name: value for name, value in size.items() if name != "steps"}
+        pipe("a boat on the sea", num_inference_steps=size["steps"], **call(asked))
+        return time.perf_counter() - began
+
+    run()
+    return [predicted(), run(), predicted()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(**json.loads(options.child))))
+        return
+    taken: list[list[list[float]]] = [[] for _ in RUNS]
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {model: str(checkpoint(model, Path(scratch))) for model in dict(RUNS)}
+        for _ in range(options.rounds):
+            for (model, size), found in zip(RUNS, taken, strict=True):
+                given = json.dumps({"model": model, "folder": folders[model], "size": size})
+                command = [sys.executable, __file__, "--child", given]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                found.append(json.loads(done.stdout.splitlines()[-1]))
+                print(row(model, size, found), flush=True)
+    ratios = [ratio(one) for found in taken for one in found]
+    within = sum(0.75 <= statistics.median(map(ratio, found)) <= 1.25 for found in taken)
+    text = "\n".join(
+        [
+            f"# Pace: {within} of {len(RUNS)} runs within a quarter of what was predicted",
+            "",
+            f"Predicted over measured seconds of a whole call, weights resident: median {statistics.median(ratios):.2f}, "
+            f"from {min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} processes. `changed` is the later rates' "
+            f"prediction over the earlier rates': how much the machine itself changed meanwhile. {machine_in_words()}",
+            "",
+            "| run | predicted, s | measured, s | ratio | lowest | highest | changed |",
+            "|:--|--:|--:|--:|--:|--:|--:|",
+            *(row(model, size, found) for (model, size), found in zip(RUNS, taken, strict=True)),
+            "",
+        ]
+    )
+    (HERE / "results" / "pace.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def ratio(one: list[float]) -> float:
+    """What was predicted over what was measured."""
+    return (one[0] + one[2]) / 2 / one[1]
+
+
+def row(model: str, size: dict[str, int], found: list[list[float]]) -> str:
+    frames = f"x{size['frames']}" if "frames" in size else ""
+    name = f"{model} {size['width']}x{size['height']}{frames}, {size['steps']} steps"
+    ratios = sorted(map(ratio, found))
+    predicted = statistics.median((one[0] + one[2]) / 2 for one in found)
+    measured, changed = statistics.median(one[1] for one in found), statistics.median(one[2] / one[0] for one in found)
+    cells = [f"{predicted:.2f}", f"{measured:.2f}", f"{statistics.median(ratios):.2f}"]
+    return f"| {name} | {' | '.join(cells)} | {ratios[0]:.2f} | {ratios[-1]:.2f} | {changed:.2f} |"
+
+
+if __name__ == "__main__":
+    main()

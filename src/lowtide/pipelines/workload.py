@@ -138,7 +138,8 @@ def _by_rows(call: Call, vae: Any, work: Work) -> dict[str, Call]:
     """Both ways row by row, of a call that has its rows in a file: the work of the whole one, and moving the rows."""
     streaming = row_streaming_of(vae.decoder)
     assert streaming is not None
-    moved = Work(touched=work.touched + 2.0 * call.stored * len(vae.config.block_out_channels))  # bands are copied
+    widened = 2.0 if next(vae.parameters()).itemsize == 2 else 0.0  # norms of 16-bit numbers go through 32 bits
+    moved = Work(touched=widened * work.touched + 2.0 * call.stored * len(vae.config.block_out_channels))
     on_disk = replace(call, work=work + moved)
     in_memory = replace(on_disk, peak=call.peak + streaming.most_room, stored=0)
     return {EXACT: in_memory, EXACT_ON_DISK: on_disk}

@@ -87,7 +87,8 @@ def main() -> None:
             f"# Pace: {within} of {len(RUNS)} runs within a quarter of what was predicted",
             "",
             "Predicted over measured seconds of a whole call, weights resident: median "
-            f"{statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} processes. `changed` is the later rates' "
+            f"{statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} "
+            "processes. `changed` is the later rates' "
             f"prediction over the earlier rates': how much the machine itself changed meanwhile. {machine_in_words()}",
             "",
             "| run | predicted, s | measured, s | ratio | lowest | highest | changed |",

@@ -34,7 +34,8 @@ SLACK_ON_CPU = 48 * 2**20
 _COMPILED = {"bfloat16": 64 * 2**20, "float16": 64 * 2**20}
 _COMPILED_ELSE = 28 * 2**20
 """What kernels keep once they are compiled for their shapes, and pages of libraries: 57 MiB after a U-Net of Stable
-Diffusion and its decoder in bfloat16, 34 in float32; 42 and 20 after those of the shipped model. `OBJECTS` has room for the rest."""
+Diffusion and its decoder in bfloat16; 34 in float32, for which `OBJECTS` has room too; 42 and 20 with the shipped
+model."""
 OBJECTS = 36 * 2**20
 """What a loaded pipeline takes beside its weights: its modules, its tokenizer, its twin on meta."""
 REACHED = 0.85

@@ -42,7 +42,7 @@ def test_a_plan_is_made_without_any_weights(model):
 def test_a_refusal_names_a_minimum(model):
     result = lowtide("plan", model, "--ram", "10MB", "--device", "cpu")
     assert result.exit_code == 2
-    assert "As options: --ram " in result.stderr
+    assert "Try --ram " in result.stderr
 
 
 def test_a_budget_leads_a_run_from_its_plan_to_its_report(model, tmp_path):

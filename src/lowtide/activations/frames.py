@@ -6,7 +6,6 @@ Shapes: clips `[B, C, F, H, W]` with `F` frames.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 
 import torch
 
@@ -31,8 +30,18 @@ def frame_batches(frames: int, size: int) -> Iterator[slice]:
 
 
 def batches_gone_through(x_BCFHW: torch.Tensor, batches: Iterable[slice]) -> Iterator[slice]:
-    """All batches of a clip; on meta the first and one behind it, since the others take no more memory."""
-    return islice(batches, 2) if x_BCFHW.is_meta else iter(batches)
+    """All batches of a clip; on meta the first two and the last, since those between take no more memory."""
+    if not x_BCFHW.is_meta:
+        yield from batches
+        return
+    last: slice | None = None
+    for place, batch in enumerate(batches):
+        if place < 2:
+            yield batch
+        else:
+            last = batch
+    if last is not None:
+        yield last
 
 
 def frames_made(latent_frames: int, batch_size: int, ratio: int) -> int:

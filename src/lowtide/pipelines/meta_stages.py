@@ -75,11 +75,12 @@ def clip_stages(pipe: Any, size: RunSize) -> Iterator[TracedStage]:
         return
     latents = shape[1] - pipe.padding(frames)
     z = torch.empty((1, shape[2], latents, *shape[3:]), dtype=dtype, device="meta")
-    *_, last = batches_gone_through(z, frame_batches(latents, pipe.vae.num_latent_frames_batch_size))
+    gone_through = batches_gone_through(z, frame_batches(latents, pipe.vae.num_latent_frames_batch_size))
+    parts = latents / sum(batch.stop - batch.start for batch in gone_through)
     values = 3 * size.height * size.width * frames * size.pictures
     carried = nbytes(x, embeds, *positions) + values * clip_bytes(size.output, dtype)
     run = lambda way: pipe.vae.decode_frames(z, lambda first, frames: None)  # noqa: E731
-    yield TracedStage("decode", "vae", size.pictures, run, (z,), carried, decodes=True, parts=latents / last.stop)
+    yield TracedStage("decode", "vae", size.pictures, run, (z,), carried, decodes=True, parts=parts)
 
 
 def clip_bytes(output: str, dtype: torch.dtype) -> int:

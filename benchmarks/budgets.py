@@ -5,8 +5,8 @@
 The budgets go from 3 % less than the least that a plan takes, which must be refused, to all weights resident. Each
 process loads within its budget and makes the same thing twice; its peak is the kernel's own high-water mark from its
 first instruction on, interpreter and libraries included. Seconds are those of the second run, predicted by rates that
-are measured anew for each size. Writes JSON and markdown
-to `benchmarks/results/`. `sd15` needs `runs/sd15` (see make_sd15.py). Linux only, on a CPU.
+are measured anew for each size. Writes JSON and markdown to `benchmarks/results/`. `sd15` needs `runs/sd15` (see
+make_sd15.py). Linux only, on a CPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def child(model: str, folder: str, size: dict[str, int], share: float, steps: in
     from lowtide.pipelines.checkpoints import plan_checkpoint
     from lowtide.pipelines.fit import AskedBudgets
 
-    dtype, variant = (torch.bfloat16, "bf16") if model == "sd15" else (torch.float32, None)
+    dtype, variant = form_of(model)
     pipelines = {name: getattr(lowtide, name) for name in ("StableDiffusionPipeline", "CogVideoXPipeline")}
     asked = {**size, "steps": steps}
     cpu = torch.device("cpu")
@@ -73,6 +73,13 @@ def child(model: str, folder: str, size: dict[str, int], share: float, steps: in
     return {**result, "measured": max(peaks), "seconds": seconds, "stages": stages}
 
 
+def form_of(model: str) -> tuple[Any, str | None]:
+    """The dtype that a model runs in, and the variant of its files."""
+    import torch
+
+    return (torch.bfloat16, "bf16") if model == "sd15" else (torch.float32, None)
+
+
 def call(size: dict[str, int]) -> dict[str, int]:
     """The size as a pipeline's call takes it."""
     return {"num_frames" if name == "frames" else name: value for name, value in size.items()}
@@ -94,7 +101,7 @@ def main() -> None:
             for size in SIZES[model]:
                 for share in SHARES:
                     given = {"model": model, "folder": str(folder), "size": size, "share": share}
-                    rows.append(one_process(**given, steps=options.steps))
+                    rows.append(one_process(__file__, **given, steps=options.steps))
                     print(line(rows[-1]), flush=True)
     write(rows, options.steps)
 
@@ -110,8 +117,9 @@ def checkpoint(model: str, scratch: Path) -> Path:
     return root / "runs" / "sd15" if model == "sd15" else root / "src" / "lowtide" / "assets" / "seascapes"
 
 
-def one_process(**given: Any) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", json.dumps(given)]
+def one_process(script: str, **given: Any) -> Any:
+    """What the child of a benchmark, a process of its own, says last."""
+    command = [sys.executable, script, "--child", json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{given}: {done.stderr[-2000:]}")
@@ -121,9 +129,13 @@ def one_process(**given: Any) -> dict[str, Any]:
 HEADINGS = ("model", "size", "budget", "predicted", "measured", "predicted / measured", "result", "s", "predicted / s")
 
 
+def size_in_words(size: dict[str, Any]) -> str:
+    """Such as "352x240x9"."""
+    return f"{size['width']}x{size['height']}" + (f"x{size['frames']}" if "frames" in size else "")
+
+
 def cells(row: dict[str, Any]) -> list[str]:
-    size = f"{row['width']}x{row['height']}" + (f"x{row['frames']}" if "frames" in row else "")
-    first = [row["model"], size, f"{row['budget'] / 1e6:.0f}"]
+    first = [row["model"], size_in_words(row), f"{row['budget'] / 1e6:.0f}"]
     if "refused" in row:
         return [*first, f"refused, least {row['minimum'] / 1e6:.0f}", f"{row['measured'] / 1e6:.0f}", "", "", "", ""]
     ratio, pace = row["predicted"] / row["measured"], row["predicted_seconds"] / row["seconds"]

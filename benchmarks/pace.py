@@ -12,13 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from budgets import call, checkpoint
+from budgets import call, checkpoint, form_of, one_process, size_in_words
 from compare import HERE, machine_in_words
 
 RUNS: list[tuple[str, dict[str, int]]] = [
@@ -42,9 +39,8 @@ def child(model: str, folder: str, size: dict[str, int]) -> list[float]:
     from lowtide.memory.rates import machine_rates
     from lowtide.pipelines.base import DiffusionPipeline
 
-    cpu, dtype = torch.device("cpu"), torch.bfloat16 if model == "sd15" else torch.float32
-    options: dict[str, Any] = {"variant": "bf16"} if model == "sd15" else {}
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, ram="12GB", size=size, **options)
+    cpu, (dtype, variant) = torch.device("cpu"), form_of(model)
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, variant=variant, ram="12GB", size=size)
     pipe.set_progress_bar_config(disable=True)
     fit = pipe._fit
 
@@ -75,10 +71,7 @@ def main() -> None:
         folders = {model: str(checkpoint(model, Path(scratch))) for model in dict(RUNS)}
         for _ in range(options.rounds):
             for (model, size), found in zip(RUNS, taken, strict=True):
-                given = json.dumps({"model": model, "folder": folders[model], "size": size})
-                command = [sys.executable, __file__, "--child", given]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                found.append(json.loads(done.stdout.splitlines()[-1]))
+                found.append(one_process(__file__, model=model, folder=folders[model], size=size))
                 print(row(model, size, found), flush=True)
     ratios = [ratio(one) for found in taken for one in found]
     within = sum(0.75 <= statistics.median(map(ratio, found)) <= 1.25 for found in taken)
@@ -107,8 +100,7 @@ def ratio(one: list[float]) -> float:
 
 
 def row(model: str, size: dict[str, int], found: list[list[float]]) -> str:
-    frames = f"x{size['frames']}" if "frames" in size else ""
-    name = f"{model} {size['width']}x{size['height']}{frames}, {size['steps']} steps"
+    name = f"{model} {size_in_words(size)}, {size['steps']} steps"
     ratios = sorted(map(ratio, found))
     predicted = statistics.median((one[0] + one[2]) / 2 for one in found)
     measured, changed = statistics.median(one[1] for one in found), statistics.median(one[2] / one[0] for one in found)

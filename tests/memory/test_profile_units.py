@@ -13,6 +13,8 @@ from lowtide.memory.small import CastWeight
 from lowtide.memory.stream import Stream
 from lowtide.memory.unit import aligned
 from lowtide.models.unet import UNet2DConditionModel
+from lowtide.weights.files import InFile
+from lowtide.weights.fill import state_names
 from lowtide.weights.index import find_weights
 
 CASES = {str(case): case for case in quick_cases()}
@@ -65,7 +67,8 @@ def test_castings_rest_in_the_bytes_that_they_take(name):
 @pytest.mark.parametrize("level", [Level.BLOCK, Level.LEAF])
 def test_weights_of_another_dtype_go_through_the_ring(level):
     case = CASES["seascapes U-Net 2 of 16-bfloat16"]
-    found, traced = profiled(case, file_dtypes=torch.float16)
+    lying = {name: InFile(torch.float16) for name in state_names(case.module("meta"))}
+    found, traced = profiled(case, lying=lying)
     units = found.units[level]
     streamed = max(unit.nbytes for unit in units if not unit.aside)
     depth = 2 + any(unit.modules > 1 for unit in units)
@@ -90,6 +93,7 @@ def test_weights_of_another_dtype_go_through_the_ring(level):
 
 def test_what_is_called_again_is_replayed_with_the_same_peak_and_work(monkeypatch):
     _, replayed = profiled()
-    monkeypatch.setattr("lowtide.memory.traced.form_of_call", lambda args, kwargs: None)
+    for place in ("traced", "repeats"):  # of modules, of operators
+        monkeypatch.setattr(f"lowtide.memory.{place}.form_of_call", lambda args, kwargs: None)
     _, followed = profiled()
     assert replayed.call == followed.call

@@ -160,9 +160,11 @@ def test_a_plain_pipeline_refuses_a_file_that_was_cut_off(tmp_path: Path) -> Non
     tiny.pipeline(tmp_path / "parts").save_pretrained(tmp_path / "pipe")
     from lowtide import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "pipe")
+    half = StableDiffusionPipeline.from_pretrained(tmp_path / "pipe", torch_dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")  # 16-bit numbers are mapped wherever they lie
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "half", torch_dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    os.truncate(next((tmp_path / "pipe" / "unet").glob("*.safetensors")), 4096)
+    os.truncate(next((tmp_path / "half" / "unet").glob("*.safetensors")), 4096)
     with pytest.raises(CheckpointError, match="shorter"):
         draw(pipe)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from tests.safetensors_at import save_at
 
 from lowtide.weights.files import SpillFile, WeightFile, bring_in, let_go, origin_of, read
 from lowtide.weights.fill import load_tensors
@@ -18,7 +18,7 @@ from lowtide.weights.index import CheckpointError, read_index
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    save_file({"a": torch.randn(100, 50), "b": torch.randn(7), "c": torch.randn(3000)}, tmp_path / "x.safetensors")
+    save_at(0, {"a": torch.randn(100, 50), "b": torch.randn(8), "c": torch.randn(3000)}, tmp_path / "x.safetensors")
     return tmp_path / "x.safetensors"
 
 
@@ -46,7 +46,7 @@ def test_a_converted_parameter_knows_its_place_until_it_is_changed(file: Path) -
     from lowtide.weights.fill import fill
 
     module = torch.nn.Module()
-    for name, shape in {"a": (100, 50), "b": (7,), "c": (3000,)}.items():
+    for name, shape in {"a": (100, 50), "b": (8,), "c": (3000,)}.items():
         module.register_parameter(name, torch.nn.Parameter(torch.empty(shape, device="meta")))
     fill(module, read_index(file), dtype=torch.bfloat16)
     origin = origin_of(module.a)

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.safetensors_at import save_at
 from torch import nn
 
+from lowtide.weights import files
 from lowtide.weights.fill import CHUNK_BYTES, WeightsMismatchError, fill, load_tensors, state_names
 from lowtide.weights.index import CheckpointError, read_index
 
@@ -97,13 +99,46 @@ def test_conversion_in_several_chunks(tmp_path):
     assert torch.equal(load_tensors(index, dtype=torch.bfloat16)["a"], tensor.bfloat16())
 
 
+@pytest.mark.parametrize("minds", [True, False])
+def test_numbers_whose_place_would_change_results_are_copied(tmp_path, monkeypatch, minds):
+    monkeypatch.setattr(files, "_products_mind_places", lambda: minds)
+    tensors = {"wide": torch.randn(100, 30), "half": torch.randn(100, 30).half(), "whole": torch.arange(100)}
+    for place in (0, 8, 16, 24):
+        save_at(place, tensors, tmp_path / "x.safetensors")
+        index = read_index(tmp_path / "x.safetensors")
+        read = load_tensors(index)
+        copied = [name for name in tensors if not _is_mapped(read[name], index.files[0])]
+        offset = index["wide"].offset % 16
+        assert copied == (["wide"] if minds and offset else [])
+        assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_results_do_not_depend_on_where_a_file_begins(tmp_path):
+    def product(place):
+        save_at(place, {"a": matrix}, tmp_path / "x.safetensors")
+        return torch.nn.functional.linear(row, load_tensors(read_index(tmp_path / "x.safetensors"))["a"])
+
+    matrix, row = torch.randn(320, 320), torch.randn(1, 320)
+    expected = torch.nn.functional.linear(row, matrix)
+    assert all(torch.equal(product(place), expected) for place in range(0, 64, 8))
+
+
+def test_without_copies_results_depend_on_it_where_products_do(tmp_path, monkeypatch):
+    if not files._products_mind_places():
+        pytest.skip("on this processor they do not")
+    monkeypatch.setattr(files, "_products_mind_places", lambda: False)
+    with pytest.raises(AssertionError):
+        test_results_do_not_depend_on_where_a_file_begins(tmp_path)
+
+
 def test_chosen_names_only(small_index):
     assert list(load_tensors(small_index, ["linear.weight"])) == ["linear.weight"]
     assert load_tensors(small_index, []) == {}
 
 
 def test_matching_dtype_is_a_private_view_of_the_file(tmp_path):
-    index = saved({"a": torch.ones(1000)}, tmp_path)
+    save_at(0, {"a": torch.ones(1000)}, tmp_path / "x.safetensors")
+    index = read_index(tmp_path / "x.safetensors")
     before = index.files[0].read_bytes()
     tensor = load_tensors(index)["a"]
     assert _is_mapped(tensor, index.files[0])
@@ -249,6 +284,7 @@ MEASURE = """
 import ctypes, json, sys, torch
 from pathlib import Path
 from safetensors.torch import load_file
+from tests.safetensors_at import save_at
 from torch import nn
 from lowtide.weights.fill import fill
 from lowtide.weights.index import read_index
@@ -294,7 +330,7 @@ def test_memory_of_filling(tmp_path):
     """126 MB of float32: nothing anonymous where the dtype matches, the new weights and one chunk where it does not."""
     weights, tensor_bytes = 6, 2048 * 2560 * 4
     file = tmp_path / "x.safetensors"
-    save_file({f"{number}.weight": torch.full((2048, 2560), 0.5) for number in range(weights)}, file)
+    save_at(0, {f"{number}.weight": torch.full((2048, 2560), 0.5) for number in range(weights)}, file)
     done = subprocess.run([sys.executable, "-c", MEASURE, file], capture_output=True, text=True, check=True)
     grown = json.loads(done.stdout)
     new, slack = weights * tensor_bytes // 2, 8 * 2**20

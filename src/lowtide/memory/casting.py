@@ -335,7 +335,7 @@ def _cast_weight(weight: Weight, casting: Casting, compute: torch.dtype | None) 
     flat = weight.rest.flat if hasattr(weight.rest, "flat") else weight.rest.on_host()
     dim = 1 if isinstance(view.slot.owner, TRANSPOSED) else 0
     numbers = view.of(flat).detach()
-    if original is None and (origin := origin_of(numbers)) is not None:  # host memory may be a view of a file, too
+    if original is None and (origin := origin_of(numbers, flat)) is not None:  # a view of a file, or converted from it
         original = DiskRest(origin, view.dtype, (view.shape, view.stride))
     made = CastWeight.of(weight, numbers, STORAGE[casting.storage], casting.scaled, dim, compute)
     made.multiplies = casting.fp8_matmul and can_multiply(made)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from lowtide.memory.forms import Level
@@ -213,7 +214,7 @@ class Rates:
         """Whether freed memory goes back to the system at once in all stages."""
         return self.frugal_touched > 0 and self.touched == self.frugal_touched
 
-    @property
+    @cached_property
     def frugal(self) -> Rates | None:
         """The rates where freed memory goes back to the system at once, if that can be chosen."""
         if not self.frugal_touched or self.is_frugal:

@@ -14,9 +14,11 @@ from lowtide.memory.casting import meant_by
 from lowtide.memory.costs import Call, Component, UnitSize, Work
 from lowtide.memory.forms import NAMED_CASTINGS, Casting, Level, Rule
 from lowtide.memory.gather import gather
+from lowtide.memory.store import is_reordered
 from lowtide.memory.traced import Traced, trace
 from lowtide.memory.unit import aligned
 from lowtide.memory.weight import Weight
+from lowtide.weights.files import InFile
 from lowtide.weights.slots import slots
 
 __all__ = ["Traced", "component", "trace", "trace_call"]
@@ -35,18 +37,18 @@ def component(
     module: nn.Module,
     *,
     device: str = "cpu",
-    file_dtypes: Mapping[str, torch.dtype] | torch.dtype | None = None,
+    lying: Mapping[str, InFile] | None = None,
     traced: Traced | None = None,
     never_cast: Sequence[str] = (),
     in_file: bool = True,
 ) -> Component:
     """The weights of a module (on meta, in the dtypes it computes in) as the units of each level.
 
-    `file_dtypes` are those in the file, by the weights' names or one for all; None: the module's own. With the
+    `lying` tells how they lie in files, by their names; those it does not name lie as they work. With the
     `traced` call units are in the order of their calls and have their work. Modules whose names match a pattern of
     `never_cast` are not cast, besides those that never are. Raises `ValueError` for what cannot be moved as bytes.
     """
-    found = _Found(module, device, file_dtypes, traced)
+    found = _Found(module, device, lying or {}, traced)
     castings = _Castings(found, tuple(never_cast) or tuple(getattr(module, "never_cast", ())))
     return Component(name, found.levels(None), castings, in_file)
 
@@ -80,12 +82,12 @@ class _Found:
         self,
         module: nn.Module,
         device: str,
-        file_dtypes: Mapping[str, torch.dtype] | torch.dtype | None,
+        lying: Mapping[str, InFile],
         traced: Traced | None,
     ) -> None:
         self.module = module
         self.device = device
-        self.file_dtypes = file_dtypes
+        self.lying = lying
         self.traced = traced
         self.called = {id(one) for one in traced.order} if traced is not None else set()
         self.weights = gather(slots(module))
@@ -114,7 +116,7 @@ class _Found:
             f"{type(self.module).__name__}.{part.weights[0].name}",
             sum(aligned(_working(one, id(one) in meant)) for one in part.weights),
             resting,
-            self.device == "cpu" and casting is None and all(map(self._is_as_in_file, part.weights)),
+            self.device == "cpu" and casting is None and all(map(self._works_in_place, part.weights)),
             len(part.modules),
             part.aside,
             work,
@@ -141,20 +143,18 @@ class _Found:
         return max(sums.values(), default=0)
 
     def _resting(self, weight: Weight, is_cast: bool) -> int:
-        count = weight.nbytes // weight.views[0].dtype.itemsize
-        return count if is_cast else count * self._file_dtype(weight).itemsize
+        own, there = weight.views[0].dtype, self._in_file(weight)
+        size = 1 if is_cast else (own if there is None else there.dtype).itemsize
+        return weight.nbytes // own.itemsize * size
 
-    def _is_as_in_file(self, weight: Weight) -> bool:
-        return self._file_dtype(weight) == weight.views[0].dtype
+    def _works_in_place(self, weight: Weight) -> bool:
+        view, there = weight.views[0], self._in_file(weight)
+        return there is None or (there == InFile(view.dtype) and not is_reordered(view.shape, view.stride))
 
-    def _file_dtype(self, weight: Weight) -> torch.dtype:
-        own = weight.views[0].dtype
-        if not own.is_floating_point or self.file_dtypes is None:
-            return own
-        if isinstance(self.file_dtypes, torch.dtype):
-            return self.file_dtypes
+    def _in_file(self, weight: Weight) -> InFile | None:
+        """How a weight lies in the file; None where it is as it works, or in none."""
         names = (view.slot.name for view in weight.views)
-        return next((self.file_dtypes[name] for name in names if name in self.file_dtypes), own)
+        return next((self.lying[name] for name in names if name in self.lying), None)
 
 
 def _working(weight: Weight, is_cast: bool) -> int:

@@ -1,4 +1,4 @@
-"""Modules that are called again with inputs of the same form: what they took the first time, they take again."""
+"""Modules and operators called again with inputs of the same form: what came the first time comes again."""
 
 from __future__ import annotations
 
@@ -118,19 +118,40 @@ def _forms(value: Any, memories: dict[int, tuple[int, bool]], sizes: dict[int, i
     return Form(place, is_input, storage.nbytes(), value.dtype, tuple(value.shape), stride, offset)
 
 
-def made_again(
-    form: Any, inputs: list[torch.Tensor], new: Callable[[int], torch.Tensor], memories: dict[int, torch.Tensor]
-) -> Any:
-    """The result of another call; `new` makes flat bytes, and `memories` is to be empty."""
+def made_again(form: Any, inputs: list[torch.Tensor], memories: dict[int, torch.Tensor]) -> Any:
+    """The result of another call, on meta; `memories` is to be empty."""
     if form is None:
         return None
     if not isinstance(form, Form):
-        return type(form)(made_again(one, inputs, new, memories) for one in form)
+        return type(form)(made_again(one, inputs, memories) for one in form)
     if not form.is_input:
         if form.place not in memories:
-            memories[form.place] = new(form.nbytes)
+            memories[form.place] = torch.empty(form.nbytes, dtype=torch.uint8, device="meta")
         return memories[form.place].view(form.dtype).as_strided(form.shape, form.stride, form.offset)
     base = inputs[form.place]
     same = (form.dtype, form.shape, form.stride, form.offset)
     is_same = (base.dtype, tuple(base.shape), base.stride(), base.storage_offset()) == same
     return base if is_same else base.as_strided(form.shape, form.stride, form.offset)
+
+
+class Operators:
+    """Operators on meta: PyTorch takes long to tell the form of a result, so it is asked once for each."""
+
+    def __init__(self, make: Callable[[Any, Any, Any], Any]) -> None:
+        self._make = make
+        self._forms: dict[Any, Any] = {}
+
+    def result(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The result of an operator."""
+        fixed = tuple(tuple(one) if type(one) is list else one for one in args)
+        form = None if func.is_view else form_of_call(fixed, kwargs)
+        if form is None:
+            return self._make(func, args, kwargs)
+        key, tensors = (func, form[0]), form[1]
+        if key in self._forms:
+            return made_again(self._forms[key], tensors, {})
+        result = self._make(func, args, kwargs)
+        forms = forms_of_result(result, tensors)
+        if forms is not None and form_of_call(fixed, kwargs) == form:  # else it gave a tensor another form
+            self._forms[key] = forms[0]
+        return result

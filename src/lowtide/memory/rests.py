@@ -14,7 +14,7 @@ from lowtide.memory.host import host_memory
 from lowtide.memory.store import DiskRest, HostRest, Rest, Spill
 from lowtide.memory.unit import Unit, aligned
 from lowtide.memory.weight import AtRest, Weight
-from lowtide.weights.files import Origin, WeightFile, origin_of
+from lowtide.weights.files import Origin, WeightFile, hand_on_origin, origin_of
 from lowtide.weights.index import CheckpointError, CheckpointIndex
 from lowtide.weights.layout import is_by_rows
 
@@ -80,7 +80,9 @@ class _Mover:
 
     def _rest(self, weight: Weight, tier: Tier, *, stays: bool) -> Rest:
         if tier is Tier.HOST:
-            return HostRest(weight.rest.on_host())
+            flat = weight.rest.on_host()
+            hand_on_origin(weight.views[0].slot.tensor, flat)
+            return HostRest(flat)
         in_file = on_disk(weight)
         if in_file is not None:
             return in_file

@@ -13,7 +13,7 @@ import torch
 
 from lowtide.memory.forms import Tier
 from lowtide.sizes import format_bytes
-from lowtide.weights.files import CHUNK_BYTES, Mapping, Origin, SpillFile, WeightFile, bring_in, let_go, read
+from lowtide.weights.files import CHUNK_BYTES, InFile, Mapping, Origin, SpillFile, WeightFile, bring_in, let_go, read
 from lowtide.weights.layout import contiguous_stride, same_order
 
 
@@ -84,8 +84,7 @@ class DiskRest:
     @property
     def mappable(self) -> bool:
         """Whether the bytes can be used as they lie in the file."""
-        is_aligned = self.origin.offset % self.dtype.itemsize == 0
-        return self.origin.dtype == self.dtype and is_aligned and self.layout is None
+        return self.origin.lying == InFile(self.dtype, in_place=True) and self.layout is None
 
     def on_host(self) -> torch.Tensor:
         """The bytes for somebody to keep: a private view of the file, or a copy where it must be converted."""

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowtide.memory.costs import Call, Work
 from lowtide.memory.kernels import REWRITTEN, made_by, work_of
-from lowtide.memory.repeats import Signatures, form_of_call, forms_of_result, made_again
+from lowtide.memory.repeats import Operators, Signatures, form_of_call, forms_of_result, made_again
 from lowtide.memory.workspace import workspace
 from lowtide.ops.meant import meant_device, standing_for, taken_note
 
@@ -137,6 +137,7 @@ class _Watch(TorchDispatchMode):
         self._inside: list[nn.Module] = []
         self._done: list[Work] = []
         self._signatures = Signatures()
+        self._operators = Operators(made_by)
         self._repeats: dict[Any, _Repeat] = {}
 
     @classmethod
@@ -144,13 +145,10 @@ class _Watch(TorchDispatchMode):
         return False  # nothing is compiled in here, and to make sure of that takes as long as most operators
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunction():  # functions have their forms by now
-            return self._seen(func, args, kwargs or {})
-
-    def _seen(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs = kwargs or {}
         if meant_device() is None:
             return func(*args, **kwargs)
-        result = made_by(func, args, kwargs)
+        result = self._operators.result(func, args, kwargs)
         given = list(tensors_in(args))
         given += tensors_in(kwargs.values())
         made = list(tensors_in(result if isinstance(result, (tuple, list)) else (result,)))
@@ -225,17 +223,13 @@ class _Watch(TorchDispatchMode):
         twins = dict(zip(repeat.module.modules(), module.modules(), strict=True))
         for one in repeat.segments:
             self.segments.append(Segment((*self._inside, *(twins[part] for part in one.inside)), one.work))
-        return made_again(repeat.result, inputs, _flat, {})
+        return made_again(repeat.result, inputs, {})
 
     def close_segment(self, *, even_if_empty: bool = False) -> None:
         """What was computed since the last segment is one; an empty one tells that a module was called."""
         if self._done or even_if_empty:
             self.segments.append(Segment(tuple(self._inside), sum(self._done, Work())))
             self._done = []
-
-
-def _flat(nbytes: int) -> torch.Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8, device="meta")
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 from lowtide.memory.small import small_of
 from lowtide.memory.store import DiskRest
 from lowtide.memory.weight import AtRest
-from lowtide.weights.files import dtype_in_file
+from lowtide.weights.files import InFile, in_file
 from lowtide.weights.slots import slots
 
 
@@ -36,17 +36,17 @@ def meta_twin(module: nn.Module) -> nn.Module:
         ) from error
 
 
-def dtypes_in_files(module: nn.Module) -> dict[str, torch.dtype]:
-    """The dtype in which each weight that came from a checkpoint lies there, by name; the others are in no file."""
-    found = {slot.name: _dtype_in_file(slot.tensor) for slot in slots(module)}
-    return {name: dtype for name, dtype in found.items() if dtype is not None}
+def weights_in_files(module: nn.Module) -> dict[str, InFile]:
+    """How each weight that came from a checkpoint lies there, by name; the others are in no file."""
+    found = {slot.name: _in_file(slot.tensor) for slot in slots(module)}
+    return {name: one for name, one in found.items() if one is not None}
 
 
-def _dtype_in_file(tensor: torch.Tensor) -> torch.dtype | None:
+def _in_file(tensor: torch.Tensor) -> InFile | None:
     if not isinstance(tensor, AtRest):
-        return dtype_in_file(tensor)
+        return in_file(tensor)
     rest = tensor.weight.rest
-    return rest.origin.dtype if isinstance(rest, DiskRest) else None
+    return rest.origin.lying if isinstance(rest, DiskRest) else None
 
 
 def is_cast(module: nn.Module) -> bool:

@@ -21,15 +21,16 @@ from lowtide.loading import (
 from lowtide.models.mixin import WEIGHTS_NAME
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker
 from lowtide.schedulers import SCHEDULERS
+from lowtide.weights.files import InFile, may_work_in_place
 from lowtide.weights.fill import dtype_by_name, state_names
-from lowtide.weights.index import CheckpointIndex, find_weights
+from lowtide.weights.index import CheckpointIndex, TensorEntry, find_weights
 from lowtide.weights.names import SAFETY_CHECKER_NAMES, apply_names
 from lowtide.weights.slots import slots
 
 _NAMES = {**TEXT_ENCODERS, "StableDiffusionSafetyChecker": SAFETY_CHECKER_NAMES}
 
-InFiles = dict[str, Mapping[str, torch.dtype] | None]
-"""For each network the dtypes of its weights in files, by name; None where there are no files."""
+InFiles = dict[str, Mapping[str, InFile] | None]
+"""For each network how its weights lie in files, by name; None where there are no files."""
 
 
 def config_patterns(specs: Mapping[str, ComponentSpec | None]) -> Iterator[str]:
@@ -69,13 +70,12 @@ def _part(folder: Path, spec: ComponentSpec, options: LoadOptions) -> Any:
     return object()
 
 
-def _fit_dtypes(
-    module: nn.Module, folder: Path, class_name: str, options: LoadOptions
-) -> Mapping[str, torch.dtype] | None:
-    """Give a network on meta the dtypes that it would be loaded in; those in its files."""
+def _fit_dtypes(module: nn.Module, folder: Path, class_name: str, options: LoadOptions) -> Mapping[str, InFile] | None:
+    """Give a network on meta the dtypes that it would be loaded in; how its weights lie in its files."""
     index = _index(module, folder, class_name, options.variant)
-    in_file = {name: entry.dtype for name, entry in index.items()} if index is not None else None
-    floating = None if in_file is None else next((one for one in in_file.values() if one.is_floating_point), None)
+    in_file = None if index is None else {name: _lying(entry) for name, entry in index.items()}
+    dtypes = [] if in_file is None else [one.dtype for one in in_file.values()]
+    floating = next((one for one in dtypes if one.is_floating_point), None)
     dtype = options.dtype or floating or torch.float32
     beside = FLOAT32_BESIDE_FLOAT16.get(class_name, ()) if dtype == torch.float16 else ()
     own = dict.fromkeys(beside, torch.float32)
@@ -87,6 +87,10 @@ def _fit_dtypes(
                 made[id(slot.tensor)] = _as(slot.tensor, wanted)
             slot.put(made[id(slot.tensor)])
     return in_file
+
+
+def _lying(entry: TensorEntry) -> InFile:
+    return InFile(entry.dtype, may_work_in_place(entry.dtype, entry.offset))
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -23,7 +23,7 @@ from lowtide.memory.plan import Budgets, Plan
 from lowtide.memory.planner import choose
 from lowtide.memory.presets import stream_for
 from lowtide.memory.rates import assumed_rates
-from lowtide.pipelines.blueprint import InFiles, components_on_meta, config_patterns
+from lowtide.pipelines.blueprint import components_on_meta, config_patterns
 from lowtide.pipelines.fit import AskedBudgets, Fit, rates_here, resolved, warn_without_gpu
 from lowtide.pipelines.fitting import check_not_cast
 from lowtide.pipelines.run_size import RunSize
@@ -64,10 +64,7 @@ def plan_checkpoint(
     if class_name not in pipelines:
         raise ValueError(f"{pretrained} holds a {class_name}; plans are made for {', '.join(pipelines)}.")
     wanted = {name: specs.get(name) for name in pipelines[class_name].component_names}
-    folder = source.fetch(config_patterns(wanted))
-    parts, in_files = components_on_meta(folder, wanted, LoadOptions(dtype, variant))
-    twin = _twin(pipelines[class_name], parts, in_files, device)
-    twin.traced = _traced_before(_config_hash(folder, wanted, twin))
+    twin = _twin(pipelines[class_name], source, wanted, LoadOptions(dtype, variant), {}, device)
     rates, budgets = _machine(device, twin, asked)
     return Planning(twin.workload(twin.pipe.usual_size(**size), asked.allow), rates, budgets, asked.allow)
 
@@ -100,15 +97,11 @@ def load_within(
     networks = {name: part for name, part in given.items() if isinstance(part, nn.Module)}
     check_not_cast(networks)
     warn_without_gpu(device, asked.vram)
-    folder = source.fetch(config_patterns(specs))
-    parts, in_files = components_on_meta(folder, specs, options)
-    twin = _twin(pipeline_class, {**given, **parts}, in_files, device)
-    if not networks:
-        twin.traced = _traced_before(_config_hash(folder, specs, twin))
+    twin = _twin(pipeline_class, source, specs, options, given, device)
     size: RunSize = twin.pipe.usual_size(**asked_size)
     rates, budgets = rates_here(device, twin.pipe.dtype, networks), resolved(device, asked)
     plan = choose(twin.workload(size, asked.allow), rates, budgets, asked.allow)
-    own = {name: _options_under(plan, name, options, device) for name in in_files}
+    own = {name: _options_under(plan, name, options, device) for name in twin.in_files if name not in given}
     pipe = pipeline_class(**given, **load_components(source, specs, options, own))
     twin.adopt(pipe)
     pipe.put_under_plan(Fit(budgets, asked.allow, device, rates, twin, size, plan), as_planned=set(own))
@@ -124,10 +117,23 @@ def _options_under(plan: Plan, name: str, options: LoadOptions, device: torch.de
     return replace(options, offload=offload, casting=casting)
 
 
-def _twin(pipeline_class: type[Any], parts: Mapping[str, Any], in_files: InFiles, device: torch.device) -> Twin:
+def _twin(
+    pipeline_class: type[Any],
+    source: Source,
+    specs: Specs,
+    options: LoadOptions,
+    given: Mapping[str, Any],
+    device: torch.device,
+) -> Twin:
+    """The twin of a checkpoint's pipeline, with what is `given` in place of components of its own."""
+    folder = source.fetch(config_patterns(specs))
+    parts, in_files = components_on_meta(folder, specs, options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return twin_of(pipeline_class(**parts), device, in_files)
+        twin = twin_of(pipeline_class(**{**given, **parts}), device, in_files)
+    if not any(isinstance(part, nn.Module) for part in given.values()):
+        twin.traced = _traced_before(_config_hash(folder, specs, twin))
+    return twin
 
 
 def _config_hash(folder: Path, specs: Specs, twin: Twin) -> str:

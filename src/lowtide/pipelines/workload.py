@@ -16,7 +16,9 @@ from lowtide.activations.exact import RowSettings, row_streaming_of
 from lowtide.memory.costs import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Work, Workload
 from lowtide.memory.host import without_collecting
 from lowtide.memory.profile import Traced, component, trace
-from lowtide.memory.twin import dtypes_in_files, meta_twin
+from lowtide.memory.twin import meta_twin, weights_in_files
+from lowtide.ops.attention import AttentionBackend
+from lowtide.pipelines.blueprint import InFiles
 from lowtide.pipelines.run_size import RunSize
 from lowtide.weights.fill import dtype_name
 from lowtide.weights.slots import slots
@@ -45,31 +47,51 @@ class TracedStage:
     parts: float = 1.0
 
 
+@dataclass(frozen=True)
+class Original:
+    """What a twin depends on: networks and scheduler, which it does not keep alive, and what can be set on them."""
+
+    parts: Mapping[str, weakref.ref[Any]]
+    dtype: torch.dtype
+    attention: tuple[AttentionBackend | None, ...]
+    strides: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, pipe: Any) -> Original:
+        """That of a pipeline as it is now."""
+        networks = pipe.modules()
+        parts = {name: weakref.ref(part) for name, part in {**networks, "scheduler": pipe.scheduler}.items()}
+        attention = (getattr(one, "attention_backend", None) for net in networks.values() for one in net.modules())
+        strides = (slot.tensor.stride() for net in networks.values() for slot in slots(net))
+        return cls(parts, pipe.dtype, tuple(attention), tuple(strides))
+
+
 Traces = dict[tuple[bool, RunSize], tuple[dict[str, Component], tuple[Stage, ...]]]
 """Components and stages by what they were traced for: whether with blended tiles, and the size."""
 
 
 @dataclass
 class Twin:
-    """A pipeline on meta, the dtypes in files of its components' weights by name, and what was traced on it so far."""
+    """A pipeline on meta, how its components' weights lie in files by name, and what was traced on it so far."""
 
     pipe: Any
-    in_files: Mapping[str, Mapping[str, torch.dtype] | None]
+    in_files: InFiles
     device: torch.device
-    original: tuple[dict[str, Any], torch.dtype] = field(default_factory=lambda: ({}, torch.float32))
+    original: Original | None = None
     traced: Traces = field(default_factory=dict)
 
     def is_of(self, pipe: Any) -> bool:
         """Whether this is the twin of the components that a pipeline has now, in the dtype that it computes in."""
-        return self.original == _original(pipe)
+        return self.original == Original.of(pipe)
 
     def shares(self, name: str, other: Twin) -> bool:
         """Whether a component is the same one in another twin."""
-        return name in self.original[0] and self.original[0][name] == other.original[0].get(name)
+        mine, others = (None if one.original is None else one.original.parts.get(name) for one in (self, other))
+        return mine is not None and mine == others
 
     def adopt(self, pipe: Any) -> None:
         """Stand for a pipeline that was loaded as the twin was made."""
-        self.original = _original(pipe)
+        self.original = Original.of(pipe)
 
     def workload(self, size: RunSize, allow: Collection[str] = ()) -> Workload:
         """What a run of this size takes. Raises `ValueError` for a size that the pipeline cannot make.
@@ -94,9 +116,10 @@ class Twin:
             try:
                 whole = self._traced_call(one, WHOLE)
             except RuntimeError as error:
+                said = str(error).partition("\n")[0].rstrip(".")
                 raise ValueError(
-                    f"The {one.component} cannot do what stage {one.name!r} asks of it "
-                    f"({_first_line(error)}). Do its configuration and the others' belong together?"
+                    f"The {one.component} cannot do what stage {one.name!r} asks of it ({said}). Do its configuration "
+                    "and the others' belong together?"
                 ) from error
             ways = {WHOLE: _finished(whole.call, one)}
             if one.decodes:
@@ -112,7 +135,7 @@ class Twin:
     def _component(self, name: str, traced: Traced) -> Component:
         module, in_file = getattr(self.pipe, name), self.in_files.get(name)
         is_in_file = in_file is None or all(slot.name in in_file for slot in slots(module) if slot.kind == "parameter")
-        return component(name, module, device=self.device.type, file_dtypes=in_file, traced=traced, in_file=is_in_file)
+        return component(name, module, device=self.device.type, lying=in_file, traced=traced, in_file=is_in_file)
 
     def _other_ways(self, traced: TracedStage, names: Sequence[str], work: Work) -> dict[str, Call]:
         """The ways that an autoencoder offers for this picture or clip."""
@@ -149,28 +172,20 @@ def _finished(call: Call, traced: TracedStage) -> Call:
     return replace(call, peak=max(call.peak, traced.tail), work=call.work.times(traced.parts))
 
 
-def twin_of(
-    pipe: Any, device: torch.device, in_files: Mapping[str, Mapping[str, torch.dtype] | None] | None = None
-) -> Twin:
+def twin_of(pipe: Any, device: torch.device, in_files: InFiles | None = None) -> Twin:
     """The twin of a pipeline, which may be in memory, at rest or on meta itself.
 
-    `in_files` tells the dtypes in files of components that are on meta; the others know theirs.
+    `in_files` tells how weights of components that are on meta lie in files; the others know it.
     """
     twin, known = copy.copy(pipe), dict(in_files or {})
     for name, module in pipe.modules().items():
         setattr(twin, name, meta_twin(module))
         if name not in known:
-            known[name] = dtypes_in_files(module)
+            known[name] = weights_in_files(module)
     twin.scheduler = StillScheduler(pipe.scheduler)
     if hasattr(twin.vae, "disable_tiling"):
         set_way(twin.vae, WHOLE)
-    return Twin(twin, known, device, _original(pipe))
-
-
-def _original(pipe: Any) -> tuple[dict[str, Any], torch.dtype]:
-    """What a twin depends on: the networks and the scheduler, which it does not keep alive, and the dtype."""
-    parts = {**pipe.modules(), "scheduler": pipe.scheduler}
-    return {name: weakref.ref(part) for name, part in parts.items()}, pipe.dtype
+    return Twin(twin, known, device, Original.of(pipe))
 
 
 class StillScheduler:
@@ -246,7 +261,3 @@ def put_ways_back(vae: Any, before: tuple[Any, ...]) -> None:
 def nbytes(*tensors: torch.Tensor) -> int:
     """Bytes of tensors together."""
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].rstrip(".")

@@ -145,7 +145,7 @@ class Operators:
         """The result of an operator."""
         fixed = tuple(tuple(one) if type(one) is list else one for one in args)
         form = None if func.is_view else form_of_call(fixed, kwargs)
-        if form is None:
+        if form is None or not form[1] or not all(one.is_meta for one in form[1]):
             return self._make(func, args, kwargs)
         key, tensors = (func, form[0]), form[1]
         if key in self._forms:

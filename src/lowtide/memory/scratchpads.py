@@ -1,7 +1,7 @@
 """Scratchpads of oneDNN's kernels in half precision, as they were measured.
 
 oneDNN 3.12, Xeon with AVX-512 and AMX, one thread, bfloat16. The sizes follow how oneDNN divides the work, not a
-formula. Where there is no AMX they are smaller.
+formula. Without AMX there are formulas.
 """
 
 from __future__ import annotations

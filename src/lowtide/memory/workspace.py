@@ -1,15 +1,18 @@
 """The memory that kernels take beside their inputs and outputs.
 
 oneDNN's convolutions bring source, weight and result in an order of their own, and have a scratchpad. What is written
-here was read from the allocations of isolated convolutions (PyTorch 2.13 with oneDNN 3.12, Xeon with AVX-512 and AMX,
-one thread): kernels 1 and 3, strides 1 and 2, in two and three dimensions, 3 to 2560 channels. Without AMX or AVX-512
-blocks of channels are smaller (8 instead of 16), so what is padded here is an upper estimate there.
+here was read from the allocations of isolated operators (PyTorch 2.13 with oneDNN 3.12, one thread): kernels 1 and 3,
+strides 1 and 2, in two and three dimensions, 3 to 2560 channels. In half precision it depends on what multiplies; see
+`Multiplier`. Without AVX-512 blocks of channels are smaller (8 instead of 16), so what is padded here is an upper
+estimate there.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +35,31 @@ LONG_PART = 7 * 2**20
 PAGE = 4096
 BOOKED = 128
 """Bytes that oneDNN adds to each part of a scratchpad."""
+SMALL_PRODUCT = {2: 16**3, 3: 400}
+"""Multiplications up to which PyTorch does a product in half precision itself, by the dimensions of the matrices."""
+
+
+class Multiplier(Enum):
+    """What multiplies numbers in half precision: a Xeon's AMX, AVX-512 with bfloat16 (measured on an AMD EPYC), AVX-512
+    alone (measured there, oneDNN kept from bfloat16), or PyTorch's own loops, where oneDNN does not take the dtype.
+    """
+
+    AMX = 1
+    BFLOAT16 = 2
+    AVX512 = 3
+    LOOPS = 4
+
+    @classmethod
+    @cache
+    def of(cls, dtype: torch.dtype) -> Multiplier:
+        """The one for a dtype on this machine's CPU."""
+        ops = torch.ops.mkldnn
+        knows = {torch.bfloat16: ops._is_mkldnn_bf16_supported, torch.float16: ops._is_mkldnn_fp16_supported}
+        if dtype not in knows or not knows[dtype]():
+            return cls.LOOPS
+        if torch.cpu._is_amx_tile_supported():
+            return cls.AMX
+        return cls.BFLOAT16 if torch.cpu._is_avx512_bf16_supported() else cls.AVX512
 
 
 def workspace(func: Any, args: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> int:
@@ -93,10 +121,15 @@ class Convolution:
         return any(is_channels_last(one) for one in (self.x, self.weight))
 
     @property
+    def by(self) -> Multiplier:
+        """What multiplies, in half precision."""
+        return Multiplier.of(self.x.dtype)
+
+    @property
     def is_native(self) -> bool:
         """Whether PyTorch convolves itself, not oneDNN."""
         if self.always_onednn or self.x.dtype != torch.float32:
-            return False
+            return not self.always_onednn and self.by is Multiplier.LOOPS
         is_odd = self.is_strided or any(dilation > 1 for dilation in self.dilations)
         may = is_odd or len(self.x) >= 16 or not self.is_pointwise or torch.get_num_threads() > 1
         is_large = self.groups > 1 or min(self.sizes[-2:]) > 3 or len(self.x) > 1
@@ -114,7 +147,7 @@ def _of_convolution(conv: Convolution) -> int:
         return _native(conv)
     if conv.is_channels_last:
         return _channels_last(conv)
-    return _blocked(conv) if conv.x.dtype == torch.float32 else _brought_to_channels_last(conv)
+    return _brought_to_channels_last(conv) if conv.by is Multiplier.AMX else _blocked(conv)
 
 
 def _native(conv: Convolution) -> int:
@@ -135,13 +168,13 @@ def _channels_last(conv: Convolution) -> int:
 
 
 def _brought_to_channels_last(conv: Convolution) -> int:
-    """Half precision with channels first: source and result are brought to channels last and back."""
+    """AMX with channels first: source and result are brought to channels last and back."""
     result = _nbytes(conv.out)
     return max(_scratchpad(conv) + _nbytes(conv.x) + _weight_in_blocks(conv), 2 * result)
 
 
 def _blocked(conv: Convolution) -> int:
-    """float32 with channels first: everything is brought in blocks of channels, and the result back."""
+    """Else, with channels first: everything is brought in blocks of channels, and the result back."""
     x, out = conv.x, conv.out
     channels_in, channels_out = _up(x.shape[1], BLOCK), _up(out.shape[1], BLOCK)
     is_flat = x.shape[1] < BLOCK and not conv.is_pointwise  # the source as it is
@@ -154,7 +187,15 @@ def _blocked(conv: Convolution) -> int:
         scratch += channels_out * x.itemsize + BOOKED
     if conv.is_pointwise and conv.is_strided:
         scratch += torch.get_num_threads() * channels_in * out[0, 0].numel() * x.itemsize + BOOKED
+    if conv.is_pointwise and x.itemsize == 2:
+        scratch += _sums(conv, channels_out)
     return max(scratch + source + weight + result - _nbytes(out), result)
+
+
+def _sums(conv: Convolution, channels: int) -> int:
+    """For each thread the result of one picture in float32, and with AVX-512 alone two more numbers a channel."""
+    more = 8 * channels if conv.by is Multiplier.AVX512 else 0
+    return torch.get_num_threads() * (4 * channels * conv.out[0, 0].numel() + more) + BOOKED
 
 
 def _weight_in_blocks(conv: Convolution) -> int:
@@ -170,10 +211,12 @@ def _weight_in_blocks(conv: Convolution) -> int:
 
 
 def _scratchpad(conv: Convolution) -> int:
-    """Of oneDNN with channels last: little in float32; in half precision the rows under way, arranged for products."""
+    """Of oneDNN with channels last: little, but with AMX the rows under way, arranged for products."""
     threads, fixed = torch.get_num_threads(), 24
-    if conv.x.itemsize == 4:
-        return threads * 2 * PAGE + fixed
+    if conv.x.itemsize == 4 or conv.by is not Multiplier.AMX:
+        sums = _sums(conv, _up(len(conv.weight), BLOCK)) if conv.is_pointwise and conv.by is Multiplier.AVX512 else 0
+        pages = 7 if conv.x.itemsize == 2 and conv.x.shape[1] > 512 else 2
+        return threads * pages * PAGE + fixed + sums
     if not conv.is_padded and (conv.is_pointwise or conv.is_strided):
         return threads * 5 * PAGE + fixed
     key = (conv.out.ndim - 2, 2 if conv.is_strided else 1)
@@ -199,7 +242,7 @@ def _of_flash_attention(given: list[torch.Tensor]) -> int:
         return scores
     rounded = threads * some_queries * _up(some_keys, 2) * size
     slices = -(-batch * heads * -(-queries // some_queries) // threads)
-    if slices * some_queries < 4 * batch * heads:  # too few products for that to pay
+    if Multiplier.of(q.dtype) is not Multiplier.AMX or slices * some_queries < 4 * batch * heads:  # too few products
         return scores + rounded
     arranged = batch * heads * head * (keys + _up(keys, 2)) * size
     return scores + rounded + arranged + threads * some_keys * head * size
@@ -211,9 +254,22 @@ def _of_product(given: list[torch.Tensor], made: torch.Tensor) -> int:
         return 0
     first, second = given[-2:]
     rows, inner, columns = first.shape[-2], first.shape[-1], second.shape[-1]
+    by = Multiplier.of(made.dtype)
+    if by is not Multiplier.AMX:
+        is_own = by is Multiplier.LOOPS or rows * inner * columns <= SMALL_PRODUCT[second.ndim]
+        return 0 if is_own else _of_avx512(by, rows, inner, columns)
     if second.ndim == 3:
         return MATRIX_FIXED + 2 * _up(inner, 64) * _up(columns, 64)
     return _of_linear(rows, inner, columns) if second.stride(0) == 1 else scratch_of_product(rows, inner, columns)
+
+
+def _of_avx512(by: Multiplier, rows: int, inner: int, columns: int) -> int:
+    """The result in float32; with bfloat16 some of it at a time, and some of the second matrix, arranged."""
+    if by is Multiplier.AVX512:
+        return _up(4 * rows * columns, BOOKED) + 2 * BOOKED
+    deep = 512 if inner <= 1024 or rows == 1 else 1024
+    some = 2**10 + 4 * min(rows, 256) * min(columns, 64) + 2 * 64 * min(_up(inner, 32), deep)
+    return torch.get_num_threads() * some
 
 
 def _of_linear(rows: int, inner: int, columns: int) -> int:

@@ -91,12 +91,14 @@ def test_round_trip(tmp_path, dtype, shard_size, variant):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_no_network_is_copied_where_the_dtype_is_the_files(whole):
-    loaded = DiffusionPipeline.from_pretrained(whole[1], dtype=torch.float32)
+def test_no_network_is_copied_where_the_dtype_is_the_files(tmp_path):
+    pipe = tiny.pipeline(tmp_path / "words").to(torch.bfloat16)
+    pipe.save_pretrained(tmp_path / "model")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     for name, network in loaded.modules().items():
-        (file,) = (whole[1] / name).glob("*.safetensors")
+        (file,) = (tmp_path / "model" / name).glob("*.safetensors")
         assert tiny.mapped_files(network) == {str(file)}
-        assert str(file) not in tiny.mapped_files(getattr(whole[0], name))  # negative control
+        assert str(file) not in tiny.mapped_files(getattr(pipe, name))  # negative control
 
 
 @pytest.mark.parametrize(("asked", "expected"), [({}, torch.float32), ({"dtype": "bfloat16"}, torch.bfloat16)])

@@ -26,7 +26,14 @@ SLOW = settings(deadline=None, max_examples=40, suppress_health_check=[HealthChe
 def component(name, blocks, *, in_file=True, castings=("fp8",)):
     def unit(place, size, share=1):
         return UnitSize(
-            f"{name}.{place}", size // share, size, share == 1, 1, False, Work(product=size * 9.0), size // 4
+            f"{name}.{place}",
+            size // share,
+            size,
+            0 if share == 1 else size // share,
+            1,
+            False,
+            Work(product=size * 9.0),
+            size // 4,
         )
 
     def levels(share):

@@ -1,16 +1,19 @@
 """The units of a component are those that attaching makes, with all the work of a call."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.memory.prediction_cases import SEASCAPES, quick_cases
 from tests.memory_peaks import peak_bytes
 
-from lowtide.memory.attach import attach, detach
+from lowtide.memory.attach import attach, attachment_of, detach
 from lowtide.memory.forms import Level, Rule, Tier
 from lowtide.memory.presets import apply_casting, named_casting
 from lowtide.memory.profile import component, trace
 from lowtide.memory.small import CastWeight
 from lowtide.memory.stream import Stream
+from lowtide.memory.twin import meta_twin, weights_in_files
 from lowtide.memory.unit import aligned
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.weights.files import InFile
@@ -73,7 +76,7 @@ def test_weights_of_another_dtype_go_through_the_ring(level):
     streamed = max(unit.nbytes for unit in units if not unit.aside)
     depth = 2 + any(unit.modules > 1 for unit in units)
     bound = depth * streamed + sum(unit.nbytes for unit in units if unit.aside)
-    assert not any(unit.mapped for unit in units)
+    assert all(unit.copied == unit.nbytes for unit in units)
     module = UNet2DConditionModel.from_pretrained(SEASCAPES, subfolder="unet", dtype=torch.bfloat16).requires_grad_(
         False
     )
@@ -89,6 +92,39 @@ def test_weights_of_another_dtype_go_through_the_ring(level):
         peak = peak_bytes(lambda: case.call(module, *inputs)) + sum(one.nbytes for one in inputs)
     assert peak <= traced.call.peak + bound
     detach(module)
+
+
+@pytest.mark.parametrize(
+    ("lying", "in_place"),
+    [(InFile(torch.float32), True), (InFile(torch.float16), False), (InFile(torch.float32, in_place=False), False)],
+)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_only_what_lies_as_it_works_is_mapped(lying, in_place, is_last):
+    case = replace(UNET, prepare=lambda module: module.to(memory_format=LAYOUTS[is_last]))
+    found, _ = profiled(case, lying=dict.fromkeys(state_names(case.module("meta")), lying))
+    mapped = {unit.copied == 0 for unit in found.units[Level.LEAF]}
+    assert mapped == ({in_place, False} if is_last else {in_place})  # convolutions have another order
+
+
+def test_weights_that_stay_in_another_order_are_known_to_be_in_their_file(tmp_path):
+    """One that stays is a copy; a block may hold some that are copied and some that are mapped."""
+    module = UNet2DConditionModel.from_pretrained(SEASCAPES, subfolder="unet", torch_dtype=torch.bfloat16)
+    module.save_pretrained(tmp_path)
+    module = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    attachment = attach(module, Rule(Level.BLOCK, Tier.DISK, resident_bytes=10**6), Stream(torch.device("cpu")))
+    assert sum(unit.stays for unit in attachment.units) > 1
+    module.to(memory_format=torch.channels_last)
+    attachment = attachment_of(module)
+    lying = weights_in_files(module)
+    assert set(lying) == state_names(module)
+    found = component("network", meta_twin(module), lying=lying)
+    sizes = [attachment.stream._sizes[unit] for unit in attachment.units]
+    assert sorted(unit.copied for unit in found.units[Level.BLOCK]) == sorted(one.copied for one in sizes)
+    assert any(one.copied and one.window for one in sizes)
+    detach(module)
+
+
+LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
 
 
 def test_what_is_called_again_is_replayed_with_the_same_peak_and_work(monkeypatch):

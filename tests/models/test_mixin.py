@@ -101,11 +101,12 @@ def test_a_dtype_that_is_not_possible(folder, torch_dtype, dtype, message):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_weights_of_the_dtype_asked_for_are_views_of_the_file(folder):
-    loaded = AutoencoderKL.from_pretrained(folder)
-    assert tiny.mapped_files(loaded) == {str(folder / WEIGHTS)}
-    converted = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.bfloat16)  # negative control
-    assert str(folder / WEIGHTS) not in tiny.mapped_files(converted)
+def test_weights_of_the_dtype_asked_for_are_views_of_the_file(folder, tmp_path):
+    AutoencoderKL.from_pretrained(folder).to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = AutoencoderKL.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert tiny.mapped_files(loaded) == {str(tmp_path / WEIGHTS)}
+    converted = AutoencoderKL.from_pretrained(tmp_path, torch_dtype=torch.float16)  # negative control
+    assert str(tmp_path / WEIGHTS) not in tiny.mapped_files(converted)
 
 
 @pytest.mark.parametrize("shard_size", [None, 40_000])

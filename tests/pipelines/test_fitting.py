@@ -262,6 +262,29 @@ def test_what_is_replaced_after_it_is_planned_for_anew(folders, plain):
     assert torch.equal(fits.make(pipe), plain["pictures"])
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.set_attention_backend("math"),
+        lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
+        lambda pipe: pipe.unet.enable_attention_slicing("max"),
+    ],
+    ids=["attention", "channels last", "heads"],
+)
+def test_what_is_set_after_it_is_planned_for_anew(folders, plain, change):
+    pipe = fits.load(folders["pictures"], "pictures")
+    pipe.fit(ram="1GB", output="pt", pictures=2, steps=3)
+    pipe.fit(ram=fits.least(pipe, output="pt", pictures=2, steps=3) + 300_000, output="pt", pictures=2, steps=3)
+    fits.make(pipe)
+    twin, before = pipe._fit.twin, pipe._fit.twin.workload(pipe._fit.size).stages
+    fits.make(pipe)
+    assert pipe._fit.twin is twin
+    change(pipe)
+    assert fits.same(fits.make(pipe), plain["pictures"])
+    assert pipe._fit.twin is not twin
+    assert pipe._fit.twin.workload(pipe._fit.size).stages != before
+
+
 def test_the_offload_of_before_comes_back(folders):
     pipe = fits.load(folders["pictures"], "pictures", offload="leaf", offload_device="cpu")
     rules = {name: attachment_of(module).rule for name, module in pipe.modules().items()}

@@ -3,13 +3,18 @@
 import glob
 import tempfile
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from tests import fits, tiny
 from tests.fits import bare_machine  # noqa: F401
 
-from lowtide.memory.shortage import OutOfMemoryError, is_out_of_memory
+from lowtide.memory.plan import Budgets
+from lowtide.memory.planner import choose, minimum
+from lowtide.memory.shortage import OutOfMemoryError, is_of_device, is_out_of_memory
+from lowtide.pipelines.fit import Fit
+from lowtide.pipelines.workload import twin_of
 from lowtide.schedulers import EulerDiscreteScheduler
 
 ERRORS = {
@@ -240,3 +245,31 @@ def test_a_full_disk_does_not_end_the_run(folders, plain, monkeypatch, own_folde
     with pytest.warns(UserWarning, match="No space left"):
         assert fits.same(fits.make(pipe), plain["pictures"])
     assert not list(own_folder.glob("lowtide-latents-*"))
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_which_memory_ran_out_is_told_apart(error):
+    assert is_of_device(ERRORS[error], torch.device("cuda")) == (error == "cuda")
+    assert is_of_device(ERRORS[error], torch.device("cpu"))
+
+
+def test_host_memory_that_runs_out_beside_a_gpu_is_what_shrinks(folders, monkeypatch):
+    monkeypatch.setattr("lowtide.memory.options.STAGE_BYTES", 0)  # as large as all of these networks
+    pipe = fits.load(folders["pictures"], "pictures")
+    twin = twin_of(pipe, torch.device("cuda"))
+    size, rates = pipe.usual_size(), replace(fits.RATES, device="cuda")
+    budgets = Budgets(vram=10**8, ram=10**9, disk=10**9)
+    plan = choose(twin.workload(size), rates, budgets)
+    offloaded = choose(
+        twin.workload(size), rates, replace(budgets, vram=(plan.peak + least_vram(twin, size, rates)) // 2)
+    )
+    fit = Fit(offloaded.budgets, (), torch.device("cuda"), rates, twin, size, offloaded)
+    smaller = fit.smaller_on_host("denoise")
+    assert smaller.stage("denoise").host < offloaded.stage("denoise").host
+    assert smaller.peak <= offloaded.budgets.vram
+    fit.lowered = replace(fit.left, ram=smaller.host_peak)
+    assert fit.limited(5) == Budgets(vram=5, ram=smaller.host_peak, disk=10**9)  # what ran out once stays lowered
+
+
+def least_vram(twin, size, rates):
+    return minimum(twin.workload(size), rates).vram

@@ -78,17 +78,17 @@ class Call:
 class UnitSize:
     """What comes to the device at once: `nbytes` aligned bytes of weights as they are computed with.
 
-    `resting` bytes of them lie in the file. A `mapped` unit can be computed with where it lies there, on a CPU. Units
-    of several `modules` and those that stand `aside` count as `lowtide.memory.stream.Stream` counts them. `work` is
-    what one call of the component computes with these weights, `leaf` its largest single layer's bytes. A unit that is
-    not `called`, such as an encoder's where only decoding is done, is never read; of one read `by_rows`, such as an
-    embedding, next to nothing.
+    `resting` bytes of them lie in the file, and `copied` ones are copied from there on a CPU too: the others are
+    computed with where they lie. Units of several `modules` and those that stand `aside` count as
+    `lowtide.memory.stream.Stream` counts them. `work` is what one call of the component computes with these weights,
+    `leaf` its largest single layer's bytes. A unit that is not `called`, such as an encoder's where only decoding is
+    done, is never read; of one read `by_rows`, such as an embedding, next to nothing.
     """
 
     name: str
     nbytes: int
     resting: int
-    mapped: bool = True
+    copied: int = 0
     modules: int = 1
     aside: bool = False
     work: Work = field(default_factory=Work)

@@ -23,10 +23,12 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class Streamed:
-    """One unit on its way: whether its pages are `mapped` as they lie, and whether it comes from a file (`on_disk`)."""
+    """One unit on its way: how many bytes are `copied`, not mapped as they lie, and whether it comes from a file
+    (`on_disk`).
+    """
 
     place: int
-    mapped: bool
+    copied: int
     on_disk: bool
 
 
@@ -72,7 +74,7 @@ def units_of(component: Component, level: Level, casting: str | None) -> tuple[U
 
 def _resident(component: Component, rates: Rates, casting: str | None) -> Option:
     units = units_of(component, Level.LEAF, casting)
-    kept = summed(_resident_size(unit, mapped=rates.on_cpu and unit.mapped and component.in_file) for unit in units)
+    kept = summed(_resident_size(unit, _copied_to_stay(component, unit, rates)) for unit in units)
     leaf = _leaf(units, casting)
     plan = ComponentPlan(None, casting, kept.total, kept.total, len(units), len(units))
     return Option(component, plan, units, (), kept, kept + Sizes(leaf), leaf)
@@ -111,15 +113,15 @@ def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | No
     places = [place for place in range(len(units)) if place not in staying]
     on_host = within([units[place].nbytes for place in places], rule.host_bytes) if rule.rest is Tier.HOST else None
     streamed = tuple(
-        Streamed(place, _is_mapped(component, units[place], rates), on_disk=on_host is None or not on_host[number])
+        Streamed(
+            place, _copied_each_time(component, units[place], rates), on_disk=on_host is None or not on_host[number]
+        )
         for number, place in enumerate(places)
     )
     streams = tuple(one for one in streamed if units[one.place].called)
-    kept = summed(
-        _size(units[place], mapped=rates.on_cpu and component.in_file and units[place].mapped) for place in staying
-    )
-    ring = [_size(units[one.place], mapped=one.mapped) for one in streamed if not units[one.place].aside]
-    aside = [_size(units[one.place], mapped=one.mapped) for one in streamed if units[one.place].aside]
+    kept = summed(_size(units[place], _copied_to_stay(component, units[place], rates)) for place in staying)
+    ring = [_size(units[one.place], one.copied) for one in streamed if not units[one.place].aside]
+    aside = [_size(units[one.place], one.copied) for one in streamed if units[one.place].aside]
     several = any(units[one.place].modules > 1 for one in streamed if not units[one.place].aside)
     leaf = _leaf(units, casting)
     working = bound([kept], ring, aside, depth(rule.prefetch, several=several)) + Sizes(leaf)
@@ -131,17 +133,25 @@ def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | No
     return Option(component, plan, units, streams, kept, working, leaf, resting + staging, spilled)
 
 
-def _is_mapped(component: Component, unit: UnitSize, rates: Rates) -> bool:
-    return rates.on_cpu and (unit.mapped or not component.in_file)
+def _copied_each_time(component: Component, unit: UnitSize, rates: Rates) -> int:
+    """Bytes that are copied whenever a unit comes; what is in no checkpoint lies in a temporary file as it works."""
+    if not rates.on_cpu:
+        return unit.nbytes
+    return unit.copied if component.in_file else 0
 
 
-def _size(unit: UnitSize, *, mapped: bool) -> Sizes:
-    return Sizes(window=unit.nbytes) if mapped else Sizes(copied=unit.nbytes)
+def _copied_to_stay(component: Component, unit: UnitSize, rates: Rates) -> int:
+    """Bytes of a unit that stays which are in memory and not mapped."""
+    return unit.copied if rates.on_cpu and component.in_file else unit.nbytes
 
 
-def _resident_size(unit: UnitSize, *, mapped: bool) -> Sizes:
+def _size(unit: UnitSize, copied: int) -> Sizes:
+    return Sizes(copied, unit.nbytes - copied)
+
+
+def _resident_size(unit: UnitSize, copied: int) -> Sizes:
     """Of a unit that is simply there: pages of a file come when they are read."""
-    return Sizes() if mapped and (unit.by_rows or not unit.called) else _size(unit, mapped=mapped)
+    return Sizes(copied) if unit.by_rows or not unit.called else _size(unit, copied)
 
 
 def _leaf(units: Sequence[UnitSize], casting: str | None) -> int:

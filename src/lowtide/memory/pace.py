@@ -80,7 +80,8 @@ class Timing:
         unit, rates = self.option.units[stream.place], self.rates
         read = max(unit.nbytes, unit.resting) / rates.converted
         if rates.on_cpu:
-            link = unit.nbytes / rates.link if stream.mapped else read
+            copied = stream.copied / max(1, unit.nbytes)
+            link = copied * read + (1 - copied) * unit.nbytes / rates.link
         else:
             link = max(unit.nbytes / rates.link, read if stream.on_disk else 0.0)
         return _Load(link, unit.resting / rates.disk if cold and stream.on_disk else 0.0)

@@ -112,11 +112,12 @@ class _Found:
 
     def _unit(self, part: Part, meant: set[int], casting: Casting | None, work: Work) -> UnitSize:
         resting = sum(self._resting(one, id(one) in meant) for one in part.weights)
+        sizes = {id(one): aligned(_working(one, id(one) in meant)) for one in part.weights}
         return UnitSize(
             f"{type(self.module).__name__}.{part.weights[0].name}",
-            sum(aligned(_working(one, id(one) in meant)) for one in part.weights),
+            sum(sizes.values()),
             resting,
-            self.device == "cpu" and casting is None and all(map(self._works_in_place, part.weights)),
+            sum(sizes[id(one)] for one in part.weights if casting is not None or not self._works_in_place(one)),
             len(part.modules),
             part.aside,
             work,
@@ -133,7 +134,7 @@ class _Found:
         if casting is None or not casting.scaled or not meant:
             return []
         nbytes = sum(4 * one.views[0].shape[0] for one in self.weights if id(one) in meant)
-        return [UnitSize(f"{type(self.module).__name__}: scales", nbytes, 0, mapped=False, aside=True)]
+        return [UnitSize(f"{type(self.module).__name__}: scales", nbytes, 0, nbytes, aside=True)]
 
     def _largest_leaf(self, part: Part) -> int:
         sums: dict[int, int] = {}

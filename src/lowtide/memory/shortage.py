@@ -27,6 +27,12 @@ class OutOfMemoryError(RuntimeError):
         self.latents = latents
 
 
+def is_of_device(error: BaseException, device: torch.device) -> bool:
+    """Whether it is a device's own memory that ran out; a CPU's is the host's."""
+    is_cuda = isinstance(error, torch.OutOfMemoryError) or "cuda" in str(error).lower()
+    return device.type == "cpu" or is_cuda
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out: CUDA's and the CPU's allocator, Python, mappings, oneDNN."""
     if isinstance(error, OutOfMemoryError):

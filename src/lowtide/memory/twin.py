@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowtide.memory.attach import attachment_of
 from lowtide.memory.small import small_of
 from lowtide.memory.store import DiskRest
-from lowtide.memory.weight import AtRest
+from lowtide.memory.weight import AtRest, Weight
 from lowtide.weights.files import InFile, in_file
-from lowtide.weights.slots import slots
+from lowtide.weights.slots import Slot, slots
 
 
 def meta_twin(module: nn.Module) -> nn.Module:
@@ -38,15 +39,19 @@ def meta_twin(module: nn.Module) -> nn.Module:
 
 def weights_in_files(module: nn.Module) -> dict[str, InFile]:
     """How each weight that came from a checkpoint lies there, by name; the others are in no file."""
-    found = {slot.name: _in_file(slot.tensor) for slot in slots(module)}
+    attachment = attachment_of(module)
+    views = [] if attachment is None else [(weight, view) for weight in attachment.weights for view in weight.views]
+    moved = {(id(view.slot.owner), view.slot.leaf): weight for weight, view in views}
+    found = {slot.name: _in_file(slot, moved.get((id(slot.owner), slot.leaf))) for slot in slots(module)}
     return {name: one for name, one in found.items() if one is not None}
 
 
-def _in_file(tensor: torch.Tensor) -> InFile | None:
-    if not isinstance(tensor, AtRest):
-        return in_file(tensor)
-    rest = tensor.weight.rest
-    return rest.origin.lying if isinstance(rest, DiskRest) else None
+def _in_file(slot: Slot, moved: Weight | None) -> InFile | None:
+    """Where a weight of a rule comes from; a part of the module may be under a rule of its own."""
+    weight = slot.tensor.weight if isinstance(slot.tensor, AtRest) else moved
+    if weight is None:
+        return in_file(slot.tensor)
+    return weight.rest.origin.lying if isinstance(weight.rest, DiskRest) else None
 
 
 def is_cast(module: nn.Module) -> bool:

@@ -81,6 +81,15 @@ class Fit:
                 return choose(tried, self.rates, self.limited(most), self.allow)
         return None
 
+    def smaller_on_host(self, stage: str) -> Plan | None:
+        """On a GPU, a plan under which a run takes less host memory than this stage now; None where there is none."""
+        now = self.plan.stage(stage)
+        for most in () if now is None else (int(LESS * now.host), now.host - 1):
+            with suppress(BudgetError):
+                workload = self.twin.workload(self.size, self.allow)
+                return choose(workload, self.rates, replace(self.left, ram=most), self.allow)
+        return None
+
     def follow(self, before: Fit | None, pipe: Any) -> None:
         """Take over what must be put back one day: from the budgets before, or from the pipeline as it is."""
         if before is not None:
@@ -96,9 +105,14 @@ class Fit:
         """The castings of components that another twin has too; those that were replaced have none of ours."""
         return {name: casting for name, casting in self.castings.items() if self.twin.shares(name, twin)}
 
+    @property
+    def left(self) -> Budgets:
+        """The budgets that are left."""
+        return self.lowered or self.budgets
+
     def limited(self, nbytes: int) -> Budgets:
-        """The budgets with so many bytes of the device's memory."""
-        return replace(self.budgets, **{"ram" if self.device.type == "cpu" else "vram": nbytes})
+        """The budgets that are left, with so many bytes of the device's memory."""
+        return replace(self.left, **{"ram" if self.device.type == "cpu" else "vram": nbytes})
 
 
 def _withheld(workload: Workload, stage: str, nbytes: int) -> Workload:

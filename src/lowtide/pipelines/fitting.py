@@ -200,12 +200,16 @@ class FittingMethods:
         finally:
             fit.readings, fit.flows = ours.report()[seen:], dict(flows.report())
 
-    def _shrink(self, stage: str, reason: str) -> bool:
-        """After memory ran out in a stage: go on with a plan that takes less, if there is one; whether there was."""
+    def _shrink(self, stage: str, reason: str, *, of_host: bool = False) -> bool:
+        """After memory ran out in a stage: go on with a plan that takes less, if there is one; whether there was.
+
+        Less of the device's memory, or, on a GPU, `of_host`.
+        """
         fit = self._fit
         assert fit is not None
-        while (plan := fit.smaller(stage)) is not None:
-            fit.lowered, fit.plan = fit.limited(plan.peak), plan
+        while (plan := fit.smaller_on_host(stage) if of_host else fit.smaller(stage)) is not None:
+            fit.lowered = replace(fit.left, ram=plan.host_peak) if of_host else fit.limited(plan.peak)
+            fit.plan = plan
             try:
                 self._put_to_work(plan)
             except Exception as error:
@@ -214,7 +218,7 @@ class FittingMethods:
                 continue
             taken = plan.stage(stage)
             assert taken is not None
-            less = format_decimal(taken.peak)
+            less = format_decimal(taken.host if of_host else taken.peak)
             said = f"{stage}: memory ran out ({reason}); going on with a plan that takes {less} there"
             fit.degradations.append(said)
             warnings.warn(said, stacklevel=4)

@@ -15,7 +15,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from lowtide.memory.shortage import OutOfMemoryError, is_out_of_memory
+from lowtide.memory.shortage import OutOfMemoryError, is_of_device, is_out_of_memory
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,9 +43,10 @@ def resumed(stage: str) -> Callable[[Callable[Concatenate[Any, P], R]], Callable
                         error.add_note(ADVICE)
                         raise
                     reason = str(error).partition("\n")[0][:160] or type(error).__name__
+                    of_host = not is_of_device(error, pipe._fit.device)
                 # Here the error is gone, and with it the frames that held what was being made.
                 state.put_back()
-                if not pipe._shrink(stage, reason):
+                if not pipe._shrink(stage, reason, of_host=of_host):
                     raise OutOfMemoryError(
                         f"Memory ran out in {stage!r} under the smallest plan there is ({reason}). Close other "
                         "programs, ask for less (size, pictures at once), or allow more, as in allow=('int8',)."

@@ -25,7 +25,7 @@ import torch
 
 from lowtide.weights.index import CheckpointError
 
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 2 * 2**20
 """Memory beyond the new tensors that a conversion takes."""
 
 # Without this flag Linux refuses to map more than the RAM there is, although a private page costs nothing until it is

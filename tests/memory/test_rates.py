@@ -129,6 +129,13 @@ def test_assumed_rates_say_so_and_time_what_is_computed():
     assert assumed.seconds(Work(product=1e12)) > rates.assumed_rates("float16").seconds(Work(product=1e12)) > 0
 
 
+def test_larger_networks_and_vocabularies_take_more_of_a_process():
+    sizes = [rates.compiled(torch.float32, nbytes) for nbytes in (0, 10**8, 10**10, 10**11)]
+    assert sizes[0] < sizes[1] < sizes[2] == sizes[3]
+    assert rates.compiled(torch.bfloat16, 0) > sizes[0]
+    assert rates.objects(49408) > rates.objects(0) > 0
+
+
 @pytest.mark.slow
 def test_what_a_process_takes_by_itself():
     host, device = rates.alone(torch.device("cpu"), torch.float32)

@@ -64,7 +64,8 @@ class Call:
     """One call of a component on one shape of input, its weights left out.
 
     `peak` bytes of tensors are alive at once, at most: inputs and outputs, and `workspace` bytes of kernels' own
-    memory among them. `result` bytes are left when it ends; `stored` bytes of rows lie in a file in between.
+    memory among them. `result` bytes are left when it ends; `stored` bytes of rows lie in a file in between. `paged`
+    bytes of the peak are pages of rows, which leave no holes in a heap.
     """
 
     peak: int
@@ -72,6 +73,7 @@ class Call:
     result: int
     work: Work
     stored: int = 0
+    paged: int = 0
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def base(rates: Rates) -> int:
 def slack(stage: Stage, call: Call, rates: Rates) -> int:
     """What the allocator takes on top of activations."""
     there = rates.in_stage(stage)
-    return int(min(there.slack_most, there.slack * (call.peak + stage.carried)))
+    return int(min(there.slack_most, there.slack * (call.peak - call.paged + stage.carried)))
 
 
 def beside_weights(stage: Stage, call: Call, rates: Rates) -> int:

@@ -54,7 +54,9 @@ class Option:
     def complexity(self) -> int:
         """How far it is from simply resident: of equally fast options the simplest is best."""
         rule = self.plan.rule
-        return 0 if rule is None else 1 + 2 * list(Level).index(rule.level) + (rule.prefetch == 0)
+        if rule is None:
+            return 0
+        return 1 + 2 * list(Level).index(rule.level) + (rule.prefetch == 0) + any(one.on_disk for one in self.streams)
 
 
 def options(component: Component, rates: Rates, castings: Sequence[str], *, scarce_host: bool) -> list[Option]:

@@ -24,20 +24,20 @@ from lowtide.memory.pace_probes import Computing
 from lowtide.memory.probes import DiskRate, disk_read_rate, link_rates
 from lowtide.weights.fill import dtype_name
 
-_FORMAT = 8
+_FORMAT = 9
 USUAL_DISK = 5e8
 """Bytes a second, where no folder can be written to."""
 _USUAL_MAPPED, _USUAL_AGAIN = 2e9, 3e9
 
 SLACK_ON_CPU = 48 * 2**20
 """What glibc's heap keeps at most beside the bytes in use; measured were up to 37 MiB, in a U-Net."""
-_COMPILED = {"bfloat16": 64 * 2**20, "float16": 64 * 2**20}
-_COMPILED_ELSE = 28 * 2**20
-"""What kernels keep once they are compiled for their shapes, and pages of libraries: 57 MiB after a U-Net of Stable
-Diffusion and its decoder in bfloat16; 34 in float32, for which `OBJECTS` has room too; 42 and 20 with the shipped
-model."""
-OBJECTS = 36 * 2**20
-"""What a loaded pipeline takes beside its weights: its modules, its tokenizer, its twin on meta."""
+_COMPILED = {"bfloat16": 44 * 2**20, "float16": 44 * 2**20}
+_COMPILED_ELSE = 24 * 2**20
+_BUFFERS, _BUFFERS_MOST = 0.02, 20 * 2**20
+"""What kernels keep once they are compiled, pages of libraries among it, and their buffers, by the bytes of weights: 55
+MiB after a run of Stable Diffusion in bfloat16, 46 in float32; 35 and 24 with the shipped models."""
+OBJECTS, WORD = 28 * 2**20, 300
+"""What a loaded pipeline takes beside weights: modules, a twin on meta; and bytes for each word of its tokenizer."""
 REACHED = 0.85
 """Of the rates that kernels reach alone, what they reach in a network: 0.6 to 1.2 in runs of three pipelines."""
 MODULE = 6e-5
@@ -182,12 +182,17 @@ def alone(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     printed = _in_a_process(_ALONE, str(device), dtype_name(dtype))
     host, left = map(int, printed.split()[-2:])
-    return host + compiled(dtype) + OBJECTS, max(free - left, 0)
+    return host, max(free - left, 0)
 
 
-def compiled(dtype: torch.dtype) -> int:
-    """Bytes that kernels of a dtype keep on a CPU once a pipeline has run."""
-    return _COMPILED.get(dtype_name(dtype), _COMPILED_ELSE)
+def compiled(dtype: torch.dtype, weights: int) -> int:
+    """Bytes that kernels of a dtype keep on a CPU once a pipeline of so many bytes of weights has run."""
+    return _COMPILED.get(dtype_name(dtype), _COMPILED_ELSE) + min(_BUFFERS_MOST, int(_BUFFERS * weights))
+
+
+def objects(vocabulary: int) -> int:
+    """Bytes that a pipeline takes beside its weights, with a tokenizer of so many words."""
+    return OBJECTS + WORD * vocabulary
 
 
 def _contention() -> float:

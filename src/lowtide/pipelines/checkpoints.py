@@ -71,7 +71,7 @@ def plan_checkpoint(
 
 def _machine(device: torch.device, twin: Twin, asked: AskedBudgets) -> tuple[Rates, Budgets]:
     if device.type == "cpu" or torch.cuda.is_available():
-        return rates_here(device, twin.pipe.dtype, {}), resolved(device, asked)
+        return rates_here(device, twin.pipe, {}), resolved(device, asked)
     on_host = resolved(torch.device("cpu"), asked)
     try:
         vram = None if asked.vram is None else parse_bytes(asked.vram)
@@ -99,7 +99,7 @@ def load_within(
     warn_without_gpu(device, asked.vram)
     twin = _twin(pipeline_class, source, specs, options, given, device)
     size: RunSize = twin.pipe.usual_size(**asked_size)
-    rates, budgets = rates_here(device, twin.pipe.dtype, networks), resolved(device, asked)
+    rates, budgets = rates_here(device, twin.pipe, networks), resolved(device, asked)
     plan = choose(twin.workload(size, asked.allow), rates, budgets, asked.allow)
     own = {name: _options_under(plan, name, options, device) for name in twin.in_files if name not in given}
     pipe = pipeline_class(**given, **load_components(source, specs, options, own))

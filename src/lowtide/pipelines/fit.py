@@ -24,7 +24,7 @@ from lowtide.memory.meter import StageReading
 from lowtide.memory.peaks import resident_memory
 from lowtide.memory.plan import BudgetError, Budgets, Plan, check_allowed
 from lowtide.memory.planner import choose
-from lowtide.memory.rates import compiled, machine_rates
+from lowtide.memory.rates import compiled, machine_rates, objects
 from lowtide.pipelines.run_size import RunSize
 from lowtide.pipelines.workload import Twin, ways_set
 
@@ -162,18 +162,25 @@ def _vram(device: torch.device, asked: Asked) -> int | None:
     return budget_bytes("auto" if asked is None else asked, "vram", total=total, free=free + own)
 
 
-def rates_here(device: torch.device, dtype: torch.dtype, modules: Mapping[str, nn.Module]) -> Rates:
-    """What this machine does in a second, with what this process takes by itself already."""
-    rates, weights = machine_rates(device, dtype), sum(_in_memory(module) for module in modules.values())
-    own = resident_memory() + compiled(dtype) - weights
-    if own > rates.base:
+def rates_here(device: torch.device, pipe: Any, modules: Mapping[str, nn.Module]) -> Rates:
+    """What this machine does in a second, with what the process takes for a pipeline beside weights and activations.
+
+    `pipe` may be on meta; `modules` are those of its networks that this process has in memory already.
+    """
+    rates, weights = machine_rates(device, pipe.dtype), sum(_in_memory(module) for module in modules.values())
+    vocabulary = getattr(getattr(getattr(pipe, "text_encoder", None), "config", None), "vocab_size", 0)
+    usual = rates.base + objects(vocabulary)
+    own = resident_memory() - weights
+    if own > usual:
         gc.collect()
         trim_heap()
-        own = resident_memory() + compiled(dtype) - weights
-    return replace(rates, base=_steady((device.type, dtype), max(rates.base, own)))
+        own = resident_memory() - weights
+    whole = sum(one.numel() * one.itemsize for module in pipe.modules().values() for one in module.parameters())
+    steady = _steady((device.type, pipe.dtype, vocabulary), max(usual, own))
+    return replace(rates, base=steady + compiled(pipe.dtype, whole))
 
 
-def _steady(key: tuple[str, torch.dtype], base: int) -> int:
+def _steady(key: tuple[str, torch.dtype, int], base: int) -> int:
     """What the process takes by itself: the figure of before, unless it has clearly grown, so that plans repeat."""
     known = _bases.get(key)
     if known is None or base > known + CREEP:
@@ -181,7 +188,7 @@ def _steady(key: tuple[str, torch.dtype], base: int) -> int:
     return _bases[key]
 
 
-_bases: dict[tuple[str, torch.dtype], int] = {}
+_bases: dict[tuple[str, torch.dtype, int], int] = {}
 CREEP = 64 * 2**20
 """Bytes that kernels, once they are compiled, and memory between two collections add to a process: no news."""
 

@@ -66,7 +66,7 @@ class FittingMethods:
             check_not_cast(self.modules())
         warn_without_gpu(chosen, vram)
         budgets, wanted, twin = resolved(chosen, asked), self.usual_size(**size), self._twin(chosen)
-        rates = rates_here(chosen, twin.pipe.dtype, self.modules())
+        rates = rates_here(chosen, twin.pipe, self.modules())
         plan = choose(twin.workload(wanted, asked.allow), rates, budgets, asked.allow)
         self.put_under_plan(Fit(budgets, asked.allow, chosen, rates, twin, wanted, plan))
         return plan
@@ -126,7 +126,7 @@ class FittingMethods:
         dtype = dtype_name(twin.pipe.dtype)
         if plan.dtype != dtype:
             raise ValueError(f"The plan is for {plan.dtype}, and this pipeline computes in {dtype}: make another one.")
-        rates = rates_here(chosen, twin.pipe.dtype, self.modules())
+        rates = rates_here(chosen, twin.pipe, self.modules())
         self.put_under_plan(Fit(plan.budgets, plan.allow, chosen, rates, twin, size, plan))
 
     def _twin(self, device: torch.device) -> Twin:

@@ -164,7 +164,8 @@ def _by_rows(call: Call, vae: Any, work: Work) -> dict[str, Call]:
     widened = 2.0 if next(vae.parameters()).itemsize == 2 else 0.0  # norms of 16-bit numbers go through 32 bits
     moved = Work(touched=widened * work.touched + 2.0 * call.stored * len(vae.config.block_out_channels))
     on_disk = replace(call, work=work + moved)
-    in_memory = replace(on_disk, peak=call.peak + streaming.most_room, stored=0)
+    room = streaming.most_room
+    in_memory = replace(on_disk, peak=call.peak + room, stored=0, paged=room)
     return {EXACT: in_memory, EXACT_ON_DISK: on_disk}
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,6 +128,16 @@ def test_assumed_rates_say_so_and_time_what_is_computed():
     assumed = rates.assumed_rates("float32")
     assert assumed.assumed
     assert assumed.seconds(Work(product=1e12)) > rates.assumed_rates("float16").seconds(Work(product=1e12)) > 0
+
+
+def test_where_there_is_no_room_to_measure_usual_figures_are_assumed(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(rates, "host_memory", lambda: SimpleNamespace(available=5 * 10**8, total=10**9))
+    monkeypatch.setattr(rates, "_in_a_process", lambda *_: pytest.fail("a process was begun"))
+    found = rates.machine_rates("cpu", torch.float32)
+    assert found.assumed
+    assert found.cache == 5 * 10**8
+    assert not list(tmp_path.rglob("*.json"))  # to be measured another time
 
 
 def test_larger_networks_and_vocabularies_take_more_of_a_process():

@@ -127,7 +127,8 @@ class _Found:
         )
 
     def _is_called(self, part: Part) -> bool:
-        return self.traced is None or any(id(module) in self.called for module in part.modules)
+        owners = (view.slot.owner for weight in part.weights for view in weight.views)
+        return self.traced is None or any(id(module) in self.called for module in (*part.modules, *owners))
 
     def _scales(self, meant: set[int], casting: Casting | None) -> list[UnitSize]:
         """The scales of channels stay on the device whatever the weights do."""

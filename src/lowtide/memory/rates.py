@@ -45,6 +45,11 @@ MODULE = 6e-5
 FRUGAL_SECONDS = 2e-10
 """Seconds that every byte touched takes longer where its page is made anew each time."""
 
+ROOM_TO_MEASURE = 1200 * 2**20
+"""Bytes that the processes which measure a CPU take together, with some room."""
+USUAL_BASE = 380 * 10**6
+"""Bytes of a process that has imported what pipelines need: 370 to 378 MB on Linux."""
+
 _ALONE = """
 import sys
 from lowtide.memory.meter import steady_malloc
@@ -90,13 +95,16 @@ def machine_rates(
     """The rates of a device in a dtype; `folder` is where the disk is measured: that of the models.
 
     Measured in a few seconds the first time, or to `refresh`, and then read from `cache_folder`; but `cache` is always
-    what the system's memory could hold now.
+    what the system's memory could hold now. Where there is no room for the processes that measure a CPU, usual figures
+    are assumed, and measured another time.
     """
     on = torch.device(device)
     place = folder or _usual_folder()
     key = _key(on, dtype, place)
     file = cache_folder() / f"rates-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     known = None if refresh else _read(file, key)
+    if known is None and on.type == "cpu" and host_memory().available < ROOM_TO_MEASURE:
+        return _usual_on_cpu()
     if known is None:
         known = _measured_elsewhere(on, dtype, place)
         _write(file, key, known)
@@ -107,6 +115,31 @@ def cache_folder() -> Path:
     """Where figures are kept: `lowtide` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
     asked = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(asked) if asked else Path("~/.cache").expanduser()) / "lowtide"
+
+
+def _usual_on_cpu() -> Rates:
+    """Usual figures of a laptop's or a small server's CPU."""
+    speed = 4e10 * torch.get_num_threads()
+    return Rates(
+        device="cpu",
+        convolution=speed,
+        product=speed,
+        attention=0.7 * speed,
+        touched=5e9,
+        kernel=MODULE,
+        link=_USUAL_MAPPED,
+        converted=_USUAL_AGAIN,
+        disk=USUAL_DISK,
+        cache=host_memory().available,
+        base=USUAL_BASE,
+        slack=1.0,
+        slack_most=SLACK_ON_CPU,
+        frugal_touched=1 / (1 / 5e9 + FRUGAL_SECONDS),
+        dequantized=8e9,
+        contention=_contention(),
+        channels_last=speed,
+        assumed=True,
+    )
 
 
 def assumed_rates(dtype: str = "float16") -> Rates:

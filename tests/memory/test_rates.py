@@ -103,6 +103,7 @@ def test_computing_is_measured(monkeypatch):
     for name in ("convolution", "channels_last", "product", "attention", "touched", "dequantized"):
         assert getattr(computing, name)() > 1e4
     assert 0 < computing.kernel() < 1e-2
+    assert 0 <= computing.renewing() < 1e-8
 
 
 def test_a_file_is_mapped_and_read_again(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from lowtide.memory.meter import steady_malloc
 from lowtide.ops.quantization import dequantize, quantize
 
 CONVOLUTIONS = ((2, 320, 64), (2, 640, 32), (2, 1280, 16), (2, 1280, 8))
@@ -74,6 +75,18 @@ class Computing:
         ]
         each = x.numel() * x.itemsize
         return _rate([(times * each, self._seconds(action)) for times, action in actions])
+
+    def renewing(self) -> float:
+        """Seconds that a byte touched takes longer where its page is made anew each time.
+
+        To be asked last: from then on this process's heap gives freed memory back at once.
+        """
+        x = self._some(12 * 2**20)
+        out = torch.empty_like(x)
+        reused = self._seconds(lambda: torch.mul(x, 2, out=out))
+        steady_malloc()
+        renewed = self._seconds(lambda: torch.mul(x, 2))
+        return max(renewed - reused, 0.0) / (2 * x.numel() * x.itemsize)
 
     def kernel(self) -> float:
         """Seconds from one kernel's beginning to the next's, where there is next to nothing to compute."""

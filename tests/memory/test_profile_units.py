@@ -22,6 +22,7 @@ from lowtide.weights.index import find_weights
 
 CASES = {str(case): case for case in quick_cases()}
 UNET = CASES["seascapes U-Net 2 of 16-float32"]
+LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
 
 
 def profiled(case=UNET, **options):
@@ -122,9 +123,6 @@ def test_weights_that_stay_in_another_order_are_known_to_be_in_their_file(tmp_pa
     assert sorted(unit.copied for unit in found.units[Level.BLOCK]) == sorted(one.copied for one in sizes)
     assert any(one.copied and one.window for one in sizes)
     detach(module)
-
-
-LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
 
 
 def test_what_is_called_again_is_replayed_with_the_same_peak_and_work(monkeypatch):

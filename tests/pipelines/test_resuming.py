@@ -259,17 +259,12 @@ def test_host_memory_that_runs_out_beside_a_gpu_is_what_shrinks(folders, monkeyp
     twin = twin_of(pipe, torch.device("cuda"))
     size, rates = pipe.usual_size(), replace(fits.RATES, device="cuda")
     budgets = Budgets(vram=10**8, ram=10**9, disk=10**9)
-    plan = choose(twin.workload(size), rates, budgets)
-    offloaded = choose(
-        twin.workload(size), rates, replace(budgets, vram=(plan.peak + least_vram(twin, size, rates)) // 2)
-    )
+    workload = twin.workload(size)
+    most, least = choose(workload, rates, budgets).peak, minimum(workload, rates).vram
+    offloaded = choose(workload, rates, replace(budgets, vram=(most + least) // 2))
     fit = Fit(offloaded.budgets, (), torch.device("cuda"), rates, twin, size, offloaded)
-    smaller = fit.smaller_on_host("denoise")
+    smaller = fit.smaller("denoise", of_host=True)
     assert smaller.stage("denoise").host < offloaded.stage("denoise").host
     assert smaller.peak <= offloaded.budgets.vram
-    fit.lowered = replace(fit.left, ram=smaller.host_peak)
+    fit.lowered = fit.limited(smaller.host_peak, of_host=True)
     assert fit.limited(5) == Budgets(vram=5, ram=smaller.host_peak, disk=10**9)  # what ran out once stays lowered
-
-
-def least_vram(twin, size, rates):
-    return minimum(twin.workload(size), rates).vram

@@ -284,7 +284,6 @@ MEASURE = """
 import ctypes, json, sys, torch
 from pathlib import Path
 from safetensors.torch import load_file
-from tests.safetensors_at import save_at
 from torch import nn
 from lowtide.weights.fill import fill
 from lowtide.weights.index import read_index

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -81,10 +82,10 @@ class DiskRest:
         self.layout = layout if layout is not None and is_reordered(*layout) else None
         self._window: Mapping | None = None
 
-    @property
+    @cached_property
     def mappable(self) -> bool:
         """Whether the bytes can be used as they lie in the file."""
-        return self.origin.lying == InFile(self.dtype, in_place=True) and self.layout is None
+        return self.origin.lying == InFile(self.dtype) and self.layout is None
 
     def on_host(self) -> torch.Tensor:
         """The bytes for somebody to keep: a private view of the file, or a copy where it must be converted."""

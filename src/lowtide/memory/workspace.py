@@ -128,8 +128,10 @@ class Convolution:
     @property
     def is_native(self) -> bool:
         """Whether PyTorch convolves itself, not oneDNN."""
-        if self.always_onednn or self.x.dtype != torch.float32:
-            return not self.always_onednn and self.by is Multiplier.LOOPS
+        if self.always_onednn:
+            return False
+        if self.x.dtype != torch.float32:
+            return self.by is Multiplier.LOOPS
         is_odd = self.is_strided or any(dilation > 1 for dilation in self.dilations)
         may = is_odd or len(self.x) >= 16 or not self.is_pointwise or torch.get_num_threads() > 1
         is_large = self.groups > 1 or min(self.sizes[-2:]) > 3 or len(self.x) > 1
@@ -213,7 +215,7 @@ def _weight_in_blocks(conv: Convolution) -> int:
 def _scratchpad(conv: Convolution) -> int:
     """Of oneDNN with channels last: little, but with AMX the rows under way, arranged for products."""
     threads, fixed = torch.get_num_threads(), 24
-    if conv.x.itemsize == 4 or conv.by is not Multiplier.AMX:
+    if conv.by is not Multiplier.AMX:
         sums = _sums(conv, _up(len(conv.weight), BLOCK)) if conv.is_pointwise and conv.by is Multiplier.AVX512 else 0
         pages = 7 if conv.x.itemsize == 2 and conv.x.shape[1] > 512 else 2
         return threads * pages * PAGE + fixed + sums

@@ -21,9 +21,9 @@ from lowtide.loading import (
 from lowtide.models.mixin import WEIGHTS_NAME
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker
 from lowtide.schedulers import SCHEDULERS
-from lowtide.weights.files import InFile, may_work_in_place
+from lowtide.weights.files import InFile
 from lowtide.weights.fill import dtype_by_name, state_names
-from lowtide.weights.index import CheckpointIndex, TensorEntry, find_weights
+from lowtide.weights.index import CheckpointIndex, find_weights
 from lowtide.weights.names import SAFETY_CHECKER_NAMES, apply_names
 from lowtide.weights.slots import slots
 
@@ -73,7 +73,7 @@ def _part(folder: Path, spec: ComponentSpec, options: LoadOptions) -> Any:
 def _fit_dtypes(module: nn.Module, folder: Path, class_name: str, options: LoadOptions) -> Mapping[str, InFile] | None:
     """Give a network on meta the dtypes that it would be loaded in; how its weights lie in its files."""
     index = _index(module, folder, class_name, options.variant)
-    in_file = None if index is None else {name: _lying(entry) for name, entry in index.items()}
+    in_file = None if index is None else {name: InFile.at(entry.offset, entry.dtype) for name, entry in index.items()}
     dtypes = [] if in_file is None else [one.dtype for one in in_file.values()]
     floating = next((one for one in dtypes if one.is_floating_point), None)
     dtype = options.dtype or floating or torch.float32
@@ -87,10 +87,6 @@ def _fit_dtypes(module: nn.Module, folder: Path, class_name: str, options: LoadO
                 made[id(slot.tensor)] = _as(slot.tensor, wanted)
             slot.put(made[id(slot.tensor)])
     return in_file
-
-
-def _lying(entry: TensorEntry) -> InFile:
-    return InFile(entry.dtype, may_work_in_place(entry.dtype, entry.offset))
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -26,7 +26,7 @@ from lowtide.memory.plan import BudgetError, Budgets, Plan, check_allowed
 from lowtide.memory.planner import choose
 from lowtide.memory.rates import compiled, machine_rates, objects
 from lowtide.pipelines.run_size import RunSize
-from lowtide.pipelines.workload import Twin, ways_set
+from lowtide.pipelines.workload import Twin, nbytes, ways_set
 
 LESS = 0.8
 """Of what a stage was to take: what it may take after memory ran out in it."""
@@ -65,29 +65,25 @@ class Fit:
                 return choose(workload, self.rates, self.lowered, self.allow)
         return choose(workload, self.rates, self.budgets, self.allow)
 
-    def smaller(self, stage: str) -> Plan | None:
+    def smaller(self, stage: str, *, of_host: bool = False) -> Plan | None:
         """A plan under which a stage takes clearly less than now; where all of the run cannot, this stage alone.
 
-        None where there is none, or where the plan has no such stage.
+        Less of the device's memory or, on a GPU, `of_host`. None where there is none, or where the plan has no such
+        stage.
         """
         now = self.plan.stage(stage)
         if now is None:
             return None
-        limit, workload = now.base + int(LESS * (now.peak - now.base)), self.twin.workload(self.size, self.allow)
-        tries = [(workload, limit)]
-        tries += [(_withheld(workload, stage, self.plan.peak - most), self.plan.peak) for most in (limit, now.peak - 1)]
+        workload = self.twin.workload(self.size, self.allow)
+        if of_host:  # what rests there is there in all stages
+            tries = [(workload, most) for most in (int(LESS * now.host), now.host - 1)]
+        else:
+            limit, peak = now.base + int(LESS * (now.peak - now.base)), self.plan.peak
+            withheld = [(_withheld(workload, stage, peak - most), peak) for most in (limit, now.peak - 1)]
+            tries = [(workload, limit), *withheld]
         for tried, most in tries:
             with suppress(BudgetError):
-                return choose(tried, self.rates, self.limited(most), self.allow)
-        return None
-
-    def smaller_on_host(self, stage: str) -> Plan | None:
-        """On a GPU, a plan under which a run takes less host memory than this stage now; None where there is none."""
-        now = self.plan.stage(stage)
-        for most in () if now is None else (int(LESS * now.host), now.host - 1):
-            with suppress(BudgetError):
-                workload = self.twin.workload(self.size, self.allow)
-                return choose(workload, self.rates, replace(self.left, ram=most), self.allow)
+                return choose(tried, self.rates, self.limited(most, of_host=of_host), self.allow)
         return None
 
     def follow(self, before: Fit | None, pipe: Any) -> None:
@@ -110,9 +106,9 @@ class Fit:
         """The budgets that are left."""
         return self.lowered or self.budgets
 
-    def limited(self, nbytes: int) -> Budgets:
-        """The budgets that are left, with so many bytes of the device's memory."""
-        return replace(self.left, **{"ram" if self.device.type == "cpu" else "vram": nbytes})
+    def limited(self, nbytes: int, *, of_host: bool = False) -> Budgets:
+        """The budgets that are left, with so many bytes of the device's memory, or `of_host`."""
+        return replace(self.left, **{"ram" if of_host or self.device.type == "cpu" else "vram": nbytes})
 
 
 def _withheld(workload: Workload, stage: str, nbytes: int) -> Workload:
@@ -175,7 +171,7 @@ def rates_here(device: torch.device, pipe: Any, modules: Mapping[str, nn.Module]
         gc.collect()
         trim_heap()
         own = resident_memory() - weights
-    whole = sum(one.numel() * one.itemsize for module in pipe.modules().values() for one in module.parameters())
+    whole = nbytes(*(one for module in pipe.modules().values() for one in module.parameters()))
     steady = _steady((device.type, pipe.dtype, vocabulary), max(usual, own))
     return replace(rates, base=steady + compiled(pipe.dtype, whole))
 

@@ -207,9 +207,8 @@ class FittingMethods:
         """
         fit = self._fit
         assert fit is not None
-        while (plan := fit.smaller_on_host(stage) if of_host else fit.smaller(stage)) is not None:
-            fit.lowered = replace(fit.left, ram=plan.host_peak) if of_host else fit.limited(plan.peak)
-            fit.plan = plan
+        while (plan := fit.smaller(stage, of_host=of_host)) is not None:
+            fit.lowered, fit.plan = fit.limited(plan.host_peak if of_host else plan.peak, of_host=of_host), plan
             try:
                 self._put_to_work(plan)
             except Exception as error:

@@ -132,12 +132,6 @@ class Mapping(mmap.mmap):
         return torch.frombuffer(self, dtype=torch.uint8, count=1).data_ptr()
 
 
-def may_work_in_place(dtype: torch.dtype, offset: int) -> bool:
-    """Whether numbers that begin at `offset` of a file may be computed with there, and give the same result."""
-    is_wide = dtype.is_floating_point and dtype.itemsize >= 4
-    return offset % (16 if is_wide and _products_mind_places() else dtype.itemsize) == 0
-
-
 @cache
 def _products_mind_places() -> bool:
     """Whether float32 products sum in another order where a matrix does not begin at a multiple of 16 bytes.
@@ -164,6 +158,12 @@ class InFile:
     dtype: torch.dtype
     in_place: bool = True
 
+    @classmethod
+    def at(cls, offset: int, dtype: torch.dtype) -> InFile:
+        """That of numbers which begin at `offset`: in place only where they give the same result there."""
+        is_wide = dtype.is_floating_point and dtype.itemsize >= 4
+        return cls(dtype, offset % (16 if is_wide and _products_mind_places() else dtype.itemsize) == 0)
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -177,7 +177,7 @@ class Origin:
     @property
     def lying(self) -> InFile:
         """How they lie there."""
-        return InFile(self.dtype, may_work_in_place(self.dtype, self.offset))
+        return InFile.at(self.offset, self.dtype)
 
 
 class _Mappings:

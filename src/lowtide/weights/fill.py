@@ -2,7 +2,7 @@
 
 Where the dtype matches, on the CPU, a tensor is a view of the file's memory mapping: no bytes are copied, pages come in
 as they are touched, and a write stays private to the process. Numbers that would give another result where they lie are
-copied; see `lowtide.weights.files.may_work_in_place`.
+copied; see `lowtide.weights.files.InFile.at`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from lowtide.weights.files import CHUNK_BYTES, Origin, WeightFile, may_work_in_place, pieces, remember_origin
+from lowtide.weights.files import CHUNK_BYTES, InFile, Origin, WeightFile, pieces, remember_origin
 from lowtide.weights.index import CheckpointError, CheckpointIndex, TensorEntry
 from lowtide.weights.slots import Slot, slots
 
@@ -132,7 +132,7 @@ class _Reader:
     def load(self, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
         if entry.nbytes == 0 or self.device.type == "meta":
             return torch.empty(entry.shape, dtype=dtype, device=self.device)
-        if self.device.type == "cpu" and entry.dtype == dtype and may_work_in_place(dtype, entry.offset):
+        if self.device.type == "cpu" and InFile.at(entry.offset, entry.dtype) == InFile(dtype):
             return self._view(entry)
         return self._copy(entry, dtype)
 

@@ -36,12 +36,12 @@ def child(model: str, folder: str, size: dict[str, int], share: float, steps: in
     import torch
 
     import lowtide
-    from lowtide.memory.peaks import process_peak
-    from lowtide.memory.planner import Planner
-    from lowtide.memory.rates import machine_rates
+    from lowtide.fitting.budgets import AskedBudgets
+    from lowtide.fitting.checkpoints import plan_checkpoint
+    from lowtide.measuring.peaks import process_peak
     from lowtide.pipelines.base import DiffusionPipeline
-    from lowtide.pipelines.checkpoints import plan_checkpoint
-    from lowtide.pipelines.fit import AskedBudgets
+    from lowtide.planning.machine_rates import machine_rates
+    from lowtide.planning.planner import Planner
 
     dtype, variant = form_of(model)
     pipelines = {name: getattr(lowtide, name) for name in ("StableDiffusionPipeline", "CogVideoXPipeline")}

@@ -165,8 +165,8 @@ def some_steps(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from lowtide import CogVideoXTransformer3DModel
+    from lowtide.measuring.peaks import PeakSource, process_peak
     from lowtide.memory import attachment_of, steady_malloc
-    from lowtide.memory.peaks import PeakSource, process_peak
     from lowtide.models.video_positions import rotary_embedding
 
     torch.set_num_threads(options.threads)

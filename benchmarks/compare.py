@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lowtide.memory.host import processor_name_and_flags
+from lowtide.machine.host import processor_name_and_flags
 
 HERE = Path(__file__).parent
 LIBRARIES = ("lowtide", "diffusers")

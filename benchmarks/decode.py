@@ -92,7 +92,7 @@ def run(row: str, options: argparse.Namespace) -> dict[str, Any]:
     """One decode in this process."""
     import torch
 
-    from lowtide.memory.peaks import PeakSource
+    from lowtide.measuring.peaks import PeakSource
 
     torch.set_num_threads(options.threads)
     width, height = (int(side) for side in options.sizes[0].split("x"))

@@ -35,9 +35,9 @@ def child(model: str, folder: str, size: dict[str, int]) -> list[float]:
 
     import torch
 
-    from lowtide.memory.planner import Planner
-    from lowtide.memory.rates import machine_rates
     from lowtide.pipelines.base import DiffusionPipeline
+    from lowtide.planning.machine_rates import machine_rates
+    from lowtide.planning.planner import Planner
 
     cpu, (dtype, variant) = torch.device("cpu"), form_of(model)
     pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, variant=variant, ram="12GB", size=size)

@@ -87,10 +87,10 @@ def seconds(name: str, folder: str) -> list[float]:
     import torch
 
     import lowtide
-    from lowtide.memory.planner import Planner
-    from lowtide.memory.rates import machine_rates
-    from lowtide.pipelines.checkpoints import plan_checkpoint
-    from lowtide.pipelines.fit import AskedBudgets
+    from lowtide.fitting.budgets import AskedBudgets
+    from lowtide.fitting.checkpoints import plan_checkpoint
+    from lowtide.planning.machine_rates import machine_rates
+    from lowtide.planning.planner import Planner
 
     cpu, pipelines = torch.device("cpu"), {name: getattr(lowtide, name)}
     machine_rates(cpu, torch.bfloat16)

@@ -2,9 +2,9 @@
 
     python benchmarks/predictions.py [--quick] [--out benchmarks/results/predictions.md]
 
-The cases are those of tests/memory/prediction_cases.py: shipped and random weights, on the CPU, one thread. Measured is
-the peak of PyTorch's allocations from the profiler's events, weights not counted (under a plan they are mapped pages of
-a file). `--quick` leaves out the shapes of Stable Diffusion 1.5.
+The cases are those of tests/prediction/prediction_cases.py: shipped and random weights, on the CPU, one thread. The
+measured figure is the peak of PyTorch's allocations from the profiler's events, without weights (under a plan they are
+mapped pages of a file). `--quick` leaves out the shapes of Stable Diffusion 1.5.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowtide.bench.machine import this_machine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.memory.prediction_cases import Case, large_cases, quick_cases
+from tests.prediction.prediction_cases import Case, large_cases, quick_cases
 
 OUT = Path(__file__).parent / "results" / "predictions.md"
 

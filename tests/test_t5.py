@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from tests import tiny, tiny_video
 from tests.memory.cases import RULES
 
+from lowtide.casting.cast_weight import small_of
+from lowtide.casting.casting import NAMED_CASTINGS, Casting
 from lowtide.loading import LoadOptions, load_text_encoder, save_component, spec_of
-from lowtide.memory.forms import NAMED_CASTINGS, Casting
-from lowtide.memory.loading import offload_named
-from lowtide.memory.small import small_of
 from lowtide.models import tokenizers
 from lowtide.models.attention_backends import set_attention_backend, set_attention_slicing
+from lowtide.models.put_weights import offload_named
 from lowtide.models.tokenizers import load_tokenizer
 from lowtide.weights.fill import WeightsMismatchError
 from lowtide.weights.index import CheckpointError

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowtide.models.outputs import AutoencoderKLOutput, DecoderOutput
+from lowtide.models.model_outputs import AutoencoderKLOutput, DecoderOutput
 from lowtide.models.vae import AutoencoderKL
 from lowtide.models.vae_config import AutoencoderKLConfig
 from training.loop import Schedule, train

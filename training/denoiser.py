@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel
 
-from lowtide.models.outputs import DecoderOutput, UNet2DConditionOutput
+from lowtide.models.model_outputs import DecoderOutput, UNet2DConditionOutput
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.unet_config import UNet2DConditionConfig
 from lowtide.models.vae import AutoencoderKL
-from lowtide.schedulers.schedule import cumulative_alphas, training_betas
+from lowtide.schedulers.noise_schedule import cumulative_alphas, training_betas
 from training.loop import Schedule, train
 from training.text import WIDTH
 

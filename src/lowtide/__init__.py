@@ -9,11 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lowtide.activations.exact import apply_row_streaming, remove_row_streaming
-    from lowtide.memory.forms import Casting
-    from lowtide.memory.plan import BudgetError, Plan
+    from lowtide.activations.row_streaming import apply_row_streaming, remove_row_streaming
+    from lowtide.casting.casting import Casting
+    from lowtide.fitting.apply import fit
+    from lowtide.fitting.out_of_memory import OutOfMemoryError
     from lowtide.memory.presets import apply_residency
-    from lowtide.memory.shortage import OutOfMemoryError
     from lowtide.models.safety_checker import StableDiffusionSafetyChecker
     from lowtide.models.unet import UNet2DConditionModel
     from lowtide.models.vae import AutoencoderKL
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lowtide.models.video_vae import AutoencoderKLCogVideoX
     from lowtide.pipelines.base import DiffusionPipeline
     from lowtide.pipelines.cogvideox import CogVideoXPipeline
-    from lowtide.pipelines.fitting import fit
     from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
+    from lowtide.planning.plan import BudgetError, Plan
     from lowtide.schedulers import (
         CogVideoXDDIMScheduler,
         CogVideoXDPMScheduler,
@@ -65,11 +65,11 @@ __all__ = [
 _HOME = {
     "AutoencoderKL": "lowtide.models.vae",
     "AutoencoderKLCogVideoX": "lowtide.models.video_vae",
-    "BudgetError": "lowtide.memory.plan",
-    "Casting": "lowtide.memory.forms",
-    "OutOfMemoryError": "lowtide.memory.shortage",
-    "Plan": "lowtide.memory.plan",
-    "fit": "lowtide.pipelines.fitting",
+    "BudgetError": "lowtide.planning.plan",
+    "Casting": "lowtide.casting.casting",
+    "OutOfMemoryError": "lowtide.fitting.out_of_memory",
+    "Plan": "lowtide.planning.plan",
+    "fit": "lowtide.fitting.apply",
     "CogVideoXDDIMScheduler": "lowtide.schedulers",
     "CogVideoXDPMScheduler": "lowtide.schedulers",
     "CogVideoXPipeline": "lowtide.pipelines.cogvideox",
@@ -84,8 +84,8 @@ _HOME = {
     "UNet2DConditionModel": "lowtide.models.unet",
     "UniPCMultistepScheduler": "lowtide.schedulers",
     "apply_residency": "lowtide.memory",
-    "apply_row_streaming": "lowtide.activations.exact",
-    "remove_row_streaming": "lowtide.activations.exact",
+    "apply_row_streaming": "lowtide.activations.row_streaming",
+    "remove_row_streaming": "lowtide.activations.row_streaming",
 }
 
 

@@ -7,8 +7,9 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
+from lowtide.casting.apply_casting import apply_casting, casting_rule, remove_casting
 from lowtide.memory.attach import attach, detach
-from lowtide.memory.presets import apply_casting, casting_rule, group_rule, remove_casting, stream_for
+from lowtide.memory.presets import group_rule, stream_for
 
 
 def apply_group_offloading(
@@ -75,7 +76,7 @@ def apply_layerwise_casting(
     Relative errors of a product, whatever the size of the weights: e4m3fn scaled 2.6 %, int8 0.8 %; a plain e4m3fn
     cast has 2.7 % for weights of deviation 0.05, 11 % for 0.005, 56 % for 0.001.
     Modules whose name matches a pattern (`re.search`) of `skip_modules_pattern`, or that are of `skip_modules_classes`,
-    stay as they are with all inside them; "auto" means `lowtide.memory.forms.NEVER_CAST`. If both are None, every
+    stay as they are with all inside them; "auto" means `lowtide.memory.rule.NEVER_CAST`. If both are None, every
     module is cast. All that is not cast gets the `compute_dtype`. `non_blocking` is accepted and has no effect.
     `fp8_matmul` has linear layers multiply in fp8, their inputs rounded as well (3.7 % in all): for GPUs that do
     (compute capability 8.9 or more), with e4m3fn and bfloat16.

@@ -12,12 +12,12 @@ import torch
 import transformers
 from torch import nn
 
+from lowtide.casting.casting import Casting
 from lowtide.configs import read_json, write_json
 from lowtide.hub import Source, weight_patterns
-from lowtide.memory.forms import Casting
-from lowtide.memory.loading import Offload, put_weights, resting_state
 from lowtide.models.foreign import read_foreign_config, reading
 from lowtide.models.mixin import WEIGHTS_NAME, ModelMixin
+from lowtide.models.put_weights import Offload, put_weights, resting_state
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker, position_ids
 from lowtide.models.tokenizers import TOKENIZERS, load_tokenizer
 from lowtide.models.unet import UNet2DConditionModel

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowtide.pictures import whole_or_not
-from lowtide.videos import Frames, rgb_frames
+from lowtide.media.png import whole_or_not
+from lowtide.media.video_file import Frames, rgb_frames
 
 if TYPE_CHECKING:
     import av

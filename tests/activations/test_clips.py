@@ -13,11 +13,11 @@ from tests.memory.cases import RULES, all_at_rest, put
 from torch import nn
 
 from lowtide import apply_row_streaming
-from lowtide.activations.exact import row_streaming_of
-from lowtide.activations.frames import FrameCache, frame_batches
+from lowtide.activations.frame_cache import FrameCache, frame_batches
 from lowtide.activations.graph import Convolution
+from lowtide.activations.row_streaming import row_streaming_of
 from lowtide.memory import detach
-from lowtide.memory.forms import Tier
+from lowtide.memory.rule import Tier
 from lowtide.ops.convolution import conv3d
 from lowtide.ops.statistics import ChannelStatistics
 

@@ -12,7 +12,7 @@ from tests.activations.quality import psnr, worst
 from torch import nn
 
 from lowtide import apply_row_streaming, remove_row_streaming
-from lowtide.activations.exact import row_streaming_of
+from lowtide.activations.row_streaming import row_streaming_of
 from lowtide.activations.run import Run
 
 

@@ -14,10 +14,10 @@ from tests.activations.quality import psnr, worst
 from tests.memory.cases import RULES, all_at_rest, put
 
 from lowtide import apply_row_streaming, remove_row_streaming
-from lowtide.activations import exact
-from lowtide.activations.exact import RowSettings, RowStreaming, row_streaming_of
+from lowtide.activations import row_streaming
+from lowtide.activations.row_streaming import RowSettings, RowStreaming, row_streaming_of
 from lowtide.memory import detach
-from lowtide.memory.forms import Tier
+from lowtide.memory.rule import Tier
 from lowtide.ops.statistics import ChannelStatistics
 
 LEAST_PSNR, MOST_ERROR = 120, 1e-4
@@ -105,7 +105,7 @@ def test_a_missing_halo_would_be_seen(monkeypatch):
     """Negative control: the last row that is read for a band is zeros."""
     module, x = part_and_input("sd1", "decoder")
     whole = module(x)
-    monkeypatch.setattr(exact.Run, "_read", _without_last_row(exact.Run._read))
+    monkeypatch.setattr(row_streaming.Run, "_read", _without_last_row(row_streaming.Run._read))
     assert psnr(streamed(module, x, work=10_000), whole) < LEAST_PSNR / 2
 
 
@@ -205,10 +205,10 @@ def test_nothing_is_left_behind(tmp_path):
 
 def test_a_full_disk_is_told_before_the_work(monkeypatch, tmp_path):
     module, x = part_and_input("sd1", "decoder")
-    monkeypatch.setattr(exact.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1000))
+    monkeypatch.setattr(row_streaming.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1000))
     apply_row_streaming(module, rows="disk", folder=str(tmp_path))
     calls = []
-    monkeypatch.setattr(exact.Run, "__call__", lambda *_: calls.append(1))
+    monkeypatch.setattr(row_streaming.Run, "__call__", lambda *_: calls.append(1))
     with pytest.raises(OSError, match=r"do not fit in .*free: 1000 B.*another folder"):
         module(x)
     assert calls == []

@@ -5,13 +5,13 @@ import os
 import sys
 
 import pytest
-from tests.bench import made
+from tests.bench import samples
 
 from lowtide.bench import children
 from lowtide.bench.runs import Job
 
 HALF = Job("half", "lowtide")
-ANSWER = {"reading": {**vars(made.reading())}}
+ANSWER = {"reading": {**vars(samples.reading())}}
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def outcome(monkeypatch, tmp_path):
 
     def of(code, **changes):
         monkeypatch.setattr(children, "command", lambda: [sys.executable, "-c", code])
-        found = children.run_apart(made.options(out=tmp_path, **changes), HALF)
+        found = children.run_apart(samples.options(out=tmp_path, **changes), HALF)
         assert list(tmp_path.iterdir()) == []
         return found
 
@@ -33,7 +33,7 @@ def saying(answer):
 
 def test_an_answer_is_found_among_other_output(outcome):
     code = f"print('loading', end=''); print(); {saying(ANSWER)}; print('bye lowtide_run {{')"
-    assert outcome(code) == (made.reading(), None)
+    assert outcome(code) == (samples.reading(), None)
 
 
 def test_the_process_gets_its_orders_and_an_empty_folder(outcome):
@@ -42,7 +42,7 @@ def test_the_process_gets_its_orders_and_an_empty_folder(outcome):
         "assert (spec['technique'], spec['dtype'], os.environ['CUDA_VISIBLE_DEVICES']) == ('half', 'bfloat16', '')\n"
         f"{saying(ANSWER)}"
     )
-    assert outcome(code) == (made.reading(), None)
+    assert outcome(code) == (samples.reading(), None)
 
 
 def test_an_error_is_told_by_its_first_line(outcome):

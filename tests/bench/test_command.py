@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from tests import tiny
-from tests.bench import made
+from tests.bench import samples
 from typer.testing import CliRunner
 
 from lowtide.bench import children, plot
@@ -34,7 +34,7 @@ def stand_in(monkeypatch, tmp_path):
 
         def __call__(self, options, job):
             self.calls = (*self.calls, (options, job))
-            found = self.outcomes.get((job.technique, job.library), made.reading(2.0))
+            found = self.outcomes.get((job.technique, job.library), samples.reading(2.0))
             if isinstance(found, BaseException):
                 raise found
             return (None, found) if isinstance(found, str) else (found, None)
@@ -106,7 +106,7 @@ def test_ctrl_c_before_anything_writes_nothing(stand_in):
 
 
 def test_json_is_there_after_each_round(stand_in, monkeypatch):
-    stand_in.outcomes["half", "lowtide"] = made.reading()
+    stand_in.outcomes["half", "lowtide"] = samples.reading()
     seen = []
     call = type(stand_in).__call__
 
@@ -218,7 +218,7 @@ def test_two_rows_of_a_real_model_each_in_a_fresh_process(model, tmp_path):
 @pytest.mark.parity
 def test_the_peer_in_a_process_of_its_own(model, tmp_path):
     pytest.importorskip("diffusers")
-    options = made.options(("model-offload",), model=model, peer="diffusers", out=tmp_path)
+    options = samples.options(("model-offload",), model=model, peer="diffusers", out=tmp_path)
     found, failure = children.run_apart(options, Job("model-offload", "diffusers"))
     assert found is None
     assert failure.startswith("RuntimeError: ")

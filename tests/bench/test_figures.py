@@ -5,7 +5,7 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.bench import made
+from tests.bench import samples
 
 from lowtide.bench.figures import ratio, same_pictures, summaries, undominated
 from lowtide.bench.labels import Box, placed
@@ -16,23 +16,23 @@ HALF = Job("half", "lowtide")
 
 
 def test_the_median_latency_and_the_largest_peak_of_all_rounds():
-    runs = [made.run("half", made.reading(seconds, peak)) for seconds, peak in ((3.0, 5), (1.0, 7), (2.0, 6))]
+    runs = [samples.run("half", samples.reading(seconds, peak)) for seconds, peak in ((3.0, 5), (1.0, 7), (2.0, 6))]
     summary = summaries(runs)[HALF]
     assert (summary.latency, summary.peak, summary.failure) == (2.0, 7, None)
     assert summary.latencies() == [3.0, 1.0, 2.0]
 
 
 def test_a_failed_run_leaves_the_readings_before_it():
-    summary = summaries([made.run("half", made.reading(3.0)), made.run("half", "lost", 2)])[HALF]
+    summary = summaries([samples.run("half", samples.reading(3.0)), samples.run("half", "lost", 2)])[HALF]
     assert (summary.latency, summary.failure) == (3.0, "lost")
-    summary = summaries([made.run("half", "lost")])[HALF]
+    summary = summaries([samples.run("half", "lost")])[HALF]
     assert (summary.latency, summary.peak, summary.failure) == (None, None, "lost")
 
 
 def test_a_gpus_memory_goes_before_the_hosts():
-    assert made.reading(peak=5).peak == 5
-    assert made.reading(peak=5, cuda_allocated=3).peak == 3
-    assert summaries([made.run("half", made.reading(peak=None))])[HALF].peak is None
+    assert samples.reading(peak=5).peak == 5
+    assert samples.reading(peak=5, cuda_allocated=3).peak == 3
+    assert summaries([samples.run("half", samples.reading(peak=None))])[HALF].peak is None
 
 
 @pytest.mark.parametrize(("one", "other", "found"), [(3, 2, 1.5), (None, 2, None), (3, None, None), (3, 0, None)])
@@ -59,12 +59,12 @@ def test_every_other_point_is_beaten_by_one_of_the_chosen(points):
 def test_equal_pictures_are_those_of_all_runs_of_one_library():
     found = summaries(
         [
-            made.run("half", made.reading(checksum="a")),
-            made.run("vae-slicing", made.reading(checksum="a")),
-            made.run("attention", made.reading(checksum="a")),
-            made.run("attention", made.reading(checksum="b"), 2),
-            made.run("traced", "lost"),
-            made.run("half", made.reading(checksum="a"), library="diffusers"),
+            samples.run("half", samples.reading(checksum="a")),
+            samples.run("vae-slicing", samples.reading(checksum="a")),
+            samples.run("attention", samples.reading(checksum="a")),
+            samples.run("attention", samples.reading(checksum="b"), 2),
+            samples.run("traced", "lost"),
+            samples.run("half", samples.reading(checksum="a"), library="diffusers"),
         ]
     )
     assert same_pictures(found, HALF) == [Job("vae-slicing", "lowtide")]
@@ -72,7 +72,7 @@ def test_equal_pictures_are_those_of_all_runs_of_one_library():
 
 
 def test_runs_take_turns_and_a_failed_one_is_not_tried_again():
-    jobs = made.options(("half", "traced", "vae-exact"), peer="diffusers").jobs()
+    jobs = samples.options(("half", "traced", "vae-exact"), peer="diffusers").jobs()
     assert [(job.technique, job.library) for job in jobs] == [
         ("half", "lowtide"),
         ("half", "diffusers"),
@@ -84,7 +84,7 @@ def test_runs_take_turns_and_a_failed_one_is_not_tried_again():
 
     def run_one(job):
         events.append(job)
-        return (None, "lost") if job == Job("traced", "diffusers") else (made.reading(), None)
+        return (None, "lost") if job == Job("traced", "diffusers") else (samples.reading(), None)
 
     runs = list(in_turn(jobs, 2, run_one, lambda: events.append("end")))
     again = [job for job in jobs if job != Job("traced", "diffusers")]
@@ -93,7 +93,7 @@ def test_runs_take_turns_and_a_failed_one_is_not_tried_again():
 
 
 def test_only_the_original_is_in_float32():
-    options = made.options()
+    options = samples.options()
     assert options.spec(Job("original", "lowtide"), "x").dtype == "float32"
     others = [name for name in TECHNIQUES if name != "original"]
     assert {options.spec(Job(name, "lowtide"), "x").dtype for name in others} == {"bfloat16"}

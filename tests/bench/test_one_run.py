@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from tests import tiny
-from tests.bench import made
+from tests.bench import samples
 
 from lowtide.bench import one_run
 from lowtide.bench.children import ANSWER
@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def spec(model, tmp_path):
-    return lambda technique, library="lowtide", **changes: made.options(model=model, **changes).spec(
+    return lambda technique, library="lowtide", **changes: samples.options(model=model, **changes).spec(
         Job(technique, library), str(tmp_path)
     )
 
@@ -50,7 +50,7 @@ def gradients():
 
 @pytest.fixture(scope="module")
 def half(model, tmp_path_factory):
-    orders = made.options(model=model).spec(Job("half", "lowtide"), str(tmp_path_factory.mktemp("half")))
+    orders = samples.options(model=model).spec(Job("half", "lowtide"), str(tmp_path_factory.mktemp("half")))
     return one_run.measured(orders)
 
 

@@ -10,16 +10,19 @@ from typer.testing import CliRunner
 from lowtide.cli import diagnosis
 from lowtide.cli.app import app
 from lowtide.cli.diagnosis import Gpu, Processor
-from lowtide.memory import probes, rates
+from lowtide.machine import disk_and_link
+from lowtide.planning import machine_rates
 
 
 @pytest.fixture
 def small_probes(monkeypatch):
-    monkeypatch.setattr(probes, "_COPY_BYTES", 2**20)
-    monkeypatch.setattr(probes, "_FILE_BYTES", 2**20)
-    monkeypatch.setattr(probes, "_CHUNK", 2**18)
-    monkeypatch.setattr(probes, "matmul_rate", lambda dtype, size: 1e11)
-    monkeypatch.setattr(rates, "machine_rates", lambda *_, refresh: replace(rates.assumed_rates(), assumed=not refresh))
+    monkeypatch.setattr(disk_and_link, "_COPY_BYTES", 2**20)
+    monkeypatch.setattr(disk_and_link, "_FILE_BYTES", 2**20)
+    monkeypatch.setattr(disk_and_link, "_CHUNK", 2**18)
+    monkeypatch.setattr(disk_and_link, "matmul_rate", lambda dtype, size: 1e11)
+    monkeypatch.setattr(
+        machine_rates, "machine_rates", lambda *_, refresh: replace(machine_rates.assumed_rates(), assumed=not refresh)
+    )
 
 
 def doctor(*arguments):
@@ -100,7 +103,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_noticed(monkeypatch):
 def test_a_file_still_in_memory_is_told(tmp_path, monkeypatch):
     if not hasattr(os, "posix_fadvise"):
         pytest.skip("needs posix_fadvise")
-    monkeypatch.setattr(probes.os, "posix_fadvise", lambda *_: None)
-    assert "still in memory" in probes.disk_read_rate(tmp_path).note
-    monkeypatch.delattr(probes.os, "posix_fadvise")
-    assert probes.disk_read_rate(tmp_path).read is None
+    monkeypatch.setattr(disk_and_link.os, "posix_fadvise", lambda *_: None)
+    assert "still in memory" in disk_and_link.disk_read_rate(tmp_path).note
+    monkeypatch.delattr(disk_and_link.os, "posix_fadvise")
+    assert disk_and_link.disk_read_rate(tmp_path).read is None

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from lowtide.cli import generate as command
 from lowtide.cli import request as requests
 from lowtide.cli.app import app
-from lowtide.pictures import PngWriter
+from lowtide.media.png import PngWriter
 from lowtide.stages import Stages
 
 PROMPT = "a red sailboat at sunset"

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from tests import plans
+from tests.planning import plans
 
-from lowtide.cli.budgets import Allow, Budget, budget_from
+from lowtide.cli.budget_options import Allow, Budget, budget_from
 from lowtide.cli.errors import InputError
 from lowtide.cli.live import Sources, StepLines
 from lowtide.progress import ProgressBar

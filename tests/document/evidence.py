@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from lowtide.casting.cast_leaf import leaves
 from lowtide.memory.attach import attachment_of
-from lowtide.memory.casting import leaves
 
 
 def of_this_tree() -> None:

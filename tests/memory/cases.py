@@ -12,9 +12,9 @@ from tests import tiny
 from torch import nn
 
 from lowtide.memory.attach import Attachment, attach
-from lowtide.memory.forms import Level, Rule, Tier
+from lowtide.memory.placeholder import AtRest
+from lowtide.memory.rule import Level, Rule, Tier
 from lowtide.memory.stream import Stream
-from lowtide.memory.weight import AtRest
 
 CPU = torch.device("cpu")
 

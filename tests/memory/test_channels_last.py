@@ -102,7 +102,7 @@ class Wide(ModelMixin):
 
 @pytest.mark.slow
 def test_no_second_copy(tmp_path):
-    from lowtide.memory.loading import put_weights
+    from lowtide.models.put_weights import put_weights
     from lowtide.weights.index import find_weights
     from lowtide.weights.save import save_tensors
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from lowtide.casting.apply_casting import apply_casting
+from lowtide.casting.casting import Casting
 from lowtide.memory import cuda, detach
 from lowtide.memory.attach import attach
-from lowtide.memory.forms import Casting, Level, Rule, Tier
-from lowtide.memory.presets import apply_casting, apply_residency, stream_for
+from lowtide.memory.bounds import aligned
+from lowtide.memory.presets import apply_residency, stream_for
+from lowtide.memory.rule import Level, Rule, Tier
 from lowtide.memory.store import HostRest
-from lowtide.memory.unit import aligned
 from lowtide.ops.quantization import FP8_CAPABILITY
 
 

@@ -11,7 +11,7 @@ import torch
 from tests.memory.cases import CASES, DTYPES, RULES, Case, all_at_rest, own_bound, plain, put, total
 
 from lowtide.memory import Rule, apply_residency, attachment_of, detach
-from lowtide.memory.forms import Level, Tier
+from lowtide.memory.rule import Level, Tier
 
 
 def check(case: Case, name: str, dtype: str, rule: Rule, *, zero_copy: bool = True) -> None:

@@ -20,10 +20,10 @@ from tests.memory.cases import CASES, CPU, RULES, Toy, all_at_rest, plain, put
 from lowtide import UNet2DConditionModel
 from lowtide.memory import Attachment, Rule, apply_residency, attachment_of, detach
 from lowtide.memory.attach import attach
-from lowtide.memory.forms import Level, Tier
+from lowtide.memory.placeholder import AtRest
+from lowtide.memory.rule import Level, Tier
 from lowtide.memory.store import DiskRest
 from lowtide.memory.stream import Stream
-from lowtide.memory.weight import AtRest
 from lowtide.weights import files
 from lowtide.weights.index import CheckpointError
 

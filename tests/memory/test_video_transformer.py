@@ -9,9 +9,9 @@ import torch
 from tests import tiny
 from tests.memory.cases import RULES, put
 
+from lowtide.casting.apply_casting import apply_casting, named_casting
+from lowtide.casting.casting import Casting
 from lowtide.memory import attachment_of
-from lowtide.memory.forms import Casting
-from lowtide.memory.presets import apply_casting, named_casting
 from lowtide.models import video_layers
 from lowtide.models.video_transformer import CogVideoXTransformer3DModel
 

@@ -7,7 +7,7 @@ from tests import tiny
 from tests.memory.cases import RULES, put
 from torch.profiler import ProfilerActivity, profile
 
-from lowtide.memory.presets import apply_casting, named_casting
+from lowtide.casting.apply_casting import apply_casting, named_casting
 from lowtide.models import video_layers
 from lowtide.models.video_layers import GROUP, VideoFeedForward
 
@@ -189,7 +189,7 @@ def test_weights_come_once_a_call_under_every_rule(rule):
 @pytest.mark.parametrize("casting", ["fp8", "int8"])
 @torch.no_grad()
 def test_cast_weights_are_dequantized_once_a_call(casting, monkeypatch):
-    from lowtide.memory.small import CastWeight
+    from lowtide.casting.cast_weight import CastWeight
 
     model, inputs = tiny.video_transformer(), tiny.video_inputs()
     model.enable_forward_chunking()

@@ -11,7 +11,7 @@ import torch
 from tests import tiny
 from torch import nn
 
-from lowtide.memory.casting import leaves
+from lowtide.casting.cast_leaf import leaves
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 

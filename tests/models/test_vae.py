@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests import tiny
 
-from lowtide.models.outputs import DiagonalGaussianDistribution
+from lowtide.models.model_outputs import DiagonalGaussianDistribution
 from lowtide.models.vae import AutoencoderKL
 
 

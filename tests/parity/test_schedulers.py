@@ -16,7 +16,7 @@ from tests.schedulers.trajectories import (
     worst_difference,
 )
 
-from lowtide.schedulers import SCHEDULERS, schedule
+from lowtide.schedulers import SCHEDULERS, noise_schedule
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = [
@@ -185,9 +185,9 @@ def test_cogvideox_dpm_comparison_sees_a_single_draw(monkeypatch):
 def test_cogvideox_comparison_sees_the_order_of_shift_and_rescaling(name):
     """Negative control: the schedule is shifted first, then stretched to end in pure noise."""
     ours, theirs = pair(name, {**COGVIDEOX_5B, "snr_shift_scale": 3.0})
-    stretched = schedule.stretch_to_zero_snr(pair(name, {"snr_shift_scale": 1.0})[0].alphas_cumprod)
+    stretched = noise_schedule.stretch_to_zero_snr(pair(name, {"snr_shift_scale": 1.0})[0].alphas_cumprod)
     assert worst_difference([ours.alphas_cumprod], [theirs.alphas_cumprod]) <= TOLERANCE
-    assert worst_difference([schedule.shift_snr(stretched, 3.0)], [theirs.alphas_cumprod]) > 1e-4
+    assert worst_difference([noise_schedule.shift_snr(stretched, 3.0)], [theirs.alphas_cumprod]) > 1e-4
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

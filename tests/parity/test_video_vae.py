@@ -11,8 +11,8 @@ from tests import tiny
 from tests.activations import clips
 from tests.parity import pairs
 
-from lowtide.activations import frames
-from lowtide.activations.frames import FrameCache, only_batch
+from lowtide.activations import frame_cache
+from lowtide.activations.frame_cache import FrameCache, only_batch
 from lowtide.models import video_vae_layers
 from lowtide.models.video_vae import AutoencoderKLCogVideoX
 
@@ -161,7 +161,7 @@ def forgetful():
 def rest_at_the_end():
     """The frames that are left over make a batch of their own at the end."""
     batches = lambda frames, size: (slice(at, min(at + size, frames)) for at in range(0, frames, size))  # noqa: E731
-    return pairs.changed(frames, "frame_batches", batches)
+    return pairs.changed(frame_cache, "frame_batches", batches)
 
 
 def first_frame_like_the_others():

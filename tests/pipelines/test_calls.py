@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from tests import tiny
 
-from lowtide.pipelines.outputs import StableDiffusionPipelineOutput
+from lowtide.pipelines.pipeline_outputs import StableDiffusionPipelineOutput
 
 
 @pytest.fixture(scope="module")

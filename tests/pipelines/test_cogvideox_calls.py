@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from tests import tiny, tiny_video
 
-from lowtide.activations.frames import frames_made
+from lowtide.activations.frame_cache import frames_made
 from lowtide.pipelines.cogvideox import dynamic_guidance
-from lowtide.pipelines.outputs import CogVideoXPipelineOutput
+from lowtide.pipelines.pipeline_outputs import CogVideoXPipelineOutput
 
 SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")
 

@@ -7,9 +7,9 @@ import torch
 from tests import tiny, tiny_video
 from torch import nn
 
+from lowtide.casting.cast_leaf import leaves
 from lowtide.hooks import apply_group_offloading, apply_layerwise_casting
 from lowtide.memory.attach import attachment_of
-from lowtide.memory.casting import leaves
 from lowtide.pipelines.cogvideox import CogVideoXPipeline
 
 KINDS = list(tiny_video.TRANSFORMERS)

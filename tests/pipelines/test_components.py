@@ -8,7 +8,7 @@ import torch
 from tests import tiny
 from torch import nn
 
-from lowtide.models.outputs import UNet2DConditionOutput
+from lowtide.models.model_outputs import UNet2DConditionOutput
 from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
 from lowtide.schedulers import DDIMScheduler
 

@@ -9,7 +9,7 @@ from tests.schedulers.trajectories import ALWAYS_DRAWS, COGVIDEOX_5B, SD15, SHAP
 
 from lowtide.schedulers import SCHEDULERS, SHORT_NAMES, Scheduler, draw_noise
 from lowtide.schedulers.ddim import DDIMConfig, DDIMScheduler
-from lowtide.schedulers.schedule import rescale_to_zero_snr, training_betas
+from lowtide.schedulers.noise_schedule import rescale_to_zero_snr, training_betas
 from lowtide.schedulers.unipc import UniPCMultistepConfig, UniPCMultistepScheduler
 
 DDIM, PNDM, UNIPC, EULER, DPM, COG_DDIM, COG_DPM = SCHEDULERS

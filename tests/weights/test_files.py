@@ -10,9 +10,10 @@ import pytest
 import torch
 from tests.safetensors_at import save_at
 
-from lowtide.weights.files import SpillFile, WeightFile, bring_in, let_go, origin_of, read
+from lowtide.weights.files import SpillFile, WeightFile, bring_in, let_go, read
 from lowtide.weights.fill import load_tensors
 from lowtide.weights.index import CheckpointError, read_index
+from lowtide.weights.provenance import origin_of
 
 
 @pytest.fixture

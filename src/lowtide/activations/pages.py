@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from lowtide.activations.graph import Span
-from lowtide.ops.meant import meant_type
+from lowtide.ops.meta_device import meant_type
 from lowtide.weights.files import SpillFile
 
 PAGES_IN_BLOCK = 40

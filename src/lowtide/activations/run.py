@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lowtide.activations.frames import FrameCache
+from lowtide.activations.frame_cache import FrameCache
 from lowtide.activations.graph import Attend, GroupNorm, Local, Span, Value, inside, is_map
 from lowtide.activations.pages import Pages, RowStore
-from lowtide.activations.schedule import Pass, Schedule, attended, freed, overwritten
-from lowtide.memory.host import trim_heap
+from lowtide.activations.passes import Pass, Schedule, attended, freed, overwritten
+from lowtide.machine.heap import trim_heap
 from lowtide.ops.attention import OnlineSoftmax
 from lowtide.ops.convolution import channels_last
-from lowtide.ops.meant import standing_for
+from lowtide.ops.meta_device import standing_for
 from lowtide.ops.statistics import ChannelStatistics
 
 RowSink = Callable[[int, torch.Tensor], None]

@@ -1,7 +1,7 @@
 """Blended tiles, as the diffusion community knows them: less memory, and another picture than the whole one's.
 
 Every tile is computed alone, with the statistics of its own norms, and overlaps are cross-faded. Where the picture must
-be the whole network's, use row streaming (`lowtide.activations.exact`).
+be the whole network's, use row streaming (`lowtide.activations.row_streaming`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 
-from lowtide.memory.host import host_memory, processor_name_and_flags, usable_cpus
+from lowtide.machine.host import host_memory, processor_name_and_flags, usable_cpus
 
 
 @dataclass(frozen=True)

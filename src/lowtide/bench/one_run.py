@@ -18,8 +18,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lowtide.bench.children import ANSWER
+from lowtide.bench.context import Context
 from lowtide.bench.runs import Reading, Spec
-from lowtide.bench.techniques import TECHNIQUES, Context
+from lowtide.bench.techniques import TECHNIQUES
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ def measured(spec: Spec) -> Reading:
     """Load, apply the technique, call once to warm up, then time one call of the whole pipeline."""
     import torch
 
-    from lowtide.memory.peaks import process_peak
+    from lowtide.measuring.peaks import process_peak
 
     device = torch.device(spec.device)
     library = importlib.import_module(spec.library)

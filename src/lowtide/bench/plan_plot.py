@@ -7,9 +7,21 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowtide.bench.look import BLUE, FONT, GREEN, GREY, ORANGE, RED, name_spans, new_figure, save, set_grid, set_log
-from lowtide.memory.brief import asked_in_words, seconds_in_words
-from lowtide.memory.plan import Plan, StagePlan
+from lowtide.bench.plot_style import (
+    BLUE,
+    FONT,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    name_spans,
+    new_figure,
+    save,
+    set_grid,
+    set_log,
+)
+from lowtide.planning.explain import asked_in_words, seconds_in_words
+from lowtide.planning.plan import Plan, StagePlan
 from lowtide.sizes import format_decimal
 
 if TYPE_CHECKING:

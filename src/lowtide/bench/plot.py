@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lowtide.bench.figures import undominated
 from lowtide.bench.labels import Box, placed
-from lowtide.bench.report import Report, title
+from lowtide.bench.table_report import Report, title
 from lowtide.bench.techniques import OURS, TECHNIQUES
 
 if TYPE_CHECKING:

@@ -13,23 +13,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowtide.bench.context import Context
+
 if TYPE_CHECKING:
-    import torch
+    pass
 
 OURS = "lowtide"
 ORIGINAL = "original"
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a technique may need to know: where and in what to compute, the pictures' pixels, an empty folder."""
-
-    device: torch.device
-    dtype: torch.dtype
-    width: int
-    height: int
-    batch: int
-    folder: str
 
 
 Apply = Callable[[Any, ModuleType, Context], None]
@@ -61,7 +51,7 @@ def _channels_last(pipe: Any, library: ModuleType, context: Context) -> None:
 
 
 def _traced(pipe: Any, library: ModuleType, context: Context) -> None:
-    from lowtide.bench.tracing import TracedUNet, example_inputs
+    from lowtide.bench.traced_unet import TracedUNet, example_inputs
 
     _channels_last(pipe, library, context)
     pipe.unet = TracedUNet(pipe.unet, example_inputs(pipe, context))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowtide.bench.look import BLUE, FONT, GREY, ORANGE, RED, name_spans, new_figure, save, set_grid
 from lowtide.bench.plan_plot import budget_of
-from lowtide.memory.plan import Plan
-from lowtide.memory.timeline import StageMark, Timeline
+from lowtide.bench.plot_style import BLUE, FONT, GREY, ORANGE, RED, name_spans, new_figure, save, set_grid
+from lowtide.measuring.timeline import StageMark, Timeline
+from lowtide.planning.plan import Plan
 from lowtide.sizes import format_decimal
 
 if TYPE_CHECKING:

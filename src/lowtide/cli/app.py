@@ -12,7 +12,7 @@ from lowtide.cli import bench
 from lowtide.cli.doctor import doctor
 from lowtide.cli.errors import tell
 from lowtide.cli.generate import generate
-from lowtide.cli.plan import plan
+from lowtide.cli.plan_command import plan
 
 app = typer.Typer(
     name="lowtide",

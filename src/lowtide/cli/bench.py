@@ -21,8 +21,8 @@ from lowtide.cli.request import check_device, check_prompt, check_steps, parse_s
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from lowtide.bench.report import Report
     from lowtide.bench.runs import Job, Options, Outcome
+    from lowtide.bench.table_report import Report
 
 PROMPT = "a photo of an astronaut riding a horse on mars"
 
@@ -151,7 +151,7 @@ def resolve_half(name: Half, device_type: str) -> str:
 def run(options: Options) -> None:
     """Measure, then print and write; Ctrl-C ends the measuring and keeps what is there."""
     from lowtide.bench.machine import this_machine
-    from lowtide.bench.report import Report
+    from lowtide.bench.table_report import Report
 
     report = Report(options, f"lowtide {shlex.join(sys.argv[1:])}", this_machine())
     stopped = False
@@ -204,8 +204,8 @@ def _picture_size(model: str, variant: str | None, size: tuple[int, int] | None)
 def _measure(report: Report) -> None:
     """Run all jobs in turn; `table.json` is written after each round."""
     from lowtide.bench.children import run_apart
-    from lowtide.bench.report import write_json
     from lowtide.bench.runs import in_turn
+    from lowtide.bench.table_report import write_json
 
     options = report.options
     jobs = options.jobs()
@@ -249,7 +249,7 @@ def _progress() -> Progress:
 def _finish(report: Report, *, complete: bool) -> None:
     """Print the table on stdout and write the files; the paths go to stderr."""
     from lowtide.bench.plot import draw_plot
-    from lowtide.bench.report import write_json, write_markdown
+    from lowtide.bench.table_report import write_json, write_markdown
 
     paths = [write_json(report, complete=complete), write_markdown(report)]
     _print(report)
@@ -263,7 +263,7 @@ def _finish(report: Report, *, complete: bool) -> None:
 def _print(report: Report) -> None:
     from rich.console import Console
 
-    from lowtide.bench.report import markdown_table, rich_tables, title
+    from lowtide.bench.table_report import markdown_table, rich_tables, title
 
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lowtide
-from lowtide.memory import probes
+from lowtide.machine import disk_and_link
 
 if TYPE_CHECKING:
-    from lowtide.memory.costs import Rates
+    from lowtide.planning.rates import Rates
 
 _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "pillow")
 # Optional package -> what it is for.
@@ -73,11 +73,11 @@ class Disk:
 
 @dataclass(frozen=True)
 class Planning:
-    """What plans are made with: the rates in the dtype to use here, and the folder that they are kept in."""
+    """What plans are made with: the rates in the dtype to use here, and the folder that keeps them, if any."""
 
     dtype: str
     rates: Rates
-    kept_in: str
+    kept_in: str | None
 
 
 @dataclass(frozen=True)
@@ -129,19 +129,19 @@ def _version(package: str) -> str | None:
 def _processor() -> Processor:
     import torch
 
-    from lowtide.memory.host import processor_name_and_flags, usable_cpus
+    from lowtide.machine.host import processor_name_and_flags, usable_cpus
 
     sizes = {torch.float32: 1024, torch.bfloat16: 1024, torch.float16: 256}
-    rates = {str(dtype).removeprefix("torch."): probes.matmul_rate(dtype, size) for dtype, size in sizes.items()}
+    rates = {str(dtype).removeprefix("torch."): disk_and_link.matmul_rate(dtype, size) for dtype, size in sizes.items()}
     name, flags = processor_name_and_flags()
     return Processor(name, usable_cpus(), tuple(feature for feature in _CPU_FEATURES if feature in flags), rates)
 
 
 def _memory() -> Memory:
-    from lowtide.memory.host import host_memory
+    from lowtide.machine.host import host_memory
 
     host = host_memory()
-    return Memory(host.total, host.available, host.limited, probes.memory_copy_rate())
+    return Memory(host.total, host.available, host.limited, disk_and_link.memory_copy_rate())
 
 
 def _gpus() -> tuple[Gpu, ...]:
@@ -156,7 +156,7 @@ def _gpu(index: int) -> Gpu:
     major, minor = torch.cuda.get_device_capability(index)
     free, total = torch.cuda.mem_get_info(index)
     name = torch.cuda.get_device_name(index)
-    return Gpu(index, name, f"{major}.{minor}", total, free, *probes.link_rates(index))
+    return Gpu(index, name, f"{major}.{minor}", total, free, *disk_and_link.link_rates(index))
 
 
 def _disk(folder: Path) -> Disk:
@@ -164,23 +164,25 @@ def _disk(folder: Path) -> Disk:
 
     free = shutil.disk_usage(folder).free
     if not os.access(folder, os.W_OK):
-        rate = probes.DiskRate(None, "not measured: cannot write here")
+        rate = disk_and_link.DiskRate(None, "not measured: cannot write here")
     elif free < 2**30:
-        rate = probes.DiskRate(None, "not measured: less than 1 GiB is free")
+        rate = disk_and_link.DiskRate(None, "not measured: less than 1 GiB is free")
     else:
-        rate = probes.disk_read_rate(folder)
+        rate = disk_and_link.disk_read_rate(folder)
     return Disk(str(folder.resolve()), free, rate.read, rate.note, constants.HF_HUB_CACHE)
 
 
 def _planning(processor: Processor, gpus: tuple[Gpu, ...], *, refresh: bool) -> Planning:
     import torch
 
-    from lowtide.memory.rates import cache_folder, machine_rates
+    from lowtide.machine.figure_cache import cache_folder
+    from lowtide.planning.machine_rates import machine_rates
 
     on_cpu = "bfloat16" if processor.matmul["bfloat16"] >= processor.matmul["float32"] else "float32"
     device, dtype = ("cuda:0", "float16") if gpus else ("cpu", on_cpu)
     rates = machine_rates(device, getattr(torch, dtype), refresh=refresh)
-    return Planning(dtype, rates, str(cache_folder()))
+    folder = cache_folder()
+    return Planning(dtype, rates, None if folder is None else str(folder))
 
 
 def _dtype_advice(processor: Processor, gpus: tuple[Gpu, ...]) -> str:

@@ -126,7 +126,7 @@ def _planning_rows(planning: Planning) -> Rows:
         (planning.dtype, f"{computing} GFLOP/s, other {_rate(rates.touched)}"),
         ("weights", f"{weights}, from 8 bits {_rate(rates.dequantized)}"),
         ("process itself", format_bytes(rates.base)),
-        ("kept in", f"{planning.kept_in}; measured anew with --refresh"),
+        ("kept in", f"{planning.kept_in or 'no file, since there is no home folder'}; measured anew with --refresh"),
     ]
 
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from lowtide.cli.errors import tell
 from lowtide.cli.live import Sources, StepLines
 from lowtide.cli.request import sides
-from lowtide.memory.flow import FlowMeter, ledgers_of, total_flow
-from lowtide.memory.peaks import cuda_allocated, resident_memory
+from lowtide.measuring.peaks import cuda_allocated, resident_memory
+from lowtide.measuring.transfers import FlowMeter, ledgers_of, total_flow
 from lowtide.progress import ProgressBar
 
 if TYPE_CHECKING:
     from lowtide.cli.request import Request
-    from lowtide.memory.meter import Meter
-    from lowtide.memory.plan import Plan
+    from lowtide.measuring.meter import Meter
+    from lowtide.planning.plan import Plan
     from lowtide.stages import StageObserver
 
 
@@ -41,7 +41,7 @@ class FittedRun:
         """Print on stderr what the run took beside what its plan said."""
         from rich.console import Console
 
-        from lowtide.memory.report import run_report
+        from lowtide.fitting.run_report import run_report
 
         report = run_report(self._pipe.plan, meter.report(), self._flows.report(), self._pipe.degradations)
         Console(stderr=True).print(report.table())
@@ -60,7 +60,7 @@ def budget_options(request: Request) -> dict[str, Any]:
 
 
 def run_size(request: Request) -> dict[str, Any]:
-    """What one call is asked for, by the names of `lowtide.pipelines.run_size.RunSize`."""
+    """What one call is asked for, by the names of `lowtide.planning.run_size.RunSize`."""
     given = sides(request.size, None if request.video is None else request.video.frames)
     output = {} if request.video is not None else {"output": "file"}
     return {**given, **output, "steps": request.steps, "guided": request.guidance > 1}

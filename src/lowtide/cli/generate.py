@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 import lowtide
-from lowtide.cli.budgets import Allow, budget_from
+from lowtide.cli.budget_options import Allow, budget_from
 from lowtide.cli.errors import InputError, reported, tell
 from lowtide.cli.fitted import FittedRun, budget_options
 from lowtide.cli.pictures import output_paths, prepare_folders
-from lowtide.cli.plan import check_plot
+from lowtide.cli.plan_command import check_plot
 from lowtide.cli.request import (
     VIDEO_SIZE_STEP,
     Casting,
@@ -28,17 +28,17 @@ from lowtide.cli.request import (
     video_from,
 )
 from lowtide.cli.video import check_kind, make_videos, set_decoding
-from lowtide.pictures import PictureFile
+from lowtide.media.png import PictureFile
 from lowtide.stages import Stages
 
 if TYPE_CHECKING:
     import torch
 
-    from lowtide.memory.meter import Meter
-    from lowtide.memory.plan import Plan
+    from lowtide.measuring.meter import Meter
     from lowtide.pipelines.base import DiffusionPipeline
-    from lowtide.pipelines.outputs import StableDiffusionPipelineOutput
+    from lowtide.pipelines.pipeline_outputs import StableDiffusionPipelineOutput
     from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
+    from lowtide.planning.plan import Plan
 
 WHOLE_UP_TO = 512 * 512
 """Pixels of a picture that is decoded whole where nothing else is asked for."""

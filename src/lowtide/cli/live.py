@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lowtide.memory.plan import Plan, StagePlan
+from lowtide.planning.plan import Plan, StagePlan
 
 LINES_A_STAGE = 10
 """How many lines a stage leaves, at most about, where they are printed one below the other."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowtide.cli.errors import InputError
-from lowtide.pictures import fresh_path, numbered_paths, try_folder
+from lowtide.media.png import fresh_path, numbered_paths, try_folder
 
 _LONGEST_SLUG = 48
 

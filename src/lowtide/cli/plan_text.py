@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lowtide.cli.outlook import LEAST_GAIN, More, Outlook, identity, minimum_in_words
-from lowtide.memory.brief import asked_in_words, in_words, seconds_in_words
-from lowtide.memory.plan import Plan
-from lowtide.memory.words import budgets_in_words
+from lowtide.planning.alternatives import LEAST_GAIN, More, Outlook, identity, minimum_in_words
+from lowtide.planning.explain import asked_in_words, budgets_in_words, in_words, seconds_in_words
+from lowtide.planning.plan import Plan
 from lowtide.sizes import format_decimal
 
 if TYPE_CHECKING:

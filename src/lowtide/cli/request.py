@@ -10,7 +10,7 @@ from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 
-from lowtide.cli.budgets import Budget
+from lowtide.cli.budget_options import Budget
 from lowtide.cli.errors import InputError
 
 SHIPPED_MODEL = "seascapes"
@@ -151,7 +151,7 @@ def parse_size(text: str, step: int = 8) -> tuple[int, int]:
 
 
 def sides(size: tuple[int, int] | None, frames: int | None) -> dict[str, int]:
-    """What was asked for of (width, height) and frames, by the names of `lowtide.pipelines.run_size.RunSize`."""
+    """What was asked for of (width, height) and frames, by the names of `lowtide.planning.run_size.RunSize`."""
     width, height = size or (None, None)
     asked = {"height": height, "width": width, "frames": frames}
     return {name: value for name, value in asked.items() if value is not None}

@@ -11,7 +11,7 @@ import typer
 
 from lowtide.cli.errors import InputError
 from lowtide.cli.request import Decode, Request
-from lowtide.pictures import fresh_path, whole_or_not
+from lowtide.media.png import fresh_path, whole_or_not
 from lowtide.stages import Stage
 
 VIDEO_PIPELINE = "CogVideoXPipeline"
@@ -46,8 +46,8 @@ def make_video(pipe: Any, request: Request, seed: int, path: Path, sheet: Path |
     """Make one video, and its sheet where there is a path for it."""
     import torch
 
+    from lowtide.media.video_file import contact_sheet
     from lowtide.utils import export_to_video
-    from lowtide.videos import contact_sheet
 
     assert request.video is not None
     width, height = request.size or (None, None)

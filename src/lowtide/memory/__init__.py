@@ -1,6 +1,7 @@
-"""Weights in memory: the engine that brings them to work and lets them rest, and the meter of what that takes.
+"""The engine: weights rest, come to work, and leave.
 
-The names are imported on first use, so that the meter does not bring in torch.
+The public names are imported on first use. `Casting`, `Meter`, `StageReading` and `steady_malloc` have moved to
+`casting/`, `measuring/` and `machine/`; older scripts still find them here.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lowtide.casting.casting import Casting
+    from lowtide.machine.heap import steady_malloc
+    from lowtide.measuring.meter import Meter, StageReading
     from lowtide.memory.attach import Attachment, attachment_of, detach
-    from lowtide.memory.forms import Casting, Form, Level, Rule, Tier
     from lowtide.memory.ledger import Ledger
-    from lowtide.memory.meter import Meter, StageReading, steady_malloc
     from lowtide.memory.presets import apply_residency
+    from lowtide.memory.rule import Level, Rule, Tier
 
 __all__ = [
     "Attachment",
     "Casting",
-    "Form",
     "Ledger",
     "Level",
     "Meter",
@@ -32,17 +34,19 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("Attachment", "attachment_of", "detach"), "attach"),
-    **dict.fromkeys(("Casting", "Form", "Level", "Rule", "Tier"), "forms"),
-    **dict.fromkeys(("Meter", "StageReading", "steady_malloc"), "meter"),
-    "Ledger": "ledger",
-    "apply_residency": "presets",
+    **dict.fromkeys(("Attachment", "attachment_of", "detach"), "lowtide.memory.attach"),
+    **dict.fromkeys(("Level", "Rule", "Tier"), "lowtide.memory.rule"),
+    **dict.fromkeys(("Meter", "StageReading"), "lowtide.measuring.meter"),
+    "Casting": "lowtide.casting.casting",
+    "Ledger": "lowtide.memory.ledger",
+    "apply_residency": "lowtide.memory.presets",
+    "steady_malloc": "lowtide.machine.heap",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value

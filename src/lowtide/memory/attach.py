@@ -20,13 +20,13 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from lowtide.memory.blocks import split
-from lowtide.memory.forms import Level, Rule
-from lowtide.memory.gather import gather
+from lowtide.memory.module_weights import gather
+from lowtide.memory.no_tracing import Uncompiled, refuse_tracing
 from lowtide.memory.order import Order
 from lowtide.memory.overrides import Overrides
-from lowtide.memory.rests import settle_rests
+from lowtide.memory.rule import Level, Rule
+from lowtide.memory.settling import settle_rests
 from lowtide.memory.stream import Stream
-from lowtide.memory.tracing import Uncompiled, refuse_tracing
 from lowtide.memory.unit import Unit
 from lowtide.memory.weight import Weight
 from lowtide.weights.index import CheckpointIndex

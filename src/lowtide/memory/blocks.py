@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lowtide.memory.forms import Level, Rule
+from lowtide.memory.rule import Level, Rule
 from lowtide.memory.weight import Weight
 
 ATOMIC = (

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
 
 STAGE_BYTES = 32 * 2**20
 """Of each of the two pinned buffers through which bytes go that are not pinned themselves, on their way to a GPU."""
@@ -65,3 +69,12 @@ def within(sizes: Sequence[int], budget: int | None) -> list[bool]:
         used += size if fits else 0
         found.append(fits)
     return found
+
+
+ALIGNMENT = 256
+"""Bytes; what kernels ask for, and more."""
+
+
+def aligned(nbytes: int) -> int:
+    """`nbytes`, rounded up to a whole number of `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from lowtide.memory.bounds import STAGE_BYTES
-from lowtide.memory.stream import Buffer, Load, Stream
+from lowtide.memory.stream import Stream
+from lowtide.memory.unit import Buffer, Load
 
 
 def pinned_buffer(nbytes: int) -> torch.Tensor:
@@ -77,3 +78,20 @@ class CudaStream(Stream):
         buffer = super()._new_buffer(nbytes, in_ring=in_ring)
         buffer.free = torch.cuda.current_stream(self.device).record_event()
         return buffer
+
+
+def pin(flat: torch.Tensor) -> bool:
+    """Lock a tensor's memory so that CUDA copies it at full speed; whether that was possible.
+
+    Registers the very bytes: PyTorch's own allocator of pinned memory rounds up to a power of two.
+    """
+    import weakref
+
+    if not torch.cuda.is_available():
+        return False
+    address = flat.data_ptr()
+    runtime: Any = torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(address, flat.numel(), 0)) != 0:
+        return False
+    weakref.finalize(flat.untyped_storage(), runtime.cudaHostUnregister, address)
+    return True

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from lowtide.memory.forms import Tier
+from lowtide.memory.rule import Tier
 from lowtide.sizes import format_bytes
 from lowtide.weights.files import CHUNK_BYTES, InFile, Mapping, Origin, SpillFile, WeightFile, bring_in, let_go, read
 from lowtide.weights.layout import contiguous_stride, same_order

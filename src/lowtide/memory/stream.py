@@ -10,39 +10,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from lowtide.memory.bounds import Sizes, bound, depth
+from lowtide.memory.bounds import Sizes, aligned, bound, depth
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.store import DeviceRest, DiskRest, Window
-from lowtide.memory.unit import Unit, aligned, is_alias
+from lowtide.memory.unit import Buffer, Load, Unit, is_alias
 from lowtide.memory.weight import Weight
-
-
-@dataclass(eq=False)
-class Buffer:
-    """One flat buffer of the ring, or of a unit that stands aside; `free` is an event of the device, if it has such."""
-
-    flat: torch.Tensor
-    in_ring: bool
-    free: Any = None
-    views: dict[int, list[list[torch.Tensor]]] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class Load:
-    """A unit's weights on their way to the device, or there."""
-
-    unit: Unit
-    buffer: Buffer | None
-    window_bytes: int
-    future: Future[None] | None = None
-    event: Any = None
 
 
 class Stream:

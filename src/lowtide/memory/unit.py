@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lowtide.memory.blocks import Part
+from lowtide.memory.placeholder import spoil
 from lowtide.memory.store import DiskRest, HostRest, Window
-from lowtide.memory.weight import Weight, spoil
+from lowtide.memory.weight import Weight
 
 if TYPE_CHECKING:
-    from lowtide.memory.stream import Load, Stream
-
-ALIGNMENT = 256
-"""Bytes; what kernels ask for, and more."""
+    from lowtide.memory.stream import Stream
 
 
 class Unit:
@@ -99,6 +99,22 @@ def is_alias(weight: Weight, device: torch.device, *, zero_copy: bool) -> bool:
     return isinstance(rest, HostRest) or is_alias_of_file(rest)
 
 
-def aligned(nbytes: int) -> int:
-    """`nbytes`, rounded up to a whole number of `ALIGNMENT`."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+@dataclass(eq=False)
+class Buffer:
+    """One flat buffer of the ring, or of a unit that stands aside; `free` is an event of the device, if it has such."""
+
+    flat: torch.Tensor
+    in_ring: bool
+    free: Any = None
+    views: dict[int, list[list[torch.Tensor]]] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Load:
+    """A unit's weights on their way to the device, or there."""
+
+    unit: Unit
+    buffer: Buffer | None
+    window_bytes: int
+    future: Future[None] | None = None
+    event: Any = None

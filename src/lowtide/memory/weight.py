@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._pytree import tree_map_only
 
-from lowtide.memory.store import DiskRest, HostRest, Rest
-from lowtide.memory.view import View, became, numbers_in_file
-from lowtide.weights.files import remember_origin
+from lowtide.memory.placeholder import AtRest
+from lowtide.memory.store import DiskRest, HostRest, Rest, is_reordered
+from lowtide.weights.files import Origin
 from lowtide.weights.layout import is_by_rows
+from lowtide.weights.provenance import remember_origin
+from lowtide.weights.slots import Slot
 
 _NOTHING = torch.empty(0)
 
@@ -147,79 +150,6 @@ class Weight:
         self.views = kept
 
 
-class AtRest(torch.Tensor):
-    """What a slot holds while its weight rests: shape, strides, working dtype and device of the weight, no bytes.
-
-    An operation on it loads the weight for this operation alone: right, and slow; a write to it is an error. `detach`,
-    and so `state_dict`, gives the resting bytes as an ordinary tensor in host memory; so does a deep copy.
-    """
-
-    weight: Weight
-    view_: View
-    _is_param: bool
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @staticmethod
-    def __new__(cls: type[AtRest], weight: Weight, view: View) -> AtRest:
-        """Make the placeholder of one view."""
-        with torch.inference_mode(mode=False):
-            made: Any = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-                cls,
-                view.shape,
-                strides=view.stride,
-                dtype=view.dtype,
-                device=weight.device,
-                requires_grad=view.requires_grad,
-            )
-        made.weight, made.view_ = weight, view
-        if view.slot.kind == "parameter":
-            made._is_param = True
-        return made
-
-    def __init__(self, weight: Weight, view: View) -> None:
-        pass
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation on the weight itself."""
-        if func is torch.ops.aten.detach.default:
-            return args[0].in_host()
-        if func is torch.ops.aten.embedding.default and isinstance(args[0], AtRest):
-            return args[0].weight.rows(args[0].view_, *args[1:])
-        kwargs = kwargs or {}
-        _refuse_writes(func, args, kwargs)
-        args, kwargs = tree_map_only(AtRest, lambda one: one.for_now(), (args, kwargs))
-        return func(*args, **kwargs)
-
-    @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
-        """The weight in host memory, as `detach` gives it."""
-        return self.in_host()
-
-    @data.setter
-    def data(self, value: torch.Tensor) -> None:
-        raise _cannot_be_written_to(self, ".data = ...")
-
-    def in_host(self) -> torch.Tensor:
-        """The weight in host memory, as an ordinary tensor."""
-        return self.view_.of(self.weight.flat_on_host()).detach()
-
-    def for_now(self) -> torch.Tensor:
-        """The weight on its device, for one operation."""
-        return self.view_.of(self.weight.flat_for_now()).detach()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        if id(self) not in memo:
-            memo[id(self)] = self.view_.of(self.weight.flat_copy())
-        return memo[id(self)]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.view_.of(self.weight.flat_on_host()).__reduce_ex__(protocol)
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"AtRest({self.weight.name}: {list(self.shape)}, {self.dtype}, on {self.weight.rest.tier})"
-
-
 def _is_changed(view: View, tensor: torch.Tensor, version: int) -> bool:
     """Running statistics tell no version."""
     owner = view.slot.owner
@@ -229,25 +159,70 @@ def _is_changed(view: View, tensor: torch.Tensor, version: int) -> bool:
     return writes_statistics or is_replaced or tensor._version != version
 
 
-def spoil(tensors: Iterable[torch.Tensor]) -> None:
-    """A backward pass through dropped weights must be an error, not garbage."""
-    for tensor in tensors if torch.is_grad_enabled() else ():
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+@dataclass(frozen=True, eq=False)
+class View:
+    """How one slot sees the bytes of its weight, from `offset` on."""
+
+    slot: Slot
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for slots that hold one and the same tensor."""
+        return self.offset, self.shape, self.stride, self.dtype, self.slot.kind == "parameter"
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The tensor for the slot, on the bytes `flat`.
+
+        It requires a gradient if the slot's did: some kernels sum in another order then, also where none is taken.
+        """
+        length = span(self.shape, self.stride) * self.dtype.itemsize
+        with torch.inference_mode(mode=False):
+            # .data: a version counter of its own, so that a write to one tensor is not taken for a write to another
+            tensor = flat[self.offset : self.offset + length].view(self.dtype).as_strided(self.shape, self.stride).data
+            return nn.Parameter(tensor, self.requires_grad) if self.slot.kind == "parameter" else tensor
 
 
-def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        given = args[index] if index < len(args) else kwargs.get(argument.name)
-        for one in given if isinstance(given, (list, tuple)) else [given]:  # type: ignore[union-attr]
-            if isinstance(one, AtRest):
-                raise _cannot_be_written_to(one, str(func))
+def numbers_in_file(rest: DiskRest, view: View) -> Origin | None:
+    """The numbers of a view as a file has them, in the order of files; None for spilled bytes in another order."""
+    if rest.origin.dtype != torch.uint8 or view.dtype == torch.uint8:
+        return rest.origin
+    return None if is_reordered(view.shape, view.stride) else replace(rest.origin, dtype=view.dtype)
 
 
-def _cannot_be_written_to(tensor: AtRest, how: str) -> RuntimeError:
-    return RuntimeError(
-        f"{tensor.weight.name} rests on {tensor.weight.rest.tier}, so it cannot be written to ({how}). Undo that first "
-        "(disable_..., or lowtide.memory.detach(module)), write, and enable it again; or load a state dict."
-    )
+@dataclass(frozen=True)
+class Became:
+    """The dtype, device and strides that a tensor was given."""
+
+    dtype: torch.dtype
+    device: torch.device
+    stride: tuple[int, ...]
+
+
+def became(view: View, device: torch.device, fn: Callable[[torch.Tensor], torch.Tensor]) -> Became:
+    """What `fn`, given to `Module._apply`, makes of a tensor like that of `view`: asked with a small one."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(len(view.shape))
+    shaped = torch.empty(view.shape, device="meta")
+    probe = torch.zeros((2,) * len(view.shape), dtype=view.dtype, device=device)
+    if last is not None:
+        last_stride = shaped.to(memory_format=last).stride()
+        is_last = view.stride == last_stride != shaped.stride()
+        probe = probe.to(memory_format=last) if is_last else probe
+        after = fn(probe)
+        if after.is_contiguous(memory_format=last):
+            return Became(after.dtype, after.device, last_stride)
+    else:
+        after = fn(probe)
+    return Became(after.dtype, after.device, shaped.stride() if after.is_contiguous() else view.stride)
+
+
+def span(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last of a strided tensor."""
+    if math.prod(shape) == 0:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowtide.activations.exact import RowSettings, apply_row_streaming, remove_row_streaming, row_streaming_of
+from lowtide.activations.row_streaming import RowSettings, apply_row_streaming, remove_row_streaming, row_streaming_of
 from lowtide.activations.run import RowSink
 from lowtide.activations.tiling import Tiles, blended, gathered, sliced
-from lowtide.memory.forms import Tier
+from lowtide.memory.rule import Tier
 from lowtide.models.mixin import ModelMixin
-from lowtide.models.outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
+from lowtide.models.model_outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
 
 TILING_MODES = ("blended", "exact")
 

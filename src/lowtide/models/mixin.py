@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
+from lowtide.casting.apply_casting import named_casting
+from lowtide.casting.casting import NEVER_CAST, Casting
 from lowtide.configs import Config, read_json, write_json
 from lowtide.hooks import (
     apply_group_offloading,
@@ -18,14 +20,12 @@ from lowtide.hooks import (
     disable_layerwise_casting,
 )
 from lowtide.hub import Source, weight_patterns
-from lowtide.memory.forms import NEVER_CAST, Casting
-from lowtide.memory.loading import Offload, offload_named, put_weights, resting_state
-from lowtide.memory.origins import keeping_origins
-from lowtide.memory.presets import named_casting
 from lowtide.models.attention_backends import set_attention_backend, set_attention_slicing, xformers_or_sdpa
+from lowtide.models.put_weights import Offload, offload_named, put_weights, resting_state
 from lowtide.weights.fill import state_names
 from lowtide.weights.index import find_weights
 from lowtide.weights.names import NameTable, apply_names
+from lowtide.weights.provenance import keeping_origins
 from lowtide.weights.save import atomic_folder, save_tensors
 
 CONFIG_NAME = "config.json"
@@ -40,7 +40,7 @@ class ModelMixin(nn.Module):
     config_class: ClassVar[type[Config]]
     names: ClassVar[NameTable] = NameTable()
     never_cast: ClassVar[tuple[str, ...]] = ()
-    """Patterns of the names of modules that are not cast, besides `lowtide.memory.forms.NEVER_CAST`."""
+    """Patterns of the names of modules that are not cast, besides `lowtide.memory.rule.NEVER_CAST`."""
     config: Config
 
     def __init__(self, config: Config) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPVisionModel
 
+from lowtide.casting.casting import Casting
 from lowtide.configs import write_json
-from lowtide.memory.forms import Casting
-from lowtide.memory.loading import Offload, put_weights, resting_state
 from lowtide.models.foreign import read_foreign_config, reading
+from lowtide.models.put_weights import Offload, put_weights, resting_state
 from lowtide.weights.fill import state_names
 from lowtide.weights.index import find_weights
 from lowtide.weights.names import SAFETY_CHECKER_NAMES, apply_names

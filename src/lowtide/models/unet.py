@@ -5,7 +5,7 @@ from torch import nn
 
 from lowtide.models.layers import TimestepEmbedding, silu_of_fresh, timestep_embedding
 from lowtide.models.mixin import ModelMixin
-from lowtide.models.outputs import UNet2DConditionOutput
+from lowtide.models.model_outputs import UNet2DConditionOutput
 from lowtide.models.unet_blocks import DownBlock2D, UNetMidBlock2DCrossAttn, UpBlock2D
 from lowtide.models.unet_config import UNet2DConditionConfig
 

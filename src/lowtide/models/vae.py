@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from lowtide.activations.exact import row_streaming_of
+from lowtide.activations.row_streaming import row_streaming_of
 from lowtide.activations.run import RowSink
 from lowtide.activations.tiling import Tiles
 from lowtide.models.autoencoder import AutoencoderMixin, both

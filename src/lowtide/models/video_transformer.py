@@ -10,7 +10,7 @@ from torch import nn
 
 from lowtide.models.layers import TimestepEmbedding, timestep_embedding
 from lowtide.models.mixin import ModelMixin
-from lowtide.models.outputs import Transformer3DModelOutput
+from lowtide.models.model_outputs import Transformer3DModelOutput
 from lowtide.models.video_layers import GROUP, AdaLayerNorm, PatchEmbed, VideoBlock, VideoFeedForward
 from lowtide.models.video_positions import token_grid
 from lowtide.models.video_transformer_config import CogVideoXTransformer3DConfig

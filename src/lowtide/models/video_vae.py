@@ -8,8 +8,14 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from lowtide.activations.exact import row_streaming_of
-from lowtide.activations.frames import FrameCache, batches_gone_through, frames_made, latent_frames_made, only_batch
+from lowtide.activations.frame_cache import (
+    FrameCache,
+    batches_gone_through,
+    frames_made,
+    latent_frames_made,
+    only_batch,
+)
+from lowtide.activations.row_streaming import row_streaming_of
 from lowtide.activations.tiling import Tiles, sliced
 from lowtide.models.autoencoder import AutoencoderMixin
 from lowtide.models.layers import silu_of_fresh

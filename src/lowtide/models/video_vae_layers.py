@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowtide.activations.frames import FrameCache
+from lowtide.activations.frame_cache import FrameCache
 from lowtide.models.layers import silu_of_fresh
 
 EPS = 1e-6  # of the norms whose eps no configuration tells

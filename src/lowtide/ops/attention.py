@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lowtide.ops.meant import device_type
+from lowtide.ops.meta_device import device_type
 
 CHUNK_BYTES = 64 * 2**20
 LEAST_SIDE = 16

@@ -6,7 +6,7 @@ Figures below: two cores with AVX-512 BF16 instructions, PyTorch 2.13 with oneDN
 import torch
 import torch.nn.functional as F
 
-from lowtide.ops.meant import device_type
+from lowtide.ops.meta_device import device_type
 
 FEW_PIXELS = 256
 """Pixels of all maps of a batch together, up to which a bfloat16 convolution on a CPU is one matrix product."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from lowtide.activations.exact import RowStreaming, row_streaming_of
+from lowtide.activations.row_streaming import RowStreaming, row_streaming_of
 from lowtide.activations.run import Progress
-from lowtide.memory.forms import Tier
+from lowtide.memory.rule import Tier
 from lowtide.models.attention_backends import set_attention_backend, set_attention_slicing, xformers_or_sdpa
 from lowtide.stages import Stage, Stages
 

@@ -14,7 +14,14 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
+from lowtide.casting.apply_casting import named_casting
+from lowtide.casting.casting import Casting
 from lowtide.configs import write_json
+from lowtide.fitting.apply import FittingMethods
+from lowtide.fitting.budgets import Asked, AskedBudgets
+from lowtide.fitting.checkpoints import check_only_budget, load_within
+from lowtide.fitting.observers import Tidy
+from lowtide.fitting.resuming import resumed
 from lowtide.hub import Source
 from lowtide.loading import (
     MODEL_INDEX,
@@ -25,25 +32,18 @@ from lowtide.loading import (
     save_component,
     spec_of,
 )
+from lowtide.machine.heap import trim_heap
 from lowtide.memory.attach import attachment_of, detach
-from lowtide.memory.budgets import Asked
-from lowtide.memory.forms import Casting
-from lowtide.memory.host import trim_heap
-from lowtide.memory.loading import offload_named
-from lowtide.memory.presets import execution_device, named_casting
+from lowtide.memory.presets import execution_device
 from lowtide.memory.stream import Stream
-from lowtide.memory.tidy import Tidy
 from lowtide.models.mixin import PEER_VERSION, chosen_dtype
+from lowtide.models.put_weights import offload_named
 from lowtide.pipelines.activations import ActivationMethods
-from lowtide.pipelines.checkpoints import check_only_budget, load_within
-from lowtide.pipelines.fit import AskedBudgets
-from lowtide.pipelines.fitting import FittingMethods
 from lowtide.pipelines.offloading import OffloadMethods
-from lowtide.pipelines.resuming import resumed
-from lowtide.pipelines.run_size import RunSize
+from lowtide.planning.run_size import RunSize
 from lowtide.progress import ProgressBar
 from lowtide.stages import Stages
-from lowtide.weights.files import check_files
+from lowtide.weights.provenance import check_files
 from lowtide.weights.save import atomic_folder
 
 PIPELINES = {

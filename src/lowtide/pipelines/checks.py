@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from lowtide.pipelines.outputs import OUTPUT_TYPES
-from lowtide.pipelines.run_size import RunSize
+from lowtide.pipelines.pipeline_outputs import OUTPUT_TYPES
+from lowtide.planning.run_size import RunSize
 from lowtide.schedulers import Generators
 
 

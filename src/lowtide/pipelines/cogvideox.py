@@ -8,17 +8,18 @@ from typing import Any, ClassVar
 
 import torch
 
-from lowtide.activations.frames import frame_batches, frames_made
+from lowtide.activations.frame_cache import frame_batches, frames_made
+from lowtide.fitting.meta_subject import TracedStage
+from lowtide.fitting.resuming import resumed
 from lowtide.models.video_positions import rotary_embedding
 from lowtide.pipelines import checks
 from lowtide.pipelines.base import DiffusionPipeline, StepCallback
 from lowtide.pipelines.frames import Frames
 from lowtide.pipelines.guidance import changed_by_callback, dynamic_guidance
-from lowtide.pipelines.meta_stages import clip_stages
-from lowtide.pipelines.outputs import VIDEO_OUTPUT_TYPES, CogVideoXPipelineOutput
-from lowtide.pipelines.resuming import kept_safe, load_latents, resumed
-from lowtide.pipelines.run_size import RunSize
-from lowtide.pipelines.workload import TracedStage
+from lowtide.pipelines.latents import kept_safe, load_latents
+from lowtide.pipelines.pipeline_outputs import VIDEO_OUTPUT_TYPES, CogVideoXPipelineOutput
+from lowtide.pipelines.traced_stages import clip_stages
+from lowtide.planning.run_size import RunSize
 from lowtide.schedulers import Generators, Scheduler, draw_noise
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowtide.pipelines.outputs import to_pil, to_unit_range
+from lowtide.pipelines.pipeline_outputs import to_pil, to_unit_range
 
 
 class Frames:

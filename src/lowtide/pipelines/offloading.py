@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lowtide.memory.attach import detach
-from lowtide.memory.forms import Rule
 from lowtide.memory.presets import attach_all, execution_device, group_rule, model_rule, sequential_rule
+from lowtide.memory.rule import Rule
 
 
 class OffloadMethods:

@@ -11,18 +11,19 @@ from typing import Any, ClassVar
 
 import torch
 
+from lowtide.fitting.meta_subject import TracedStage
+from lowtide.fitting.resuming import resumed
+from lowtide.media.png import PictureFile
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker
 from lowtide.models.unet_config import UNet2DConditionConfig
 from lowtide.models.vae import AutoencoderKL
-from lowtide.pictures import PictureFile
 from lowtide.pipelines import checks
 from lowtide.pipelines.base import DiffusionPipeline, StepCallback
-from lowtide.pipelines.files import OutputPath, picture_files, write_picture
-from lowtide.pipelines.meta_stages import picture_stages
-from lowtide.pipelines.outputs import StableDiffusionPipelineOutput, to_output, to_pil, to_unit_range
-from lowtide.pipelines.resuming import kept_safe, load_latents, resumed
-from lowtide.pipelines.run_size import RunSize
-from lowtide.pipelines.workload import TracedStage
+from lowtide.pipelines.latents import kept_safe, load_latents
+from lowtide.pipelines.picture_files import OutputPath, picture_files, write_picture
+from lowtide.pipelines.pipeline_outputs import StableDiffusionPipelineOutput, to_output, to_pil, to_unit_range
+from lowtide.pipelines.traced_stages import picture_stages
+from lowtide.planning.run_size import RunSize
 from lowtide.schedulers import Generators, Scheduler, draw_noise
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "noise_pred")

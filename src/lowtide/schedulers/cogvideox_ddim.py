@@ -6,8 +6,8 @@ import dataclasses
 
 from torch import Tensor
 
-from lowtide.schedulers import schedule
-from lowtide.schedulers.cogvideox import CogVideoXConfig, CogVideoXScheduler
+from lowtide.schedulers import noise_schedule
+from lowtide.schedulers.cogvideox_noise import CogVideoXConfig, CogVideoXScheduler
 from lowtide.schedulers.common import Generators, StepOutput, Timestep
 
 
@@ -55,6 +55,6 @@ class CogVideoXDDIMScheduler(CogVideoXScheduler[CogVideoXDDIMConfig]):
         target = self._target(now)
         self._check_trained(now)
         bar, bar_prev = self._alpha_bar(now), self._alpha_bar(target)
-        schedule.check_predicts(kind, bar, now)
-        original = schedule.predict_original(kind, model_output, sample, bar**0.5, (1 - bar) ** 0.5)
+        noise_schedule.check_predicts(kind, bar, now)
+        original = noise_schedule.predict_original(kind, model_output, sample, bar**0.5, (1 - bar) ** 0.5)
         return StepOutput(cogvideox_ddim_step(sample, original, bar, bar_prev), original)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowtide.schedulers import schedule
-from lowtide.schedulers.cogvideox import CogVideoXConfig, CogVideoXScheduler
+from lowtide.schedulers import noise_schedule
+from lowtide.schedulers.cogvideox_noise import CogVideoXConfig, CogVideoXScheduler
 from lowtide.schedulers.common import Generators, StepOutput, Timestep, draw_noise
 
 
@@ -95,8 +95,8 @@ class CogVideoXDPMScheduler(CogVideoXScheduler[CogVideoXDPMConfig]):
         past = self._past if self._past is not None and place == self._past.place + 1 else None
         self._check_shape(sample, past)
         bar, bar_prev = self._alpha_bar(at), self._alpha_bar(target)
-        schedule.check_predicts(kind, bar, at)
-        original = schedule.predict_original(kind, model_output, sample, bar**0.5, (1 - bar) ** 0.5)
+        noise_schedule.check_predicts(kind, bar, at)
+        original = noise_schedule.predict_original(kind, model_output, sample, bar**0.5, (1 - bar) ** 0.5)
         fresh, denoised = self._draw(sample, generator), original
         if past is not None and target >= 0:
             # The published step draws again here and drops the first noise: so must we, for a seed's same video.

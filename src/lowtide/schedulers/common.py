@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowtide.configs import Config, read_json, write_json
 from lowtide.hub import Source
-from lowtide.schedulers import schedule
+from lowtide.schedulers import noise_schedule
 
 CONFIG_NAME = "scheduler_config.json"
 FORMAT_VERSION = "0.42.1"  # the diffusers release whose file format we write
@@ -115,9 +115,9 @@ class SchedulerConfig(Config):
 
     # Entry -> its possible values. Entries of features that we lack are no fields; they may only hold "off".
     ALLOWED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "beta_schedule": schedule.BETA_SCHEDULES,
+        "beta_schedule": noise_schedule.BETA_SCHEDULES,
         "prediction_type": ("epsilon", "v_prediction", "sample"),
-        "timestep_spacing": schedule.TIMESTEP_SPACINGS,
+        "timestep_spacing": noise_schedule.TIMESTEP_SPACINGS,
     }
     # Entry -> values that mean something to another class only: here the default applies, and they are kept.
     FOREIGN: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -239,11 +239,11 @@ class SchedulerBase(Generic[ConfigT]):
         bar = self.alphas_cumprod.to(timesteps.device)[timesteps.long()]
         return spread(bar**0.5, sample), spread((1 - bar) ** 0.5, sample)
 
-    def _spaced(self, num_steps: int, least: int = 1) -> schedule.FloatArray:
+    def _spaced(self, num_steps: int, least: int = 1) -> noise_schedule.FloatArray:
         c = self.config
-        schedule.check_num_steps(num_steps, c.num_train_timesteps, least)
-        spaced = schedule.spaced_timesteps(c.timestep_spacing, num_steps, c.num_train_timesteps, c.steps_offset)
-        schedule.check_timesteps(spaced.round(), c.num_train_timesteps, c.timestep_spacing)
+        noise_schedule.check_num_steps(num_steps, c.num_train_timesteps, least)
+        spaced = noise_schedule.spaced_timesteps(c.timestep_spacing, num_steps, c.num_train_timesteps, c.steps_offset)
+        noise_schedule.check_timesteps(spaced.round(), c.num_train_timesteps, c.timestep_spacing)
         return spaced
 
     def _num_inference_steps(self) -> int:
@@ -279,7 +279,7 @@ def betas_of(config: SchedulerConfig, *, dtype: torch.dtype = torch.float32) -> 
     if config.trained_betas is not None:
         return torch.tensor(config.trained_betas, dtype=dtype)
     count = config.num_train_timesteps
-    return schedule.training_betas(config.beta_schedule, config.beta_start, config.beta_end, count, dtype=dtype)
+    return noise_schedule.training_betas(config.beta_schedule, config.beta_start, config.beta_end, count, dtype=dtype)
 
 
 def shifted_alphas(config: SchedulerConfig, *, zero_snr: bool) -> Tensor:
@@ -289,15 +289,15 @@ def shifted_alphas(config: SchedulerConfig, *, zero_snr: bool) -> Tensor:
     """
     precise = config.trained_betas is None and config.beta_schedule == "scaled_linear"
     betas = betas_of(config, dtype=torch.float64 if precise else torch.float32)
-    bars = schedule.shift_snr(schedule.cumulative_alphas(betas), config.snr_shift)
-    return schedule.stretch_to_zero_snr(bars) if zero_snr else bars
+    bars = noise_schedule.shift_snr(noise_schedule.cumulative_alphas(betas), config.snr_shift)
+    return noise_schedule.stretch_to_zero_snr(bars) if zero_snr else bars
 
 
 def _training_alphas(config: SchedulerConfig, zero_snr: bool) -> Tensor:
     if config.snr_shift != 1:
         return shifted_alphas(config, zero_snr=zero_snr).float()
     betas = betas_of(config)
-    return schedule.cumulative_alphas(schedule.rescale_to_zero_snr(betas) if zero_snr else betas)
+    return noise_schedule.cumulative_alphas(noise_schedule.rescale_to_zero_snr(betas) if zero_snr else betas)
 
 
 def check_number(config: SchedulerConfig, key: str, kind: type | tuple[type, ...], low: float, high: float) -> None:

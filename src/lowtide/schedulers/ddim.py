@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowtide.schedulers import schedule
+from lowtide.schedulers import noise_schedule
 from lowtide.schedulers.common import (
     Generators,
     SchedulerBase,
@@ -80,8 +80,8 @@ class DDIMScheduler(SchedulerBase[DDIMConfig]):
             raise ValueError(f"eta={eta} is not possible: choose from 0 (deterministic) to 1 (as random as DDPM).")
         bar, bar_prev = self._alpha_bars(int(timestep))
         alpha, sigma, kind = bar**0.5, (1 - bar) ** 0.5, self.config.prediction_type
-        original = schedule.predict_original(kind, model_output, sample, alpha, sigma)
-        noise = schedule.predict_noise(kind, model_output, sample, alpha, sigma)
+        original = noise_schedule.predict_original(kind, model_output, sample, alpha, sigma)
+        noise = noise_schedule.predict_noise(kind, model_output, sample, alpha, sigma)
         if self.config.clip_sample:
             original = original.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         std = ddim_std(bar, bar_prev, eta)
@@ -99,5 +99,5 @@ class DDIMScheduler(SchedulerBase[DDIMConfig]):
     def _alpha_bars(self, timestep: int) -> tuple[Tensor, Tensor]:
         previous = timestep - self.config.num_train_timesteps // self._num_inference_steps()
         bar = self.alphas_cumprod[timestep]
-        schedule.check_predicts(self.config.prediction_type, bar, timestep)
+        noise_schedule.check_predicts(self.config.prediction_type, bar, timestep)
         return bar, self.alphas_cumprod[previous] if previous >= 0 else self.final_alpha_cumprod

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lowtide.schedulers import schedule
+from lowtide.schedulers import noise_schedule
 from lowtide.schedulers.common import Generators, StepOutput, Timestep
-from lowtide.schedulers.schedule import NoiseLevel, noise_level
+from lowtide.schedulers.noise_schedule import NoiseLevel, noise_level
 from lowtide.schedulers.sigmas import OFF, MultistepConfig, SigmaScheduler
 
 SHORT_RUN = 15  # steps below which `lower_order_final` acts
@@ -97,22 +97,22 @@ class DPMSolverMultistepScheduler(SigmaScheduler[DPMSolverMultistepConfig]):
         self._past: tuple[Prediction, ...] = ()
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Lay out the timesteps (fewer than asked for where `lambda_min_clipped` cuts a "trailing" schedule).
+        """Lay out the timesteps (fewer than asked for where `lambda_min_clipped` cuts a "trailing" noise_schedule).
 
         Raises `ValueError` if they do not fit the training schedule.
         """
         c = self.config
-        schedule.check_num_steps(num_inference_steps, c.num_train_timesteps)
+        noise_schedule.check_num_steps(num_inference_steps, c.num_train_timesteps)
         if c.use_karras_sigmas:
             ends = float(self._training_sigmas[-1]), float(self._training_sigmas[0])
-            sigmas = schedule.karras_sigmas(*ends, num_inference_steps)
-            timesteps = schedule.timesteps_of_sigmas(sigmas, self._training_sigmas)
+            sigmas = noise_schedule.karras_sigmas(*ends, num_inference_steps)
+            timesteps = noise_schedule.timesteps_of_sigmas(sigmas, self._training_sigmas)
             timesteps = timesteps if c.beta_schedule == "squaredcos_cap_v2" else timesteps.round()
         else:
-            timesteps = schedule.solver_timesteps(
+            timesteps = noise_schedule.solver_timesteps(
                 c.timestep_spacing, num_inference_steps, c.num_train_timesteps, c.steps_offset, self._usable_timesteps()
             )
-            schedule.check_timesteps(timesteps, c.num_train_timesteps, c.timestep_spacing)
+            noise_schedule.check_timesteps(timesteps, c.num_train_timesteps, c.timestep_spacing)
             sigmas = self._sigmas_at(timesteps)
         last = float(self._training_sigmas[0]) if c.final_sigmas_type == "sigma_min" else 0.0
         self._lay_out(torch.as_tensor(timesteps, dtype=torch.int64, device=device), sigmas, last)
@@ -134,7 +134,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler[DPMSolverMultistepConfig]):
         place = self._enter(timestep)
         level, target = noise_level(self.sigmas[place]), noise_level(self.sigmas[place + 1])
         kind = self.config.prediction_type
-        original = schedule.predict_original(kind, model_output, sample, level.alpha, level.sigma)
+        original = noise_schedule.predict_original(kind, model_output, sample, level.alpha, level.sigma)
         past = (*self._past, Prediction(level, original))[-self.config.solver_order :]
         prev_sample = self._solve(sample.float(), target, past, self._order(place, len(past)))
         self._place = place + 1

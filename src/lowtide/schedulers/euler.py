@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowtide.schedulers import schedule
+from lowtide.schedulers import noise_schedule
 from lowtide.schedulers.common import Generators, StepOutput, Timestep
 from lowtide.schedulers.sigmas import SigmaConfig, SigmaScheduler
 
@@ -67,8 +67,8 @@ class EulerDiscreteScheduler(SigmaScheduler[EulerDiscreteConfig]):
         if c.use_karras_sigmas:
             high = float(sigmas[0]) if c.sigma_max is None else c.sigma_max
             low = float(sigmas[-1]) if c.sigma_min is None else c.sigma_min
-            sigmas = schedule.karras_sigmas(high, low, num_inference_steps)
-            timesteps = schedule.timesteps_of_sigmas(sigmas, self._training_sigmas).astype(np.float32)
+            sigmas = noise_schedule.karras_sigmas(high, low, num_inference_steps)
+            timesteps = noise_schedule.timesteps_of_sigmas(sigmas, self._training_sigmas).astype(np.float32)
         last = float(self._training_sigmas[0]) if c.final_sigmas_type == "sigma_min" else 0.0
         self._lay_out(torch.as_tensor(timesteps, device=device), sigmas, last)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowtide.schedulers import schedule
+from lowtide.schedulers import noise_schedule
 from lowtide.schedulers.common import Generators, SchedulerBase, SchedulerConfig, StepOutput, Timestep
 
 RUNGE_KUTTA_STEPS = 3  # steps begun by Runge-Kutta, with four model calls each
@@ -144,5 +144,5 @@ class PNDMScheduler(SchedulerBase[PNDMConfig]):
         # A v-prediction becomes noise only here, after predictions of several timesteps were combined. That is not the
         # paper's order, but what the ecosystem's pictures were made with.
         kind = self.config.prediction_type
-        noise = schedule.predict_noise(kind, noise, sample, bar**0.5, (1 - bar) ** 0.5)
+        noise = noise_schedule.predict_noise(kind, noise, sample, bar**0.5, (1 - bar) ** 0.5)
         return pndm_transfer(sample, noise, bar, bar_prev)

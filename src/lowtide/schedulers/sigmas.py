@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowtide.schedulers import schedule
+from lowtide.schedulers import noise_schedule
 from lowtide.schedulers.common import ConfigT, SchedulerBase, SchedulerConfig, Timestep, spread
 
 OFF = (False, None)
@@ -60,8 +60,8 @@ class SigmaScheduler(SchedulerBase[ConfigT]):
     def __init__(self, config: ConfigT, *, zero_snr: bool) -> None:
         super().__init__(config, zero_snr=zero_snr)
         if zero_snr:
-            self.alphas_cumprod[-1] = schedule.SMALLEST_ALPHA_BAR
-        training = schedule.training_sigmas(self.alphas_cumprod)
+            self.alphas_cumprod[-1] = noise_schedule.SMALLEST_ALPHA_BAR
+        training = noise_schedule.training_sigmas(self.alphas_cumprod)
         self._training_sigmas: NDArray[np.float32] = training.numpy()
         self.sigmas = torch.cat([training.flip(0), torch.zeros(1)])
         self._place: int | None = None
@@ -101,5 +101,5 @@ class SigmaScheduler(SchedulerBase[ConfigT]):
 
     def _noised(self, original: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The variance-preserving sample at some of `self.timesteps`."""
-        level = schedule.noise_level(self._sigmas_like(timesteps, original.float()))
+        level = noise_schedule.noise_level(self._sigmas_like(timesteps, original.float()))
         return level.alpha.to(original.dtype) * original + level.sigma.to(original.dtype) * noise

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lowtide.schedulers import schedule
+from lowtide.schedulers import noise_schedule
 from lowtide.schedulers.common import Generators, StepOutput, Timestep
-from lowtide.schedulers.schedule import NoiseLevel, noise_level
+from lowtide.schedulers.noise_schedule import NoiseLevel, noise_level
 from lowtide.schedulers.sigmas import MultistepConfig, SigmaScheduler
 
 
@@ -142,19 +142,19 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Lay out `num_inference_steps` timesteps. Raises `ValueError` if they do not fit the training schedule."""
         c = self.config
-        schedule.check_num_steps(num_inference_steps, c.num_train_timesteps)
+        noise_schedule.check_num_steps(num_inference_steps, c.num_train_timesteps)
         smallest = float(self._training_sigmas[0])
         if c.use_karras_sigmas:
             high = float(self._training_sigmas[-1]) if c.sigma_max is None else c.sigma_max
             smallest = smallest if c.sigma_min is None else c.sigma_min
-            sigmas = schedule.karras_sigmas(high, smallest, num_inference_steps)
-            timesteps = schedule.timesteps_of_sigmas(sigmas, self._training_sigmas).round()
+            sigmas = noise_schedule.karras_sigmas(high, smallest, num_inference_steps)
+            timesteps = noise_schedule.timesteps_of_sigmas(sigmas, self._training_sigmas).round()
             smallest = float(sigmas[-1])
         else:
-            timesteps = schedule.solver_timesteps(
+            timesteps = noise_schedule.solver_timesteps(
                 c.timestep_spacing, num_inference_steps, c.num_train_timesteps, c.steps_offset, c.num_train_timesteps
             )
-            schedule.check_timesteps(timesteps, c.num_train_timesteps, c.timestep_spacing)
+            noise_schedule.check_timesteps(timesteps, c.num_train_timesteps, c.timestep_spacing)
             sigmas = self._sigmas_at(timesteps)
         last = smallest if c.final_sigmas_type == "sigma_min" else 0.0
         self._lay_out(torch.as_tensor(timesteps, dtype=torch.int64, device=device), sigmas, last)
@@ -175,7 +175,7 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
         """
         place, c = self._enter(timestep), self.config
         level, target = noise_level(self.sigmas[place]), noise_level(self.sigmas[place + 1])
-        predict = schedule.predict_original if c.predict_x0 else schedule.predict_noise
+        predict = noise_schedule.predict_original if c.predict_x0 else noise_schedule.predict_noise
         value = predict(c.prediction_type, model_output, sample, level.alpha, level.sigma)
         sample = self._corrected(sample, level, value, place)
         past = (*self._past, Prediction(level, value))[-c.solver_order :]

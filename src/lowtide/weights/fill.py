@@ -16,8 +16,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from lowtide.weights.files import CHUNK_BYTES, InFile, Origin, WeightFile, pieces, remember_origin
+from lowtide.weights.files import CHUNK_BYTES, InFile, Origin, WeightFile, pieces
 from lowtide.weights.index import CheckpointError, CheckpointIndex, TensorEntry
+from lowtide.weights.provenance import remember_origin
 from lowtide.weights.slots import Slot, slots
 
 __all__ = ["CHUNK_BYTES", "WeightsMismatchError", "dtype_by_name", "dtype_name", "fill", "load_tensors", "state_names"]

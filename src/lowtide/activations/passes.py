@@ -1,0 +1,348 @@
+"""Plan a streamed run: which values are stored whole, in which passes they are made, and what that takes in bytes.
+
+Stored is what some step needs all of before its first row: what a group norm takes statistics of, keys and values. Also
+stored is a value between two convolutions, so that no row is convolved twice, and a narrower copy of a wide value that
+is needed again (a shortcut's convolution), so that the wide one can go. Everything else is made band by band. A pass
+makes one stored value, or several that need the same ones, from those stored before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from lowtide.activations.graph import Attend, Convolution, GroupNorm, Linear, Span, Value, inside, is_half, union
+from lowtide.activations.recording import Trace
+
+_Drafts = list[tuple[list[Value], tuple[Value, ...]]]  # of passes: targets and sources
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One sweep over the rows of `targets`, from `sources`; `values` are made on the way, in this order.
+
+    `norms` are the values of which statistics are taken, `released` the sources that nobody needs after this pass.
+    """
+
+    targets: tuple[Value, ...]
+    sources: tuple[Value, ...]
+    values: tuple[Value, ...]
+    norms: tuple[Value, ...]
+    released: tuple[Value, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the targets."""
+        return self.targets[0].rows
+
+    def spans(self, span: Span) -> dict[Value, Span]:
+        """The rows needed of every value for the rows `span` of the targets, sources included."""
+        needed = dict.fromkeys((*self.targets, *self.norms), span)
+        for value in reversed(self.values):
+            assert value.step is not None
+            for source, rows in zip(value.step.inputs, value.step.needs(needed[value]), strict=True):
+                wanted = inside(rows, source.rows)
+                needed[source] = union(needed.get(source, wanted), wanted)
+        return needed
+
+    def lag(self, source: Value) -> int:
+        """How many rows of a source one row of the targets needs: they stay while the rows after it are made."""
+        middle = self.rows // 2
+        first, last = self.spans((middle, middle + 1)).get(source, (0, 0))
+        return last - first
+
+    def uses(self) -> dict[Value, int]:
+        """How often each value is needed within the pass; what is seen through a view, once more than ever happens."""
+        count = dict.fromkeys((*self.sources, *self.values), 0)
+        for value in self.values:
+            assert value.step is not None
+            for source in value.step.inputs:
+                count[source] += 2 if value.step.is_view else 1
+        for value in (*self.targets, *self.norms):
+            count[value] += 1
+        return count
+
+    def work_bytes(self, rows: int) -> int:
+        """Bytes of the bands alive at once, at most, for a band of so many rows in the middle."""
+        middle = max(0, (self.rows - rows) // 2)
+        spans, uses = self.spans((middle, min(self.rows, middle + rows))), self.uses()
+        sizes = {value: (span[1] - span[0]) * band_row_bytes(value) for value, span in spans.items()}
+        alive = peak = sum(sizes[source] for source in self.sources if source in sizes)
+        for value in self.values:
+            assert value.step is not None
+            made = 0 if value.step.is_view or overwritten(value, uses) else sizes[value]
+            peak = max(peak, alive + made + scratch_bytes(value, spans[value]))
+            alive += made - sum(sizes[one] for one in freed(value, uses))
+        return peak
+
+
+def overwritten(value: Value, uses: dict[Value, int]) -> bool:
+    """Whether the band of a value can take the place of its first input's, which nobody else needs any more."""
+    step = value.step
+    assert step is not None
+    if step.in_place is None or uses[step.inputs[0]] != 1:
+        return False
+    source = step.inputs[0].step
+    return source is None or not source.is_view
+
+
+def freed(value: Value, uses: dict[Value, int]) -> list[Value]:
+    """Count down the uses of a value's inputs now that it is made; those whose bands are needed no more.
+
+    The memory of a viewed band is counted as long as the pass goes on: views are few and small.
+    """
+    step = value.step
+    assert step is not None
+    took_over = overwritten(value, uses)
+    for source in step.inputs:
+        uses[source] -= 1
+    gone = [source for source in step.inputs if uses[source] == 0]
+    if took_over or step.is_view:
+        gone = [source for source in gone if source is not step.inputs[0]]
+    return [source for source in gone if source.step is None or not source.step.is_view]
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The passes of a run, in order, and the norms that need statistics of the input itself."""
+
+    trace: Trace
+    passes: tuple[Pass, ...]
+    input_norms: tuple[Value, ...]
+    _heights: dict[int, list[int]] = field(default_factory=dict)
+
+    def heights(self, work_bytes: int) -> list[int]:
+        """For each pass the most rows of a band that needs at most `work_bytes`, at least one."""
+        if work_bytes not in self._heights:
+            self._heights[work_bytes] = [_height_within(one, work_bytes) for one in self.passes]
+        return self._heights[work_bytes]
+
+    @property
+    def planes(self) -> int:
+        """Planes that are stored at once, at most: those at work in a pass, and frames kept before and after it."""
+        at_work = max((_planes([*one.targets, *one.sources]) for one in self.passes), default=0)
+        return at_work + 2 * _planes(self.trace.kept.values())
+
+    def forecast(self, work_bytes: int, page_bytes: int = 0) -> tuple[int, int]:
+        """Bytes of rows stored at once and of bands at work, at most; rows leave as they are consumed.
+
+        Within a pass both change evenly, so the most is stored at its beginning or its end, give or take a band, the
+        rows around it that are needed again, and pages that are not full.
+        """
+        alive = {value: _nbytes(value) for value in self.trace.values if value.place is not None}
+        stored = work = 0
+        for one, height in zip(self.passes, self.heights(work_bytes), strict=True):
+            work = max(work, one.work_bytes(height))
+            kept = {target: _nbytes(target) for target in one.targets if target is not self.trace.output}
+            leaving = [source for source in one.released if source in alive]
+            before, all_together = sum(alive.values()), sum({**alive, **kept}.values())
+            slack = page_bytes * _planes([*{*alive, *kept}, *leaving]) + height * sum(t.row_bytes for t in kept)
+            slack += sum(one.lag(source) * source.row_bytes for source in leaving)
+            alive.update(kept)
+            for source in leaving:
+                del alive[source]
+            after = all_together if attended(one) else sum(alive.values())
+            stored = max(
+                stored, min(all_together + page_bytes * _planes({*alive, *leaving}), max(before, after) + slack)
+            )
+        return stored, work
+
+
+def _height_within(one: Pass, work_bytes: int) -> int:
+    low, high = 1, one.rows
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one.work_bytes(middle) <= work_bytes else (low, middle - 1)
+    return low
+
+
+def attended(one: Pass) -> set[Value]:
+    """The stored keys and values of a pass: it needs all of them to its end."""
+    steps = [value.step for value in one.values if isinstance(value.step, Attend)]
+    return {root(part) for step in steps for part in (step.key, step.value)}
+
+
+def plan(trace: Trace) -> Schedule:
+    """The schedule of a traced network."""
+    order = _reaching(trace)
+    users = _users(order)
+    stored, copies = _stored(order, users, trace)
+    passes: _Drafts = []
+    for target in (value for value in order if value in stored or value is trace.output):
+        sources = _sources(target, stored, trace.source)
+        together = _joinable(passes, target, sources, copies)
+        if together is None:
+            passes.append(([target], sources))
+        else:
+            passes[together] = ([*passes[together][0], target], tuple(dict.fromkeys((*passes[together][1], *sources))))
+    last = {source: place for place, (_, sources) in enumerate(passes) for source in sources}
+    norms = [value for value in order if isinstance(value.step, GroupNorm)]
+    made = tuple(
+        _pass(targets, sources, order, stored, norms, [source for source in sources if last[source] == place])
+        for place, (targets, sources) in enumerate(passes)
+    )
+    watched = tuple(norm.step.inputs[0] for norm in norms if norm.step and root(norm.step.inputs[0]) is trace.source)
+    return Schedule(trace, made, watched)
+
+
+def _joinable(passes: _Drafts, target: Value, sources: tuple[Value, ...], copies: set[Value]) -> int | None:
+    """The pass that may make `target` too: it has as many rows, and one needs nothing that the other does not.
+
+    That is the last pass, or for a narrower copy of a value any that reads it, so that the wide one is read once.
+    """
+    for place in range(len(passes) - 1, -1, -1):
+        targets, given = passes[place]
+        if targets[0].rows == target.rows and (set(sources) <= set(given) or set(given) <= set(sources)):
+            return None if set(targets) & set(sources) else place
+        if target not in copies or set(targets) & set(sources):
+            return None
+    return None
+
+
+def root(value: Value) -> Value:
+    """The value whose memory a view shows."""
+    while value.step is not None and value.step.is_view:
+        value = value.step.inputs[0]
+    return value
+
+
+def band_row_bytes(value: Value) -> int:
+    """Bytes of a row while it is worked on: what is normalised in half precision is so in single precision."""
+    widened = isinstance(value.step, GroupNorm) and is_half(value)
+    return value.row_bytes * (2 if widened else 1)
+
+
+def scratch_bytes(value: Value, span: Span) -> int:
+    """Bytes that a step needs for itself: the scores of attention, and the sums, keys and values beside them."""
+    if not isinstance(value.step, Attend):
+        return 0
+    rows = span[1] - span[0]
+    queries, keys = rows * _width(value), rows * _width(value.step.key)
+    heads = value.shape[1] if len(value.shape) == 4 else 1
+    bands = rows * (value.row_bytes + value.step.key.row_bytes + value.step.value.row_bytes)
+    return 2 * heads * queries * keys * 4 + bands * 4 // value.dtype.itemsize
+
+
+def _width(value: Value) -> int:
+    assert value.axis is not None
+    return value.axis.width
+
+
+def _nbytes(value: Value) -> int:
+    return value.rows * value.row_bytes
+
+
+def _planes(values: Iterable[Value]) -> int:
+    return sum(value.planes for value in values)
+
+
+def _reaching(trace: Trace) -> list[Value]:
+    """The values with rows that the output is made of, in order, without the input."""
+    wanted = {trace.output, *trace.kept.values()}
+    for value in reversed(trace.values):
+        if value in wanted and value.step is not None:
+            wanted.update(_all_inputs(value))
+    return [value for value in trace.values if value in wanted and value.axis is not None and value.step is not None]
+
+
+def _all_inputs(value: Value) -> Iterator[Value]:
+    assert value.step is not None
+    yield from value.step.inputs
+    if isinstance(value.step, Attend):
+        yield from (value.step.key, value.step.value)
+
+
+def _users(order: Iterable[Value]) -> dict[Value, list[Value]]:
+    users: dict[Value, list[Value]] = {}
+    for value in order:
+        for source in _all_inputs(value):
+            users.setdefault(source, []).append(value)
+    return users
+
+
+def _stored(order: list[Value], users: dict[Value, list[Value]], trace: Trace) -> tuple[set[Value], set[Value]]:
+    """What is stored, and what of it are narrower copies."""
+    stored: set[Value] = set(trace.kept.values())
+    copies: set[Value] = set()
+    for value in order:
+        if isinstance(value.step, GroupNorm):
+            stored.add(root(value.step.inputs[0]))
+        elif isinstance(value.step, Attend):
+            stored |= {root(value.step.key), root(value.step.value)}
+    stored.discard(trace.source)
+    while (cut := _next_cut(order, users, stored, trace)) is not None:
+        stored.add(cut)
+    for value in order:
+        if isinstance(value.step, Linear) and _is_narrower(value, stored) and value is not trace.output:
+            stored.add(value)
+            copies.add(value)
+    return stored, copies
+
+
+def _is_narrower(value: Value, stored: set[Value]) -> bool:
+    """Whether a stored value, needed for nothing but this later on, can go when this is kept in its place."""
+    assert value.step is not None
+    source = root(value.step.inputs[0])
+    return source in stored and _nbytes(value) < _nbytes(source)
+
+
+def _next_cut(order: list[Value], users: dict[Value, list[Value]], stored: set[Value], trace: Trace) -> Value | None:
+    """A value that must be stored too, so that no convolution or attention is computed twice for a row."""
+    costly: set[Value] = set()
+    for value in order:
+        step = value.step
+        assert step is not None
+        behind = [source for source in step.inputs if source in costly and source not in stored]
+        if step.halo and behind:
+            return _narrowest(behind[0], costly, stored)
+        if behind or isinstance(step, (Convolution, Attend)):
+            costly.add(value)
+            if len(users.get(value, ())) > 1 and value not in stored and value is not trace.output:
+                return value
+    return None
+
+
+def _narrowest(value: Value, costly: set[Value], stored: set[Value]) -> Value:
+    """The smallest value on the way from `value` back to the step whose work must not be done again."""
+    best = root(value)
+    while value.step is not None and len(value.step.inputs) == 1 and value.step.inputs[0] in costly - stored:
+        if isinstance(value.step, (Convolution, Attend)):
+            break
+        value = value.step.inputs[0]
+        if _nbytes(value) < _nbytes(best):
+            best = root(value)
+    return best
+
+
+def _sources(target: Value, stored: set[Value], source: Value) -> tuple[Value, ...]:
+    """The stored values (and what has no step: the input, frames of before) that make `target`, in a fixed order."""
+    found: dict[Value, None] = {}
+    todo, seen = list(_all_inputs(target)), set()
+    while todo:
+        value = todo.pop(0)
+        if value in seen:
+            continue
+        seen.add(value)
+        if value in stored or value is source or value.place is not None:
+            found[value] = None
+        else:
+            todo.extend(_all_inputs(value))
+    return tuple(found)
+
+
+def _pass(
+    targets: list[Value],
+    sources: tuple[Value, ...],
+    order: list[Value],
+    stored: set[Value],
+    norms: list[Value],
+    released: list[Value],
+) -> Pass:
+    watched = [norm.step.inputs[0] for norm in norms if norm.step and root(norm.step.inputs[0]) in targets]
+    wanted = {*targets, *watched}
+    for value in reversed(order):
+        if value in wanted and (value in targets or value not in stored):
+            assert value.step is not None
+            wanted.update(value.step.inputs)
+    values = tuple(value for value in order if value in wanted and (value in targets or value not in stored))
+    return Pass(tuple(targets), sources, values, tuple(dict.fromkeys(watched)), tuple(released))

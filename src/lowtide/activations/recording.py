@@ -1,0 +1,172 @@
+"""Write down what a network does to one picture, without its weights and without computing anything.
+
+A copy of the module on the meta device is called once under a mode that sees every function of PyTorch. Shapes are
+real there, so code that looks at them works; code that looks at values does not, and is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from lowtide.activations.frame_cache import FrameCache
+from lowtide.activations.graph import Local, RowAxis, Step, Value, holds, is_map, rows_of
+from lowtide.activations.rules import Call, NotByRowsError, made_by, picking
+from lowtide.ops.attention import AttentionBackend
+from lowtide.ops.meta_device import standing_for
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A network's input, its output, and all values between them, each after those that it is made of.
+
+    `kept` are the frames that stay for the next batch of frames, by their place in a `FrameCache`.
+    """
+
+    source: Value
+    output: Value
+    values: tuple[Value, ...]
+    kept: dict[int, Value]
+
+
+@standing_for(None)
+def trace(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: Any = (), kwargs: Any = None) -> Trace:
+    """Trace `module(x, *args, **kwargs)` for a map x `[1, C, H, W]` or a clip `[1, C, F, H, W]`.
+
+    Raises `NotByRowsError` for what has no rows.
+    """
+    skeleton, slots = _on_meta(module)
+    recorder = _Recorder(slots)
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    source = recorder.know(x, Value(shape, dtype, rows_of(shape)))
+    kept: dict[int, Value] = {}
+    args, kwargs = tree_map_only(FrameCache, lambda one: _TracedCache(one, recorder, kept), (tuple(args), kwargs or {}))
+    call = type(skeleton).forward.__get__(skeleton)  # not the one that streams rows
+    try:
+        with torch.no_grad(), recorder:
+            result = call(x, *args, **kwargs)
+    except NotByRowsError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise NotByRowsError(f"it looks at values, or cannot take this input ({str(error).splitlines()[0]})") from error
+    output = recorder.value_of(result) if isinstance(result, torch.Tensor) else None
+    if output is None or not is_map(output):
+        raise NotByRowsError(f"it returns a {type(result).__name__}, not one map made of its input, row by row")
+    return Trace(source, output, tuple(recorder.values), kept)
+
+
+def _on_meta(module: nn.Module) -> tuple[nn.Module, dict[int, tuple[torch.Tensor, str]]]:
+    """A copy of a module with weights on meta, and the weights by `id` with their names."""
+    memo: dict[int, Any] = {id(module.__dict__["forward"]): None} if "forward" in module.__dict__ else {}
+    slots: dict[int, tuple[torch.Tensor, str]] = {}
+    for prefix, owner in module.named_modules():
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is not None and id(tensor) not in memo:
+                twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                memo[id(tensor)] = nn.Parameter(twin, requires_grad=False) if name in owner._parameters else twin
+                slots[id(memo[id(tensor)])] = (memo[id(tensor)], f"{prefix}.{name}" if prefix else name)
+    skeleton = copy.deepcopy(module, memo)
+    for part in skeleton.modules():
+        if hasattr(part, "attention_backend"):
+            part.__dict__["attention_backend"] = AttentionBackend()  # the one that shows as a single function
+    return skeleton, slots
+
+
+class _TracedCache(FrameCache):
+    """Stands in for the cache of a run: frames of before are values without a step, and what is kept is noted."""
+
+    def __init__(self, real: FrameCache, recorder: _Recorder, kept: dict[int, Value]) -> None:
+        super().__init__()
+        self.has_before, self.is_last = real.has_before, real.is_last
+        self._recorder = recorder
+        self._kept = kept
+
+    def _before(self, place: int, x_BCFHW: torch.Tensor, frames: int) -> torch.Tensor:
+        shape = (*x_BCFHW.shape[:2], frames, *x_BCFHW.shape[3:])
+        before = torch.empty(shape, dtype=x_BCFHW.dtype, device="meta")
+        self._recorder.know(before, Value(shape, x_BCFHW.dtype, rows_of(shape), place=place))
+        return before
+
+    def _keep(self, place: int, frames_BCFHW: torch.Tensor) -> None:
+        value = self._recorder.value_of(frames_BCFHW)
+        assert value is not None
+        self._kept[place] = value
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes each function that is called on a known tensor, as the step that makes a new value."""
+
+    def __init__(self, slots: dict[int, tuple[torch.Tensor, str]]) -> None:
+        super().__init__()
+        self.values: list[Value] = []
+        self._known: dict[int, tuple[torch.Tensor, Value]] = {}  # the tensors are kept, so that no id is used again
+        self._in_memory: defaultdict[int, set[int]] = defaultdict(set)
+        for tensor, name in slots.values():
+            self.know(tensor, Value(tuple(tensor.shape), tensor.dtype, slot=name))
+
+    def know(self, tensor: torch.Tensor, value: Value) -> Value:
+        """Remember what a tensor is."""
+        self._known[id(tensor)] = (tensor, value)
+        self._in_memory[tensor.untyped_storage()._cdata].add(id(tensor))
+        self.values.append(value)
+        return value
+
+    def value_of(self, tensor: torch.Tensor) -> Value | None:
+        """What a tensor is, if it was made of the input or of weights."""
+        return self._known[id(tensor)][1] if id(tensor) in self._known else None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in ("__setitem__", "__set__", "set_") or kwargs.get("out") is not None:
+            raise NotByRowsError(f"it writes into a tensor by {func.__name__}")
+        result = func(*args, **kwargs)
+        outputs = list(result) if isinstance(result, (tuple, list)) else [result]
+        seen: list[Value] = []
+        if not any(isinstance(one, torch.Tensor) for one in outputs) or func.__name__ == "__get__":
+            return result
+        if args and result is args[0] and not _is_in_place(func, kwargs):
+            return result
+        named = tree_map_only(torch.Tensor, lambda tensor: self._named(tensor, seen, func), (args, kwargs))
+        if not seen:
+            return result
+        for place, output in enumerate(outputs):
+            self._note(func, named, output, place if isinstance(result, (tuple, list)) else None)
+        return result
+
+    def _named(self, tensor: torch.Tensor, seen: list[Value], func: Callable[..., Any]) -> Any:
+        value = self.value_of(tensor)
+        if value is None:
+            # Of neither the input nor a weight: a table of numbers made on the way, which no band would fit.
+            raise NotByRowsError(f"it makes a tensor {list(tensor.shape)} of its own for {func.__name__}")
+        seen.append(value)
+        return value
+
+    def _note(self, func: Callable[..., Any], named: Any, output: torch.Tensor, pick: int | None) -> None:
+        args, kwargs = named
+        has_rows = any(value.axis is not None for value in holds(named))
+        if _is_in_place(func, kwargs) and (self._is_shared(args[0], output) or not has_rows):
+            reason = "it writes to a tensor that others see, or to a weight"
+            raise NotByRowsError(f"{reason}, in {func.__name__} (is it in training? call eval() on it)")
+        step: Step = Local(picking(func, pick), named)
+        axis: RowAxis | None = None
+        if has_rows:
+            step, axis = made_by(Call(func, args, kwargs, output, pick))
+        self.know(output, Value(tuple(output.shape), output.dtype, axis, step))
+
+    def _is_shared(self, written: Value, tensor: torch.Tensor) -> bool:
+        """Whether another known tensor lies in the same memory."""
+        there = (self._known[one] for one in self._in_memory[tensor.untyped_storage()._cdata])
+        return any(value is not written and other is not tensor for other, value in there)
+
+
+def _is_in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    name = func.__name__
+    return kwargs.get("inplace", False) or (name.endswith("_") and not name.startswith("__")) or name.startswith("__i")

@@ -1,0 +1,1 @@
+"""Weights that rest in 8 bits."""

@@ -1,0 +1,129 @@
+"""Weights in 8 bits in checkpoints: a tensor of 8-bit numbers under the weight's name, its scale beside it.
+
+The scale of NAME is NAME_scale, float32, with one entry for each output channel and 1 in every other dimension; a plain
+cast has none. Such a checkpoint is loaded as it was saved: its weights stay in 8 bits, in the mapped file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from lowtide.casting.cast_leaf import install
+from lowtide.casting.cast_weight import CastWeight, small_of
+from lowtide.memory.store import DiskRest
+from lowtide.memory.weight import View
+from lowtide.ops.quantization import STORAGE
+from lowtide.weights.files import Origin, WeightFile
+from lowtide.weights.fill import WeightsMismatchError, dtype_by_name, load_tensors
+from lowtide.weights.index import CheckpointIndex, TensorEntry
+from lowtide.weights.layout import contiguous_stride
+from lowtide.weights.names import SCALE_SUFFIX
+from lowtide.weights.slots import Slot, slots
+
+
+def resting_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What `module.state_dict()` gives, but weights in 8 bits as they rest, each followed by its scale."""
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        small = small_of(tensor)
+        if small is None:
+            state[name] = tensor.detach()
+        else:
+            state[name], scale = small.saved()
+            if scale is not None:
+                state[name + SCALE_SUFFIX] = scale
+    return state
+
+
+@dataclass(frozen=True, eq=False)
+class SavedWeight:
+    """One weight that a checkpoint holds in 8 bits: its places in the module, and in the file."""
+
+    slots: tuple[Slot, ...]
+    values: TensorEntry
+    scale: TensorEntry | None
+
+
+def saved_weights(module: nn.Module, index: CheckpointIndex) -> tuple[list[SavedWeight], CheckpointIndex]:
+    """The weights that `index` holds in 8 bits for a module on meta, and the index of all the others.
+
+    Raises `WeightsMismatchError` for a shape that differs, and for int8 without its scale.
+    """
+    groups: dict[int, list[Slot]] = {}
+    for slot in slots(module):
+        if slot.kind == "parameter" and slot.tensor.is_floating_point():
+            groups.setdefault(id(slot.tensor), []).append(slot)
+    found: list[SavedWeight] = []
+    used: set[str] = set()
+    for group in groups.values():
+        names = [slot.name for slot in group]
+        name = next((one for one in names if one in index), None)
+        if name is None or index[name].dtype not in STORAGE.values():
+            continue
+        scale = next((index[one + SCALE_SUFFIX] for one in names if one + SCALE_SUFFIX in index), None)
+        _check(name, group[0], index[name], scale)
+        found.append(SavedWeight(tuple(group), index[name], scale))
+        used.update(names, (one + SCALE_SUFFIX for one in names))
+    entries = {name: entry for name, entry in index.items() if name not in used}
+    return found, CheckpointIndex(entries, index.files, index.metadata)
+
+
+def place(
+    module: nn.Module, saved: Iterable[SavedWeight], dtype: torch.dtype, own_dtypes: Mapping[str, torch.dtype]
+) -> None:
+    """Let the weights rest in their file; nothing but the scales is read.
+
+    They compute in `dtype`, but for those that `own_dtypes` gives another one, as for `fill`.
+    """
+    files: dict[object, WeightFile] = {}
+    made: list[CastWeight] = []
+    for one in saved:
+        entry = one.values
+        if entry.file not in files:
+            files[entry.file] = WeightFile(entry.file)
+        origin = Origin(files[entry.file], entry.offset, entry.nbytes, entry.dtype)
+        stride = contiguous_stride(entry.shape)
+        wanted = dtype_by_name((slot.name for slot in one.slots), own_dtypes, dtype)
+        views = [View(slot, 0, entry.shape, stride, wanted, requires_grad=False) for slot in one.slots]
+        weight = CastWeight(views, DiskRest(origin, entry.dtype), torch.device("cpu"), entry.dtype)
+        weight.forget_given()
+        if one.scale is not None:
+            weight.set_scale(_read(one.scale))
+        made.append(weight)
+    install(module, made)
+
+
+def computing_dtype(index: CheckpointIndex, but: Collection[str] = ()) -> torch.dtype:
+    """The dtype that a checkpoint with weights in 8 bits was computed in: that of the others, else float32.
+
+    Those that match a pattern (`fnmatch`) of `but` do not count.
+    """
+    counted = (entry for name, entry in index.items() if not any(fnmatchcase(name, pattern) for pattern in but))
+    floating = (entry.dtype for entry in counted if entry.dtype.is_floating_point)
+    return next(floating, torch.float32)
+
+
+def _read(entry: TensorEntry) -> torch.Tensor:
+    index = CheckpointIndex({"scale": entry}, (entry.file,), {})
+    return load_tensors(index, dtype=torch.float32)["scale"].clone()
+
+
+def _check(name: str, slot: Slot, values: TensorEntry, scale: TensorEntry | None) -> None:
+    shape = tuple(slot.tensor.shape)
+    if values.shape != shape:
+        raise WeightsMismatchError(f"{name}: {list(shape)} in the model, {list(values.shape)} in {values.file}.")
+    if scale is None and values.dtype == torch.int8:
+        raise WeightsMismatchError(f"{name} is int8 in {values.file}, and {name}{SCALE_SUFFIX} is not there.")
+    if scale is not None:
+        wide = [dim for dim, size in enumerate(scale.shape) if size != 1]
+        fits = len(scale.shape) == len(shape) and all(scale.shape[dim] == shape[dim] for dim in wide)
+        if not fits or len(wide) > 1 or not scale.dtype.is_floating_point:
+            raise WeightsMismatchError(
+                f"{name}{SCALE_SUFFIX} in {scale.file} is {scale.dtype} {list(scale.shape)}; it must have one number "
+                f"for each output channel of {list(shape)}, and 1 in the other dimensions."
+            )

@@ -1,0 +1,43 @@
+"""What casting means: which weights rest in 8 bits, in which format, and what they compute in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NEVER_CAST = ("pos_embed", "patch_embed", "norm", "^proj_in$", "^proj_out$")
+"""Patterns of the names of modules that are not cast where nothing else is asked for: they decide on quality."""
+
+
+@dataclass(frozen=True)
+class Casting:
+    """How the weights of layers rest in 8 bits: convolutions, linear layers and embeddings, and only these.
+
+    `storage` is "float8_e4m3fn", "float8_e5m2" or "int8". `scaled` gives each output channel a scale, so that its
+    largest weight takes the largest 8-bit number: what is lost does not depend on how large the weights are, and biases
+    stay as they are. Without it fp8 is a plain cast; int8 is always scaled. `compute` is the dtype that layers compute
+    in (None: the one they have). Modules whose name matches a pattern (`re.search`) of `skip_patterns`, or whose class
+    is one of `skip_classes`, are left out with all that is inside them; with neither, every module is cast.
+    With `fp8_matmul` linear layers whose sides are multiples of 16 multiply in fp8, the input rounded too, where they
+    compute in bfloat16: for GPUs of compute capability 8.9 or more. Raises `ValueError` for what is not possible.
+    """
+
+    storage: str = "float8_e4m3fn"
+    scaled: bool = False
+    fp8_matmul: bool = False
+    compute: str | None = None
+    skip_patterns: tuple[str, ...] = NEVER_CAST
+    skip_classes: tuple[type, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.storage not in EIGHT_BITS:
+            raise ValueError(f"storage={self.storage!r} is not possible: it is one of {', '.join(EIGHT_BITS)}.")
+        if self.fp8_matmul and self.storage != "float8_e4m3fn":
+            raise ValueError(f"fp8_matmul with storage={self.storage!r} is not possible: hardware takes float8_e4m3fn.")
+        if self.storage == "int8":
+            object.__setattr__(self, "scaled", True)
+
+
+EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "int8")
+
+
+NAMED_CASTINGS = {"fp8": Casting("float8_e4m3fn", scaled=True), "int8": Casting("int8")}

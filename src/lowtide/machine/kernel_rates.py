@@ -1,0 +1,134 @@
+"""How fast a device computes what diffusion models are made of: one rate a kind of work, over shapes like theirs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from lowtide.machine.heap import steady_malloc
+from lowtide.ops.quantization import dequantize, quantize
+
+CONVOLUTIONS = ((2, 320, 64), (2, 640, 32), (2, 1280, 16), (2, 1280, 8))
+"""Maps, channels in and out, and the side of a map: of a UNet's levels, with guidance."""
+CHANNELS_LAST = ((1, 512, 64), (1, 256, 128), (1, 128, 256))
+"""The same of an image's decoder."""
+PRODUCTS = ((8192, 320, 2560), (2048, 640, 5120), (512, 1280, 10240), (128, 1280, 10240), (8192, 320, 320))
+"""Rows, and features in and out: of feed-forward and projection layers."""
+ATTENTIONS = ((4096, 8, 40), (1024, 8, 80))
+"""Tokens, heads, and features of a head."""
+_REPEATS = 5
+
+
+class Computing:
+    """Measures on one device in one dtype."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+
+    def convolution(self) -> float:
+        """Operations a second."""
+        return self._convolved(CONVOLUTIONS, torch.contiguous_format)
+
+    def channels_last(self) -> float:
+        """Operations a second, for maps with their channels last and weights as they lie in files."""
+        return self._convolved(CHANNELS_LAST, torch.channels_last)
+
+    def _convolved(self, shapes: tuple[tuple[int, int, int], ...], layout: torch.memory_format) -> float:
+        pairs = []
+        for count, channels, side in shapes:
+            x = self._some(count, channels, side, side).contiguous(memory_format=layout)
+            weight = self._some(channels, channels, 3, 3)
+            seconds = self._seconds(lambda x=x, w=weight: F.conv2d(x, w, padding=1))
+            pairs.append((2 * 9 * count * channels**2 * side**2, seconds))
+        return _rate(pairs)
+
+    def product(self) -> float:
+        """Operations a second."""
+        pairs = []
+        for rows, before, after in PRODUCTS:
+            x, weight = self._some(rows, before), self._some(after, before)
+            pairs.append((2 * rows * before * after, self._seconds(lambda x=x, w=weight: F.linear(x, w))))
+        return _rate(pairs)
+
+    def attention(self) -> float:
+        """Operations a second."""
+        pairs = []
+        for tokens, heads, features in ATTENTIONS:
+            q = self._some(1, heads, tokens, features)
+            work = 4 * heads * tokens**2 * features
+            pairs.append((work, self._seconds(lambda q=q: F.scaled_dot_product_attention(q, q, q))))
+        return _rate(pairs)
+
+    def touched(self) -> float:
+        """Bytes read and written a second by what is neither product nor convolution, also in another order."""
+        x, wide = self._some(2, 320, 64, 64), self._some(2, 4096, 1280)
+        rows = x.flatten(2).transpose(1, 2)
+        actions: list[tuple[int, Callable[[], object]]] = [
+            (2, lambda: F.group_norm(x, 32)),
+            (2, lambda: F.layer_norm(rows.contiguous(), (320,))),
+            (2, rows.contiguous),
+            (3, lambda: rows + x.view(2, 4096, 320)),
+            (2 * wide.numel() // x.numel(), lambda: F.gelu(wide)),
+        ]
+        each = x.numel() * x.itemsize
+        return _rate([(times * each, self._seconds(action)) for times, action in actions])
+
+    def renewing(self) -> float:
+        """Seconds that a byte touched takes longer where its page is made anew each time.
+
+        To be asked last: from then on this process's heap gives freed memory back at once.
+        """
+        x = self._some(12 * 2**20)
+        out = torch.empty_like(x)
+        reused = self._seconds(lambda: torch.mul(x, 2, out=out))
+        steady_malloc()
+        renewed = self._seconds(lambda: torch.mul(x, 2))
+        return max(renewed - reused, 0.0) / (2 * x.numel() * x.itemsize)
+
+    def kernel(self) -> float:
+        """Seconds from one kernel's beginning to the next's, where there is next to nothing to compute."""
+        x, layer, count = self._some(8), torch.nn.SiLU(), 200
+
+        def many() -> None:
+            for _ in range(count):
+                layer(x)
+
+        return self._seconds(many) / count
+
+    def dequantized(self) -> float:
+        """Bytes of working numbers a second made of 8-bit ones, the mean of fp8 and int8."""
+        weight = self._some(1280, 1280)
+        pairs = []
+        for storage in (torch.float8_e4m3fn, torch.int8):
+            values, scale = quantize(weight, storage, scaled=True)
+            out = torch.empty_like(weight)
+            seconds = self._seconds(lambda v=values, s=scale, o=out: dequantize(v, s, o))
+            pairs.append((weight.numel() * weight.itemsize, seconds))
+        return _rate(pairs)
+
+    def _some(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=self.device).mul_(0.1).to(self.dtype)
+
+    def _seconds(self, action: Callable[[], object]) -> float:
+        """The least seconds of some runs, after one to warm up: others may be at work beside us."""
+        with torch.inference_mode():
+            action()
+            return min(self._once(action) for _ in range(_REPEATS))
+
+    def _once(self, action: Callable[[], object]) -> float:
+        self._wait()
+        start = time.perf_counter()
+        action()
+        self._wait()
+        return max(time.perf_counter() - start, 1e-9)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _rate(pairs: list[tuple[int, float]]) -> float:
+    return sum(amount for amount, _ in pairs) / sum(seconds for _, seconds in pairs)

@@ -1,0 +1,104 @@
+"""The weights of a module: which slots see the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowtide.memory.placeholder import AtRest
+from lowtide.memory.store import DeviceRest, HostRest
+from lowtide.memory.weight import View, Weight, span
+from lowtide.weights.slots import Slot
+
+PLAIN = (torch.Tensor, nn.Parameter, getattr(nn, "Buffer", nn.Parameter))
+
+
+def gather(slots: Iterable[Slot]) -> list[Weight]:
+    """The weights that lie in `slots`, tied and overlapping ones as one; a weight on meta has no rest yet.
+
+    Raises `ValueError` for tensors that are more than strided numbers.
+    """
+    found: list[Weight] = []
+    by_old: dict[int, list[Slot]] = {}
+    on_meta: dict[int, list[Slot]] = {}
+    placed: list[tuple[str, int, int, Slot]] = []
+    for slot in slots:
+        tensor = slot.tensor
+        if isinstance(tensor, AtRest):
+            by_old.setdefault(id(tensor.weight), []).append(slot)
+            continue
+        _check_plain(slot)
+        if tensor.is_meta:
+            on_meta.setdefault(id(tensor), []).append(slot)
+        elif tensor.numel() > 0:
+            start = tensor.data_ptr()
+            end = start + span(tensor.shape, tensor.stride()) * tensor.itemsize
+            placed.append((str(tensor.device), start, end, slot))
+    found += [_taken_over(group) for group in by_old.values()]
+    found += [_unfilled(group) for group in on_meta.values()]
+    return found + [_real(group) for group in _overlapping(placed)]
+
+
+def _taken_over(group: list[Slot]) -> Weight:
+    old: Any = group[0].tensor
+    views = [replace(slot.tensor.view_, slot=slot) for slot in group]  # type: ignore[attr-defined]
+    return old.weight.taken_over(views)
+
+
+def _unfilled(group: list[Slot]) -> Weight:
+    tensor = group[0].tensor
+    nbytes = span(tensor.shape, tensor.stride()) * tensor.itemsize
+    return Weight([_view(slot, 0, slot.tensor.requires_grad) for slot in group], nbytes, None, torch.device("cpu"))
+
+
+def _real(group: list[tuple[int, int, Slot]]) -> Weight:
+    start, end = min(one[0] for one in group), max(one[1] for one in group)
+    lowest = next(slot.tensor for first, _, slot in group if first == start)
+    views = [_view(slot, first - start, slot.tensor.requires_grad) for first, _, slot in group]
+    with torch.inference_mode(mode=False):
+        storage = lowest.untyped_storage()
+        flat = torch.empty(0, dtype=torch.uint8, device=lowest.device)
+        flat.set_(storage, lowest.storage_offset() * lowest.itemsize, (end - start,))  # type: ignore[call-overload]
+    rest = HostRest(flat) if lowest.device.type == "cpu" else DeviceRest(flat)
+    return Weight(views, end - start, rest, lowest.device)
+
+
+def _view(slot: Slot, offset: int, requires_grad: bool) -> View:
+    tensor = slot.tensor
+    return View(slot, offset, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, requires_grad)
+
+
+def _overlapping(placed: list[tuple[str, int, int, Slot]]) -> list[list[tuple[int, int, Slot]]]:
+    """Group ranges of bytes that touch the same bytes."""
+    groups: list[list[tuple[int, int, Slot]]] = []
+    reach, where = 0, ""
+    for device, start, end, slot in sorted(placed, key=lambda one: one[:3]):
+        if groups and device == where and start < reach:
+            groups[-1].append((start, end, slot))
+            reach = max(reach, end)
+        else:
+            groups.append([(start, end, slot)])
+            reach, where = end, device
+    return groups
+
+
+def is_plain(slot: Slot) -> bool:
+    """Whether a slot holds strided numbers and nothing more, or the placeholder of such."""
+    tensor = slot.tensor
+    is_known = isinstance(tensor, AtRest) or type(tensor) in PLAIN
+    return is_known and tensor.layout == torch.strided and not tensor.is_quantized
+
+
+def _check_plain(slot: Slot) -> None:
+    tensor = slot.tensor
+    if isinstance(slot.owner, torch.jit.ScriptModule):
+        raise ValueError(f"{slot.name} is inside a traced or scripted module, whose weights are frozen into its code.")
+    if not is_plain(slot):
+        raise ValueError(
+            f"{slot.name} is a {type(tensor).__name__}, which cannot be moved as bytes. Offload the module before it "
+            "is quantized or distributed, and after a first call if it is lazy; or leave this part out."
+        )

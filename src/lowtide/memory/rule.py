@@ -1,0 +1,85 @@
+"""The nouns: tiers, levels and rules. A rule says how one module's weights rest and when they are brought to work.
+
+Every memory plan of the library is such a rule: sequential offload is leaves with no prefetch, model offload the whole
+module, group offload blocks or leaves with prefetch, partial residency a rule with `resident_bytes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from typing import Any, Self
+
+
+class Tier(StrEnum):
+    """Where weights can be."""
+
+    DISK = "disk"
+    """The checkpoint's own file; for weights that are in none, an unnamed temporary file."""
+    HOST = "host"
+    """The machine's memory."""
+    DEVICE = "device"
+    """The memory that computing uses: of the accelerator, or, where there is none, the machine's."""
+
+
+class Level(StrEnum):
+    """What is brought to work at once."""
+
+    WHOLE = "whole"
+    BLOCK = "block"
+    """The innermost repeated blocks; what is outside them goes leaf by leaf."""
+    LEAF = "leaf"
+    """Every module that holds weights itself."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the weights of one module rest and work; sizes in bytes.
+
+    `resident_bytes` of units, evenly spread over the module, rest on the device. `prefetch` units are loaded ahead.
+    `host_bytes` limits what rests in host memory: the rest of it is on disk. `spill` lets weights that are in no file
+    be written to an unnamed file in `spill_folder` (None: the system's); without it they stay in host memory.
+    `pin` lets host memory be locked for faster copies, where there is an accelerator.
+    `block_modules` names the lists of blocks; None finds them.
+    Raises `ValueError` for settings that are not possible.
+    """
+
+    level: Level = Level.BLOCK
+    rest: Tier = Tier.HOST
+    blocks_per_group: int = 1
+    prefetch: int = 1
+    resident_bytes: int = 0
+    host_bytes: int | None = None
+    spill: bool = False
+    spill_folder: str | None = None
+    pin: bool = True
+    block_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.blocks_per_group < 1:
+            raise ValueError(f"blocks_per_group={self.blocks_per_group} is not possible: it is 1 or more.")
+        if self.prefetch < 0:
+            raise ValueError(f"prefetch={self.prefetch} is not possible: it is 0 or more.")
+        for name in ("resident_bytes", "host_bytes"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not possible: it is 0 or more.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rule as JSON can hold it."""
+        return {**asdict(self), "block_modules": None if self.block_modules is None else list(self.block_modules)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """The rule that `to_dict` wrote; raises `ValueError` for other keys or values."""
+        unknown = sorted(set(content) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"A rule has no {unknown}; it has {[field.name for field in fields(cls)]}.")
+        given = dict(content)
+        if "level" in given:
+            given["level"] = Level(given["level"])
+        if "rest" in given:
+            given["rest"] = Tier(given["rest"])
+        if given.get("block_modules") is not None:
+            given["block_modules"] = tuple(given["block_modules"])
+        return cls(**given)

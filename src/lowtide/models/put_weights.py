@@ -1,0 +1,81 @@
+"""Weights for a module that was built on meta: read now, or left where they are until they are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from lowtide.casting.apply_casting import apply_casting
+from lowtide.casting.cast_files import computing_dtype, place, resting_state, saved_weights
+from lowtide.casting.casting import Casting
+from lowtide.memory.attach import attach
+from lowtide.memory.presets import execution_device, named_rule, stream_for
+from lowtide.memory.rule import Rule
+from lowtide.memory.stream import Stream
+from lowtide.weights.fill import dtype_name, fill
+from lowtide.weights.index import CheckpointIndex
+
+__all__ = ["Offload", "offload_named", "put_weights", "resting_state"]
+
+
+@dataclass(frozen=True)
+class Offload:
+    """The rule that modules get while they are loaded, and the stream they share."""
+
+    rule: Rule
+    stream: Stream
+
+
+def offload_named(name: str | None, device: torch.device | str | None = None) -> Offload | None:
+    """The offload called `name` (see `named_rule`) on `device`, None for None; raises `ValueError` for others."""
+    if name is None:
+        return None
+    chosen = execution_device(device)
+    rule = named_rule(name, chosen)
+    return Offload(rule, stream_for(chosen, rule))
+
+
+def put_weights(
+    module: nn.Module,
+    index: CheckpointIndex,
+    *,
+    dtype: torch.dtype | None,
+    offload: Offload | None = None,
+    casting: Casting | None = None,
+    never_cast: Collection[str] = (),
+    float32_beside_float16: Collection[str] = (),
+    buffers: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Give a module on meta the weights of `index`: as `fill` does, or at rest under a rule, with nothing read.
+
+    Weights that are in 8 bits there stay so. With `casting` the others are cast one by one, from the file, but for
+    modules that match a pattern of `never_cast`, and all compute in one dtype. Where that is float16, weights matching
+    a pattern (`fnmatch`) of `float32_beside_float16` are float32, or compute in it where they rest in 8 bits.
+    Raises as `fill`, `attach` and `cast` do.
+    """
+    saved, others = saved_weights(module, index)
+    asked = dtype if casting is None or casting.compute is None else getattr(torch, casting.compute)
+    in_file = computing_dtype(others, float32_beside_float16)
+    is_float16 = (asked or in_file) == torch.float16
+    own = dict.fromkeys(float32_beside_float16 if is_float16 else (), torch.float32)
+    if offload is not None and casting is None and not saved:
+        fill(module, index, dtype=dtype, device="meta", own_dtypes=own, buffers=buffers)
+        attach(module, offload.rule, offload.stream, index=index)
+        return
+    compute = dtype or (in_file if saved else None)
+    named = [slot.name for one in saved for slot in one.slots]
+    keep = () if casting is None else ("*",)  # views of the file: what is cast is converted on the way
+    fill(module, others, dtype=compute, buffers=buffers, keep_dtype=keep, own_dtypes=own, leave=named)
+    if saved:
+        place(module, saved, compute or torch.float32, own)
+    if casting is not None:
+        target = casting.compute or (None if compute is None else dtype_name(compute))
+        as_saved = (f"^{re.escape(name.rpartition('.')[0])}$" for name in named)  # these stay as they are
+        patterns = (*casting.skip_patterns, *never_cast, *as_saved)
+        apply_casting(module, replace(casting, compute=target, skip_patterns=patterns), own)
+    if offload is not None:
+        attach(module, offload.rule, offload.stream)

@@ -1,0 +1,1 @@
+"""Pure arithmetic: a workload, rates and budgets in, a plan and its reasons out."""

@@ -1,0 +1,211 @@
+"""What this machine does in a second: measured once, then kept in a file in the user's cache folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lowtide
+from lowtide.machine.child_process import ChildError, run_module
+from lowtide.machine.disk_and_link import DiskRate, disk_read_rate, link_rates
+from lowtide.machine.figure_cache import keep, recall
+from lowtide.machine.host import host_memory, processor_name_and_flags, usable_cpus
+from lowtide.machine.kernel_rates import Computing
+from lowtide.planning.rates import Rates
+from lowtide.weights.fill import dtype_name
+
+_FORMAT = 11
+USUAL_DISK = 5e8
+"""Bytes a second, where no folder can be written to."""
+_USUAL_MAPPED, _USUAL_AGAIN = 2e9, 3e9
+
+SLACK_ON_CPU = 48 * 2**20
+"""What glibc's heap keeps at most beside the bytes in use; measured were up to 37 MiB, in a U-Net."""
+REACHED = 0.85
+"""Of the rates that kernels reach alone, what they reach in a network: 0.6 to 1.2 in runs of three pipelines."""
+MODULE = 6e-5
+"""Seconds that Python takes from one kernel to the next inside a network, beside the kernel's own beginning."""
+USUAL_RENEWING = 2e-10
+"""Seconds that every byte touched takes longer where its page is made anew each time: 1.3e-10 on an AMD EPYC."""
+
+ROOM_TO_MEASURE = 1200 * 2**20
+"""Bytes that the processes which measure a CPU take together, with some room."""
+
+_MEASURED_IN = 120.0
+"""Seconds that measuring may take; it takes five on an idle machine."""
+
+
+def machine_rates(
+    device: torch.device | str, dtype: torch.dtype, folder: Path | None = None, *, refresh: bool = False
+) -> Rates:
+    """The rates of a device in a dtype, with nothing taken by a process; the disk is measured in `folder`, the models'.
+
+    Measured in a few seconds the first time, or to `refresh`, and then read from the user's cache folder; but `cache`
+    is always what the system's memory could hold now. Usual figures are assumed, and measured another time, where there
+    is no room for the process that measures, or where it fails: a warning says why.
+    """
+    on = torch.device(device)
+    place = folder or _usual_folder()
+    key = _key(on, dtype, place)
+    figures = None if refresh else recall("rates", key)
+    known = Rates(**figures) if figures is not None and _is_whole(figures) else None
+    if known is None and on.type == "cpu" and host_memory().available < ROOM_TO_MEASURE:
+        return _usual_on_cpu()
+    if known is None:
+        try:
+            known = _measured_elsewhere(on, dtype, place)
+        except ChildError as error:
+            warnings.warn(f"This machine could not be measured, so plans assume usual figures: {error}", stacklevel=3)
+            return _usual_on_cpu() if on.type == "cpu" else assumed_rates(dtype_name(dtype))
+        keep("rates", key, asdict(known))
+    return replace(known, cache=host_memory().available)
+
+
+def _usual_on_cpu() -> Rates:
+    """Usual figures of a laptop's or a small server's CPU."""
+    speed = 4e10 * torch.get_num_threads()
+    return Rates(
+        device="cpu",
+        convolution=speed,
+        product=speed,
+        attention=0.7 * speed,
+        touched=5e9,
+        kernel=MODULE,
+        link=_USUAL_MAPPED,
+        converted=_USUAL_AGAIN,
+        disk=USUAL_DISK,
+        cache=host_memory().available,
+        base=0,
+        slack=1.0,
+        slack_most=SLACK_ON_CPU,
+        frugal_touched=1 / (1 / 5e9 + USUAL_RENEWING),
+        dequantized=8e9,
+        contention=_contention(),
+        channels_last=speed,
+        assumed=True,
+    )
+
+
+def assumed_rates(dtype: str = "float16") -> Rates:
+    """Usual figures of a consumer GPU (8 to 24 GB, PCIe 4) and its host, for a GPU that is not here.
+
+    About half of what data sheets of such cards promise: 40 TFLOP/s of half-precision products, 400 GB/s of memory.
+    """
+    speed = 2.0e13 if dtype in ("float16", "bfloat16") else 0.8e13
+    return Rates(
+        device="cuda",
+        convolution=speed,
+        product=1.2 * speed,
+        attention=speed,
+        touched=2.5e11,
+        kernel=8e-6,
+        link=1.2e10,
+        converted=3e9,
+        disk=2e9,
+        cache=host_memory().available,
+        base=0,
+        slack=0.1,
+        dequantized=1.5e11,
+        channels_last=speed,
+        assumed=True,
+    )
+
+
+def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Rates:
+    """Measure now."""
+    disk, computing = _disk(folder), Computing(device, dtype)
+    on_cpu, touched = device.type == "cpu", REACHED * computing.touched()
+    found = Rates(
+        device=device.type,
+        convolution=REACHED * computing.convolution(),
+        product=REACHED * computing.product(),
+        attention=REACHED * computing.attention(),
+        touched=touched,
+        kernel=computing.kernel() + MODULE,
+        link=(disk.mapped or _USUAL_MAPPED) if on_cpu else link_rates(device.index or 0)[0],
+        converted=disk.again or _USUAL_AGAIN,
+        disk=disk.read or USUAL_DISK,
+        cache=host_memory().available,
+        base=0,
+        slack=1.0 if on_cpu else 0.1,
+        slack_most=SLACK_ON_CPU if on_cpu else 2**62,
+        dequantized=computing.dequantized(),
+        contention=_contention() if on_cpu else 0.0,
+        channels_last=REACHED * computing.channels_last(),
+    )
+    return replace(found, frugal_touched=1 / (1 / touched + computing.renewing())) if on_cpu else found
+
+
+def _measured_elsewhere(device: torch.device, dtype: torch.dtype, folder: Path) -> Rates:
+    """Measure in a process of its own: what that leaves in memory would stay in this one."""
+    arguments = (str(device), dtype_name(dtype), str(folder), str(torch.get_num_threads()))
+    return Rates(**json.loads(run_module(__name__, *arguments, seconds=_MEASURED_IN).splitlines()[-1]))
+
+
+def _contention() -> float:
+    """A reader beside as many computing threads as there are processors takes its share of them."""
+    cpus = usable_cpus()
+    return 1 / cpus if torch.get_num_threads() >= cpus else 0.0
+
+
+def _usual_folder() -> Path:
+    from huggingface_hub import constants
+
+    hub = Path(constants.HF_HUB_CACHE)
+    return hub if hub.is_dir() and os.access(hub, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def _disk(folder: Path) -> DiskRate:
+    for place in (folder, Path(tempfile.gettempdir())):
+        with suppress(OSError):
+            return disk_read_rate(place, seconds=0.5)
+    warnings.warn(f"The disk cannot be measured in {folder}: plans assume {USUAL_DISK / 1e9:.1f} GB/s.", stacklevel=4)
+    return DiskRate(None)
+
+
+def _key(device: torch.device, dtype: torch.dtype, folder: Path) -> list[Any]:
+    on_cpu = device.type == "cpu"
+    name = processor_name_and_flags()[0] if on_cpu else torch.cuda.get_device_name(device)
+    disk = os.stat(folder).st_dev if folder.is_dir() else None
+    numbers = (usable_cpus(), torch.get_num_threads(), disk)
+    return [_FORMAT, lowtide.__version__, torch.__version__, device.type, name, str(dtype), *numbers]
+
+
+def _is_whole(rates: Mapping[str, Any]) -> bool:
+    """Whether these are rates that can be computed with."""
+    if set(rates) != {field.name for field in fields(Rates)} or rates["device"] not in ("cpu", "cuda"):
+        return False
+    positive = (
+        "convolution",
+        "product",
+        "attention",
+        "touched",
+        "kernel",
+        "link",
+        "converted",
+        "disk",
+        "dequantized",
+        "channels_last",
+    )
+    numbers = [value for name, value in rates.items() if name not in ("device", "assumed")]
+    are_numbers = all(isinstance(one, int | float) and 0 <= one < float("inf") for one in numbers)
+    return are_numbers and all(rates[name] > 0 for name in positive)
+
+
+def _main(device: str, dtype: str, folder: str, threads: str) -> None:
+    torch.set_num_threads(int(threads))
+    print(json.dumps(asdict(measured_rates(torch.device(device), getattr(torch, dtype), Path(folder)))))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,178 @@
+"""What a component takes, found on meta tensors before anything is loaded: its calls and its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowtide.casting.cast_module import meant_by
+from lowtide.casting.casting import NAMED_CASTINGS, Casting
+from lowtide.memory.blocks import Part, split, with_atomic
+from lowtide.memory.bounds import aligned
+from lowtide.memory.module_weights import gather
+from lowtide.memory.rule import Level, Rule
+from lowtide.memory.store import is_reordered
+from lowtide.memory.weight import Weight
+from lowtide.planning.workload import Call, Component, UnitSize, Work
+from lowtide.prediction.tracing import Traced, trace
+from lowtide.weights.files import InFile
+from lowtide.weights.slots import slots
+
+__all__ = ["Traced", "component", "trace", "trace_call"]
+
+
+def trace_call(fn: Callable[[], Any], inputs: Iterable[torch.Tensor] = (), *, device: str = "cpu") -> Call:
+    """What one call of `fn` takes on a `device` of this type ("cpu" or "cuda"), its modules and `inputs` on meta.
+
+    `inputs` are alive from beginning to end. Raises what `fn` raises: code that looks at values does not run on meta.
+    """
+    return trace(fn, inputs, device=device).call
+
+
+def component(
+    name: str,
+    module: nn.Module,
+    *,
+    device: str = "cpu",
+    lying: Mapping[str, InFile] | None = None,
+    traced: Traced | None = None,
+    never_cast: Sequence[str] = (),
+    in_file: bool = True,
+) -> Component:
+    """The weights of a module (on meta, in the dtypes it computes in) as the units of each level.
+
+    `lying` tells how they lie in files, by their names; those it does not name lie as they work. With the
+    `traced` call units are in the order of their calls and have their work. Modules whose names match a pattern of
+    `never_cast` are not cast, besides those that never are. Raises `ValueError` for what cannot be moved as bytes.
+    """
+    found = _Found(module, device, lying or {}, traced)
+    castings = _Castings(found, tuple(never_cast) or tuple(getattr(module, "never_cast", ())))
+    return Component(name, found.levels(None), castings, in_file)
+
+
+class _Castings(Mapping[str, Mapping[Level, tuple[UnitSize, ...]]]):
+    """The units under each casting by its name, made as they are asked for: most plans have none."""
+
+    def __init__(self, found: _Found, patterns: tuple[str, ...]) -> None:
+        self._found = found
+        self._patterns = patterns
+        self._known: dict[str, Mapping[Level, tuple[UnitSize, ...]]] = {}
+
+    def __getitem__(self, name: str) -> Mapping[Level, tuple[UnitSize, ...]]:
+        if name not in self._known:
+            casting = NAMED_CASTINGS[name]
+            patterns = (*casting.skip_patterns, *self._patterns)
+            self._known[name] = self._found.levels(replace(casting, skip_patterns=patterns))
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(NAMED_CASTINGS)
+
+    def __len__(self) -> int:
+        return len(NAMED_CASTINGS)
+
+
+class _Found:
+    """What is known of a module's weights."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device: str,
+        lying: Mapping[str, InFile],
+        traced: Traced | None,
+    ) -> None:
+        self.module = module
+        self.device = device
+        self.lying = lying
+        self.traced = traced
+        self.called = {id(one) for one in traced.order} if traced is not None else set()
+        self.weights = gather(slots(module))
+        self.homes = {id(inner): id(atomic or inner) for inner, atomic in with_atomic(module, None)}
+
+    def levels(self, casting: Casting | None) -> dict[Level, tuple[UnitSize, ...]]:
+        """The units of every level."""
+        return {level: self.units(level, casting) for level in Level}
+
+    def units(self, level: Level, casting: Casting | None) -> tuple[UnitSize, ...]:
+        """The units of a level, in the order in which they are called."""
+        parts = split(self.module, self.weights, Rule(level))
+        meant = set() if casting is None else self._cast(casting)
+        works = _works(parts, self.traced, self.module)
+        sizes = {id(part): self._unit(part, meant, casting, works[id(part)][1]) for part in parts}
+        ordered = sorted(parts, key=lambda part: works[id(part)][0])
+        scales = self._scales(meant, casting)
+        return (*(sizes[id(part)] for part in ordered), *scales)
+
+    def _cast(self, casting: Casting) -> set[int]:
+        return {id(one) for one in meant_by(casting, self.module, self.weights)}
+
+    def _unit(self, part: Part, meant: set[int], casting: Casting | None, work: Work) -> UnitSize:
+        resting = sum(self._resting(one, id(one) in meant) for one in part.weights)
+        sizes = {id(one): aligned(_working(one, id(one) in meant)) for one in part.weights}
+        return UnitSize(
+            f"{type(self.module).__name__}.{part.weights[0].name}",
+            sum(sizes.values()),
+            resting,
+            sum(sizes[id(one)] for one in part.weights if casting is not None or not self._works_in_place(one)),
+            len(part.modules),
+            part.aside,
+            work,
+            self._largest_leaf(part),
+            self._is_called(part),
+            all(isinstance(module, nn.Embedding) for module in part.modules),
+        )
+
+    def _is_called(self, part: Part) -> bool:
+        owners = (view.slot.owner for weight in part.weights for view in weight.views)
+        return self.traced is None or any(id(module) in self.called for module in (*part.modules, *owners))
+
+    def _scales(self, meant: set[int], casting: Casting | None) -> list[UnitSize]:
+        """The scales of channels stay on the device whatever the weights do."""
+        if casting is None or not casting.scaled or not meant:
+            return []
+        nbytes = sum(4 * one.views[0].shape[0] for one in self.weights if id(one) in meant)
+        return [UnitSize(f"{type(self.module).__name__}: scales", nbytes, 0, nbytes, aside=True)]
+
+    def _largest_leaf(self, part: Part) -> int:
+        sums: dict[int, int] = {}
+        for weight in part.weights:
+            home = self.homes[id(weight.views[0].slot.owner)]
+            sums[home] = sums.get(home, 0) + aligned(weight.nbytes)
+        return max(sums.values(), default=0)
+
+    def _resting(self, weight: Weight, is_cast: bool) -> int:
+        own, there = weight.views[0].dtype, self._in_file(weight)
+        size = 1 if is_cast else (own if there is None else there.dtype).itemsize
+        return weight.nbytes // own.itemsize * size
+
+    def _works_in_place(self, weight: Weight) -> bool:
+        view, there = weight.views[0], self._in_file(weight)
+        return there is None or (there == InFile(view.dtype) and not is_reordered(view.shape, view.stride))
+
+    def _in_file(self, weight: Weight) -> InFile | None:
+        """How a weight lies in the file; None where it is as it works, or in none."""
+        names = (view.slot.name for view in weight.views)
+        return next((self.lying[name] for name in names if name in self.lying), None)
+
+
+def _working(weight: Weight, is_cast: bool) -> int:
+    return weight.nbytes // weight.views[0].dtype.itemsize if is_cast else weight.nbytes
+
+
+def _works(parts: list[Part], traced: Traced | None, root: nn.Module) -> dict[int, tuple[int, Work]]:
+    """For each part the place of its first call, and the work done in it: what is in none belongs to the last one."""
+    found: dict[int, tuple[int, list[Work]]] = {id(part): (len(traced.segments) if traced else 0, []) for part in parts}
+    homes = {id(module): part for part in reversed(parts) for module in part.modules}
+    last = next((part for part in parts), None)
+    for place, segment in enumerate(traced.segments if traced is not None else ()):
+        inner = next((homes[id(one)] for one in reversed(segment.inside) if id(one) in homes), last)
+        if inner is not None:
+            first, works = found[id(inner)]
+            found[id(inner)] = (min(first, place), [*works, segment.work])
+            last = inner
+    return {key: (first, sum(works, Work())) for key, (first, works) in found.items()}

@@ -1,0 +1,55 @@
+"""A copy of a module on meta: what can be traced without a byte of its weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowtide.memory.attach import attachment_of
+from lowtide.memory.placeholder import AtRest
+from lowtide.memory.store import DiskRest
+from lowtide.memory.weight import Weight
+from lowtide.weights.files import InFile
+from lowtide.weights.provenance import in_file
+from lowtide.weights.slots import Slot, slots
+
+
+def meta_twin(module: nn.Module) -> nn.Module:
+    """A copy whose tensors are on meta, with the shapes, strides and dtypes that the module computes with.
+
+    The module's own weights are neither read nor moved, and a rule that is at work on it is not copied. Raises
+    `ValueError` for a module that cannot be copied, such as a traced one.
+    """
+    on_meta: dict[int, Any] = {}
+    for slot in slots(module):
+        tensor = slot.tensor
+        if id(tensor) not in on_meta:
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            is_parameter = slot.kind == "parameter"
+            on_meta[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    try:
+        return copy.deepcopy(module, on_meta)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{type(module).__name__} cannot be planned for, since it cannot be copied: {error}"
+        ) from error
+
+
+def weights_in_files(module: nn.Module) -> dict[str, InFile]:
+    """How each weight that came from a checkpoint lies there, by name; the others are in no file."""
+    attachment = attachment_of(module)
+    views = [] if attachment is None else [(weight, view) for weight in attachment.weights for view in weight.views]
+    moved = {(id(view.slot.owner), view.slot.leaf): weight for weight, view in views}
+    found = {slot.name: _in_file(slot, moved.get((id(slot.owner), slot.leaf))) for slot in slots(module)}
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def _in_file(slot: Slot, moved: Weight | None) -> InFile | None:
+    """Where a weight of a rule comes from; a part of the module may be under a rule of its own."""
+    weight = slot.tensor.weight if isinstance(slot.tensor, AtRest) else moved
+    if weight is None:
+        return in_file(slot.tensor)
+    return weight.rest.origin.lying if isinstance(weight.rest, DiskRest) else None

@@ -1,0 +1,241 @@
+"""Follow a call on meta tensors: which memory is alive when, and what is computed inside which module.
+
+Nothing is computed. Every operator that would reach a kernel is seen, and the memory of tensors is followed from the
+operator that makes it until its last tensor goes, as it would be on the device that is meant.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowtide.ops.meta_device import meant_device, standing_for, taken_note
+from lowtide.planning.workload import Call, Work
+from lowtide.prediction.operators import REWRITTEN, made_by, work_of
+from lowtide.prediction.repeats import Operators, Signatures, form_of_call, forms_of_result, made_again
+from lowtide.prediction.workspace import workspace
+
+GRAIN = {"cpu": 1, "cuda": 512}
+"""Bytes that a device's allocator rounds up to; on a CPU it is asked for exactly what is needed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Work done between two calls or ends of modules; `inside` are the modules under way, from the outermost on."""
+
+    inside: tuple[nn.Module, ...]
+    work: Work
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A call and what was computed in it, in order."""
+
+    call: Call
+    segments: tuple[Segment, ...]
+
+    @property
+    def order(self) -> list[nn.Module]:
+        """The modules that were called, in the order of their first calls."""
+        return list({id(one): one for segment in self.segments for one in segment.inside}.values())
+
+
+@dataclass
+class _Memory:
+    """Bytes alive, and the most there were."""
+
+    grain: int
+    alive: int = 0
+    peak: int = 0
+    workspace: int = 0
+    refs: dict[int, Any] = field(default_factory=dict)
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count the memory of a tensor until it is gone, once."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.refs:
+            return
+        nbytes = -(-storage.nbytes() // self.grain) * self.grain
+        self.refs[key] = weakref.ref(storage, lambda _: self._gone(key, nbytes))
+        self.alive += nbytes
+
+    def _gone(self, key: int, nbytes: int) -> None:
+        del self.refs[key]
+        self.alive -= nbytes
+
+    def reached(self, more: int, beside: int = 0) -> None:
+        """So many more bytes are alive for now, and a kernel takes some beside them."""
+        if self.alive + more + beside > self.peak:
+            self.peak, self.workspace = self.alive + more + beside, beside
+
+
+def trace(fn: Callable[[], Any], inputs: Iterable[torch.Tensor] = (), *, device: str = "cpu") -> Traced:
+    """Call `fn`, which computes on meta, as if on a `device` of this type ("cpu" or "cuda"); see `Call` and `Segment`.
+
+    `inputs` are the tensors that are there from beginning to end. Raises what `fn` raises.
+    """
+    memory = _Memory(GRAIN[device])
+    for tensor in inputs:
+        memory.add(tensor)
+    memory.reached(0)
+    watch = _Watch(memory)
+    with ExitStack() as stack:
+        for context in (torch.no_grad(), standing_for(device), watch.seeing_modules(), watch, _Rewritten()):
+            stack.enter_context(context)
+        before = memory.alive
+        taken_note()
+        result = fn()
+    left = memory.alive - before
+    del result
+    watch.close_segment()
+    done = sum((one.work for one in watch.segments), Work())
+    return Traced(Call(memory.peak, memory.workspace, left, done, taken_note()), tuple(watch.segments))
+
+
+class _Rewritten(TorchFunctionMode):
+    """Has functions of several forms take the form that the meant device takes, not that of the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if meant_device() is not None and func in REWRITTEN:
+            return REWRITTEN[func](*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Repeat:
+    """What one call of a module took beyond what was there, and did."""
+
+    module: nn.Module
+    peak: int
+    workspace: int
+    result: Any
+    segments: tuple[Segment, ...]
+
+
+_WATCHING: ContextVar[_Watch | None] = ContextVar("lowtide_watching", default=None)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operator."""
+
+    def __init__(self, memory: _Memory) -> None:
+        super().__init__()
+        self.segments: list[Segment] = []
+        self._memory = memory
+        self._inside: list[nn.Module] = []
+        self._done: list[Work] = []
+        self._signatures = Signatures()
+        self._operators = Operators(made_by)
+        self._repeats: dict[Any, _Repeat] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in here, and to make sure of that takes as long as most operators
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if meant_device() is None:
+            return func(*args, **kwargs)
+        result = self._operators.result(func, args, kwargs)
+        given = list(tensors_in(args))
+        given += tensors_in(kwargs.values())
+        made = list(tensors_in(result if isinstance(result, (tuple, list)) else (result,)))
+        self._count(given, made)
+        if not func.is_view:
+            self._memory.reached(0, workspace(func, args, given, made))
+            self._done.append(work_of(func, given, made))
+        return result
+
+    def _count(self, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
+        known = {one.untyped_storage()._cdata for one in given}
+        for one in made:
+            if one.untyped_storage()._cdata not in known:
+                self._memory.add(one)
+
+    @contextmanager
+    def seeing_modules(self) -> Generator[None]:
+        """While this lasts, it is known inside which module an operator is called, and repeated modules are replayed.
+
+        Stands in the place of `Module.__call__`, for this thread alone.
+        """
+        original = nn.Module.__call__
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if _WATCHING.get() is not self or meant_device() is None:
+                return original(module, *args, **kwargs)
+            return self._called(module, functools.partial(original, module), args, kwargs)
+
+        token = _WATCHING.set(self)
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+            _WATCHING.reset(token)
+
+    def _called(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        form = form_of_call(args, kwargs) if module._modules else None
+        if form is None:
+            return self._followed(module, call, args, kwargs)
+        key = self._signatures.of(module), form[0]
+        if key in self._repeats:
+            return self._replayed(self._repeats[key], module, form[1])
+        begun, alive, outer = len(self.segments), self._memory.alive, (self._memory.peak, self._memory.workspace)
+        self._memory.peak = self._memory.workspace = 0
+        self._memory.reached(0)
+        result = self._followed(module, call, args, kwargs)
+        peak, beside = self._memory.peak, self._memory.workspace
+        self._memory.peak, self._memory.workspace = max(outer, (peak, beside), key=lambda one: one[0])
+        forms = forms_of_result(result, form[1])
+        if forms is not None and forms[1] == self._memory.alive - alive:  # else it keeps something, or lets go of it
+            inside = tuple(
+                Segment(one.inside[len(self._inside) :], one.work)
+                for one in self.segments[begun:]
+                if len(one.inside) > len(self._inside)
+            )
+            self._repeats[key] = _Repeat(module, peak - alive, beside, forms[0], inside)
+        return result
+
+    def _followed(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        self.close_segment()
+        self._inside.append(module)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.close_segment(even_if_empty=True)
+            self._inside.pop()
+
+    def _replayed(self, repeat: _Repeat, module: nn.Module, inputs: list[torch.Tensor]) -> Any:
+        self.close_segment()
+        self._memory.reached(repeat.peak - repeat.workspace, repeat.workspace)
+        twins = dict(zip(repeat.module.modules(), module.modules(), strict=True))
+        for one in repeat.segments:
+            self.segments.append(Segment((*self._inside, *(twins[part] for part in one.inside)), one.work))
+        return made_again(repeat.result, inputs, {})
+
+    def close_segment(self, *, even_if_empty: bool = False) -> None:
+        """What was computed since the last segment is one; an empty one tells that a module was called."""
+        if self._done or even_if_empty:
+            self.segments.append(Segment(tuple(self._inside), sum(self._done, Work())))
+            self._done = []
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among arguments, in lists too."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from tensors_in(value)

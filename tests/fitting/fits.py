@@ -1,0 +1,68 @@
+"""Budgets for tiny pipelines: rates of a machine whose process takes nothing by itself, so that kilobytes count."""
+
+import pytest
+import torch
+from tests import tiny, tiny_video
+
+from lowtide.pipelines.cogvideox import CogVideoXPipeline
+from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
+from lowtide.planning.rates import Rates
+
+RATES = Rates(
+    device="cpu",
+    convolution=5e10,
+    product=1e11,
+    attention=5e10,
+    touched=1e10,
+    kernel=1e-5,
+    link=5e9,
+    converted=3e9,
+    disk=1e9,
+    cache=2**33,
+    base=0,
+)
+
+
+@pytest.fixture
+def bare_machine(monkeypatch):
+    """Plans count the pipeline alone."""
+    for place in ("fitting", "checkpoints"):
+        monkeypatch.setattr(f"lowtide.pipelines.{place}.rates_here", lambda *_: RATES)
+
+
+def checkpoint(folder, kind, **options):
+    """A tiny checkpoint of pictures or of clips."""
+    if kind == "pictures":
+        tiny.pipeline(folder / "words", **options).save_pretrained(folder / "model")
+        return folder / "model"
+    return tiny_video.write_checkpoint(folder / "model")
+
+
+def load(folder, kind, **options):
+    """The pipeline in `folder`, silent."""
+    cls = StableDiffusionPipeline if kind == "pictures" else CogVideoXPipeline
+    pipe = cls.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make(pipe, **call):
+    """Two pictures or one clip, as tensors."""
+    if isinstance(pipe, StableDiffusionPipeline):
+        usual = {"num_images_per_prompt": 2, "generator": tiny.seeded(3, 4), "output_type": "pt"}
+        return pipe("a boat", **{"num_inference_steps": 3, **usual, **call}).images
+    usual = {"generator": tiny.seeded(3), "output_type": "pt", "max_sequence_length": tiny_video.MAX_TOKENS}
+    return pipe("a red panda", **{"num_inference_steps": 3, **usual, **call}).frames
+
+
+def least(pipe, **size):
+    """The least bytes of RAM that a fitted pipeline's runs of a size take."""
+    from lowtide.planning.planner import minimum
+
+    fit = pipe._fit
+    return minimum(fit.twin.workload(pipe.usual_size(**size)), fit.rates, fit.allow).ram
+
+
+def same(ours, theirs):
+    """Whether results are the same up to the rounding of a decode by rows."""
+    return torch.allclose(ours, theirs, rtol=0, atol=1e-5)

@@ -1,0 +1,329 @@
+"""Pipelines within budgets: planned before they load, within their plans, as fast as allowed, and undone again."""
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.fitting import fits
+from tests.fitting.fits import bare_machine  # noqa: F401
+
+import lowtide
+from lowtide.memory.attach import attachment_of
+from lowtide.planning.plan import BudgetError, Plan
+
+KINDS = ("pictures", "clips")
+pytestmark = pytest.mark.usefixtures("bare_machine")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {kind: fits.checkpoint(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def plain(folders):
+    return {kind: fits.make(fits.load(folders[kind], kind)) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_budget_from_the_least_on_gives_the_same(folders, plain, kind):
+    pipe = fits.load(folders[kind], kind)
+    whole = pipe.fit(ram="1GB", output="pt", pictures=2 if kind == "pictures" else 1)
+    least = fits.least(pipe, output="pt", pictures=2 if kind == "pictures" else 1)
+    seen = set()
+    for share in (0.0, 0.05, 0.2, 0.5, 1.0):
+        budget = int(least + share * (whole.peak - least))
+        plan = pipe.fit(ram=budget, output="pt", pictures=2 if kind == "pictures" else 1)
+        seen.add(str(plan.components))
+        assert plan.peak <= budget
+        made = fits.make(pipe)
+        assert torch.equal(made, plain[kind]) if plan.exactness == "equal bits" else fits.same(made, plain[kind])
+        for name, module in pipe.modules().items():
+            if (found := attachment_of(module)) is not None and plan.components.get(name) is not None:
+                assert found.stream.ledger.peak <= found.bound <= plan.peak
+    assert len(seen) > 1  # the budgets made a difference
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_less_than_the_least_is_refused_with_the_least(folders, plain, kind):
+    pipe = fits.load(folders[kind], kind)
+    pipe.fit(ram="1GB", output="pt")
+    least = fits.least(pipe, output="pt")
+    before = pipe.plan
+    with pytest.raises(BudgetError, match="fit") as caught:
+        pipe.fit(ram=least - 1, output="pt")
+    assert caught.value.minimum.ram == least
+    assert str(caught.value).startswith(f"{caught.value.reason} Try ")
+    assert pipe.plan is before
+    pipe.fit(ram=least, output="pt")
+    fits.make(pipe, **({"num_images_per_prompt": 1, "generator": None} if kind == "pictures" else {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_plans_before_it_reads(folders, plain, kind, monkeypatch):
+    pipe = fits.load(folders[kind], kind, ram="1GB")
+    least = fits.least(pipe)
+    assert torch.equal(fits.make(pipe), plain[kind])
+    small = fits.load(folders[kind], kind, ram=int(least * 1.02))
+    assert any(attachment_of(module) is not None for module in small.modules().values())
+    monkeypatch.setattr("lowtide.fitting.checkpoints.load_components", None)  # nothing may be read
+    with pytest.raises(BudgetError):
+        fits.load(folders[kind], kind, ram=1000)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_configurations_are_traced_once(folders, kind, monkeypatch):
+    fits.load(folders[kind], kind, ram="1GB")
+    monkeypatch.setattr("lowtide.fitting.meta_subject.trace", None)  # nothing may be traced
+    pipe = fits.load(folders[kind], kind, ram="1GB")
+    with pytest.raises(TypeError):
+        fits.load(folders[kind], kind, ram="1GB", torch_dtype=torch.bfloat16)
+    with pytest.raises(TypeError):
+        fits.load(folders[kind], kind, ram="1GB", vae=pipe.vae)
+
+
+def test_configurations_that_do_not_belong_together_are_named(folders, tmp_path):
+    shutil.copytree(folders["pictures"], tmp_path / "model")
+    file = tmp_path / "model" / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "cross_attention_dim": 56}))
+    with pytest.raises(ValueError, match="The unet cannot do what stage 'denoise' asks of it"):
+        fits.load(tmp_path / "model", "pictures", ram="1GB")
+
+
+def test_a_larger_call_is_planned_anew_and_refused_before_it_begins(folders):
+    pipe = fits.load(folders["pictures"], "pictures")
+    pipe.fit(ram="1GB", output="pt")
+    least = fits.least(pipe, output="pt")
+    small = pipe.fit(ram=int(least * 1.05))
+    with pytest.raises(BudgetError):
+        fits.make(pipe, height=512, width=512, num_images_per_prompt=8, generator=None)
+    assert pipe.plan is small
+    fits.make(pipe, num_images_per_prompt=1, generator=None)
+
+
+def test_a_plan_is_printed_saved_loaded_and_put_to_work_again(folders, plain, tmp_path):
+    pipe = fits.load(folders["pictures"], "pictures")
+    pipe.fit(ram="1GB")
+    plan = pipe.fit(ram=int(fits.least(pipe, pictures=2, output="pt") * 1.1), pictures=2)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    loaded = Plan.from_json((tmp_path / "plan.json").read_text())
+    assert loaded == plan
+    assert json.loads(plan.to_json())["stages"]
+    assert "unet" in str(plan)
+    other = fits.load(folders["pictures"], "pictures")
+    other.apply_plan(loaded)
+    assert other.plan == plan
+    assert {n: getattr(attachment_of(m), "rule", None) for n, m in other.modules().items()} == {
+        n: getattr(attachment_of(m), "rule", None) for n, m in pipe.modules().items()
+    }
+    assert fits.same(fits.make(other), plain["pictures"])
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"components": 3}', '{"device": "cpu", "components": {}}'])
+def test_other_json_is_no_plan(text):
+    with pytest.raises(ValueError, match="no plan"):
+        Plan.from_json(text)
+
+
+def test_a_plan_of_other_components_is_refused(folders):
+    pictures, clips = (fits.load(folders[kind], kind) for kind in KINDS)
+    plan = clips.fit(ram="1GB")
+    with pytest.raises(ValueError, match="transformer"):
+        pictures.apply_plan(plan)
+
+
+def test_unfit_leaves_no_trace(folders, plain):
+    pipe = fits.load(folders["pictures"], "pictures")
+    pipe.enable_vae_slicing()
+    pipe.fit(ram="1GB")
+    pipe.fit(ram=fits.least(pipe))
+    pipe.unfit()
+    pipe.unfit()
+    assert pipe.plan is None
+    assert pipe.vae.use_slicing
+    assert not any(attachment_of(module) for module in pipe.modules().values())
+    pipe.disable_vae_slicing()
+    assert torch.equal(fits.make(pipe), plain["pictures"])
+
+
+def test_eight_bits_only_where_allowed(folders, plain):
+    pipe = fits.load(folders["pictures"], "pictures")
+    plan = pipe.fit(ram="1GB", allow=("int8",))
+    assert plan.exactness == "equal bits"  # memory is plenty, and equal bits are as fast
+    assert torch.equal(fits.make(pipe), plain["pictures"])
+    pipe.unfit()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ram": "much"}, "4GB"),
+        ({"ram": "180%"}, "100 %"),
+        ({"ram": "-9999TB"}, "is free"),
+        ({"allow": ("int4",)}, "int8"),
+        ({"allow": "fp8"}, "fp8"),
+        ({"heigth": 64}, "height"),
+        ({"height": 33}, "multiple"),
+        ({"pictures": 0}, "pictures"),
+    ],
+)
+def test_what_is_not_possible_is_said(folders, options, said):
+    pipe = fits.load(folders["pictures"], "pictures")
+    with pytest.raises(ValueError, match=said):
+        lowtide.fit(pipe, **{"ram": "1GB", **options})
+    assert pipe.plan is None
+
+
+def test_vram_without_a_gpu_is_said_to_have_no_effect(folders):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    pipe = fits.load(folders["pictures"], "pictures")
+    with pytest.warns(UserWarning, match="no GPU"):
+        lowtide.fit(pipe, vram="4GB", ram="1GB")
+
+
+def test_a_budget_and_choices_by_hand_do_not_go_together(folders):
+    for option in ({"offload": "leaf"}, {"casting": "int8"}):
+        with pytest.raises(ValueError, match="budget"):
+            fits.load(folders["pictures"], "pictures", ram="1GB", **option)
+    pipe = fits.load(folders["pictures"], "pictures", casting="int8")
+    with pytest.raises(ValueError, match="8 bits"):
+        pipe.fit(ram="1GB")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.to("cpu"),
+        lambda pipe: pipe.enable_model_cpu_offload(),
+        lambda pipe: setattr(pipe, "unet", copy.deepcopy(pipe.unet)),
+    ],
+    ids=["moved", "offloaded by hand", "replaced"],
+)
+def test_the_plan_is_at_work_in_every_call(folders, plain, change):
+    pipe = fits.load(folders["pictures"], "pictures")
+    size = {"output": "pt", "pictures": 2, "steps": 3}
+    pipe.fit(ram="1GB", **size)
+    plan = pipe.fit(ram=fits.least(pipe, **size), **size)
+    change(pipe)
+    assert fits.same(fits.make(pipe), plain["pictures"])
+    held = {name: getattr(attachment_of(module), "rule", None) for name, module in pipe.modules().items()}
+    assert {rule.level for rule in held.values() if rule is not None} == {
+        one.rule.level for one in plan.components.values() if one.rule is not None
+    }
+    assert all(held[name].level == one.rule.level for name, one in plan.components.items() if one.rule is not None)
+
+
+def test_size_and_allow_without_a_budget_are_refused(folders):
+    for option in ({"size": {"steps": 3}}, {"allow": ("int8",)}):
+        with pytest.raises(ValueError, match="budget"):
+            fits.load(folders["pictures"], "pictures", **option)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"dtype": "float16"}, "float16"), ({"made_for": {"side": 1}}, "side"), ({"allow": ("int4",)}, "int4")],
+)
+def test_a_plan_that_is_not_of_this_pipeline_is_refused(folders, changes, said):
+    pipe = fits.load(folders["pictures"], "pictures")
+    plan = replace(pipe.fit(ram="1GB"), **changes)
+    pipe.unfit()
+    with pytest.raises(ValueError, match=said):
+        pipe.apply_plan(plan)
+    assert pipe.plan is None
+
+
+def test_a_pipeline_whose_weights_are_in_no_file(tmp_path):
+    from tests import tiny
+
+    pipe = tiny.pipeline(tmp_path)
+    before = fits.make(pipe)
+    pipe.fit(ram="1GB", pictures=2)
+    pipe.fit(ram=int(fits.least(pipe, pictures=2, output="pt") * 1.01), pictures=2)
+    assert fits.same(fits.make(pipe), before)
+    pipe.unfit()
+    assert torch.equal(fits.make(pipe), before)
+
+
+def test_what_is_replaced_after_it_is_planned_for_anew(folders, plain):
+    pipe = fits.load(folders["pictures"], "pictures")
+    before = pipe.fit(ram="1GB", pictures=2)
+    pipe.to(torch.float64)
+    after = pipe.fit(ram="1GB", pictures=2)
+    assert after.dtype == "float64"
+    assert after.peak > 1.5 * before.peak
+    pipe.unfit()
+    pipe = fits.load(folders["pictures"], "pictures")
+    pipe.fit(ram="1GB", pictures=2)
+    pipe.unet = fits.load(folders["pictures"], "pictures").unet
+    assert torch.equal(fits.make(pipe), plain["pictures"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.set_attention_backend("math"),
+        lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
+        lambda pipe: pipe.unet.enable_attention_slicing("max"),
+    ],
+    ids=["attention", "channels last", "heads"],
+)
+def test_what_is_set_after_it_is_planned_for_anew(folders, plain, change):
+    pipe = fits.load(folders["pictures"], "pictures")
+    pipe.fit(ram="1GB", output="pt", pictures=2, steps=3)
+    pipe.fit(ram=fits.least(pipe, output="pt", pictures=2, steps=3) + 300_000, output="pt", pictures=2, steps=3)
+    fits.make(pipe)
+    twin, before = pipe._fit.twin, pipe._fit.twin.workload(pipe._fit.size).stages
+    fits.make(pipe)
+    assert pipe._fit.twin is twin
+    change(pipe)
+    assert fits.same(fits.make(pipe), plain["pictures"])
+    assert pipe._fit.twin is not twin
+    assert pipe._fit.twin.workload(pipe._fit.size).stages != before
+
+
+def test_the_offload_of_before_comes_back(folders):
+    pipe = fits.load(folders["pictures"], "pictures", offload="leaf", offload_device="cpu")
+    rules = {name: attachment_of(module).rule for name, module in pipe.modules().items()}
+    pipe.fit(ram="1GB")
+    pipe.unfit()
+    assert {name: attachment_of(module).rule for name, module in pipe.modules().items()} == rules
+
+
+def test_a_budget_cannot_be_changed_during_a_call(folders):
+    pipe = fits.load(folders["pictures"], "pictures")
+    plan = pipe.fit(ram="1GB", pictures=2)
+
+    def meddle(*_):
+        with pytest.raises(RuntimeError, match="being called"):
+            pipe.fit(ram="1GB")
+        return {}
+
+    fits.make(pipe, callback_on_step_end=meddle)
+    assert pipe.plan.components == plan.components
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": "toaster"},
+        {"allow": ["int4"]},
+        {"budgets": {"vram": None, "ram": "1GB", "disk": None}},
+        {"components": {"unet": {"rule": None, "casting": "int4"}}},
+    ],
+)
+def test_a_plan_that_was_tampered_with_is_refused(folders, change):
+    pipe = fits.load(folders["pictures"], "pictures")
+    content = {**pipe.fit(ram="1GB").to_dict(), **change}
+    with pytest.raises(ValueError, match=r"no plan|not possible"):
+        Plan.from_dict(content)
+
+
+@pytest.mark.parametrize("size", [{"height": 8_000_000}, {"output": "foo"}, {"guided": "no"}])
+def test_sizes_that_make_no_sense_are_refused_at_once(folders, size):
+    pipe = fits.load(folders["pictures"], "pictures")
+    with pytest.raises(ValueError, match="not possible"):
+        pipe.fit(ram="1GB", **size)

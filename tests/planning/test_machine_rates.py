@@ -1,0 +1,169 @@
+"""Rates of this machine: measured once, kept in a file that may be missing, foreign or broken."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lowtide.machine import kernel_rates
+from lowtide.machine.child_process import ChildError
+from lowtide.machine.disk_and_link import disk_read_rate
+from lowtide.machine.figure_cache import cache_folder
+from lowtide.planning import machine_rates
+from lowtide.planning.workload import Work
+
+MEASURED = replace(machine_rates.assumed_rates(), device="cpu", assumed=False, cache=1)
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """How often it was measured; nothing is, and what is kept is kept here."""
+    times = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine_rates, "_measured_elsewhere", lambda *given: times.append(given) or MEASURED)
+    return times
+
+
+def ask(dtype=torch.float32, **options):
+    return machine_rates.machine_rates("cpu", dtype, **options)
+
+
+def test_measured_once_for_each_dtype(measured, tmp_path):
+    first = ask()
+    assert replace(first, cache=1) == MEASURED
+    assert first.cache > 2**20, "what is available is looked up at the time of planning"
+    assert replace(ask(), cache=1) == MEASURED
+    assert len(measured) == 1
+    ask(torch.bfloat16)
+    ask(refresh=True)
+    assert len(measured) == 3
+    assert len(list((tmp_path / "lowtide").iterdir())) == 2
+
+
+def of_another_key(text):
+    return text.replace('"cpu"', '"cuda"', 1)
+
+
+def without_a_rate(text):
+    content = json.loads(text)
+    del content["figures"]["link"]
+    return json.dumps(content)
+
+
+def with_nothing_a_second(text):
+    content = json.loads(text)
+    return json.dumps({**content, "figures": {**content["figures"], "disk": 0}})
+
+
+def with_words(text):
+    content = json.loads(text)
+    return json.dumps({**content, "figures": {**content["figures"], "disk": "fast"}})
+
+
+BROKEN = [
+    of_another_key,
+    without_a_rate,
+    with_nothing_a_second,
+    with_words,
+    lambda _: "",
+    lambda _: "[]",
+    lambda _: "\0",
+    lambda _: "[" * 10_000,
+    lambda text: text + " " * 2**17,
+]
+
+
+@pytest.mark.parametrize("breaking", BROKEN)
+def test_a_file_that_is_not_ours_is_measured_over(measured, tmp_path, breaking):
+    ask()
+    (file,) = (tmp_path / "lowtide").iterdir()
+    file.write_text(breaking(file.read_text()))
+    assert replace(ask(), cache=1) == MEASURED
+    assert len(measured) == 2
+    ask()
+    assert len(measured) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_no_error(measured, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for times in (1, 2):
+        with pytest.warns(UserWarning, match="cannot be kept"):
+            assert replace(ask(), cache=1) == MEASURED
+        assert len(measured) == times
+
+
+def test_the_usual_folder_is_in_the_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder().parts[-2:] == (".cache", "lowtide")
+
+
+def test_without_a_home_it_is_measured_every_time_and_said(measured, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    assert cache_folder() is None
+    with pytest.warns(UserWarning, match="no home folder.*XDG_CACHE_HOME"):
+        assert replace(ask(), cache=1) == MEASURED
+
+
+def test_where_measuring_fails_usual_figures_are_assumed_and_the_reason_is_said(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise ChildError("it ended with status 1: no such kernel")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine_rates, "run_module", fail)
+    with pytest.warns(UserWarning, match="usual figures: .*no such kernel"):
+        assert ask().assumed
+    assert not list(tmp_path.rglob("*.json"))  # to be measured another time
+
+
+def test_computing_is_measured(monkeypatch):
+    monkeypatch.setattr(kernel_rates, "CONVOLUTIONS", ((2, 16, 8),))
+    monkeypatch.setattr(kernel_rates, "CHANNELS_LAST", ((1, 16, 8),))
+    monkeypatch.setattr(kernel_rates, "PRODUCTS", ((16, 32, 8),))
+    monkeypatch.setattr(kernel_rates, "ATTENTIONS", ((32, 2, 8),))
+    computing = kernel_rates.Computing(torch.device("cpu"), torch.float32)
+    for name in ("convolution", "channels_last", "product", "attention", "touched", "dequantized"):
+        assert getattr(computing, name)() > 1e4
+    assert 0 < computing.kernel() < 1e-2
+    assert 0 <= computing.renewing() < 1e-8
+
+
+def test_a_file_is_mapped_and_read_again(tmp_path, monkeypatch):
+    from lowtide.machine import disk_and_link
+
+    monkeypatch.setattr(disk_and_link, "_FILE_BYTES", 2**20)
+    monkeypatch.setattr(disk_and_link, "_CHUNK", 2**18)
+    found = disk_read_rate(tmp_path)
+    assert found.again > 0
+    assert found.mapped > 0
+
+
+def test_a_disk_that_cannot_be_written_is_assumed_aloud(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(machine_rates, "disk_read_rate", refuse)
+    with pytest.warns(UserWarning, match="cannot be measured"):
+        assert machine_rates._disk(tmp_path).read is None
+
+
+def test_assumed_rates_say_so_and_time_what_is_computed():
+    assumed = machine_rates.assumed_rates("float32")
+    assert assumed.assumed
+    assert assumed.seconds(Work(product=1e12)) > machine_rates.assumed_rates("float16").seconds(Work(product=1e12)) > 0
+
+
+def test_where_there_is_no_room_to_measure_usual_figures_are_assumed(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine_rates, "host_memory", lambda: SimpleNamespace(available=5 * 10**8, total=10**9))
+    monkeypatch.setattr(machine_rates, "run_module", lambda *_, **__: pytest.fail("a process was begun"))
+    found = machine_rates.machine_rates("cpu", torch.float32)
+    assert found.assumed
+    assert found.cache == 5 * 10**8
+    assert not list(tmp_path.rglob("*.json"))  # to be measured another time

@@ -1,0 +1,42 @@
+"""Predicted peaks against measured ones."""
+
+import pytest
+import torch
+from tests.prediction.prediction_cases import large_cases, quick_cases
+
+from lowtide.prediction import tracing
+
+QUICK = list(quick_cases())
+BYTES_OF_SCALARS = 64
+"""Numbers that PyTorch wraps in tensors of their own are not followed."""
+SHARE_OF_BANDS = 1e-4
+"""Streamed rows are gone through at both ends of a pass alone."""
+
+pytestmark = [
+    pytest.mark.skipif(torch.get_num_threads() > 1, reason="scratchpads were measured with one thread"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+def check(case):
+    predicted, measured = case.predicted().peak, case.measured()
+    least = measured * (1 - SHARE_OF_BANDS) if "exact" in case.name else measured
+    assert least - BYTES_OF_SCALARS <= predicted <= measured * 1.05, f"{predicted / measured - 1:+.3%}"
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_the_peak_is_the_measured_one(case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(large_cases()), ids=str)
+def test_the_peak_is_the_measured_one_at_the_shapes_of_sd15(case):
+    check(case)
+
+
+def test_without_workspaces_peaks_are_missed(monkeypatch):
+    monkeypatch.setattr(tracing, "workspace", lambda *args: 0)
+    case = next(one for one in QUICK if one.name == "seascapes decode 16")
+    with pytest.raises(AssertionError):
+        check(case)

@@ -36,20 +36,19 @@ def child(model: str, folder: str, size: dict[str, int], share: float, steps: in
     import torch
 
     import lowtide
-    from lowtide.fitting.budgets import AskedBudgets
-    from lowtide.fitting.checkpoints import plan_checkpoint
+    from lowtide.fitting.budgets import parse_budgets
     from lowtide.measuring.peaks import process_peak
     from lowtide.pipelines.base import DiffusionPipeline
+    from lowtide.pipelines.load import prepare_checkpoint
     from lowtide.planning.machine_rates import machine_rates
     from lowtide.planning.planner import Planner
 
     dtype, variant = form_of(model)
-    pipelines = {name: getattr(lowtide, name) for name in ("StableDiffusionPipeline", "CogVideoXPipeline")}
     asked = {**size, "steps": steps}
     cpu = torch.device("cpu")
     machine_rates(cpu, dtype, refresh=share == SHARES[0])  # what else goes on here changes within minutes
-    found = plan_checkpoint(folder, pipelines, AskedBudgets(), dtype=dtype, device=cpu, variant=variant, **asked)
-    curve = Planner(found.workload, found.rates).curve(found.budgets)
+    fit = prepare_checkpoint(folder, parse_budgets(cpu), device=cpu, dtype=dtype, variant=variant, **asked)
+    curve = Planner(fit.workload, fit.rates).curve(fit.budgets)
     least, most = curve[0][0], curve[-1][0]
     budget = int(least + share * ((most - least) if share > 0 else least))
     result: dict[str, Any] = {"model": model, **size, "budget": budget, "least": least}

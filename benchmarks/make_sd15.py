@@ -23,7 +23,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lowtide.configs import write_json
-from lowtide.loading import save_component
+from lowtide.loading.components import save_component
 from lowtide.models.mixin import PEER_VERSION
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.vae import AutoencoderKL

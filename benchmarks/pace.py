@@ -42,11 +42,11 @@ def child(model: str, folder: str, size: dict[str, int]) -> list[float]:
     cpu, (dtype, variant) = torch.device("cpu"), form_of(model)
     pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, variant=variant, ram="12GB", size=size)
     pipe.set_progress_bar_config(disable=True)
-    fit = pipe._fit
+    fit = pipe.applied.fit
 
     def predicted() -> float:
         rates = machine_rates(cpu, dtype, refresh=True)
-        return Planner(fit.twin.workload(fit.size), rates).choose(fit.budgets).seconds
+        return Planner(fit.workload, rates).choose(fit.budgets).seconds
 
     def run() -> float:
         began = time.perf_counter()

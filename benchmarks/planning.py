@@ -87,17 +87,16 @@ def seconds(name: str, folder: str) -> list[float]:
     import torch
 
     import lowtide
-    from lowtide.fitting.budgets import AskedBudgets
-    from lowtide.fitting.checkpoints import plan_checkpoint
+    from lowtide.fitting.budgets import parse_budgets
+    from lowtide.pipelines.load import prepare_checkpoint
     from lowtide.planning.machine_rates import machine_rates
-    from lowtide.planning.planner import Planner
 
-    cpu, pipelines = torch.device("cpu"), {name: getattr(lowtide, name)}
+    cpu, _ = torch.device("cpu"), getattr(lowtide, name)
     machine_rates(cpu, torch.bfloat16)
     began = time.perf_counter()
-    found = plan_checkpoint(folder, pipelines, AskedBudgets(ram=BUDGETS[name]), dtype=torch.bfloat16, device=cpu)
+    fit = prepare_checkpoint(folder, parse_budgets(cpu, ram=BUDGETS[name]), device=cpu, dtype=torch.bfloat16)
     traced = time.perf_counter()
-    Planner(found.workload, found.rates).choose(found.budgets)
+    fit.choose()
     return [traced - began, time.perf_counter() - traced]
 
 

@@ -1,5 +1,7 @@
 """Stage brackets and what their observers hear."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from lowtide.stages import Stages
@@ -89,11 +91,25 @@ def test_observed_adds_for_a_while_and_removes_the_very_object():
     kept, passing = Listener(), Listener()
     stages = Stages([kept])
     with stages.observed(passing):
-        assert stages.observers[-1] is passing
+        assert stages.watching == (kept, passing)
     with pytest.raises(ValueError, match="stop"), stages.observed(passing, passing):
         raise ValueError("stop")
-    assert len(stages.observers) == 1
-    assert stages.observers[0] is kept
+    assert stages.watching == (kept,)
+    assert stages.observers == [kept]
+
+
+def test_what_is_observed_for_a_while_is_so_in_its_own_thread():
+    everywhere, here = Listener(), Listener()
+    stages = Stages([everywhere])
+
+    def elsewhere():
+        with stages.stage("decode"):
+            pass
+
+    with stages.observed(here), ThreadPoolExecutor(1) as threads:
+        threads.submit(elsewhere).result()
+    assert everywhere.heard == [("started", "decode", None), ("finished", "decode")]
+    assert here.heard == []
 
 
 def test_an_observer_removed_inside_a_stage_still_hears_its_end():

@@ -13,7 +13,7 @@ from tests.memory.cases import RULES
 
 from lowtide.casting.cast_weight import small_of
 from lowtide.casting.casting import NAMED_CASTINGS, Casting
-from lowtide.loading import LoadOptions, load_text_encoder, save_component, spec_of
+from lowtide.loading.components import LoadOptions, load_text_encoder, save_component, spec_of
 from lowtide.models import tokenizers
 from lowtide.models.attention_backends import set_attention_backend, set_attention_slicing
 from lowtide.models.put_weights import offload_named

@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lowtide.loading import load_image_processor
+from lowtide.loading.components import load_image_processor
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.vae import AutoencoderKL

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lowtide.activations.row_streaming import apply_row_streaming, remove_row_streaming
     from lowtide.casting.casting import Casting
-    from lowtide.fitting.apply import fit
+    from lowtide.fitting.fit import fit
     from lowtide.fitting.out_of_memory import OutOfMemoryError
     from lowtide.memory.presets import apply_residency
     from lowtide.models.safety_checker import StableDiffusionSafetyChecker
@@ -69,7 +69,7 @@ _HOME = {
     "Casting": "lowtide.casting.casting",
     "OutOfMemoryError": "lowtide.fitting.out_of_memory",
     "Plan": "lowtide.planning.plan",
-    "fit": "lowtide.fitting.apply",
+    "fit": "lowtide.fitting.fit",
     "CogVideoXDDIMScheduler": "lowtide.schedulers",
     "CogVideoXDPMScheduler": "lowtide.schedulers",
     "CogVideoXPipeline": "lowtide.pipelines.cogvideox",

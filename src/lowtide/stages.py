@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 
 class StageObserver(Protocol):
-    """Something that watches stages: a progress bar, the memory meter, later the executor of a plan."""
+    """Something that watches stages: a progress bar, the memory meter, what tidies up between stages."""
 
     def stage_started(self, name: str, steps: int | None) -> None:
         """The stage `name` begins; it will take `steps` steps, or an unknown number."""
@@ -40,19 +41,29 @@ class Stage:
 
 
 class Stages:
-    """The stage brackets of one pipeline; `observers` may change between stages.
+    """The stage brackets of one pipeline. `observers` watch all of its calls, and may change between stages.
 
     A stage tells the observers that were there when it began, and tells each of them of its end, also after an
-    exception. Stages may be nested.
+    exception. Stages may be nested. What `observed` adds watches the calls of its own thread alone.
     """
 
     def __init__(self, observers: Iterable[StageObserver] = ()) -> None:
         self.observers: list[StageObserver] = list(observers)
+        self._here = threading.local()
+
+    @property
+    def watching(self) -> tuple[StageObserver, ...]:
+        """All that watch a stage which begins now in this thread."""
+        return (*self.observers, *self._added)
+
+    @property
+    def _added(self) -> tuple[StageObserver, ...]:
+        return getattr(self._here, "observers", ())
 
     @contextmanager
     def stage(self, name: str, steps: int | None = None) -> Generator[Stage]:
         """Bracket one stage, for example `with stages.stage("denoise", steps=25) as stage: ... stage.advance()`."""
-        observers = tuple(self.observers)
+        observers = self.watching
         with ExitStack() as started:
             for observer in observers:
                 observer.stage_started(name, steps)
@@ -61,18 +72,10 @@ class Stages:
 
     @contextmanager
     def observed(self, *observers: StageObserver) -> Generator[None]:
-        """Add `observers` for the length of a `with` block."""
-        self.observers.extend(observers)
+        """Add `observers` for the length of a `with` block, in this thread."""
+        before = self._added
         try:
+            self._here.observers = (*before, *observers)
             yield
         finally:
-            for observer in observers:
-                _remove_last(self.observers, observer)
-
-
-def _remove_last(observers: list[StageObserver], observer: StageObserver) -> None:
-    """Drop the last entry that is this very object (two observers may compare equal)."""
-    for index in reversed(range(len(observers))):
-        if observers[index] is observer:
-            del observers[index]
-            return
+            self._here.observers = before

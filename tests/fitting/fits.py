@@ -26,8 +26,7 @@ RATES = Rates(
 @pytest.fixture
 def bare_machine(monkeypatch):
     """Plans count the pipeline alone."""
-    for place in ("fitting", "checkpoints"):
-        monkeypatch.setattr(f"lowtide.pipelines.{place}.rates_here", lambda *_: RATES)
+    monkeypatch.setattr("lowtide.fitting.prepare._rates", lambda *_: RATES)
 
 
 def checkpoint(folder, kind, **options):
@@ -59,8 +58,8 @@ def least(pipe, **size):
     """The least bytes of RAM that a fitted pipeline's runs of a size take."""
     from lowtide.planning.planner import minimum
 
-    fit = pipe._fit
-    return minimum(fit.twin.workload(pipe.usual_size(**size)), fit.rates, fit.allow).ram
+    fit = pipe.applied.fit
+    return minimum(fit.meta.workload(pipe.usual_size(**size), fit.allow), fit.rates, fit.allow).ram
 
 
 def same(ours, theirs):

@@ -11,6 +11,7 @@ from tests.fitting import fits
 from tests.fitting.fits import bare_machine  # noqa: F401
 
 import lowtide
+from lowtide.fitting import applied_plan
 from lowtide.memory.attach import attachment_of
 from lowtide.planning.plan import BudgetError, Plan
 
@@ -276,13 +277,59 @@ def test_what_is_set_after_it_is_planned_for_anew(folders, plain, change):
     pipe.fit(ram="1GB", output="pt", pictures=2, steps=3)
     pipe.fit(ram=fits.least(pipe, output="pt", pictures=2, steps=3) + 300_000, output="pt", pictures=2, steps=3)
     fits.make(pipe)
-    twin, before = pipe._fit.twin, pipe._fit.twin.workload(pipe._fit.size).stages
+    before = pipe.applied.fit
     fits.make(pipe)
-    assert pipe._fit.twin is twin
+    assert pipe.applied.fit.meta is before.meta
     change(pipe)
     assert fits.same(fits.make(pipe), plain["pictures"])
-    assert pipe._fit.twin is not twin
-    assert pipe._fit.twin.workload(pipe._fit.size).stages != before
+    assert pipe.applied.fit.meta is not before.meta
+    assert pipe.applied.fit.workload.stages != before.workload.stages
+
+
+def test_a_setting_of_the_autoencoder_is_planned_for(folders):
+    pipe = fits.load(folders["clips"], "clips")
+    before = pipe.fit(ram="1GB", frames=17).stage("decode")
+    pipe.vae.num_latent_frames_batch_size = 4
+    assert pipe.fit(ram="1GB", frames=17).stage("decode").activations > before.activations
+    pipe.vae.num_latent_frames_batch_size = 2
+    fits.make(pipe, num_frames=17)
+    assert pipe.plan.stage("decode").activations == before.activations  # noticed by a call, too
+
+
+def test_a_first_fit_that_fails_midway_leaves_everything_as_it_was(folders, plain, monkeypatch):
+    pipe = fits.load(folders["pictures"], "pictures")
+    pipe.enable_vae_slicing()
+    pipe.fit(ram="1GB")
+    least = fits.least(pipe)
+    pipe.unfit()
+    done = []
+
+    def put_under_some(*given):
+        if len(done) == 2:
+            raise OSError("the disk is full")
+        done.append(applied_plan_put_under(*given))
+
+    applied_plan_put_under = applied_plan.put_under
+    monkeypatch.setattr(applied_plan, "put_under", put_under_some)
+    with pytest.raises(OSError, match="full"):
+        pipe.fit(ram=least)
+    assert len(done) == 2
+    assert pipe.plan is None
+    assert pipe.vae.use_slicing
+    assert not any(attachment_of(module) for module in pipe.modules().values())
+    pipe.disable_vae_slicing()
+    assert torch.equal(fits.make(pipe), plain["pictures"])
+
+
+def test_weights_go_back_to_the_device_that_they_came_from(folders):
+    pipe = fits.load(folders["pictures"], "pictures")
+    pipe.fit(ram="1GB")
+    moved = []
+    pipe.applied.before = replace(pipe.applied.before, devices=dict.fromkeys(pipe.modules(), torch.device("meta")))
+    pipe.unet.to = moved.append
+    pipe.unfit()
+    assert moved == [torch.device("meta")]
+    assert pipe.vae.decoder.conv_in.weight.is_meta
 
 
 def test_the_offload_of_before_comes_back(folders):
@@ -300,6 +347,10 @@ def test_a_budget_cannot_be_changed_during_a_call(folders):
     def meddle(*_):
         with pytest.raises(RuntimeError, match="being called"):
             pipe.fit(ram="1GB")
+        with pytest.raises(RuntimeError, match="being called"):
+            pipe.unfit()
+        with pytest.raises(RuntimeError, match="being called"):
+            pipe.apply_plan(plan)
         return {}
 
     fits.make(pipe, callback_on_step_end=meddle)

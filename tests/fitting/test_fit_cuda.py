@@ -40,8 +40,8 @@ def test_the_allocators_limit_is_never_reached(plain, limited, share):
 
     pipe = lowtide.StableDiffusionPipeline.from_pretrained(SHIPPED, torch_dtype=torch.float16)
     pipe.fit(vram="80%", height=256, width=256, steps=3, output="pt")
-    fit = pipe._fit
-    curve = Planner(fit.twin.workload(fit.size), fit.rates).curve(fit.budgets)
+    fit = pipe.applied.fit
+    curve = Planner(fit.workload, fit.rates).curve(fit.budgets)
     least, most = curve[0][0], curve[-1][0]
     plan = pipe.fit(vram=int(least + share * (most - least)), height=256, width=256, steps=3, output="pt")
     limited(max(stage.peak - stage.base for stage in plan.stages))

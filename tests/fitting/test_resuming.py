@@ -11,11 +11,11 @@ from tests import tiny
 from tests.fitting import fits
 from tests.fitting.fits import bare_machine  # noqa: F401
 
-from lowtide.fitting.fit import Fit
-from lowtide.fitting.meta_subject import twin_of
+from lowtide.fitting.meta_subject import meta_subject
 from lowtide.fitting.out_of_memory import OutOfMemoryError, is_of_device, is_out_of_memory
+from lowtide.fitting.prepare import prepare
 from lowtide.planning.plan import Budgets
-from lowtide.planning.planner import choose, minimum
+from lowtide.planning.planner import minimum
 from lowtide.schedulers import EulerDiscreteScheduler
 
 ERRORS = {
@@ -257,15 +257,13 @@ def test_which_memory_ran_out_is_told_apart(error):
 def test_host_memory_that_runs_out_beside_a_gpu_is_what_shrinks(folders, monkeypatch):
     monkeypatch.setattr("lowtide.planning.options.STAGE_BYTES", 0)  # as large as all of these networks
     pipe = fits.load(folders["pictures"], "pictures")
-    twin = twin_of(pipe, torch.device("cuda"))
-    size, rates = pipe.usual_size(), replace(fits.RATES, device="cuda")
-    budgets = Budgets(vram=10**8, ram=10**9, disk=10**9)
-    workload = twin.workload(size)
-    most, least = choose(workload, rates, budgets).peak, minimum(workload, rates).vram
-    offloaded = choose(workload, rates, replace(budgets, vram=(most + least) // 2))
-    fit = Fit(offloaded.budgets, (), torch.device("cuda"), rates, twin, size, offloaded)
-    smaller = fit.smaller("denoise", of_host=True)
+    meta, rates = meta_subject(pipe, torch.device("cuda")), replace(fits.RATES, device="cuda")
+    given = prepare(meta, Budgets(vram=10**8, ram=10**9, disk=10**9), pipe.usual_size(), rates=rates)
+    most, least = given.choose().peak, minimum(given.workload, rates).vram
+    fit = replace(given, budgets=replace(given.budgets, vram=(most + least) // 2))
+    offloaded = fit.choose()
+    smaller = fit.smaller(offloaded, "denoise", fit.budgets, of_host=True)
     assert smaller.stage("denoise").host < offloaded.stage("denoise").host
     assert smaller.peak <= offloaded.budgets.vram
-    fit.lowered = fit.limited(smaller.host_peak, of_host=True)
-    assert fit.limited(5) == Budgets(vram=5, ram=smaller.host_peak, disk=10**9)  # what ran out once stays lowered
+    lowered = fit.limited(fit.budgets, smaller.host_peak, of_host=True)
+    assert fit.limited(lowered, 5) == Budgets(vram=5, ram=smaller.host_peak, disk=10**9)  # what ran out stays lowered

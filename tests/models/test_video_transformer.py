@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests import tiny
 from tests.models.test_configs import ANYTHING
 
-from lowtide.loading import MODELS
+from lowtide.loading.components import MODELS
 from lowtide.memory.blocks import blocks_of
 from lowtide.models.video_positions import SLAB, rotary_embedding, rotate
 from lowtide.models.video_transformer import CogVideoXTransformer3DModel

@@ -10,7 +10,7 @@ from tests import tiny, tiny_video
 from torch import nn
 
 import lowtide
-from lowtide.loading import load_components
+from lowtide.loading.components import load_components
 from lowtide.pipelines.base import DiffusionPipeline
 from lowtide.pipelines.cogvideox import CogVideoXPipeline
 from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
@@ -136,7 +136,7 @@ def test_files_are_fetched_that_are_published(folder):
             return folder
 
     source = Watching()
-    from lowtide.loading import LoadOptions, read_model_index
+    from lowtide.loading.components import LoadOptions, read_model_index
 
     _, specs, _ = read_model_index(folder)
     load_components(source, specs, LoadOptions(None))

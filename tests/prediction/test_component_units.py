@@ -15,7 +15,7 @@ from lowtide.memory.rule import Level, Rule, Tier
 from lowtide.memory.stream import Stream
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.prediction.component import component, trace
-from lowtide.prediction.meta_copy import meta_twin, weights_in_files
+from lowtide.prediction.meta_copy import meta_copy, weights_in_files
 from lowtide.weights.files import InFile
 from lowtide.weights.fill import state_names
 from lowtide.weights.index import find_weights
@@ -118,7 +118,7 @@ def test_weights_that_stay_in_another_order_are_known_to_be_in_their_file(tmp_pa
     attachment = attachment_of(module)
     lying = weights_in_files(module)
     assert set(lying) == state_names(module)
-    found = component("network", meta_twin(module), lying=lying)
+    found = component("network", meta_copy(module), lying=lying)
     sizes = [attachment.stream._sizes[unit] for unit in attachment.units]
     assert sorted(unit.copied for unit in found.units[Level.BLOCK]) == sorted(one.copied for one in sizes)
     assert any(one.copied and one.window for one in sizes)

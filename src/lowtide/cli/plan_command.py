@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-import lowtide
 from lowtide.cli.budget_options import Allow, Budget
 from lowtide.cli.errors import BAD_INPUT, InputError, reported, tell
 from lowtide.cli.request import VIDEO_SIZE_STEP, DType, check_guidance, check_steps, parse_size, resolve_model, sides
@@ -144,20 +143,20 @@ def look_at(asked: Asked, budget: Budget) -> Outlook:
     """Plan the run from the model's configs alone."""
     import torch
 
-    from lowtide.fitting.budgets import AskedBudgets
-    from lowtide.fitting.checkpoints import plan_checkpoint
-    from lowtide.pipelines.base import PIPELINES
+    from lowtide.fitting.budgets import parse_budgets
+    from lowtide.pipelines.load import prepare_checkpoint
 
-    planning = plan_checkpoint(
+    device = torch.device(asked.device)
+    fit = prepare_checkpoint(
         asked.model,
-        {name: getattr(lowtide, name) for name in PIPELINES},
-        AskedBudgets(budget.vram, budget.ram, budget.disk, budget.allow),
+        parse_budgets(device, budget.vram, budget.ram, budget.disk),
+        device=device,
         dtype=getattr(torch, asked.dtype),
-        device=torch.device(asked.device),
         variant=asked.variant,
+        allow=budget.allow,
         **asked.run_size(),
     )
-    return look(planning.workload, planning.rates, planning.budgets, planning.allow)
+    return look(fit.workload, fit.rates, fit.budgets, fit.allow)
 
 
 def check_plot(path: Path | None, option: str = "--plot") -> None:

@@ -94,7 +94,7 @@ def set_decoding(pipe: Any, decode: Decode, *, exact: bool) -> None:
 def made_by(model: str) -> str:
     """The class of pipeline that a model's index names; only the index is fetched."""
     from lowtide.hub import Source
-    from lowtide.loading import MODEL_INDEX, read_model_index
+    from lowtide.loading.components import MODEL_INDEX, read_model_index
 
     return read_model_index(Source(model).fetch([MODEL_INDEX]))[0]
 

@@ -1,109 +1,130 @@
-"""Budgets at work on a pipeline: what they are in bytes here, and the plans that keep to them."""
+"""Budgets for a subject: give one, put a saved plan to work, keep to it in every call, and undo it."""
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
-from lowtide.fitting.decode_modes import ways_set
-from lowtide.fitting.meta_subject import Twin
-from lowtide.measuring.meter import StageReading
-from lowtide.measuring.transfers import Flow
-from lowtide.memory.attach import attachment_of
-from lowtide.memory.rule import Rule
-from lowtide.planning.plan import BudgetError, Budgets, Plan
-from lowtide.planning.planner import choose
-from lowtide.planning.rates import Rates
+from lowtide.casting.cast_module import is_cast
+from lowtide.fitting.applied_plan import put_under_plan
+from lowtide.fitting.budgets import Asked, parse_budgets
+from lowtide.fitting.meta_subject import MetaSubject, meta_subject
+from lowtide.fitting.prepare import prepare
+from lowtide.fitting.run_report import RunReport
+from lowtide.fitting.subject import Subject
+from lowtide.memory.presets import execution_device
+from lowtide.planning.plan import Plan, check_allowed
 from lowtide.planning.run_size import RunSize
-from lowtide.planning.workload import Workload
-
-LESS = 0.8
-"""Of what a stage was to take: what it may take after memory ran out in it."""
+from lowtide.weights.fill import dtype_name
 
 
-@dataclass
-class Fit:
-    """Budgets at work on a pipeline: what they allow, the plan for the size asked for last, and what happened since.
+def fit(
+    pipe: Subject,
+    vram: Asked = None,
+    ram: Asked = None,
+    *,
+    disk: Asked = None,
+    allow: Collection[str] = (),
+    device: torch.device | str | None = None,
+    **size: Any,
+) -> Plan:
+    """Have a pipeline keep within budgets of bytes, as fast as they allow, and return the plan.
 
-    `lowered` are the budgets that are left since memory ran out.
+    `vram` is what may be in use on the GPU, `ram` the memory of the whole process (on a machine without a GPU, where
+    weights stay on disk until they are needed, it is all there is), `disk` what temporary files may take. Each is a
+    number of bytes, text such as "4GB", a share of what there is ("80%"), "auto" for what is free less a tenth, or
+    "-1GB" for what is free less 1 GB; None is "auto". `allow` names what may change the result: "fp8", "int8",
+    "blended_tiling"; without it every plan gives the plain run's result, bit for bit, or up to rounding where pictures
+    are decoded row by row. `size` says what will be asked for (`height`, `width`, `pictures`, `steps`, `frames`); calls
+    of another size are planned anew before they begin. Budgets may be changed between calls by calling this again;
+    `pipe.unfit()` undoes it.
+    Raises `BudgetError`, naming the minimum, where no plan fits, `ValueError` for what is not possible, and
+    `RuntimeError` inside a call; the pipeline is as it was then.
     """
-
-    budgets: Budgets
-    allow: tuple[str, ...]
-    device: torch.device
-    rates: Rates
-    twin: Twin
-    size: RunSize
-    plan: Plan
-    way_before: tuple[Any, ...] = ()
-    rules_before: dict[str, tuple[Rule, torch.device]] = field(default_factory=dict)
-    castings: dict[str, str | None] = field(default_factory=dict)
-    readings: list[StageReading] = field(default_factory=list)
-    flows: dict[str, Flow] = field(default_factory=dict)
-    degradations: list[str] = field(default_factory=list)
-    lowered: Budgets | None = None
-
-    def plan_for(self, size: RunSize) -> Plan:
-        """The fastest plan for a run of this size; raises `BudgetError`, naming the minimum, where there is none.
-
-        What fits no budget that was lowered is tried within those that were given.
-        """
-        workload = self.twin.workload(size, self.allow)
-        if self.lowered is not None:
-            with suppress(BudgetError):
-                return choose(workload, self.rates, self.lowered, self.allow)
-        return choose(workload, self.rates, self.budgets, self.allow)
-
-    def smaller(self, stage: str, *, of_host: bool = False) -> Plan | None:
-        """A plan under which a stage takes clearly less than now; where all of the run cannot, this stage alone.
-
-        Less of the device's memory or, on a GPU, `of_host`. None where there is none, or where the plan has no such
-        stage.
-        """
-        now = self.plan.stage(stage)
-        if now is None:
-            return None
-        workload = self.twin.workload(self.size, self.allow)
-        if of_host:  # what rests there is there in all stages
-            tries = [(workload, most) for most in (int(LESS * now.host), now.host - 1)]
-        else:
-            limit, peak = now.base + int(LESS * (now.peak - now.base)), self.plan.peak
-            withheld = [(_withheld(workload, stage, peak - most), peak) for most in (limit, now.peak - 1)]
-            tries = [(workload, limit), *withheld]
-        for tried, most in tries:
-            with suppress(BudgetError):
-                return choose(tried, self.rates, self.limited(most, of_host=of_host), self.allow)
-        return None
-
-    def follow(self, before: Fit | None, pipe: Any) -> None:
-        """Take over what must be put back one day: from the budgets before, or from the pipeline as it is."""
-        if before is not None:
-            self.way_before, self.rules_before = before.way_before, before.rules_before
-            self.castings = before.castings_of(self.twin)
-            return
-        self.way_before = ways_set(pipe.vae)
-        for name, module in pipe.modules().items():
-            if (found := attachment_of(module)) is not None:
-                self.rules_before[name] = found.rule, found.device
-
-    def castings_of(self, twin: Twin) -> dict[str, str | None]:
-        """The castings of components that another twin has too; those that were replaced have none of ours."""
-        return {name: casting for name, casting in self.castings.items() if self.twin.shares(name, twin)}
-
-    @property
-    def left(self) -> Budgets:
-        """The budgets that are left."""
-        return self.lowered or self.budgets
-
-    def limited(self, nbytes: int, *, of_host: bool = False) -> Budgets:
-        """The budgets that are left, with so many bytes of the device's memory, or `of_host`."""
-        return replace(self.left, **{"ram" if of_host or self.device.type == "cpu" else "vram": nbytes})
+    chosen = execution_device(device)
+    check_allowed(allow)
+    budgets = parse_budgets(chosen, vram, ram, disk)
+    with pipe.call_lock.between_calls("its budget"):
+        if pipe.applied is None:
+            check_not_cast(pipe.modules())
+        wanted = pipe.usual_size(**size)
+        prepared = prepare(_meta(pipe, chosen), budgets, wanted, allow=tuple(allow), loaded=pipe.modules())
+        plan = prepared.choose()
+        put_under_plan(pipe, prepared, plan)
+        return plan
 
 
-def _withheld(workload: Workload, stage: str, nbytes: int) -> Workload:
-    """The workload with so many bytes of memory less in one stage."""
-    stages = tuple(replace(one, withheld=nbytes) if one.name == stage else one for one in workload.stages)
-    return replace(workload, stages=stages)
+def apply_plan(pipe: Subject, plan: Plan, device: torch.device | str | None = None) -> None:
+    """Put a plan to work, such as one saved as JSON; calls of another size than its own are planned anew.
+
+    Raises `ValueError` for a plan of components that this pipeline has not, or of another dtype.
+    """
+    unknown = sorted(set(plan.components) - set(pipe.modules()))
+    if unknown:
+        raise ValueError(f"The plan has {unknown}, and this pipeline has {', '.join(pipe.modules())}.")
+    check_allowed(plan.allow)
+    with pipe.call_lock.between_calls("its plan"):
+        if pipe.applied is None:
+            check_not_cast(pipe.modules())
+        size = pipe.usual_size(**plan.made_for)
+        chosen = execution_device(device or plan.device.partition(":")[0])
+        dtype = dtype_name(pipe.dtype)
+        if plan.dtype != dtype:
+            raise ValueError(f"The plan is for {plan.dtype}, and this pipeline computes in {dtype}: make another one.")
+        meta = _meta(pipe, chosen)
+        put_under_plan(pipe, prepare(meta, plan.budgets, size, allow=plan.allow, loaded=pipe.modules()), plan)
+
+
+def before_call(pipe: Subject, size: RunSize) -> None:
+    """Have the plan that a call of this size needs at work; raises `BudgetError` where there is none."""
+    applied = pipe.applied
+    if applied is None:
+        return
+    fit, plan = applied.fit, applied.plan
+    meta = _meta(pipe, fit.device)
+    if meta is not fit.meta or size != fit.size:
+        fit = prepare(meta, fit.budgets, size, allow=fit.allow, rates=fit.rates)
+        plan = fit.choose_within(applied.lowered)
+    applied.put_to_work(fit, plan)
+
+
+def unfit(pipe: Subject) -> None:
+    """Undo `fit`: no plan, no budget; every weight is where it was before, under the offload that was set then.
+
+    Raises `RuntimeError` inside a call.
+    """
+    with pipe.call_lock.between_calls("its budget"):
+        if pipe.applied is not None:
+            pipe.applied.undo()
+            pipe.applied = None
+
+
+def report(pipe: Subject) -> RunReport:
+    """What the last call took beside what its plan said, stage by stage.
+
+    Raises `RuntimeError` where no budget was given, or nothing has run since.
+    """
+    if pipe.applied is None:
+        raise RuntimeError("There is nothing to report, since no budget was given: call pipe.fit(...) first.")
+    return pipe.applied.report()
+
+
+def _meta(pipe: Subject, device: torch.device) -> MetaSubject:
+    """The subject on meta, made anew where a network was replaced, or is set otherwise, since."""
+    applied = pipe.applied
+    if applied is not None and applied.fit.device == device and applied.fit.meta.is_of(pipe):
+        return applied.fit.meta
+    return meta_subject(pipe, device)
+
+
+def check_not_cast(modules: Mapping[str, nn.Module]) -> None:
+    """Raise `ValueError` for networks that rest in 8 bits by hand."""
+    cast = [name for name, module in modules.items() if is_cast(module)]
+    if cast:
+        raise ValueError(
+            f"{', '.join(cast)} rest in 8 bits already. Call disable_layerwise_casting on them first, and let the plan "
+            "choose: fit(..., allow=('fp8',)) or ('int8',)."
+        )

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
 import lowtide
 from lowtide.fitting.meta_subject import nbytes
+from lowtide.fitting.subject import Subject
 from lowtide.machine.child_process import ChildError, run_module
 from lowtide.machine.figure_cache import keep, recall
 from lowtide.machine.heap import trim_heap
 from lowtide.machine.host import host_memory
+from lowtide.machine.resident_pages import resident_bytes
 from lowtide.measuring.peaks import resident_memory
-from lowtide.memory.attach import attachment_of
-from lowtide.planning.machine_rates import machine_rates
+from lowtide.memory.placeholder import AtRest
+from lowtide.memory.store import HostRest
+from lowtide.memory.weight import span
 from lowtide.planning.rates import Rates
 from lowtide.weights.fill import dtype_name
+from lowtide.weights.slots import slots
 
 IMPORTS = ("transformers", "lowtide.pipelines.stable_diffusion", "lowtide.pipelines.cogvideox", "lowtide.fitting.fit")
 """What a process with a pipeline of ours has imported."""
@@ -40,7 +44,7 @@ MiB after a run of Stable Diffusion in bfloat16, 46 in float32; 35 and 24 with t
 
 
 OBJECTS, WORD = 28 * 2**20, 300
-"""What a loaded pipeline takes beside weights: modules, a twin on meta; and bytes for each word of its tokenizer."""
+"""What a loaded pipeline takes beside weights: modules, a copy on meta; and bytes for each word of its tokenizer."""
 
 
 USUAL_BASE, USUAL_BASE_BESIDE_GPU, USUAL_CONTEXT = 380 * 10**6, 1_500_000_000, 400_000_000
@@ -89,43 +93,54 @@ def objects(vocabulary: int) -> int:
     return OBJECTS + WORD * vocabulary
 
 
-def rates_here(device: torch.device, pipe: Any, modules: Mapping[str, nn.Module]) -> Rates:
-    """What this machine does in a second, with what the process takes for a pipeline beside weights and activations.
+def process_rates(rates: Rates, subject: Subject, device: torch.device, loaded: Mapping[str, nn.Module]) -> Rates:
+    """Rates with what the process takes on the host and on the device beside a subject's weights and activations.
 
-    `pipe` may be on meta; `modules` are those of its networks that this process has in memory already.
+    The subject may be on meta; `loaded` are those of its networks that this process has in memory already.
     """
-    host, on_device = alone(device, pipe.dtype)
-    rates = replace(machine_rates(device, pipe.dtype), base=host, device_base=on_device)
-    weights = sum(_in_memory(module) for module in modules.values())
-    vocabulary = getattr(getattr(getattr(pipe, "text_encoder", None), "config", None), "vocab_size", 0)
-    usual = rates.base + objects(vocabulary)
-    own = resident_memory() - weights
+    host, on_device = alone(device, subject.dtype)
+    usual = host + objects(subject.vocabulary)
+    own = resident_memory() - weights_in_memory(loaded.values())
     if own > usual:
         gc.collect()
         trim_heap()
-        own = resident_memory() - weights
-    whole = nbytes(*(one for module in pipe.modules().values() for one in module.parameters()))
-    steady = _steady((device.type, pipe.dtype, vocabulary), max(usual, own))
-    return replace(rates, base=steady + compiled(pipe.dtype, whole))
+        own = resident_memory() - weights_in_memory(loaded.values())
+    whole = nbytes(*(weight for module in subject.modules().values() for weight in module.parameters()))
+    steady = _steady((device.type, subject.dtype, subject.vocabulary), max(usual, own))
+    return replace(rates, base=steady + compiled(subject.dtype, whole), device_base=on_device)
 
 
 def _steady(key: tuple[str, torch.dtype, int], base: int) -> int:
-    """What the process takes by itself: the figure of before, unless it has clearly grown, so that plans repeat."""
-    known = _bases.get(key)
-    if known is None or base > known + CREEP:
-        _bases[key] = base
-    return _bases[key]
+    """What the process takes by itself: the figure of before, unless it clearly changed, so that plans repeat."""
+    with _bases_lock:
+        known = _bases.get(key)
+        if known is None or abs(base - known) > CREEP:
+            _bases[key] = base
+        return _bases[key]
 
 
 _bases: dict[tuple[str, torch.dtype, int], int] = {}
-
-
+_bases_lock = threading.Lock()
 CREEP = 64 * 2**20
-"""Bytes that kernels, once they are compiled, and memory between two collections add to a process: no news."""
+"""Bytes by which kernels that are compiled, and what lies between two collections, change a process: no news."""
 
 
-def _in_memory(module: nn.Module) -> int:
-    """Bytes of weights in this process's memory, at most: those that are not at rest, and those that stay."""
-    found = {t.data_ptr(): t.numel() * t.itemsize for t in module.parameters() if type(t) is nn.Parameter and t.is_cpu}
-    attachment = attachment_of(module)
-    return sum(found.values()) + (0 if attachment is None else attachment.stream.ledger.in_use)
+def weights_in_memory(modules: Iterable[nn.Module]) -> int:
+    """Bytes of these modules' weights that are in this process's memory now.
+
+    Pages of mapped files count where they were touched, weights at rest in host memory as well, each byte once.
+    """
+    tensors = (tensor for module in modules for slot in slots(module) for tensor in _held_by(slot.tensor))
+    on_host = (tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.numel() > 0)
+    return resident_bytes(
+        (tensor.data_ptr(), tensor.data_ptr() + span(tensor.shape, tensor.stride()) * tensor.itemsize)
+        for tensor in on_host
+    )
+
+
+def _held_by(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors whose bytes a slot keeps in memory: its own, or those that its weight rests as."""
+    if not isinstance(tensor, AtRest):
+        yield tensor
+    elif isinstance(tensor.weight.rest, HostRest):
+        yield tensor.weight.rest.flat

@@ -1,66 +1,52 @@
-"""What every pipeline can do besides its own call: load, save, move, show progress."""
+"""What every pipeline can do besides its own call: load, offload, keep to budgets, show progress."""
 
 from __future__ import annotations
 
-import importlib
 import os
-import threading
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
-from torch import nn
 
 from lowtide.casting.apply_casting import named_casting
 from lowtide.casting.casting import Casting
-from lowtide.configs import write_json
-from lowtide.fitting.apply import FittingMethods
-from lowtide.fitting.budgets import Asked, AskedBudgets
+from lowtide.fitting import fit as fitting
+from lowtide.fitting.applied_plan import AppliedPlan
+from lowtide.fitting.budgets import Asked, parse_budgets
+from lowtide.fitting.call_lock import CallLock
 from lowtide.fitting.checkpoints import check_only_budget, load_within
 from lowtide.fitting.observers import Tidy
 from lowtide.fitting.resuming import resumed
+from lowtide.fitting.run_report import RunReport
+from lowtide.fitting.subject import TracedStage
 from lowtide.hub import Source
-from lowtide.loading import (
-    MODEL_INDEX,
-    ComponentSpec,
-    LoadOptions,
-    load_components,
-    read_model_index,
-    save_component,
-    spec_of,
-)
+from lowtide.loading.components import LoadOptions
 from lowtide.machine.heap import trim_heap
-from lowtide.memory.attach import attachment_of, detach
-from lowtide.memory.presets import execution_device
-from lowtide.memory.stream import Stream
-from lowtide.models.mixin import PEER_VERSION, chosen_dtype
+from lowtide.memory.presets import execution_device, group_rule, model_rule, sequential_rule
+from lowtide.memory.rule import Tier
+from lowtide.models.attention_backends import set_attention_backend, set_attention_slicing, xformers_or_sdpa
+from lowtide.models.mixin import chosen_dtype
 from lowtide.models.put_weights import offload_named
-from lowtide.pipelines.activations import ActivationMethods
-from lowtide.pipelines.offloading import OffloadMethods
+from lowtide.pipelines.decode_ways import DecodeWays
+from lowtide.pipelines.load import open_checkpoint
+from lowtide.pipelines.named_components import Components
+from lowtide.pipelines.offloading import end_offload, offload
+from lowtide.pipelines.on_meta import on_meta
+from lowtide.pipelines.scheduler_claim import claimed
+from lowtide.planning.plan import Plan, check_allowed
 from lowtide.planning.run_size import RunSize
 from lowtide.progress import ProgressBar
 from lowtide.stages import Stages
 from lowtide.weights.provenance import check_files
-from lowtide.weights.save import atomic_folder
-
-PIPELINES = {
-    "StableDiffusionPipeline": "lowtide.pipelines.stable_diffusion",
-    "CogVideoXPipeline": "lowtide.pipelines.cogvideox",
-}
-
-_stepping: dict[int, Any] = {}
-"""The schedulers that runs are going through, by their ids: no entry of their own, so that copies are free."""
-_stepping_lock = threading.Lock()
 
 StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
 """Called after each step with the pipeline, the step, the timestep and the tensors asked for; it may change these."""
 
 
-class DiffusionPipeline(FittingMethods, OffloadMethods, ActivationMethods):
-    """Components by name, and the stages that a run goes through.
+class DiffusionPipeline(Components):
+    """Components by name, and the stages that a run goes through; a `lowtide.fitting.subject.Subject`.
 
     `DiffusionPipeline.from_pretrained` gives the pipeline that the checkpoint names. `stages.observers` may hold
     anything that watches a run, such as `lowtide.memory.Meter`; a copy of the pipeline begins without observers, and
@@ -68,23 +54,23 @@ class DiffusionPipeline(FittingMethods, OffloadMethods, ActivationMethods):
     """
 
     scheduler: Any
-    component_names: ClassVar[tuple[str, ...]] = ()
-    optional_components: ClassVar[tuple[str, ...]] = ()
+    vae: Any
 
     def __init__(self) -> None:
         self.stages = Stages()
-        self._fit = None
+        self.applied: AppliedPlan | None = None
+        self.call_lock = CallLock()
         self._progress_disabled = False
-        self._lock = threading.RLock()
-        self._is_running = False
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all but the lock, as of a pipeline that is not being called and has no plan."""
-        return {**self.__dict__, "stages": Stages(), "_lock": None, "_is_running": False, "_fit": None}
+        return {**self.__dict__, "stages": Stages(), "call_lock": None, "applied": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave, with a lock of its own."""
-        self.__dict__.update({**state, "_lock": threading.RLock()})
+        self.__dict__.update({**state, "call_lock": CallLock()})
+
+    # ---- loading
 
     @classmethod
     def from_pretrained(
@@ -127,113 +113,214 @@ class DiffusionPipeline(FittingMethods, OffloadMethods, ActivationMethods):
             raise ValueError(
                 "use_safetensors=False is not possible: pickled weights can run code, so they are refused."
             )
-        chosen = chosen_dtype(torch_dtype, dtype)
-        options = LoadOptions(chosen, variant, offload_named(offload, offload_device), named_casting(casting))
+        dtype = chosen_dtype(torch_dtype, dtype)
+        options = LoadOptions(dtype, variant, offload_named(offload, offload_device), named_casting(casting))
         cache = None if cache_dir is None else Path(cache_dir)
         source = Source(os.fspath(pretrained), revision, cache, token, local_files_only)
-        class_name, specs, _ = read_model_index(source.fetch([MODEL_INDEX]))
-        pipeline_class = cls if cls is not DiffusionPipeline else _pipeline_class(class_name)
-        if class_name in PIPELINES and not issubclass(pipeline_class, _pipeline_class(class_name)):
-            raise ValueError(
-                f"{pretrained} holds a {class_name}, not a {cls.__name__}: load it with that class, or with "
-                "DiffusionPipeline, which takes the checkpoint's own."
-            )
-        to_load = pipeline_class._to_load(specs, components)
-        asked = AskedBudgets.of(vram, ram, disk, allow)
-        if asked.are_given:
+        checkpoint = open_checkpoint(source, options, None if cls is DiffusionPipeline else cls, components)
+        check_allowed(allow)
+        if (vram, ram, disk) != (None, None, None):
             check_only_budget(offload, casting)
             device = execution_device(offload_device)
-            return load_within(pipeline_class, source, to_load, options, components, asked, device, size or {})
-        if size is not None or asked.allow:
+            budgets = parse_budgets(device, vram, ram, disk)
+            return load_within(checkpoint, budgets, tuple(allow), device, size or {})
+        if size is not None or allow:
             raise ValueError("size and allow are for a budget: give one of vram, ram and disk too, or leave them out.")
-        loaded = pipeline_class(**components, **load_components(source, to_load, options))
+        loaded = checkpoint.load()
         trim_heap()
         return loaded
 
-    @classmethod
-    def _to_load(cls, specs: dict[str, ComponentSpec | None], given: dict[str, Any]) -> dict[str, ComponentSpec | None]:
-        """The components to load: those of this pipeline that were not given."""
-        unknown = sorted(set(given) - set(cls.component_names))
-        if unknown:
-            raise ValueError(f"{cls.__name__} takes no {unknown}; its components are {', '.join(cls.component_names)}.")
-        chosen = {name: specs.get(name) for name in cls.component_names if name not in given}
-        strange = [name for name, spec in specs.items() if spec is not None and name not in cls.component_names]
-        if strange:
-            warnings.warn(f"{cls.__name__} has no use for the checkpoint's {', '.join(strange)}.", stacklevel=3)
-        missing = [name for name, spec in chosen.items() if spec is None and name not in cls.optional_components]
-        if missing:
-            raise ValueError(
-                f"The checkpoint has no {', '.join(missing)}: pass it in, as in from_pretrained(..., {missing[0]}=...)."
-            )
-        return chosen
+    # ---- where weights rest
 
-    def save_pretrained(
-        self, folder: str | os.PathLike[str], *, variant: str | None = None, max_shard_size: int | str | None = None
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
     ) -> None:
-        """Write every component and the `model_index.json`, all or nothing: a killed save leaves what was there before.
+        """Load the weights leaf by leaf as they are called: the least memory, and the slowest.
 
-        `max_shard_size` is in bytes, or text such as "5GB"; None writes each model as one file.
+        Computes on CUDA device `gpu_id`, or on `device`; where there is no GPU, on the CPU, with the weights resting
+        on disk in their checkpoint. Raises `ValueError` for a device that is not there.
         """
-        specs = {name: spec_of(name, part) for name, part in self.components.items() if part is not None}
-        index: dict[str, Any] = {"_class_name": type(self).__name__, "_diffusers_version": PEER_VERSION}
-        for name in self.component_names:
-            index[name] = [specs[name].library, specs[name].class_name] if name in specs else [None, None]
-        with atomic_folder(Path(folder)) as target:
-            for name in specs:
-                save_component(self.components[name], target / name, variant=variant, max_shard_size=max_shard_size)
-            write_json(target / MODEL_INDEX, index)
+        chosen = execution_device(device, gpu_id)
+        offload(self.modules(), sequential_rule(chosen), chosen)
 
-    @property
-    def components(self) -> dict[str, Any]:
-        """Every component by name; optional ones may be None."""
-        return {name: getattr(self, name) for name in self.component_names}
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Have one whole component on the device at a time, for as long as it is in use: little time, some memory.
 
-    def modules(self) -> dict[str, nn.Module]:
-        """The components that are networks."""
-        return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
+        The device is chosen as for `enable_sequential_cpu_offload`.
+        """
+        chosen = execution_device(device, gpu_id)
+        offload(self.modules(), model_rule(chosen), chosen)
 
-    def to(
+    def enable_group_offload(
         self,
-        *targets: torch.device | torch.dtype | str | int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """Move the networks to a device, a dtype, or both, given as for `torch.nn.Module.to`; return the pipeline.
+        onload_device: torch.device | str,
+        offload_device: torch.device | str = "cpu",
+        offload_type: str = "block_level",
+        num_blocks_per_group: int | None = None,
+        non_blocking: bool = False,
+        use_stream: bool = False,
+        record_stream: bool = False,
+        low_cpu_mem_usage: bool = False,
+        offload_to_disk_path: str | None = None,
+        exclude_modules: str | Sequence[str] | None = None,
+    ) -> None:
+        """Load the weights of every component group by group; see `lowtide.hooks.apply_group_offloading`.
 
-        A device given ends any offload: everything is there from then on.
+        Components named in `exclude_modules` stay on `onload_device`.
         """
-        for target in targets:
-            if isinstance(target, torch.dtype):
-                dtype = target
-            else:
-                device = torch.device(target)
-        if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={str(device)!r} is not possible: PyTorch sees no CUDA device here. Use 'cpu'.")
-        for module in self.modules().values():
-            if device is not None:
-                detach(module)
-            module.to(device=device, dtype=dtype)
-        return self
+        device, rule = group_rule(
+            onload_device, offload_device, offload_type, num_blocks_per_group, non_blocking, use_stream,
+            record_stream, low_cpu_mem_usage, offload_to_disk_path,
+        )  # fmt: skip
+        offload(self.modules(), rule, device, exclude_modules)
+
+    def disable_sequential_cpu_offload(self) -> None:
+        """Undo any offload of the components: their weights are where they were before."""
+        end_offload(self.modules())
+
+    disable_model_cpu_offload = disable_sequential_cpu_offload
+    disable_group_offload = disable_sequential_cpu_offload
+
+    # ---- activations
+
+    def enable_vae_slicing(self) -> None:
+        """Decode the pictures of a batch one at a time: the memory of one, whatever the batch. Clips always are."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decode a batch at once."""
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(
+        self,
+        mode: str = "blended",
+        *,
+        tile_size: int | tuple[int, int] | None = None,
+        overlap: float | tuple[float, float] | None = None,
+        rows: Tier | str | None = None,
+        budget: int | str | None = None,
+        work: int | str | None = None,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Decode large pictures or clips in tiles ("blended"), or row by row with the whole one's result ("exact").
+
+        See `AutoencoderKL.enable_tiling`.
+        """
+        self.vae.enable_tiling(
+            mode, tile_size=tile_size, overlap=overlap, rows=rows, budget=budget, work=work, folder=folder
+        )
+
+    def disable_vae_tiling(self) -> None:
+        """Decode pictures, or batches of frames, whole."""
+        self.vae.disable_tiling()
+
+    def set_attention_backend(
+        self, backend: str, *, chunk_bytes: int | str | None = None, attention_op: Any = None
+    ) -> None:
+        """Choose how all attention of all components is computed; see `lowtide.ops.attention.AttentionBackend`.
+
+        Raises `ValueError` for a backend that is not there, listing those that are; nothing is changed then.
+        """
+        set_attention_backend(self.modules().values(), backend, chunk_bytes=chunk_bytes, op=attention_op)
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Compute attention with xFormers; without it, PyTorch's own memory-efficient kernels are used, with a note."""
+        xformers_or_sdpa(self.modules().values(), attention_op)
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Back to PyTorch's own choice of a kernel."""
+        set_attention_backend(self.modules().values(), "sdpa")
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Compute some heads at a time: half of them ("auto"), one ("max"), or a number; None computes all."""
+        set_attention_slicing(self.modules().values(), slice_size)
+
+    def disable_attention_slicing(self) -> None:
+        """Compute all heads at once."""
+        set_attention_slicing(self.modules().values(), None)
+
+    # ---- budgets
+
+    def fit(
+        self,
+        vram: Asked = None,
+        ram: Asked = None,
+        *,
+        disk: Asked = None,
+        allow: Collection[str] = (),
+        device: torch.device | str | None = None,
+        **size: Any,
+    ) -> Plan:
+        """Keep within budgets of bytes from now on, whatever is asked for, as fast as they allow; see `lowtide.fit`."""
+        return fitting.fit(self, vram, ram, disk=disk, allow=allow, device=device, **size)
+
+    def unfit(self) -> None:
+        """Undo `fit`: no plan, no budget; every weight is where it was before, under the offload that was set then."""
+        fitting.unfit(self)
+
+    def apply_plan(self, plan: Plan, device: torch.device | str | None = None) -> None:
+        """Put a plan to work, such as one saved as JSON; see `lowtide.fitting.fit.apply_plan`."""
+        fitting.apply_plan(self, plan, device)
 
     @property
-    def device(self) -> torch.device:
-        """The device the networks compute on."""
-        return self._a_weight().device
+    def plan(self) -> Plan | None:
+        """The plan at work, for the size asked for last; None where no budget was given."""
+        return None if self.applied is None else self.applied.plan
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype the networks compute in."""
-        return self._a_weight().dtype
+    def degradations(self) -> list[str]:
+        """What was made smaller since a budget was given, because memory ran out; in words, in order."""
+        return [] if self.applied is None else list(self.applied.degradations)
 
-    def _a_weight(self) -> torch.Tensor:
-        return next(p for module in self.modules().values() for p in module.parameters() if p.is_floating_point())
+    def report(self) -> RunReport:
+        """What the last call took beside what its plan said; print it, or take its `to_dict`.
+
+        Raises `RuntimeError` where no budget was given, or nothing has run since.
+        """
+        return fitting.report(self)
+
+    # ---- what planning asks for
+
+    @property
+    def vocabulary(self) -> int:
+        """Words that the tokenizer knows."""
+        config = getattr(getattr(self, "text_encoder", None), "config", None)
+        return getattr(config, "vocab_size", 0)
+
+    def ways(self) -> dict[str, DecodeWays]:
+        """The ways of the stage that decodes."""
+        return {"decode": DecodeWays(self.vae)}
+
+    def usual_size(self, **asked: Any) -> RunSize:
+        """The size of a run where nothing else is said; raises `ValueError` for what is no part of a size."""
+        raise NotImplementedError
+
+    def traced_stages(self, size: RunSize) -> Iterator[TracedStage]:
+        """The stages of a run, for a pipeline on meta."""
+        raise NotImplementedError
+
+    def on_meta(self) -> Self:
+        """A copy with networks on meta, which decodes at once."""
+        return on_meta(self)
+
+    def calls_in_steps(self, steps: int) -> dict[str, int]:
+        """How often the denoising network is called in so many steps."""
+        self.scheduler.set_timesteps(steps)
+        return {"denoise": len(self.scheduler.timesteps)}
+
+    # ---- a run
 
     def set_progress_bar_config(self, *, disable: bool = False) -> None:
         """Show a progress bar during calls, or do not."""
         self._progress_disabled = disable
 
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a latent is high and wide."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
     @contextmanager
-    def running(self, size: RunSize | None = None) -> Iterator[None]:
+    def running(self, size: RunSize | None = None) -> Generator[None]:
         """Bracket one call: no gradients, a progress bar, and everything put back whatever happens inside.
 
         Under a budget a call of another `size` than the last is planned anew; raises `BudgetError` if no plan fits.
@@ -241,62 +328,21 @@ class DiffusionPipeline(FittingMethods, OffloadMethods, ActivationMethods):
         `RuntimeError` if the call is made from inside another one, such as from a callback, or while another pipeline
         goes through the same scheduler: the scheduler's state would be lost.
         """
-        with self._lock, ExitStack() as stack:
-            if self._is_running:
-                raise RuntimeError(
-                    "This pipeline is being called already, and a callback cannot call it again: the scheduler's state "
-                    "would be lost. Build a second pipeline from the same components and another scheduler."
-                )
-            stack.enter_context(_stepping_through(getattr(self, "scheduler", None)))
+        with self.call_lock.call(), claimed(self.scheduler), ExitStack() as stack:
             if size is not None:
-                self._prepare(size)
+                fitting.before_call(self, size)
             check_files(tensor for module in self.modules().values() for tensor in module.parameters())
-            self._is_running = True
-            stack.callback(setattr, self, "_is_running", False)
-            for stream in self._streams():
+            for stream in self.streams():
                 stack.enter_context(stream.held())
             stack.enter_context(torch.no_grad())
-            stack.enter_context(self._measured())
+            if self.applied is not None:
+                stack.enter_context(self.applied.measured())
             bar = ProgressBar(disable=self._progress_disabled)
-            stack.enter_context(self.stages.observed(bar, Tidy(self._streams, every_step=self.plan is not None)))
+            tidy = Tidy(self.streams, every_step=self.applied is not None)
+            stack.enter_context(self.stages.observed(bar, tidy))
             yield
 
     @resumed("denoise")
     def take_step(self, noise_pred: torch.Tensor, timestep: Any, latents: torch.Tensor, **options: Any) -> torch.Tensor:
         """The latents after one step of the scheduler."""
         return self.scheduler.step(noise_pred, timestep, latents, **options).prev_sample
-
-    def _streams(self) -> list[Stream]:
-        attachments = [attachment_of(module) for module in self.modules().values()]
-        return list({id(one.stream): one.stream for one in attachments if one is not None}.values())
-
-    def __repr__(self) -> str:
-        rows = (f"  {name}: {type(part).__name__}" for name, part in self.components.items())
-        return "\n".join([f"{type(self).__name__}:", *rows])
-
-
-@contextmanager
-def _stepping_through(scheduler: Any) -> Iterator[None]:
-    """Claim a scheduler for one run."""
-    with _stepping_lock:
-        if id(scheduler) in _stepping:
-            raise RuntimeError(
-                "This pipeline's scheduler is in use already, by a call of another pipeline: the scheduler's state "
-                "would be lost. Give each pipeline its own, as in "
-                f"pipe.scheduler = {type(scheduler).__name__}.from_config(pipe.scheduler.config)."
-            )
-        if scheduler is not None:
-            _stepping[id(scheduler)] = scheduler
-    try:
-        yield
-    finally:
-        with _stepping_lock:
-            _stepping.pop(id(scheduler), None)
-
-
-def _pipeline_class(name: str) -> type[Any]:
-    if name not in PIPELINES:
-        raise ValueError(
-            f"The checkpoint is a {name or 'pipeline without a name'}; Lowtide has {', '.join(PIPELINES)}."
-        )
-    return getattr(importlib.import_module(PIPELINES[name]), name)

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import torch
 
 from lowtide.activations.frame_cache import frame_batches, frames_made
-from lowtide.fitting.meta_subject import TracedStage
 from lowtide.fitting.resuming import resumed
+from lowtide.fitting.subject import TracedStage
 from lowtide.models.video_positions import rotary_embedding
 from lowtide.pipelines import checks
 from lowtide.pipelines.base import DiffusionPipeline, StepCallback
+from lowtide.pipelines.decoding import check_decoding, decoding
 from lowtide.pipelines.frames import Frames
 from lowtide.pipelines.guidance import changed_by_callback, dynamic_guidance
 from lowtide.pipelines.latents import kept_safe, load_latents
@@ -237,7 +238,7 @@ class CogVideoXPipeline(DiffusionPipeline):
         batches = len(list(frame_batches(latents.shape[1], self._frames_at_once)))
         count = self._frames_of(latents.shape[1])
         frames = Frames(output_type, len(latents), count)
-        with self.decoding(len(latents) * batches, frames=len(latents) * count) as tell:
+        with decoding(self.stages, self.vae, len(latents) * batches, len(latents) * count) as tell:
             for clip, one in enumerate(latents.split(1)):
 
                 def take(first: int, some: torch.Tensor, clip: int = clip) -> None:
@@ -296,7 +297,7 @@ class CogVideoXPipeline(DiffusionPipeline):
     def check_clip(self, num_frames: int, height: int, width: int) -> None:
         """Raise now what decoding such a clip would raise after all the steps."""
         _, frames, channels, rows, columns = self.latent_shape(1, num_frames, height, width)
-        self.check_decoding((1, channels, frames - self.padding(num_frames), rows, columns))
+        check_decoding(self.vae, (1, channels, frames - self.padding(num_frames), rows, columns))
 
     def latent_shape(self, batch: int, num_frames: int, height: int, width: int) -> LatentShape:
         """The shape of latents for clips of this size, frames of padding included."""

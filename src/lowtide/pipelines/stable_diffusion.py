@@ -11,14 +11,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from lowtide.fitting.meta_subject import TracedStage
 from lowtide.fitting.resuming import resumed
+from lowtide.fitting.subject import TracedStage
 from lowtide.media.png import PictureFile
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker
 from lowtide.models.unet_config import UNet2DConditionConfig
 from lowtide.models.vae import AutoencoderKL
 from lowtide.pipelines import checks
 from lowtide.pipelines.base import DiffusionPipeline, StepCallback
+from lowtide.pipelines.decoding import check_decoding, decoding
 from lowtide.pipelines.latents import kept_safe, load_latents
 from lowtide.pipelines.picture_files import OutputPath, picture_files, write_picture
 from lowtide.pipelines.pipeline_outputs import StableDiffusionPipelineOutput, to_output, to_pil, to_unit_range
@@ -106,7 +107,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         checks.check_output_type(output_type, output_path)
         checks.check_callback_inputs(callback_on_step_end_tensor_inputs, CALLBACK_TENSORS)
         if output_type != "latent":
-            self.check_decoding(self.latent_shape(1, height, width))
+            check_decoding(self.vae, self.latent_shape(1, height, width))
         prompts = checks.count_prompts(prompt, prompt_embeds)
         count = prompts * num_images_per_prompt
         files: list[PictureFile] = []
@@ -144,7 +145,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         with kept_safe(self, latents):
             if output_type == "file":
                 return self.write_pictures(latents, files)
-            with self.decoding(len(latents)):
+            with decoding(self.stages, self.vae, len(latents)):
                 pixels = self.decode_latents(latents)
             pixels, unsafe = self.run_safety_checker(pixels)
             return to_output(pixels, output_type), unsafe
@@ -248,7 +249,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         height, width = (side * self.vae_scale_factor for side in latents.shape[2:])
         is_unsafe = None if self.safety_checker is None else lambda small: self.run_safety_checker(small)[1] == [True]
         unsafe: list[bool] = []
-        with self.decoding(len(latents)):
+        with decoding(self.stages, self.vae, len(latents)):
             for one, file in zip((latents / self.vae.config.scaling_factor).split(1), files, strict=True):
                 produce = functools.partial(self.vae.decode_rows, one)
                 unsafe.append(write_picture(file, width, height, produce, is_unsafe))

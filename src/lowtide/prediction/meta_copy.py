@@ -17,7 +17,7 @@ from lowtide.weights.provenance import in_file
 from lowtide.weights.slots import Slot, slots
 
 
-def meta_twin(module: nn.Module) -> nn.Module:
+def meta_copy(module: nn.Module) -> nn.Module:
     """A copy whose tensors are on meta, with the shapes, strides and dtypes that the module computes with.
 
     The module's own weights are neither read nor moved, and a rule that is at work on it is not copied. Raises

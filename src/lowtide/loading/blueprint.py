@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowtide.loading import (
+from lowtide.loading.components import (
     FLOAT32_BESIDE_FLOAT16,
     MODELS,
     TEXT_ENCODERS,

@@ -11,7 +11,7 @@ from tests import tiny
 
 import lowtide
 from lowtide import loading
-from lowtide.loading import LoadOptions, load_text_encoder, read_model_index, spec_of
+from lowtide.loading.components import LoadOptions, load_text_encoder, read_model_index, spec_of
 from lowtide.pipelines import base
 from lowtide.pipelines.base import DiffusionPipeline
 from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline

@@ -1,0 +1,211 @@
+"""A plan at work on a subject, and all that it takes to undo it, to shrink it, and to say what it took."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowtide.casting.apply_casting import apply_casting, remove_casting
+from lowtide.casting.casting import NAMED_CASTINGS, Casting
+from lowtide.fitting.observers import Heap
+from lowtide.fitting.out_of_memory import is_out_of_memory
+from lowtide.fitting.prepare import Fit
+from lowtide.fitting.run_report import RunReport, run_report
+from lowtide.fitting.subject import Subject
+from lowtide.machine.heap import steady_malloc, trim_heap
+from lowtide.measuring.meter import Meter, StageReading
+from lowtide.measuring.transfers import Flow, FlowMeter, ledgers_of, total_flow
+from lowtide.memory.attach import attach, attachment_of, detach
+from lowtide.memory.presets import model_rule, stream_for
+from lowtide.memory.rule import Rule
+from lowtide.planning.plan import Budgets, ComponentPlan, Plan
+from lowtide.sizes import format_decimal
+
+_UNPLANNED = ComponentPlan()
+
+
+@dataclass(frozen=True)
+class Before:
+    """How a subject was before a budget was given: its networks' rules and devices, and its stages' ways."""
+
+    rules: Mapping[str, tuple[Rule, torch.device]]
+    devices: Mapping[str, torch.device]
+    ways: Mapping[str, object]
+
+    @classmethod
+    def of(cls, subject: Subject) -> Before:
+        """That of a subject as it is now."""
+        attachments = {name: attachment_of(module) for name, module in subject.modules().items()}
+        rules = {name: (found.rule, found.device) for name, found in attachments.items() if found is not None}
+        free = {name: module for name, module in subject.modules().items() if name not in rules}
+        devices = {name: weight.device for name, module in free.items() if (weight := _a_weight(module)) is not None}
+        return cls(rules, devices, {stage: ways.now() for stage, ways in subject.ways().items()})
+
+
+def _a_weight(module: nn.Module) -> torch.Tensor | None:
+    return next(module.parameters(), None)
+
+
+@dataclass(frozen=True)
+class CallTook:
+    """What the last call took: stages as a meter read them, and bytes moved by the stage's name."""
+
+    readings: tuple[StageReading, ...]
+    flows: Mapping[str, Flow]
+
+
+@dataclass
+class AppliedPlan:
+    """The plan at work on a subject. `castings` are the 8-bit forms that plans have put on its networks.
+
+    `lowered` are the budgets that are left since memory ran out, `degradations` what was made smaller then, in words.
+    """
+
+    subject: Subject
+    fit: Fit
+    plan: Plan
+    before: Before
+    castings: dict[str, str | None] = field(default_factory=dict)
+    degradations: list[str] = field(default_factory=list)
+    lowered: Budgets | None = None
+    last_call: CallTook | None = None
+
+    def put_to_work(self, fit: Fit, plan: Plan) -> None:
+        """Have every network and every stage as a plan says.
+
+        Whatever was done by hand since: networks may have been moved, replaced, or offloaded.
+        """
+        if fit.meta is not self.fit.meta:
+            self.castings = self.castings_shared_with(fit)
+        if fit.device.type == "cpu":
+            steady_malloc()
+        modules = self.subject.modules()
+        chosen = {name: plan.components.get(name, _UNPLANNED) for name in modules}
+        for name in sorted(chosen, key=lambda name: chosen[name].rule is None):  # what gives room first
+            put_under(modules[name], chosen[name], self.castings.get(name), fit.device)
+            self.castings[name] = chosen[name].casting
+        for stage, ways in self.subject.ways().items():
+            ways.set(plan.way(stage))
+        self.fit, self.plan = fit, plan
+        trim_heap()
+
+    def castings_shared_with(self, fit: Fit) -> dict[str, str | None]:
+        """The castings of networks that another preparation has too: those that were replaced have none of ours."""
+        shared = (name for name in self.castings if self.fit.meta.shares(name, fit.meta))
+        return {name: self.castings[name] for name in shared}
+
+    def undo(self) -> None:
+        """Have every weight where it was before, under the offload that was set then."""
+        for name, module in self.subject.modules().items():
+            if self.castings.get(name) is not None:
+                remove_casting(module)
+                self.castings[name] = None
+            detach(module)
+            if name in self.before.rules:
+                rule, device = self.before.rules[name]
+                attach(module, rule, stream_for(device, rule))
+            elif name in self.before.devices:
+                module.to(self.before.devices[name])
+        for stage, ways in self.subject.ways().items():
+            if stage in self.before.ways:
+                ways.put_back(self.before.ways[stage])
+
+    def shrink(self, stage: str, reason: str, *, of_host: bool = False) -> bool:
+        """After memory ran out in a stage: go on with a plan that takes less, if there is one; whether there was.
+
+        Less of the device's memory, or, on a GPU, `of_host`.
+        """
+        while (plan := self.fit.smaller(self.plan, stage, self._left, of_host=of_host)) is not None:
+            most = plan.host_peak if of_host else plan.peak
+            self.lowered, self.plan = self.fit.limited(self._left, most, of_host=of_host), plan
+            try:
+                self.put_to_work(self.fit, plan)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                continue
+            planned = plan.stage(stage)
+            assert planned is not None
+            less = format_decimal(planned.host if of_host else planned.peak)
+            said = f"{stage}: memory ran out ({reason}); going on with a plan that takes {less} there"
+            self.degradations.append(said)
+            warnings.warn(said, stacklevel=4)
+            return True
+        return False
+
+    @property
+    def _left(self) -> Budgets:
+        return self.lowered or self.fit.budgets
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Bracket a call: what it takes is measured, by a meter that watches already or by one of ours."""
+        stages = self.subject.stages
+        meter = next((observer for observer in stages.watching if isinstance(observer, Meter)), None)
+        ours = Meter() if meter is None else meter
+        earlier = len(ours.report())
+        flows = FlowMeter(lambda: total_flow(ledgers_of(self.subject.modules().values())))
+        watching = (Heap(lambda: self.plan),) if self.fit.device.type == "cpu" else ()
+        try:
+            with stages.observed(flows, *watching, *([ours] if meter is None else [])):
+                yield
+        finally:
+            self.last_call = CallTook(tuple(ours.report()[earlier:]), dict(flows.report()))
+
+    def report(self) -> RunReport:
+        """What the last call took beside what its plan said; raises `RuntimeError` before the first one."""
+        if self.last_call is None or not self.last_call.readings:
+            raise RuntimeError("There is nothing to report, since nothing has run since the budget was given.")
+        return run_report(self.plan, self.last_call.readings, self.last_call.flows, self.degradations)
+
+
+def put_under(module: nn.Module, chosen: ComponentPlan, casting_now: str | None, device: torch.device) -> None:
+    """Have one network as a plan says; one that the plan does not know comes as a whole when it is called."""
+    if chosen.casting != casting_now:
+        if casting_now is not None:
+            remove_casting(module)
+        if chosen.casting is not None:
+            apply_casting(module, casting_for(module, chosen.casting))
+    rule = model_rule(device) if chosen is _UNPLANNED else chosen.rule
+    attachment = attachment_of(module)
+    if rule is None:
+        detach(module)
+        module.to(device)
+    elif attachment is None or attachment.rule != rule or attachment.device != device:
+        attach(module, rule, stream_for(device, rule))
+
+
+def casting_for(module: Any, name: str) -> Casting:
+    """The casting called so, without the parts that the model says are never cast."""
+    casting = NAMED_CASTINGS[name]
+    return replace(casting, skip_patterns=(*casting.skip_patterns, *getattr(module, "never_cast", ())))
+
+
+def put_under_plan(subject: Subject, fit: Fit, plan: Plan, *, as_planned: Collection[str] = ()) -> None:
+    """Put a plan to work; the networks named `as_planned` were loaded under it.
+
+    All of it: if that fails, the subject is as it was, and the plan of before, if there was one, is put to work again
+    before the next call. Raises `RuntimeError` in a call.
+    """
+    with subject.call_lock.between_calls("its budget"):
+        earlier = subject.applied
+        before = Before.of(subject) if earlier is None else earlier.before
+        castings = {} if earlier is None else earlier.castings_shared_with(fit)
+        castings |= {name: plan.components[name].casting for name in as_planned if name in plan.components}
+        applied = AppliedPlan(subject, fit, plan, before, castings)
+        subject.applied = applied
+        try:
+            applied.put_to_work(fit, plan)
+        except BaseException:
+            subject.applied = earlier
+            if earlier is None:
+                applied.undo()
+            else:
+                earlier.castings = applied.castings
+            raise

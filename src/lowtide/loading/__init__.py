@@ -1,0 +1,1 @@
+"""From a checkpoint's folder to its components, on meta or with their weights, and back."""

@@ -1,0 +1,115 @@
+"""From a folder or a Hub id to a pipeline, and back to a folder."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowtide.configs import write_json
+from lowtide.fitting.checkpoints import Checkpoint
+from lowtide.fitting.prepare import Fit, prepare
+from lowtide.hub import Source
+from lowtide.loading.components import (
+    MODEL_INDEX,
+    ComponentSpec,
+    LoadOptions,
+    read_model_index,
+    save_component,
+    spec_of,
+)
+from lowtide.models.mixin import PEER_VERSION
+from lowtide.planning.plan import Budgets
+from lowtide.weights.save import atomic_folder
+
+PIPELINES = {
+    "StableDiffusionPipeline": "lowtide.pipelines.stable_diffusion",
+    "CogVideoXPipeline": "lowtide.pipelines.cogvideox",
+}
+"""The classes of pipelines by the names that checkpoints use, and where they are."""
+
+
+def open_checkpoint(
+    source: Source,
+    options: LoadOptions,
+    pipeline_class: type[Any] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """A checkpoint, its index read; `pipeline_class` None takes the checkpoint's own.
+
+    Raises `FileNotFoundError` where there is none, and `ValueError` for another class than the checkpoint's, for
+    components that the class does not have, and for missing ones.
+    """
+    class_name, specs, _ = read_model_index(source.fetch([MODEL_INDEX]))
+    chosen = pipeline_class or _class_called(class_name)
+    if class_name in PIPELINES and not issubclass(chosen, _class_called(class_name)):
+        raise ValueError(
+            f"{source.name} holds a {class_name}, not a {chosen.__name__}: load it with that class, or with "
+            "DiffusionPipeline, which takes the checkpoint's own."
+        )
+    return Checkpoint(chosen, source, _to_load(chosen, specs, given or {}), options, given or {})
+
+
+def prepare_checkpoint(
+    pretrained: str,
+    budgets: Budgets,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    allow: tuple[str, ...] = (),
+    **size: Any,
+) -> Fit:
+    """All that plans for a checkpoint are made from: its configurations are read, and none of its weights.
+
+    A `device` that is not here gets usual rates. Raises as loading does, and `ValueError` for a size that the model
+    cannot make.
+    """
+    meta = open_checkpoint(Source(pretrained), LoadOptions(dtype, variant)).on_meta(device)
+    return prepare(meta, budgets, meta.subject.usual_size(**size), allow=allow)
+
+
+def _class_called(name: str) -> type[Any]:
+    if name not in PIPELINES:
+        raise ValueError(
+            f"The checkpoint is a {name or 'pipeline without a name'}; Lowtide has {', '.join(PIPELINES)}."
+        )
+    return getattr(importlib.import_module(PIPELINES[name]), name)
+
+
+def _to_load(
+    pipeline_class: type[Any], specs: Mapping[str, ComponentSpec | None], given: Mapping[str, Any]
+) -> dict[str, ComponentSpec | None]:
+    """The components to load: those of the class that are not given."""
+    possible, optional = pipeline_class.component_names, pipeline_class.optional_components
+    unknown = sorted(set(given) - set(possible))
+    if unknown:
+        raise ValueError(f"{pipeline_class.__name__} takes no {unknown}; its components are {', '.join(possible)}.")
+    chosen = {name: specs.get(name) for name in possible if name not in given}
+    unused = [name for name, spec in specs.items() if spec is not None and name not in possible]
+    if unused:
+        warnings.warn(f"{pipeline_class.__name__} has no use for the checkpoint's {', '.join(unused)}.", stacklevel=4)
+    missing = [name for name, spec in chosen.items() if spec is None and name not in optional]
+    if missing:
+        raise ValueError(
+            f"The checkpoint has no {', '.join(missing)}: pass it in, as in from_pretrained(..., {missing[0]}=...)."
+        )
+    return chosen
+
+
+def save_pipeline(
+    class_name: str, components: Mapping[str, Any], folder: Path, variant: str | None, max_shard_size: int | str | None
+) -> None:
+    """Write components and their index, all or nothing: a killed save leaves what was there before."""
+    specs = {name: spec_of(name, part) for name, part in components.items() if part is not None}
+    index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": PEER_VERSION}
+    for name in components:
+        index[name] = [specs[name].library, specs[name].class_name] if name in specs else [None, None]
+    with atomic_folder(folder) as target:
+        for name in specs:
+            save_component(components[name], target / name, variant=variant, max_shard_size=max_shard_size)
+        write_json(target / MODEL_INDEX, index)

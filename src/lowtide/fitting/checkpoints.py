@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from lowtide.planning.planner import choose
 from lowtide.planning.rates import Rates
 from lowtide.planning.run_size import RunSize
 from lowtide.planning.workload import Workload
+from lowtide.quiet import quiet
 from lowtide.sizes import parse_bytes
 from lowtide.weights.fill import dtype_name
 
@@ -133,8 +133,7 @@ def _twin(
     """The twin of a checkpoint's pipeline, with what is `given` in place of components of its own."""
     folder = source.fetch(config_patterns(specs))
     parts, in_files = components_on_meta(folder, specs, options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         twin = twin_of(pipeline_class(**{**given, **parts}), device, in_files)
     if not any(isinstance(part, nn.Module) for part in given.values()):
         twin.traced = _traced_before(_config_hash(folder, specs, twin))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
+import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +31,7 @@ from lowtide.planning.workload import (
 )
 from lowtide.prediction.component import Traced, component, trace
 from lowtide.prediction.meta_copy import meta_twin, weights_in_files
+from lowtide.quiet import quiet
 from lowtide.weights.fill import dtype_name
 from lowtide.weights.slots import slots
 
@@ -90,6 +91,7 @@ class Twin:
     device: torch.device
     original: Original | None = None
     traced: Traces = field(default_factory=dict)
+    _one_at_a_time: Any = field(default_factory=threading.Lock)
 
     def is_of(self, pipe: Any) -> bool:
         """Whether this is the twin of the components that a pipeline has now, in the dtype that it computes in."""
@@ -111,8 +113,7 @@ class Twin:
         """
         blended = size.frames is None or "blended_tiling" in allow
         key = blended, replace(size, steps=1)
-        with warnings.catch_warnings(), torch.no_grad(), without_collecting():
-            warnings.simplefilter("ignore")
+        with self._one_at_a_time, quiet(), torch.no_grad(), without_collecting():
             if key not in self.traced:
                 self.traced[key] = self._trace(size, (SLICED, EXACT_ON_DISK, *([BLENDED] if blended else [])))
             components, traced = self.traced[key]
@@ -141,7 +142,7 @@ class Twin:
         return components, tuple(stages)
 
     def _traced_call(self, traced: TracedStage, way: str) -> Traced:
-        return trace(lambda: traced.run(way), traced.inputs, device=self.device.type)
+        return trace(lambda: traced.run(way), self.pipe.modules().values(), traced.inputs, device=self.device.type)
 
     def _component(self, name: str, traced: Traced) -> Component:
         module, in_file = getattr(self.pipe, name), self.in_files.get(name)

@@ -15,7 +15,6 @@ from lowtide.machine import heap
 KINDS = ("pictures", "clips")
 RAM = 10**9
 SIZE = {"pictures": {"pictures": 2, "steps": 3, "output": "pt"}, "clips": {"steps": 3, "output": "pt"}}
-OTHER_SIZE = {"pictures": {}, "clips": {"frames": 8}}
 WAIT = 60
 
 
@@ -42,24 +41,25 @@ def read_and_run(folder, kind):
     return chosen(pipe.plan), make(pipe)
 
 
-def plan_and_run(pipe, kind):
-    """The plan for another size, and what is made after it."""
-    return chosen(pipe.fit(ram=RAM, **OTHER_SIZE[kind])), make(pipe)
+def plan_and_run(pipe):
+    """The plan for the usual size, which `make` does not have, and what is made after it."""
+    return chosen(pipe.fit(ram=RAM)), make(pipe)
 
 
-def start(pool, pipe, folder, kind):
-    """Four threads for a pipeline: two calls, a plan for another size, and the same files read again."""
-    yield pool.submit(make, pipe)
-    yield pool.submit(plan_and_run, pipe, kind)
-    yield pool.submit(read_and_run, folder, kind)
-    yield pool.submit(make, pipe)
+def alone(folders):
+    """Pipelines, and what the jobs of `start` give one after another."""
+    pipes = {kind: read(folders[kind], kind) for kind in KINDS}
+    plan = chosen(pipes["clips"].plan)
+    pictures, clip = make(pipes["pictures"]), make(pipes["clips"])
+    return pipes, [pictures, clip, plan_and_run(pipes["pictures"]), (plan, clip)]
 
 
-def alone(folder, kind):
-    """A pipeline, and what these give one after another."""
-    pipe = read(folder, kind)
-    plan, result = chosen(pipe.plan), make(pipe)
-    return pipe, [result, plan_and_run(pipe, kind), (plan, result), result]
+def start(pool, pipes, folders):
+    """Four threads: a call of each pipeline, a plan for another size of one, and the files of the other read again."""
+    yield pool.submit(make, pipes["pictures"])
+    yield pool.submit(make, pipes["clips"])
+    yield pool.submit(plan_and_run, pipes["pictures"])
+    yield pool.submit(read_and_run, folders["clips"], "clips")
 
 
 def are_equal(ours, theirs):
@@ -69,10 +69,9 @@ def are_equal(ours, theirs):
 
 
 def test_each_plans_loads_and_computes_as_it_does_alone(folders):
-    pipes, expected = {}, {}
-    for kind in KINDS:
-        pipes[kind], expected[kind] = alone(folders[kind], kind)
-        pipes[kind]._fit.twin.traced.clear()  # so that all is traced again, also for what is read
+    pipes, expected = alone(folders)
+    for pipe in pipes.values():
+        pipe._fit.twin.traced.clear()  # so that all is traced again, also for what is read
     module_call, filters, collecting = nn.Module.__call__, list(warnings.filters), gc.isenabled()
     classes, done = set(), threading.Event()
 
@@ -80,13 +79,13 @@ def test_each_plans_loads_and_computes_as_it_does_alone(folders):
         while not done.wait(0.01):
             classes.add(nn.Module.__call__)
 
-    with ThreadPoolExecutor(1) as watcher, ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(1) as watcher, ThreadPoolExecutor(4) as pool:
         watcher.submit(watch)
-        started = {kind: list(start(pool, pipes[kind], folders[kind], kind)) for kind in KINDS}
-        results = {kind: [job.result(WAIT) for job in started[kind]] for kind in KINDS}
-        done.set()
-    for kind in KINDS:
-        assert all(map(are_equal, results[kind], expected[kind])), kind
+        try:
+            results = [job.result(WAIT) for job in list(start(pool, pipes, folders))]
+        finally:
+            done.set()
+    assert all(map(are_equal, results, expected))
     assert classes == {module_call}
     assert warnings.filters == filters
     assert gc.isenabled() == collecting

@@ -60,7 +60,7 @@ class Case:
     def predicted(self) -> Call:
         module = self.module("meta")
         inputs = tree_map_only(torch.Tensor, lambda one: torch.empty_like(one, device="meta"), self.tensors())
-        return trace_call(lambda: self.call(module, *inputs), inputs)
+        return trace_call(lambda: self.call(module, *inputs), [module], inputs)
 
     def measured(self):
         """The peak of a second call: what a module makes once and keeps is there."""

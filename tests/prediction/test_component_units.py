@@ -28,7 +28,7 @@ LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
 def profiled(case=UNET, **options):
     module = case.module("meta")
     inputs = tuple(torch.empty_like(one, device="meta") for one in case.tensors())
-    traced = trace(lambda: case.call(module, *inputs), inputs)
+    traced = trace(lambda: case.call(module, *inputs), [module], inputs)
     return component("network", module, traced=traced, **options), traced
 
 

@@ -7,17 +7,18 @@ import threading
 import torch
 
 
-class Scratch:
-    """Flat buffers, lent and given back. Who takes one while another is lent gets one of their own."""
+class Scratch(threading.local):
+    """Flat buffers, lent and given back. Who takes one while another is lent gets one of their own.
+
+    Each thread keeps its own, so that a run neither waits for another, nor takes its memory or keeps it alive.
+    """
 
     def __init__(self) -> None:
         self._free: dict[torch.device, torch.Tensor] = {}
-        self._lock = threading.Lock()
 
     def take(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """A flat uint8 tensor of `nbytes` or more."""
-        with self._lock:
-            kept = self._free.pop(device, None)
+        kept = self._free.pop(device, None)
         if kept is not None and kept.numel() >= nbytes:
             return kept
         del kept  # before the larger one is made
@@ -26,15 +27,13 @@ class Scratch:
 
     def give(self, flat: torch.Tensor) -> None:
         """Give a buffer back; the largest is kept."""
-        with self._lock:
-            kept = self._free.get(flat.device)
-            if kept is None or kept.numel() < flat.numel():
-                self._free[flat.device] = flat
+        kept = self._free.get(flat.device)
+        if kept is None or kept.numel() < flat.numel():
+            self._free[flat.device] = flat
 
     def release(self) -> None:
-        """Keep nothing."""
-        with self._lock:
-            self._free.clear()
+        """Keep nothing in this thread."""
+        self._free.clear()
 
 
 SCRATCH = Scratch()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +22,7 @@ from lowtide.loading.components import ComponentSpec, LoadOptions, load_componen
 from lowtide.memory.presets import stream_for
 from lowtide.models.put_weights import Offload
 from lowtide.planning.plan import Budgets, Plan
+from lowtide.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ class Checkpoint:
         """The pipeline on meta, from configurations alone; raises as loading does for those."""
         folder = self.source.fetch(config_patterns(self.specs))
         parts, in_files = components_on_meta(folder, self.specs, self.options)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             meta = meta_subject(self.pipeline_class(**{**self.given, **parts}), device, in_files)
         if not self.given_networks:
             meta.traced = _traced_before(self._hash(meta))

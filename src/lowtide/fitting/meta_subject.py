@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
+import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +19,7 @@ from lowtide.planning.run_size import RunSize
 from lowtide.planning.workload import BLENDED, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Workload
 from lowtide.prediction.component import Traced, component, trace
 from lowtide.prediction.meta_copy import weights_in_files
+from lowtide.quiet import quiet
 from lowtide.weights.fill import dtype_name
 from lowtide.weights.slots import slots
 
@@ -70,6 +71,7 @@ class MetaSubject:
     device: torch.device
     original: Original | None = None
     traced: Traces = field(default_factory=dict)
+    _tracing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def is_of(self, subject: Subject) -> bool:
         """Whether this stands for the networks that a subject has now, as they are set now."""
@@ -91,8 +93,7 @@ class MetaSubject:
         """
         blended = size.frames is None or "blended_tiling" in allow
         key = blended, replace(size, steps=1)
-        with warnings.catch_warnings(), torch.no_grad(), without_collecting():
-            warnings.simplefilter("ignore")
+        with self._tracing, quiet(), torch.no_grad(), without_collecting():
             if key not in self.traced:
                 self.traced[key] = self._trace(size, (SLICED, EXACT_ON_DISK, *([BLENDED] if blended else [])))
             components, traced = self.traced[key]
@@ -126,7 +127,8 @@ class MetaSubject:
             ) from error
 
     def _call(self, stage: TracedStage) -> Traced:
-        return trace(stage.run, stage.inputs, device=self.device.type)
+        networks = self.subject.modules().values()
+        return trace(stage.run, networks, stage.inputs, device=self.device.type)
 
     def _component(self, name: str, traced: Traced) -> Component:
         module, in_file = self.subject.modules()[name], self.in_files.get(name)

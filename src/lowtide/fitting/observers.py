@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from lowtide.casting.scratch import SCRATCH
-from lowtide.machine.heap import steady_malloc, trim_heap
+from lowtide.machine.heap import FRUGAL, MALLOC, trim_heap
 from lowtide.memory.stream import Stream
 from lowtide.planning.plan import Plan
 
@@ -44,7 +44,7 @@ their pages anew took a U-Net half as long again."""
 
 
 class Heap:
-    """A stage observer: sets how the heap deals with freed memory (glibc only), as the plan at work says.
+    """A stage observer: wishes how the heap deals with freed memory (glibc only), as the plan at work says.
 
     In the first step of a stage it keeps none: what is made then and stays, such as compiled kernels, would lie
     scattered among what is freed, and a U-Net under leaf offload took 300 MiB more.
@@ -52,17 +52,19 @@ class Heap:
 
     def __init__(self, plan: Callable[[], Plan]) -> None:
         self._plan = plan
+        self._stages: list[object] = []
 
     def stage_started(self, name: str, steps: int | None) -> None:
         """Keep none yet."""
-        steady_malloc()
+        self._stages.append(object())
+        MALLOC.wish(self._stages[-1], FRUGAL)
 
     def step_done(self, name: str, step: int) -> None:
         """Keep some from now on, where that was planned."""
         planned = self._plan().stage(name)
         if planned is not None and not planned.frugal:
-            steady_malloc(*KEPT)
+            MALLOC.wish(self._stages[-1], KEPT)
 
     def stage_finished(self, name: str) -> None:
-        """Keep none."""
-        steady_malloc()
+        """Wish for nothing more."""
+        MALLOC.leave(self._stages.pop())

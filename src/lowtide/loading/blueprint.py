@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from lowtide.loading.components import (
 )
 from lowtide.models.mixin import WEIGHTS_NAME
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker
+from lowtide.quiet import quiet
 from lowtide.schedulers import SCHEDULERS
 from lowtide.weights.files import InFile
 from lowtide.weights.fill import dtype_by_name, state_names
@@ -100,6 +100,5 @@ def _index(module: nn.Module, folder: Path, class_name: str, variant: str | None
         return None
     base = WEIGHTS_NAME if class_name in MODELS else "model"
     names = MODELS[class_name].names if class_name in MODELS else _NAMES[class_name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         return apply_names(find_weights(folder, base, variant), names, state_names(module))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.vae import AutoencoderKL
 from lowtide.models.video_transformer import CogVideoXTransformer3DModel
 from lowtide.models.video_vae import AutoencoderKLCogVideoX
+from lowtide.quiet import quiet
 from lowtide.schedulers import SCHEDULERS
 from lowtide.weights.fill import state_names
 from lowtide.weights.index import CheckpointError, find_weights
@@ -203,8 +203,7 @@ def load_image_processor(folder: Path) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no {file.name}.")
     read_json(file)
-    with reading(folder, cls.__name__), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+    with reading(folder, cls.__name__), quiet(FutureWarning):
         return cls.from_pretrained(folder, local_files_only=True)
 
 

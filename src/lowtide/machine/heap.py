@@ -1,28 +1,60 @@
-"""The heap of this process: when freed memory goes back to the system."""
+"""The heap of this process: when freed memory goes back to the system.
+
+What is set here holds for the whole process, so it has one owner each, which knows all that ask for something.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import sys
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+
+Thresholds = tuple[int, int]
+"""Bytes from which a block has pages of its own, and of freed memory that the heap keeps."""
+FRUGAL: Thresholds = (2**20, 2**20)
+
+
+class _Collector:
+    """Whether Python looks for garbage: not while anybody asks for that."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asking = 0
+        self._was_on = False
+
+    def stop(self) -> None:
+        """Look for none until `go_on` was called as often as this."""
+        with self._lock:
+            if self._asking == 0:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._asking += 1
+
+    def go_on(self) -> None:
+        """One that asked needs it no more."""
+        with self._lock:
+            self._asking -= 1
+            if self._asking == 0 and self._was_on:
+                gc.enable()
+
+
+_COLLECTOR = _Collector()
 
 
 @contextmanager
 def without_collecting() -> Generator[None]:
     """Have Python look for no garbage while this lasts: among all objects of large libraries that takes long."""
-    was_on = gc.isenabled()
-    gc.disable()
+    _COLLECTOR.stop()
     try:
         yield
     finally:
-        if was_on:
-            gc.enable()
+        _COLLECTOR.go_on()
 
 
 def trim_heap() -> bool:
@@ -34,21 +66,53 @@ def trim_heap() -> bool:
     return trim is not None and trim(0) == 1
 
 
-_M_TRIM_THRESHOLD = -1
+class Malloc:
+    """glibc's thresholds: the smallest that anybody present wishes, and the usual ones while nobody is."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._usual = FRUGAL
+        self._wishes: dict[object, Thresholds] = {}
+
+    def wish(self, holder: object, thresholds: Thresholds) -> None:
+        """Have these thresholds or smaller ones until `holder` leaves or wishes for others."""
+        with self._lock:
+            self._wishes[holder] = thresholds
+            self._set()
+
+    def leave(self, holder: object) -> None:
+        """What `holder` wished for is needed no more."""
+        with self._lock:
+            self._wishes.pop(holder, None)
+            self._set()
+
+    def make_usual(self, thresholds: Thresholds) -> bool:
+        """Have these thresholds while nobody wishes for others; whether they can be set (glibc only)."""
+        with self._lock:
+            self._usual = thresholds
+            return self._set()
+
+    def _set(self) -> bool:
+        wishes = tuple(self._wishes.values()) or (self._usual,)
+        return _set_thresholds((min(mmap for mmap, _ in wishes), min(trim for _, trim in wishes)))
 
 
-_M_MMAP_THRESHOLD = -3
+MALLOC = Malloc()
+"""The one of this process."""
 
 
-def steady_malloc(mmap_threshold: int = 2**20, trim_threshold: int = 2**20) -> bool:
+def _set_thresholds(thresholds: Thresholds) -> bool:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    options = zip((_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD), thresholds, strict=True)
+    return mallopt is not None and all(mallopt(option, value) == 1 for option, value in options)
+
+
+def steady_malloc(mmap_threshold: int = FRUGAL[0], trim_threshold: int = FRUGAL[1]) -> bool:
     """Make freed memory go back to the system, so that resident memory follows what is in use.
 
-    Sets glibc's `M_MMAP_THRESHOLD` and `M_TRIM_THRESHOLD`, in bytes, for this process. Without it glibc keeps freed
-    blocks of up to 32 MiB, and the peak depends on chance. The default of 1 MiB is exact but slow, since every block
-    has its pages made anew; 8 and 64 MiB cost no time and give back most. Returns whether it was done (glibc only).
+    Sets glibc's `M_MMAP_THRESHOLD` and `M_TRIM_THRESHOLD`, in bytes, for this process; the stages of runs under a plan
+    have their own while they last. Without it glibc keeps freed blocks of up to 32 MiB, and the peak depends on chance.
+    The default of 1 MiB is exact but slow, since every block has its pages made anew; 8 and 64 MiB cost no time and
+    give back most. Returns whether it can be done (glibc only).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return False
-    options = {_M_MMAP_THRESHOLD: mmap_threshold, _M_TRIM_THRESHOLD: trim_threshold}
-    return all(mallopt(option, value) == 1 for option, value in options.items())
+    return MALLOC.make_usual((mmap_threshold, trim_threshold))

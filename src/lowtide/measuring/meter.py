@@ -19,7 +19,8 @@ class StageReading:
     """What one stage took; sizes in bytes, `None` where this machine cannot tell.
 
     `peak_rss` and the CUDA peaks are exact; `peak_anonymous` and `peak_file` are sampled, so they are lower bounds,
-    reached at different moments: they need not add up to `peak_rss`. `depth` is 0 for an outermost stage.
+    reached at different moments: they need not add up to `peak_rss`. `depth` is 0 for an outermost stage. `shared`
+    tells whether another meter was open at the same time: peaks are those of the process, so they cover both runs.
     """
 
     name: str
@@ -30,13 +31,14 @@ class StageReading:
     peak_file: int | None
     peak_cuda: int | None
     peak_cuda_reserved: int | None
+    shared: bool = False
 
 
 class Meter:
     """Measures each stage it observes, also nested ones; a stage's peak covers the stages inside it.
 
     `interval` is the time between two samples in seconds; `None` samples at stage boundaries and steps alone. While
-    a stage runs, the meter resets the process's `VmHWM` and PyTorch's peak statistics: use one meter at a time.
+    a stage runs, the process's `VmHWM` and PyTorch's peak statistics are reset; other meters are told what they said.
     With `timeline` the samples are kept: see `Meter.timeline`.
     """
 
@@ -131,7 +133,9 @@ class _OpenStage:
         assert self.end is not None
         p = self.peaks
         seconds = self.end.seconds_since(self.start)
-        return StageReading(self.name, self.depth, seconds, p.rss, p.anonymous, p.file, p.cuda, p.cuda_reserved)
+        return StageReading(
+            self.name, self.depth, seconds, p.rss, p.anonymous, p.file, p.cuda, p.cuda_reserved, p.shared
+        )
 
 
 def _merged_by_name(readings: list[StageReading]) -> dict[tuple[int, str], list[StageReading]]:
@@ -146,7 +150,7 @@ def _table(readings: list[StageReading], *, exact_rss: bool) -> Table:
     from rich.table import Table
 
     with_cuda = any(reading.peak_cuda is not None for reading in readings)
-    table = Table(box=box.SIMPLE, caption=_caption(exact_rss=exact_rss), caption_justify="left")
+    table = Table(box=box.SIMPLE, caption=_caption(readings, exact_rss=exact_rss), caption_justify="left")
     table.add_column("stage")
     for heading in ("seconds", "peak memory", "anonymous", "files", *(["CUDA"] if with_cuda else [])):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -166,6 +170,8 @@ def _cells(group: list[StageReading], *, with_cuda: bool) -> list[str]:
     return [f"{sum(r.seconds for r in group):.2f}", *(format_bytes(max(p)) if p else "–" for p in peaks)]
 
 
-def _caption(*, exact_rss: bool) -> str:
+def _caption(readings: list[StageReading], *, exact_rss: bool) -> str:
     rss = "Peak memory is exact (resident memory)" if exact_rss else "Peak memory is sampled (resident memory)"
-    return f"{rss}; its parts are sampled."
+    shared = any(reading.shared for reading in readings)
+    both = " Another meter was open at the same time: peaks are those of both runs together." if shared else ""
+    return f"{rss}; its parts are sampled.{both}"

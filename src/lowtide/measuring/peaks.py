@@ -5,6 +5,8 @@ counters may lag by some 100 KiB) and the peak of PyTorch's CUDA allocator.
 Sampled, so lower bounds: the split into anonymous and file-backed memory, for which the kernel keeps no high-water
 mark; and resident memory where `clear_refs` is missing. A thread samples every `interval` seconds.
 File-backed counts the touched pages of mapped files and shared memory: both can be dropped or are shared.
+The marks of the kernel and of CUDA are those of the whole process: whoever begins them anew hands what they said to all
+who are open then.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +27,17 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Peaks:
-    """Peak bytes of one interval; `None` where this machine cannot tell."""
+    """Peak bytes of one interval; `None` where this machine cannot tell.
+
+    `shared` tells whether another source was open at any time in it, so that another run may be in the peaks too.
+    """
 
     rss: int
     anonymous: int | None = None
     file: int | None = None
     cuda: int | None = None
     cuda_reserved: int | None = None
+    shared: bool = False
 
     def merged(self, other: Peaks) -> Peaks:
         """The peaks of both intervals together: the larger of each pair."""
@@ -40,11 +47,12 @@ class Peaks:
             _larger(self.file, other.file),
             _larger(self.cuda, other.cuda),
             _larger(self.cuda_reserved, other.cuda_reserved),
+            self.shared or other.shared,
         )
 
 
 class PeakSource:
-    """Hands out the peaks since the last `take`; `start` and `stop` run the sampling thread.
+    """Hands out the peaks since the last `take`; `start` and `stop` open and close it, and run the sampling thread.
 
     `interval` is in seconds; `None` means no thread: only calls of `sample` and `take` are seen. `seen` is handed every
     sample, from whichever thread took it.
@@ -55,12 +63,13 @@ class PeakSource:
         self._seen = seen
         self._interval = interval
         self._lock = threading.Lock()
-        self._sampled: Peaks | None = None
+        self._seen_so_far: Peaks | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin a first interval now."""
+        _MARKS.open(self)
         self._stop.clear()
         if self._interval is not None:
             self._thread = threading.Thread(target=self._sample_until_stopped, name="lowtide-meter", daemon=True)
@@ -68,7 +77,8 @@ class PeakSource:
         self.take()
 
     def stop(self) -> None:
-        """End the sampling thread."""
+        """End the sampling thread; peaks are not seen any more."""
+        _MARKS.close(self)
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -79,22 +89,65 @@ class PeakSource:
         now = _in_use()
         if self._seen is not None:
             self._seen(now)
+        self.add(now)
+
+    def add(self, peaks: Peaks) -> None:
+        """Count these peaks in."""
         with self._lock:
-            self._sampled = now if self._sampled is None else self._sampled.merged(now)
+            self._seen_so_far = peaks if self._seen_so_far is None else self._seen_so_far.merged(peaks)
 
     def take(self) -> Peaks:
         """The peaks since the last call; a new interval begins."""
         self.sample()
+        return _MARKS.taken_for(self)
+
+    def begin_anew(self) -> Peaks:
+        """The peaks so far, which are forgotten."""
         with self._lock:
-            sampled, self._sampled = self._sampled, None
-        assert sampled is not None
-        cuda, reserved = _take_cuda()
-        rss = _take_high_water_mark() if self.exact_rss else sampled.rss
-        return Peaks(max(rss, sampled.rss), sampled.anonymous, sampled.file, cuda, reserved)
+            peaks, self._seen_so_far = self._seen_so_far, None
+        assert peaks is not None
+        return peaks
 
     def _sample_until_stopped(self) -> None:
         while not self._stop.wait(self._interval):
             self.sample()
+
+
+class _Marks:
+    """The owner of this process's marks, and the sources that are open."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: weakref.WeakSet[PeakSource] = weakref.WeakSet()
+
+    def open(self, source: PeakSource) -> None:
+        """Hand what the marks say to `source` too from now on."""
+        with self._lock:
+            self._open.add(source)
+            self._hand_on(Peaks(0))
+
+    def close(self, source: PeakSource) -> None:
+        """Hand it nothing more."""
+        with self._lock:
+            self._hand_on(Peaks(0))
+            self._open.discard(source)
+
+    def taken_for(self, source: PeakSource) -> Peaks:
+        """Begin the marks anew for all, and the interval of one source, whose peaks these are."""
+        with self._lock:
+            cuda, reserved = _take_cuda()
+            marks = Peaks(_take_high_water_mark() if source.exact_rss else 0, cuda=cuda, cuda_reserved=reserved)
+            source.add(marks)
+            self._hand_on(marks)
+            return source.begin_anew()
+
+    def _hand_on(self, marks: Peaks) -> None:
+        shared = len(self._open) > 1
+        for source in self._open:
+            source.add(replace(marks, shared=shared))
+
+
+_MARKS = _Marks()
 
 
 def _can_reset_high_water_mark() -> bool:

@@ -6,7 +6,6 @@ All but "math" take memory that grows with the number of tokens and not with its
 from __future__ import annotations
 
 import importlib.util
-import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,20 +13,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from lowtide.ops.meta_device import device_type
 
 CHUNK_BYTES = 64 * 2**20
 LEAST_SIDE = 16
 """Queries and keys of a chunk, at least: smaller ones only cost time."""
-KERNELS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-"""PyTorch's own kernels."""
+ALIGNED = 8
+"""Numbers of a row that CUDA's kernels load at once: heads and masks of other sizes are filled up."""
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -55,10 +50,6 @@ def available_backends(device: torch.device | str) -> tuple[str, ...]:
     kernels = ("flash", "efficient", "cudnn") if on_cuda else ("flash",)
     with_xformers = on_cuda and importlib.util.find_spec("xformers") is not None
     return ("sdpa", *kernels, *(["xformers"] if with_xformers else []), "chunked", "math")
-
-
-_switches = threading.Lock()
-"""PyTorch's switches of kernels are those of the whole process."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +119,12 @@ def _sdpa(inputs: Inputs, backend: AttentionBackend) -> torch.Tensor:
 
 
 def _kernel(inputs: Inputs, backend: AttentionBackend) -> torch.Tensor:
-    """One of PyTorch's kernels alone; for a head size, dtype or mask that it refuses, chunks, with a warning."""
-    with _switches, sdpa_kernel(KERNELS[backend.name]):
-        if backend.name == "math" or _has_kernel(inputs):
-            return _by_pytorch(inputs)
+    """One of PyTorch's kernels alone; for a head size, dtype or mask that it refuses, chunks, with a warning.
+
+    Its operator is called: PyTorch's switches of kernels are those of the whole process, and so of other threads.
+    """
+    if backend.name == "math" or _takes(inputs, backend.name):
+        return _KERNELS[backend.name](inputs)
     masked = "without a mask" if inputs.mask is None else "with a mask"
     warnings.warn(
         f"The attention backend {backend.name!r} does not take a head size of {inputs.q.shape[-1]} in {inputs.q.dtype} "
@@ -154,11 +147,74 @@ def _is_large(inputs: Inputs, backend: AttentionBackend) -> bool:
 
 def _has_kernel(inputs: Inputs) -> bool:
     """Whether one of the kernels that are switched on takes the input, not the matrix of scores."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch says at length why a kernel does not
-        choose: Any = torch._fused_sdp_choice  # type: ignore[attr-defined]
-        choice = choose(inputs.q, inputs.k, inputs.v, inputs.mask, 0.0, False, scale=inputs.scale)
+    choose: Any = torch._fused_sdp_choice  # type: ignore[attr-defined]
+    choice = choose(inputs.q, inputs.k, inputs.v, inputs.mask, 0.0, False, scale=inputs.scale)
     return choice not in (SDPBackend.MATH.value, SDPBackend.ERROR.value)
+
+
+# ---- PyTorch's kernels by their operators, called as `F.scaled_dot_product_attention` does
+
+
+def _takes(inputs: Inputs, name: str) -> bool:
+    """Whether a kernel that this device has takes the input; a CPU has one besides the matrix of scores."""
+    if not _is_cuda(inputs):
+        return _has_kernel(inputs)
+    asked = torch.backends.cuda.SDPAParams(inputs.q, inputs.k, inputs.v, inputs.mask, 0.0, False, False)
+    return _CAN_USE[name](asked)
+
+
+def _is_cuda(inputs: Inputs) -> bool:
+    return inputs.q.device.type == "cuda"
+
+
+def _addend(inputs: Inputs) -> torch.Tensor | None:
+    """The mask as what is added to the scores."""
+    mask, q = inputs.mask, inputs.q
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, 0.0, torch.full((), -torch.inf, dtype=q.dtype, device=q.device))
+
+
+def _math(inputs: Inputs) -> torch.Tensor:
+    return aten._scaled_dot_product_attention_math(inputs.q, inputs.k, inputs.v, _addend(inputs), scale=inputs.scale)[0]
+
+
+def _flash(inputs: Inputs) -> torch.Tensor:
+    if not _is_cuda(inputs):
+        cpu: Any = aten._scaled_dot_product_flash_attention_for_cpu
+        return cpu(inputs.q, inputs.k, inputs.v, attn_mask=_addend(inputs), scale=inputs.scale)[0]
+    size = inputs.q.shape[-1]
+    scale = size**-0.5 if inputs.scale is None else inputs.scale
+    filled = (F.pad(one, (0, -size % ALIGNED)) if size % ALIGNED else one for one in (inputs.q, inputs.k, inputs.v))
+    return aten._scaled_dot_product_flash_attention(*filled, scale=scale)[0][..., :size]
+
+
+def _efficient(inputs: Inputs) -> torch.Tensor:
+    mask, keys = _addend(inputs), inputs.k.shape[-2]
+    if mask is not None:
+        if mask.stride(-1) != 1 or any(stride % ALIGNED for stride in mask.stride()[:-1]):
+            mask = F.pad(mask, (0, ALIGNED - mask.shape[-1] % ALIGNED))[..., : mask.shape[-1]]
+        mask = mask.expand(*inputs.q.shape[:-1], keys)
+    attend: Any = aten._scaled_dot_product_efficient_attention
+    return attend(inputs.q, inputs.k, inputs.v, mask, inputs.need_gradients, scale=inputs.scale)[0]
+
+
+def _cudnn(inputs: Inputs) -> torch.Tensor:
+    attend: Any = aten._scaled_dot_product_cudnn_attention
+    return attend(inputs.q, inputs.k, inputs.v, _addend(inputs), inputs.need_gradients, scale=inputs.scale)[0]
+
+
+_KERNELS: dict[str, Callable[[Inputs], torch.Tensor]] = {
+    "flash": _flash,
+    "efficient": _efficient,
+    "cudnn": _cudnn,
+    "math": _math,
+}
+_CAN_USE: dict[str, Callable[[Any], bool]] = {
+    "flash": torch.backends.cuda.can_use_flash_attention,
+    "efficient": torch.backends.cuda.can_use_efficient_attention,
+    "cudnn": torch.backends.cuda.can_use_cudnn_attention,
+}
 
 
 def _chunked(inputs: Inputs, backend: AttentionBackend) -> torch.Tensor:
@@ -191,7 +247,7 @@ def _xformers(inputs: Inputs, backend: AttentionBackend) -> torch.Tensor:
 
 _COMPUTE: dict[str, Callable[[Inputs, AttentionBackend], torch.Tensor]] = {
     "sdpa": _sdpa,
-    **dict.fromkeys(KERNELS, _kernel),
+    **dict.fromkeys(_KERNELS, _kernel),
     "xformers": _xformers,
     "chunked": _chunked,
 }

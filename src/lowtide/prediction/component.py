@@ -25,12 +25,19 @@ from lowtide.weights.slots import slots
 __all__ = ["Traced", "component", "trace", "trace_call"]
 
 
-def trace_call(fn: Callable[[], Any], inputs: Iterable[torch.Tensor] = (), *, device: str = "cpu") -> Call:
+def trace_call(
+    fn: Callable[[], Any],
+    networks: Iterable[nn.Module],
+    inputs: Iterable[torch.Tensor] = (),
+    *,
+    device: str = "cpu",
+) -> Call:
     """What one call of `fn` takes on a `device` of this type ("cpu" or "cuda"), its modules and `inputs` on meta.
 
-    `inputs` are alive from beginning to end. Raises what `fn` raises: code that looks at values does not run on meta.
+    See `trace` for `networks`; `inputs` are alive from beginning to end. Raises what `fn` raises: code that looks at
+    values does not run on meta.
     """
-    return trace(fn, inputs, device=device).call
+    return trace(fn, networks, inputs, device=device).call
 
 
 def component(

@@ -6,11 +6,9 @@ operator that makes it until its last tensor goes, as it would be on the device 
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowtide.memory.overrides import Overrides
 from lowtide.ops.meta_device import meant_device, standing_for, taken_note
 from lowtide.planning.workload import Call, Work
 from lowtide.prediction.operators import REWRITTEN, made_by, work_of
@@ -80,10 +79,17 @@ class _Memory:
             self.peak, self.workspace = self.alive + more + beside, beside
 
 
-def trace(fn: Callable[[], Any], inputs: Iterable[torch.Tensor] = (), *, device: str = "cpu") -> Traced:
+def trace(
+    fn: Callable[[], Any],
+    networks: Iterable[nn.Module],
+    inputs: Iterable[torch.Tensor] = (),
+    *,
+    device: str = "cpu",
+) -> Traced:
     """Call `fn`, which computes on meta, as if on a `device` of this type ("cpu" or "cuda"); see `Call` and `Segment`.
 
-    `inputs` are the tensors that are there from beginning to end. Raises what `fn` raises.
+    `networks` are those that it calls: copies that nobody else calls while this lasts. `inputs` are the tensors that
+    are there from beginning to end. Raises what `fn` raises.
     """
     memory = _Memory(GRAIN[device])
     for tensor in inputs:
@@ -91,7 +97,7 @@ def trace(fn: Callable[[], Any], inputs: Iterable[torch.Tensor] = (), *, device:
     memory.reached(0)
     watch = _Watch(memory)
     with ExitStack() as stack:
-        for context in (torch.no_grad(), standing_for(device), watch.seeing_modules(), watch, _Rewritten()):
+        for context in (torch.no_grad(), standing_for(device), watch.seeing(networks), watch, _Rewritten()):
             stack.enter_context(context)
         before = memory.alive
         taken_note()
@@ -122,9 +128,6 @@ class _Repeat:
     workspace: int
     result: Any
     segments: tuple[Segment, ...]
-
-
-_WATCHING: ContextVar[_Watch | None] = ContextVar("lowtide_watching", default=None)
 
 
 class _Watch(TorchDispatchMode):
@@ -165,25 +168,24 @@ class _Watch(TorchDispatchMode):
                 self._memory.add(one)
 
     @contextmanager
-    def seeing_modules(self) -> Generator[None]:
+    def seeing(self, networks: Iterable[nn.Module]) -> Generator[None]:
         """While this lasts, it is known inside which module an operator is called, and repeated modules are replayed.
 
-        Stands in the place of `Module.__call__`, for this thread alone.
+        These very modules are changed, not their classes, which other threads call too.
         """
-        original = nn.Module.__call__
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if _WATCHING.get() is not self or meant_device() is None:
-                return original(module, *args, **kwargs)
-            return self._called(module, functools.partial(original, module), args, kwargs)
-
-        token = _WATCHING.set(self)
-        nn.Module.__call__ = call  # type: ignore[method-assign]
-        try:
+        with ExitStack() as stack:
+            for module in dict.fromkeys(part for network in networks for part in network.modules()):
+                overrides = Overrides()
+                stack.callback(overrides.put_back)
+                overrides.set(module, "_call_impl", self._seen(module, module._call_impl))
+                overrides.set_state(module)
             yield
-        finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
-            _WATCHING.reset(token)
+
+    def _seen(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+        def seen_call(*args: Any, **kwargs: Any) -> Any:
+            return call(*args, **kwargs) if meant_device() is None else self._called(module, call, args, kwargs)
+
+        return seen_call
 
     def _called(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         form = form_of_call(args, kwargs) if module._modules else None

@@ -1,0 +1,77 @@
+"""Two meters at once: both see the peak of the process, and say that it was shared."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+from tests.measuring.test_meter import BLOCK, MIB, SLACK, FakeCuda, shown, touch
+
+from lowtide.measuring import meter, peaks
+from lowtide.memory import Meter
+from lowtide.stages import Stages
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@linux
+def test_a_meter_that_resets_takes_no_peak_from_another():
+    """Threads take turns: memory is used at moments between the resets of the other meter."""
+    turn = Barrier(2, timeout=20)
+
+    def long_stage(m):
+        with Stages([m]).stage("long"):
+            turn.wait()  # 1: the long stage has begun
+            touch(2 * BLOCK)
+            turn.wait()  # 2: the peak has been
+            turn.wait()  # 3: the short stages have ended
+
+    def short_stages(m):
+        stages = Stages([m])
+        turn.wait()  # 1
+        with stages.stage("loud"):
+            turn.wait()  # 2
+            touch()
+        with stages.stage("quiet"):
+            pass
+        turn.wait()  # 3
+
+    long, short = Meter(interval=None), Meter(interval=None)
+    before = peaks._in_use().rss
+    with ThreadPoolExecutor(2) as pool:
+        for done in (pool.submit(long_stage, long), pool.submit(short_stages, short)):
+            done.result()
+    (reading,) = long.report()
+    loud, quiet = short.report()
+    assert reading.peak_rss - before >= 2 * BLOCK - SLACK
+    assert loud.peak_rss - before >= BLOCK - SLACK
+    assert quiet.peak_rss - before <= SLACK
+    assert reading.shared
+    assert loud.shared
+    assert quiet.shared
+
+
+def test_cuda_peaks_are_handed_on_too(monkeypatch):
+    cuda = FakeCuda()
+    for module in (peaks, meter):
+        monkeypatch.setattr(module, "cuda_in_use", lambda: cuda)
+    outer, inner = Meter(interval=None), Meter(interval=None)
+    with Stages([outer]).stage("long"):
+        cuda.peak = [5 * MIB, MIB]
+        with Stages([inner]).stage("short"):
+            cuda.peak = [2 * MIB, 0]
+    assert outer.report()[0].peak_cuda == 6 * MIB
+    assert inner.report()[0].peak_cuda == 2 * MIB
+
+
+def test_a_meter_alone_shares_nothing_and_the_caption_says_where_one_does():
+    alone, other = Meter(interval=None), Meter(interval=None)
+    with Stages([alone]).stage("before"):
+        pass
+    assert "Another meter" not in shown(alone.table())
+    with Stages([alone]).stage("together"), Stages([other]).stage("short"):
+        pass
+    with Stages([alone]).stage("after"):
+        pass
+    assert [reading.shared for reading in alone.report()] == [False, True, False]
+    assert "Another meter was open at the same time" in " ".join(shown(alone.table()).split())

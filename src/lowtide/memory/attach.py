@@ -71,7 +71,7 @@ class Attachment:
         self.weights = weights
         for weight in weights:
             weight.device = self.device
-            weight.on_miss = self._missed
+            weight.ledger = self.stream.ledger
         kind = type(self.root).__name__
         parts = split(self.root, weights, self.rule)
         self.units = [Unit(f"{kind}.{part.weights[0].name}", part, self.stream) for part in parts]
@@ -88,15 +88,21 @@ class Attachment:
         """Leave placeholders in every slot and the module as it was otherwise; the weights keep their resting place."""
         self._overrides.put_back()
         self.stream.dismiss(self.units)
-        self.units = []
+        self.units, self.order = [], Order()
         for weight in self.weights:
             weight.disown_replaced()
+            weight.leave_placeholders()
         self.weights = [weight for weight in self.weights if weight.views]
 
     def restore(self, *, to_given: bool) -> None:
         """After `let_go`: put ordinary tensors into the slots."""
         for weight in self.weights:
             weight.restore(to_given=to_given)
+        self.weights = []
+
+    def hand_over(self) -> None:
+        """As `let_go`, for another rule that takes the weights from their slots: this one keeps nothing of them."""
+        self.let_go()
         self.weights = []
 
     @property
@@ -142,9 +148,6 @@ class Attachment:
             if unit.count == 1:
                 self.order.entered(unit)
             self.stream.look_ahead(self.order.upcoming(self.rule.prefetch))
-
-    def _missed(self, weight: Weight) -> None:
-        self.stream.ledger.miss(weight.nbytes)
 
     # ---- the overrides
 
@@ -298,7 +301,7 @@ def set_aside(module: nn.Module) -> Generator[bool]:
     for attachment in found:
         _check_idle(attachment)
     for attachment in found:
-        attachment.let_go()
+        attachment.hand_over()
     try:
         yield any(module in set(one.root.modules()) for one in found)
     finally:
@@ -319,7 +322,7 @@ def _free_from_others(root: nn.Module) -> None:
     """End other rules on `root`: those on it and its parts hand over, one on a module around it is undone."""
     for attachment in _inside(root):
         _check_idle(attachment)
-        attachment.let_go()
+        attachment.hand_over()
     others = {keeper for inner in root.modules() if (keeper := inner.__dict__.get(_KEEPER)) is not None}
     for attachment in others:
         _warn_undone(attachment.root, f"a part of it ({type(root).__name__}, or a part of that) gets its own")

@@ -68,8 +68,8 @@ class _Mover:
         for weight in unit.weights:
             if unit.host_flat is None:
                 weight.rest = self._rest(weight, tier, stays=unit.stays)
-            weight.lay_down()
             weight.forget_given()
+            weight.lay_down()
 
     def _tier(self, unit: Unit) -> Tier:
         if self.rule.rest is not Tier.HOST or (unit.stays and self.device.type != "cpu"):

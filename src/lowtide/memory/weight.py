@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lowtide.memory.ledger import Ledger
 from lowtide.memory.placeholder import AtRest
 from lowtide.memory.store import DiskRest, HostRest, Rest, is_reordered
 from lowtide.weights.files import Origin
@@ -25,7 +26,7 @@ class Weight:
     """Bytes, where they rest, and the slots that view them; ties share one weight.
 
     `given` is the device on which the weight was before the engine took it, `device` the one on which it works,
-    `on_miss` is told when it is loaded for one operation.
+    `ledger` notes when it is loaded for one operation.
     """
 
     def __init__(self, views: Sequence[View], nbytes: int, rest: Rest | None, given: torch.device) -> None:
@@ -35,7 +36,7 @@ class Weight:
         self.given = given
         self.device = given
         self._placeholders: dict[tuple[Any, ...], AtRest] = {}
-        self.on_miss: Callable[[Weight], None] | None = None
+        self.ledger: Ledger | None = None
 
     @property
     def name(self) -> str:
@@ -71,8 +72,8 @@ class Weight:
 
     def flat_for_now(self) -> torch.Tensor:
         """The bytes that the slots view, on the device, for one operation."""
-        if self.on_miss is not None:
-            self.on_miss(self)
+        if self.ledger is not None:
+            self.ledger.miss(self.nbytes)
         return self.rest.on_host().to(self.device)
 
     def taken_over(self, views: Sequence[View]) -> Weight:
@@ -100,17 +101,23 @@ class Weight:
 
     def disown_replaced(self) -> bool:
         """While it rests: slots that were given another tensor are the module's own from now on; whether any were."""
-        kept = [view for view in self.views if self._holds(view.slot.now())]
+        kept = [view for view in self.views if self._holds(view)]
         is_replaced = len(kept) < len(self.views)
         self.views = kept
         return is_replaced
 
-    def _holds(self, tensor: torch.Tensor | None) -> bool:
-        return isinstance(tensor, AtRest) and tensor.weight is self
+    def _holds(self, view: View) -> bool:
+        """Whether a slot holds this weight's placeholder, or still that of the weight it is taken over from."""
+        now = view.slot.now()
+        return isinstance(now, AtRest) and (now.weight is self or now is view.slot.tensor)
 
     def forget_given(self) -> None:
-        """Hold on to the tensors that were given no longer."""
-        self.views = [replace(view, slot=replace(view.slot, tensor=_NOTHING)) for view in self.views]
+        """Hold on to the tensors that were given no longer. Placeholders laid down before would keep them."""
+        self.views = [view.without_given() for view in self.views]
+
+    def leave_placeholders(self) -> None:
+        """Hold on to the placeholders no longer: the slots alone do, so the weight is gone when they are."""
+        self._placeholders = {}
 
     def lay_down(self) -> None:
         """Put placeholders into the slots."""
@@ -169,6 +176,10 @@ class View:
     stride: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
+
+    def without_given(self) -> View:
+        """The same view; it does not keep the tensor that was in its slot."""
+        return replace(self, slot=replace(self.slot, tensor=_NOTHING))
 
     @property
     def key(self) -> tuple[Any, ...]:

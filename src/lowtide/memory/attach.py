@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from lowtide.memory.blocks import split
+from lowtide.memory.copy_out import copied_out
 from lowtide.memory.module_weights import gather
 from lowtide.memory.no_tracing import Uncompiled, refuse_tracing
 from lowtide.memory.order import Order
@@ -112,12 +113,17 @@ class Attachment:
 
     # ---- while it runs
 
+    @property
+    def _whole(self) -> list[Unit]:
+        """The units that are needed around every call of the whole module."""
+        return self.units if self.rule.level is Level.WHOLE else []
+
     @contextmanager
     def running(self) -> Generator[None]:
         """Bracket a call of the whole module; one thread at a time. Afterwards every weight is at rest again."""
         with self.stream.lock:
             self._depth += 1
-            whole = self.units if self.rule.level is Level.WHOLE else []
+            whole = self._whole
             ended_well = False
             try:
                 for unit in whole:
@@ -186,7 +192,7 @@ class Attachment:
                 for unit in units:
                     begun.append(unit)
                     enter(unit)
-                return call(*args, **kwargs)
+                return _copied_out(call(*args, **kwargs), begun)
             finally:
                 for unit in reversed(begun):
                     leave(unit, module, may_wait=self._depth > 0)
@@ -199,7 +205,7 @@ class Attachment:
             refuse_tracing(self.root)
             with self.running():
                 args, kwargs = self._inputs(args, kwargs)
-                return method(*args, **kwargs)
+                return _copied_out(method(*args, **kwargs), self._whole)
 
         return bracketed_call
 
@@ -245,6 +251,14 @@ class Attachment:
             for weight in self.weights
             if weight.can_follow and all(view.slot.owner in own for view in weight.views)
         ]
+
+
+def _copied_out(result: Any, units: list[Unit]) -> Any:
+    """A result that does not lie in buffers which these units leave: neither those that stay, nor bytes that do."""
+    for unit in units:
+        if unit.load is not None and unit.load.buffer is not None and not unit.stays:
+            result = copied_out(result, unit.load.buffer.flat)
+    return result
 
 
 def attach(

@@ -14,6 +14,7 @@ from lowtide.memory.placeholder import AtRest
 from lowtide.memory.store import DeviceRest, DiskRest, HostRest, Rest
 from lowtide.memory.weight import View, Weight, became, numbers_in_file
 from lowtide.ops.quantization import dequantize, fits_bfloat16, fp8_linear, holds_nan, quantize
+from lowtide.weights.files import Origin
 from lowtide.weights.layout import same_order
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -266,6 +267,11 @@ class Carried(Weight):
     @device.setter
     def device(self, device: torch.device) -> None:
         self.whole.move_to(device)
+
+    @property
+    def origin(self) -> Origin | None:
+        """None: these are not the numbers that a file has."""
+        return None
 
     @property
     def ledger(self) -> Ledger | None:

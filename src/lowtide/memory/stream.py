@@ -18,7 +18,7 @@ import torch
 from lowtide.memory.bounds import Sizes, aligned, bound, depth
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.store import DeviceRest, DiskRest, Window
-from lowtide.memory.unit import Buffer, Load, Unit, is_alias
+from lowtide.memory.unit import Buffer, Load, Unit
 from lowtide.memory.weight import Weight
 
 
@@ -120,7 +120,7 @@ class Stream:
         if self.device.type == "cpu" or load.buffer is None:
             return
         for weight, place in self._copies(unit):
-            weight.rest = DeviceRest(load.buffer.flat[place : place + weight.nbytes])
+            weight.rest = DeviceRest(load.buffer.flat[place : place + weight.nbytes], weight.origin)
 
     def look_ahead(self, upcoming: list[Unit]) -> None:
         """Start to load the units in `upcoming` that are not there; drop what was wrongly expected before."""
@@ -169,7 +169,7 @@ class Stream:
     def _measure(self, unit: Unit) -> Sizes:
         copied = window = 0
         for weight in unit.weights:
-            if not is_alias(weight, self.device, zero_copy=self.zero_copy):
+            if not self._works_in_place(weight):
                 copied += aligned(weight.nbytes)
             elif isinstance(weight.rest, DiskRest):
                 window += weight.nbytes
@@ -234,14 +234,17 @@ class Stream:
             self._windows[unit] = Window(weight.rest for weight in unit.weights if self._has_window(weight))
         return self._windows[unit]
 
+    def _works_in_place(self, weight: Weight) -> bool:
+        return self.zero_copy and self.device.type == "cpu" and weight.rest.works_in_place
+
     def _has_window(self, weight: Weight) -> bool:
-        return isinstance(weight.rest, DiskRest) and is_alias(weight, self.device, zero_copy=self.zero_copy)
+        return isinstance(weight.rest, DiskRest) and self._works_in_place(weight)
 
     def _copies(self, unit: Unit) -> Iterator[tuple[Weight, int]]:
         """The weights that are copied, and their places in the buffer."""
         place = 0
         for weight in unit.weights:
-            if not is_alias(weight, self.device, zero_copy=self.zero_copy):
+            if not self._works_in_place(weight):
                 yield weight, place
                 place += aligned(weight.nbytes)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from lowtide.memory.blocks import Part
 from lowtide.memory.placeholder import spoil
-from lowtide.memory.store import DiskRest, HostRest, Window
+from lowtide.memory.store import DiskRest, Window
 from lowtide.memory.weight import Weight
 
 if TYPE_CHECKING:
@@ -80,23 +80,10 @@ class Unit:
     def _keep_changes(self, weight: Weight, group: list[torch.Tensor]) -> None:
         before: Any = weight.rest
         weight.adopt(group)
-        if before is not weight.rest and is_alias_of_file(before):
+        if before is not weight.rest and isinstance(before, DiskRest) and before.works_in_place:
             Window([before]).let_go()
         self.host_flat = None
         self.stream.changed(self)
-
-
-def is_alias_of_file(rest: Any) -> bool:
-    """Whether the bytes can be mapped as they lie in their file."""
-    return isinstance(rest, DiskRest) and rest.mappable
-
-
-def is_alias(weight: Weight, device: torch.device, *, zero_copy: bool) -> bool:
-    """Whether the resting bytes can be computed with where they are."""
-    rest: Any = weight.rest
-    if device.type != "cpu" or not zero_copy:
-        return False
-    return isinstance(rest, HostRest) or is_alias_of_file(rest)
 
 
 @dataclass(eq=False)

@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.placeholder import AtRest
-from lowtide.memory.store import DiskRest, HostRest, Rest, is_reordered
+from lowtide.memory.store import DiskRest, HostRest, Rest
 from lowtide.weights.files import Origin
-from lowtide.weights.layout import is_by_rows
+from lowtide.weights.layout import is_by_rows, is_reordered
 from lowtide.weights.provenance import remember_origin
 from lowtide.weights.slots import Slot
 
@@ -42,6 +42,13 @@ class Weight:
     def name(self) -> str:
         """The first of its names."""
         return self.views[0].slot.name if self.views else "(replaced)"
+
+    @property
+    def origin(self) -> Origin | None:
+        """Where in a file its numbers come from, as it carries it; None for slots that see them in several ways."""
+        if self.rest is None or len({view.key[:4] for view in self.views}) != 1:
+            return None
+        return numbers_in_file(self.rest, self.views[0]) if isinstance(self.rest, DiskRest) else self.rest.origin
 
     def tensors(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """One tensor for each view, the same object where it is the same tensor."""
@@ -135,9 +142,9 @@ class Weight:
         flat = self.rest.on_host()
         tensors = self.tensors(flat.to(self.given) if to_given else flat)
         self.put(tensors)
-        if isinstance(self.rest, DiskRest) and not self.rest.mappable:
+        if self.origin is not None:
             for tensor in tensors:
-                remember_origin(tensor, self.rest.origin)
+                remember_origin(tensor, self.origin)
 
     def adopt(self, tensors: Sequence[torch.Tensor]) -> None:
         """Keep what the module made of its own weights: written in place, they rest as they are now.

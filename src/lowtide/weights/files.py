@@ -15,7 +15,7 @@ import sys
 import tempfile
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from lowtide.weights.index import CheckpointError
+from lowtide.weights.layout import is_reordered
 
 CHUNK_BYTES = 2 * 2**20
 """Memory beyond the new tensors that a conversion takes."""
@@ -162,6 +163,10 @@ class InFile:
         """That of numbers which begin at `offset`: in place only where they give the same result there."""
         is_wide = dtype.is_floating_point and dtype.itemsize >= 4
         return cls(dtype, offset % (16 if is_wide and _products_mind_places() else dtype.itemsize) == 0)
+
+    def works_as(self, dtype: torch.dtype, shape: Sequence[int] = (), stride: Sequence[int] = ()) -> bool:
+        """Whether the numbers can be computed with where they lie, as `dtype` and in the order of these strides."""
+        return self.in_place and self.dtype == dtype and not is_reordered(shape, stride)
 
 
 @dataclass(frozen=True)

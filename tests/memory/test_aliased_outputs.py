@@ -1,4 +1,4 @@
-"""Modules that return their own weights, or views of them: what is returned stays right when the buffer is used again."""
+"""Modules that return their own weights, or views of them: the results stay right when the buffer is used again."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from lowtide.memory.blocks import split
-from lowtide.memory.copy_out import copied_out
+from lowtide.memory.copy_out import out_of_buffers
 from lowtide.memory.module_weights import gather
 from lowtide.memory.no_tracing import Uncompiled, refuse_tracing
 from lowtide.memory.order import Order
@@ -29,7 +29,7 @@ from lowtide.memory.rule import Level, Rule
 from lowtide.memory.settling import settle_rests
 from lowtide.memory.stream import Stream
 from lowtide.memory.unit import Unit
-from lowtide.memory.weight import Weight
+from lowtide.memory.weight import Weight, has_moved, moves
 from lowtide.weights.index import CheckpointIndex
 from lowtide.weights.slots import emptied, slots
 
@@ -75,7 +75,7 @@ class Attachment:
             weight.ledger = self.stream.ledger
         kind = type(self.root).__name__
         parts = split(self.root, weights, self.rule)
-        self.units = [Unit(f"{kind}.{part.weights[0].name}", part, self.stream) for part in parts]
+        self.units = [Unit(f"{kind}.{part.weights[0].name}", part) for part in parts]
         settle_rests(self.units, self.rule, self.device, index)
         self.stream.admit(self.units)
         for unit in self.units:
@@ -127,13 +127,13 @@ class Attachment:
             ended_well = False
             try:
                 for unit in whole:
-                    unit.enter()
+                    self.stream.enter(unit)
                 yield
                 ended_well = True
             finally:
                 self._depth -= 1
                 for unit in whole:
-                    unit.leave(self.root, may_wait=True)
+                    self.stream.leave(unit, self.root, may_wait=True)
                 if self._depth == 0:
                     self._settle(ended_well=ended_well)
 
@@ -149,8 +149,8 @@ class Attachment:
 
     def enter(self, unit: Unit) -> None:
         """A call that needs `unit` begins."""
-        unit.enter()
-        if self._depth > 0 and not unit.stays and not unit.aside:
+        self.stream.enter(unit)
+        if self._depth > 0 and self.stream.looks_ahead and not unit.stays and not unit.aside:
             if unit.count == 1:
                 self.order.entered(unit)
             self.stream.look_ahead(self.order.upcoming(self.rule.prefetch))
@@ -183,7 +183,7 @@ class Attachment:
         self.root.__dict__[_MARK] = self
 
     def _around(self, module: nn.Module, call: Callable[..., Any], units: list[Unit]) -> Callable[..., Any]:
-        enter, leave = Uncompiled(self.enter), Uncompiled(Unit.leave)
+        enter, leave = Uncompiled(self.enter), Uncompiled(self.stream.leave)
 
         def entered_call(*args: Any, **kwargs: Any) -> Any:
             refuse_tracing(module)
@@ -192,7 +192,7 @@ class Attachment:
                 for unit in units:
                     begun.append(unit)
                     enter(unit)
-                return _copied_out(call(*args, **kwargs), begun)
+                return out_of_buffers(call(*args, **kwargs), begun)
             finally:
                 for unit in reversed(begun):
                     leave(unit, module, may_wait=self._depth > 0)
@@ -205,7 +205,7 @@ class Attachment:
             refuse_tracing(self.root)
             with self.running():
                 args, kwargs = self._inputs(args, kwargs)
-                return _copied_out(method(*args, **kwargs), self._whole)
+                return out_of_buffers(method(*args, **kwargs), self._whole)
 
         return bracketed_call
 
@@ -224,9 +224,9 @@ class Attachment:
         def plain_call(*args: Any, **kwargs: Any) -> Any:
             if self.is_running:
                 raise RuntimeError(f"{name} is not possible while {type(self.root).__name__} is being called.")
-            moves = name == "_apply" and _moves(args[0], self.device)
+            is_moved = name == "_apply" and moves(args[0], self.device)
             self.let_go()
-            following = self._following(module) if name == "_apply" and not moves else []
+            following = self._following(module) if name == "_apply" and not is_moved else []
             self.weights = [weight for weight in self.weights if weight not in following]
             self.restore(to_given=False)
             try:
@@ -236,7 +236,7 @@ class Attachment:
                     weight.follow(args[0])
                 return result
             finally:
-                if not moves and not _has_moved(self.root, self.device):
+                if not is_moved and not has_moved(self.root, self.device):
                     attach(self.root, self.rule, self.stream, exclude_kwargs=self.exclude_kwargs)
                 elif module is not self.root:
                     _warn_undone(self.root, f"a part of it ({type(module).__name__}) was moved")
@@ -251,14 +251,6 @@ class Attachment:
             for weight in self.weights
             if weight.can_follow and all(view.slot.owner in own for view in weight.views)
         ]
-
-
-def _copied_out(result: Any, units: list[Unit]) -> Any:
-    """A result that does not lie in buffers which these units leave: neither those that stay, nor bytes that do."""
-    for unit in units:
-        if unit.load is not None and unit.load.buffer is not None and not unit.stays:
-            result = copied_out(result, unit.load.buffer.flat)
-    return result
 
 
 def attach(
@@ -352,12 +344,3 @@ def _check_idle(attachment: Attachment) -> None:
         raise RuntimeError(
             f"{type(attachment.root).__name__} is being called, so its offload cannot be changed now. Wait for the end."
         )
-
-
-def _moves(fn: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> bool:
-    """Whether a function given to `_apply` takes tensors away from `device`."""
-    return fn(torch.empty(0, device=device)).device != device
-
-
-def _has_moved(root: nn.Module, device: torch.device) -> bool:
-    return device.type != "cpu" and any(parameter.device.type != "cpu" for parameter in root.parameters())

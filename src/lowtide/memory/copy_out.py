@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 
 from lowtide.memory.module_weights import PLAIN
+from lowtide.memory.unit import Unit
+
+
+def out_of_buffers(result: Any, units: Iterable[Unit]) -> Any:
+    """A result that does not lie in buffers which these units leave: neither those that stay, nor bytes that do."""
+    for unit in units:
+        if unit.load is not None and unit.load.buffer is not None and not unit.stays:
+            result = copied_out(result, unit.load.buffer.flat)
+    return result
 
 
 def copied_out(result: Any, lent: torch.Tensor) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,7 +66,10 @@ class Weight:
 
     def is_changed(self, tensors: Sequence[torch.Tensor], versions: Sequence[int]) -> bool:
         """Whether the module wrote to the tensors in its slots, or put others there."""
-        return any(_is_changed(*one) for one in zip(self.views, tensors, versions, strict=True))
+        for view, tensor, version in zip(self.views, tensors, versions, strict=True):
+            if _is_changed(view, tensor, version):
+                return True
+        return False
 
     def flat_on_host(self) -> torch.Tensor:
         """The bytes that the slots view, on the host; perhaps those at rest themselves."""
@@ -109,9 +113,10 @@ class Weight:
     def disown_replaced(self) -> bool:
         """While it rests: slots that were given another tensor are the module's own from now on; whether any were."""
         kept = [view for view in self.views if self._holds(view)]
-        is_replaced = len(kept) < len(self.views)
+        if len(kept) == len(self.views):
+            return False
         self.views = kept
-        return is_replaced
+        return True
 
     def _holds(self, view: View) -> bool:
         """Whether a slot holds this weight's placeholder, or still that of the weight it is taken over from."""
@@ -129,9 +134,10 @@ class Weight:
     def lay_down(self) -> None:
         """Put placeholders into the slots."""
         for view in self.views:
-            if view.key not in self._placeholders:
-                self._placeholders[view.key] = AtRest(self, view)
-            view.slot.put(self._placeholders[view.key])
+            placeholder = self._placeholders.get(view.key)
+            if placeholder is None:
+                placeholder = self._placeholders[view.key] = AtRest(self, view)
+            view.slot.put(placeholder)
 
     def rows(self, view: View, indices: torch.Tensor, *options: Any) -> torch.Tensor:
         """The rows of an embedding that `indices` name; see `torch.embedding`."""
@@ -166,11 +172,13 @@ class Weight:
 
 def _is_changed(view: View, tensor: torch.Tensor, version: int) -> bool:
     """Running statistics tell no version."""
+    now = view.slot.now()
+    if now is not tensor and not isinstance(now, AtRest):  # a placeholder: an interrupted call had begun to lay it down
+        return True
+    if tensor._version != version:
+        return True
     owner = view.slot.owner
-    writes_statistics = isinstance(owner, _NormBase) and owner.training and view.slot.kind != "parameter"
-    now = view.slot.now()  # a placeholder: an interrupted call had begun to lay it down
-    is_replaced = now is not tensor and not isinstance(now, AtRest)
-    return writes_statistics or is_replaced or tensor._version != version
+    return view.slot.kind != "parameter" and isinstance(owner, _NormBase) and owner.training
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +196,7 @@ class View:
         """The same view; it does not keep the tensor that was in its slot."""
         return replace(self, slot=replace(self.slot, tensor=_NOTHING))
 
-    @property
+    @cached_property
     def key(self) -> tuple[Any, ...]:
         """Equal for slots that hold one and the same tensor."""
         return self.offset, self.shape, self.stride, self.dtype, self.slot.kind == "parameter"
@@ -237,6 +245,16 @@ def became(view: View, device: torch.device, fn: Callable[[torch.Tensor], torch.
     else:
         after = fn(probe)
     return Became(after.dtype, after.device, shaped.stride() if after.is_contiguous() else view.stride)
+
+
+def moves(fn: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> bool:
+    """Whether a function given to `Module._apply` takes tensors away from `device`."""
+    return fn(torch.empty(0, device=device)).device != device
+
+
+def has_moved(root: nn.Module, device: torch.device) -> bool:
+    """Whether parameters of `root`, under a rule on `device` before, are on an accelerator as ordinary tensors."""
+    return device.type != "cpu" and any(parameter.device.type != "cpu" for parameter in root.parameters())
 
 
 def span(shape: Sequence[int], stride: Sequence[int]) -> int:

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -86,12 +85,8 @@ class DiskRest:
         self.origin = origin
         self.dtype = dtype
         self.layout = layout if layout is not None and is_reordered(*layout) else None
+        self.works_in_place = origin.lying.works_as(dtype, *(self.layout or ()))
         self._window: Mapping | None = None
-
-    @cached_property
-    def works_in_place(self) -> bool:
-        """Whether a CPU can compute with the bytes as they lie in the file."""
-        return self.origin.lying.works_as(self.dtype, *(self.layout or ()))
 
     def on_host(self) -> torch.Tensor:
         """The bytes for somebody to keep: a private view of the file, or a copy where it must be converted."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import pickle
 import random
 import re
 import signal
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -437,3 +439,11 @@ def test_a_layer_that_gives_its_own_parameter():
     given = tokens()
     layer(given)
     assert torch.equal(given, right)
+
+
+def test_what_was_cast_is_gone_from_memory() -> None:
+    module = nn.Sequential(nn.Linear(16, 16), nn.Embedding(16, 16)).requires_grad_(False)
+    given = [weakref.ref(layer.weight) for layer in module]
+    apply_casting(module, Casting("int8", skip_patterns=()))
+    gc.collect()
+    assert [tensor() for tensor in given] == [None, None]

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.safetensors_at import save_at
 
-from lowtide.weights.files import SpillFile, WeightFile, bring_in, let_go, read
+from lowtide.weights import provenance
+from lowtide.weights.files import Mapping, SpillFile, WeightFile, bring_in, let_go, read
 from lowtide.weights.fill import load_tensors
 from lowtide.weights.index import CheckpointError, read_index
 from lowtide.weights.provenance import origin_of
@@ -123,3 +129,51 @@ def test_files_are_closed_with_their_last_user(file: Path, tmp_path: Path) -> No
         del tensors, spill, origin
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_threads_that_load_map_and_drop(file: Path) -> None:
+    """Four threads for a moment, which change places as often as Python can."""
+    index, until, faults = read_index(file), time.monotonic() + 2, []
+    expected = {name: tensor.clone() for name, tensor in load_tensors(index).items()}
+    held = [WeightFile(file).mapping() for _ in range(200)]
+
+    def work() -> None:
+        try:
+            while time.monotonic() < until:
+                tensors = load_tensors(index)
+                assert all(origin_of(tensor) is not None for tensor in tensors.values())
+                assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+                mapped = [WeightFile(file).mapping() for _ in range(5)]
+                assert all(provenance._mappings.holding(one.address) == (one, 0) for one in mapped)
+        except BaseException as fault:
+            faults.append(fault)
+
+    run_threads(work)
+    assert faults == []
+    assert len(held) == 200
+
+
+def test_threads_that_map_one_file_get_one_mapping(file: Path) -> None:
+    for _ in range(50):
+        weights, mapped, start = WeightFile(file), [], threading.Barrier(4)
+
+        def work(weights: WeightFile = weights, mapped: list[Mapping] = mapped, start: Any = start) -> None:
+            start.wait()
+            mapped.append(weights.mapping())
+
+        run_threads(work)
+        assert len({id(one) for one in mapped}) == 1
+
+
+def run_threads(work: Callable[[], None]) -> None:
+    """Four of them, to their end."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)

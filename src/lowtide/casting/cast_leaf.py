@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from lowtide.casting.cast_weight import CastWeight, in_fp8
 from lowtide.casting.scratch import SCRATCH
 from lowtide.memory.blocks import with_atomic
 from lowtide.memory.bounds import aligned
-from lowtide.memory.module_weights import PLAIN
+from lowtide.memory.copy_out import copied_out
 from lowtide.memory.no_tracing import Uncompiled, refuse_tracing
 from lowtide.memory.overrides import Overrides
 from lowtide.memory.placeholder import spoil
@@ -130,12 +129,6 @@ class Leaf:
 
     # ---- the overrides
 
-    def _for_others(self, result: torch.Tensor) -> torch.Tensor:
-        """A result that lies in the numbers of this leaf, such as a parameter itself, as a copy: they are gone soon."""
-        is_lent = self._flat is not None and result.layout == torch.strided and type(result) in PLAIN
-        is_own = is_lent and result.untyped_storage().data_ptr() == self._flat.untyped_storage().data_ptr()  # type: ignore[union-attr]
-        return result.clone() if is_own else result
-
     def _around(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
         enter, leave = Uncompiled(self.enter), Uncompiled(self.leave)
 
@@ -144,7 +137,8 @@ class Leaf:
             this = Call()
             try:
                 enter(this)
-                return tree_map_only(torch.Tensor, self._for_others, call(*args, **kwargs))
+                result = call(*args, **kwargs)
+                return result if self._flat is None else copied_out(result, self._flat)
             finally:
                 leave(this)
 

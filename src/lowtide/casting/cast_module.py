@@ -20,11 +20,10 @@ from lowtide.casting.cast_weight import FLOATING, CastWeight, can_multiply, smal
 from lowtide.casting.casting import Casting
 from lowtide.memory.module_weights import gather, is_plain
 from lowtide.memory.settling import on_disk
-from lowtide.memory.store import DiskRest
 from lowtide.memory.weight import Weight
 from lowtide.ops.quantization import STORAGE
 from lowtide.weights.fill import dtype_by_name
-from lowtide.weights.provenance import let_go_of_file, origin_of
+from lowtide.weights.provenance import let_go_of_file
 from lowtide.weights.slots import slots
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -140,8 +139,6 @@ def _cast_weight(weight: Weight, casting: Casting, compute: torch.dtype | None) 
     flat = weight.rest.flat if hasattr(weight.rest, "flat") else weight.rest.on_host()
     dim = 1 if isinstance(view.slot.owner, TRANSPOSED) else 0
     numbers = view.of(flat).detach()
-    if original is None and (origin := origin_of(numbers, flat)) is not None:  # a view of a file, or converted from it
-        original = DiskRest(origin, view.dtype, (view.shape, view.stride))
     made = CastWeight.of(weight, numbers, STORAGE[casting.storage], casting.scaled, dim, compute)
     made.multiplies = casting.fp8_matmul and can_multiply(made)
     if original is not None:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowtide.memory.ledger import Ledger
 from lowtide.memory.placeholder import AtRest
 from lowtide.memory.store import DeviceRest, DiskRest, HostRest, Rest
 from lowtide.memory.weight import View, Weight, became, numbers_in_file
 from lowtide.ops.quantization import dequantize, fits_bfloat16, fp8_linear, holds_nan, quantize
+from lowtide.weights.files import Origin
 from lowtide.weights.layout import same_order
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -52,11 +54,10 @@ class CastWeight(Weight):
     ) -> CastWeight:
         """Quantize `numbers`, those of `weight`, which compute in `compute` (None: in the dtype they have)."""
         dtype = compute or numbers.dtype
-        views = [replace(view, offset=0, dtype=dtype) for view in weight.views]
+        views = [replace(view.without_given(), offset=0, dtype=dtype) for view in weight.views]
         made = cls(views, HostRest(torch.empty(0)), weight.given, storage)
         made.channel_dim = channel_dim
         made._quantize(numbers, scaled=scaled)
-        made.forget_given()
         return made
 
     def _quantize(self, numbers: torch.Tensor, *, scaled: bool) -> None:
@@ -99,8 +100,8 @@ class CastWeight(Weight):
         """The 8-bit numbers on the device, in the shape of the weight."""
         flat = self.now
         if flat is None:
-            if self.on_miss is not None:
-                self.on_miss(self)
+            if self.ledger is not None:
+                self.ledger.miss(self.nbytes)
             if isinstance(self.rest, DiskRest):
                 self.rest.origin.file.check()
             flat = self.rest.on_host() if self.device.type == "cpu" else self._on_device()
@@ -168,7 +169,7 @@ class CastWeight(Weight):
         elif flat is not None and not isinstance(self.rest, DiskRest):
             self.rest = HostRest(flat)
         self.move_to(self.given if to_given else torch.device("cpu"))
-        self.on_miss = None
+        self.ledger = None
         self.lay_down()
 
     def move_to(self, device: torch.device) -> None:
@@ -195,6 +196,7 @@ class CastWeight(Weight):
         They are in the slots, where they were given; `at_rest`, for another rule that takes over, placeholders are.
         """
         plain = Weight(self.views, self.working_bytes, self.original or HostRest(self.flat_on_host()), self.given)
+        self.leave_placeholders()
         if at_rest:
             plain.lay_down()
         else:
@@ -203,7 +205,7 @@ class CastWeight(Weight):
     def adopt(self, tensors: Sequence[torch.Tensor]) -> None:
         """Keep what a layer wrote to its weight; a slot that was given another tensor is the layer's own now."""
         pairs = zip(self.views, tensors, strict=True)
-        kept = [pair for pair in pairs if pair[0].slot.now() is pair[1] or self._holds(pair[0].slot.now())]
+        kept = [pair for pair in pairs if pair[0].slot.now() is pair[1] or self._holds(pair[0])]
         self.views = [view for view, _ in kept]
         if kept:
             self.take(kept[0][1])
@@ -267,13 +269,18 @@ class Carried(Weight):
         self.whole.move_to(device)
 
     @property
-    def on_miss(self) -> Callable[[Weight], None] | None:
-        """Who is told when they are loaded for one operation."""
-        return self.whole.on_miss
+    def origin(self) -> Origin | None:
+        """None: these are not the numbers that a file has."""
+        return None
 
-    @on_miss.setter
-    def on_miss(self, told: Callable[[Weight], None] | None) -> None:
-        self.whole.on_miss = told
+    @property
+    def ledger(self) -> Ledger | None:
+        """Notes when they are loaded for one operation."""
+        return self.whole.ledger
+
+    @ledger.setter
+    def ledger(self, ledger: Ledger | None) -> None:
+        self.whole.ledger = ledger
 
     def tensors(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The bytes themselves: no slot views them."""

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from lowtide.memory.blocks import split
+from lowtide.memory.copy_out import out_of_buffers
 from lowtide.memory.module_weights import gather
 from lowtide.memory.no_tracing import Uncompiled, refuse_tracing
 from lowtide.memory.order import Order
@@ -28,7 +29,7 @@ from lowtide.memory.rule import Level, Rule
 from lowtide.memory.settling import settle_rests
 from lowtide.memory.stream import Stream
 from lowtide.memory.unit import Unit
-from lowtide.memory.weight import Weight
+from lowtide.memory.weight import Weight, has_moved, moves
 from lowtide.weights.index import CheckpointIndex
 from lowtide.weights.slots import emptied, slots
 
@@ -71,10 +72,10 @@ class Attachment:
         self.weights = weights
         for weight in weights:
             weight.device = self.device
-            weight.on_miss = self._missed
+            weight.ledger = self.stream.ledger
         kind = type(self.root).__name__
         parts = split(self.root, weights, self.rule)
-        self.units = [Unit(f"{kind}.{part.weights[0].name}", part, self.stream) for part in parts]
+        self.units = [Unit(f"{kind}.{part.weights[0].name}", part) for part in parts]
         settle_rests(self.units, self.rule, self.device, index)
         self.stream.admit(self.units)
         for unit in self.units:
@@ -88,15 +89,21 @@ class Attachment:
         """Leave placeholders in every slot and the module as it was otherwise; the weights keep their resting place."""
         self._overrides.put_back()
         self.stream.dismiss(self.units)
-        self.units = []
+        self.units, self.order = [], Order()
         for weight in self.weights:
             weight.disown_replaced()
+            weight.leave_placeholders()
         self.weights = [weight for weight in self.weights if weight.views]
 
     def restore(self, *, to_given: bool) -> None:
         """After `let_go`: put ordinary tensors into the slots."""
         for weight in self.weights:
             weight.restore(to_given=to_given)
+        self.weights = []
+
+    def hand_over(self) -> None:
+        """As `let_go`, for another rule that takes the weights from their slots: this one keeps nothing of them."""
+        self.let_go()
         self.weights = []
 
     @property
@@ -106,22 +113,27 @@ class Attachment:
 
     # ---- while it runs
 
+    @property
+    def _whole(self) -> list[Unit]:
+        """The units that are needed around every call of the whole module."""
+        return self.units if self.rule.level is Level.WHOLE else []
+
     @contextmanager
     def running(self) -> Generator[None]:
         """Bracket a call of the whole module; one thread at a time. Afterwards every weight is at rest again."""
         with self.stream.lock:
             self._depth += 1
-            whole = self.units if self.rule.level is Level.WHOLE else []
+            whole = self._whole
             ended_well = False
             try:
                 for unit in whole:
-                    unit.enter()
+                    self.stream.enter(unit)
                 yield
                 ended_well = True
             finally:
                 self._depth -= 1
                 for unit in whole:
-                    unit.leave(self.root, may_wait=True)
+                    self.stream.leave(unit, self.root, may_wait=True)
                 if self._depth == 0:
                     self._settle(ended_well=ended_well)
 
@@ -137,14 +149,11 @@ class Attachment:
 
     def enter(self, unit: Unit) -> None:
         """A call that needs `unit` begins."""
-        unit.enter()
-        if self._depth > 0 and not unit.stays and not unit.aside:
+        self.stream.enter(unit)
+        if self._depth > 0 and self.stream.looks_ahead and not unit.stays and not unit.aside:
             if unit.count == 1:
                 self.order.entered(unit)
             self.stream.look_ahead(self.order.upcoming(self.rule.prefetch))
-
-    def _missed(self, weight: Weight) -> None:
-        self.stream.ledger.miss(weight.nbytes)
 
     # ---- the overrides
 
@@ -174,7 +183,7 @@ class Attachment:
         self.root.__dict__[_MARK] = self
 
     def _around(self, module: nn.Module, call: Callable[..., Any], units: list[Unit]) -> Callable[..., Any]:
-        enter, leave = Uncompiled(self.enter), Uncompiled(Unit.leave)
+        enter, leave = Uncompiled(self.enter), Uncompiled(self.stream.leave)
 
         def entered_call(*args: Any, **kwargs: Any) -> Any:
             refuse_tracing(module)
@@ -183,7 +192,7 @@ class Attachment:
                 for unit in units:
                     begun.append(unit)
                     enter(unit)
-                return call(*args, **kwargs)
+                return out_of_buffers(call(*args, **kwargs), begun)
             finally:
                 for unit in reversed(begun):
                     leave(unit, module, may_wait=self._depth > 0)
@@ -196,7 +205,7 @@ class Attachment:
             refuse_tracing(self.root)
             with self.running():
                 args, kwargs = self._inputs(args, kwargs)
-                return method(*args, **kwargs)
+                return out_of_buffers(method(*args, **kwargs), self._whole)
 
         return bracketed_call
 
@@ -215,9 +224,9 @@ class Attachment:
         def plain_call(*args: Any, **kwargs: Any) -> Any:
             if self.is_running:
                 raise RuntimeError(f"{name} is not possible while {type(self.root).__name__} is being called.")
-            moves = name == "_apply" and _moves(args[0], self.device)
+            is_moved = name == "_apply" and moves(args[0], self.device)
             self.let_go()
-            following = self._following(module) if name == "_apply" and not moves else []
+            following = self._following(module) if name == "_apply" and not is_moved else []
             self.weights = [weight for weight in self.weights if weight not in following]
             self.restore(to_given=False)
             try:
@@ -227,7 +236,7 @@ class Attachment:
                     weight.follow(args[0])
                 return result
             finally:
-                if not moves and not _has_moved(self.root, self.device):
+                if not is_moved and not has_moved(self.root, self.device):
                     attach(self.root, self.rule, self.stream, exclude_kwargs=self.exclude_kwargs)
                 elif module is not self.root:
                     _warn_undone(self.root, f"a part of it ({type(module).__name__}) was moved")
@@ -298,7 +307,7 @@ def set_aside(module: nn.Module) -> Generator[bool]:
     for attachment in found:
         _check_idle(attachment)
     for attachment in found:
-        attachment.let_go()
+        attachment.hand_over()
     try:
         yield any(module in set(one.root.modules()) for one in found)
     finally:
@@ -319,7 +328,7 @@ def _free_from_others(root: nn.Module) -> None:
     """End other rules on `root`: those on it and its parts hand over, one on a module around it is undone."""
     for attachment in _inside(root):
         _check_idle(attachment)
-        attachment.let_go()
+        attachment.hand_over()
     others = {keeper for inner in root.modules() if (keeper := inner.__dict__.get(_KEEPER)) is not None}
     for attachment in others:
         _warn_undone(attachment.root, f"a part of it ({type(root).__name__}, or a part of that) gets its own")
@@ -335,12 +344,3 @@ def _check_idle(attachment: Attachment) -> None:
         raise RuntimeError(
             f"{type(attachment.root).__name__} is being called, so its offload cannot be changed now. Wait for the end."
         )
-
-
-def _moves(fn: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> bool:
-    """Whether a function given to `_apply` takes tensors away from `device`."""
-    return fn(torch.empty(0, device=device)).device != device
-
-
-def _has_moved(root: nn.Module, device: torch.device) -> bool:
-    return device.type != "cpu" and any(parameter.device.type != "cpu" for parameter in root.parameters())

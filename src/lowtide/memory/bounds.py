@@ -34,6 +34,11 @@ def summed(sizes: Iterable[Sizes]) -> Sizes:
     return sum(sizes, Sizes())
 
 
+def largest(sizes: Collection[Sizes]) -> Sizes:
+    """The most of either kind."""
+    return Sizes(max((one.copied for one in sizes), default=0), max((one.window for one in sizes), default=0))
+
+
 def depth(prefetch: int, *, several: bool) -> int:
     """Units that may be on the device at once; one more where a unit of `several` modules stays while others pass."""
     return prefetch + 1 + several
@@ -41,8 +46,8 @@ def depth(prefetch: int, *, several: bool) -> int:
 
 def bound(kept: Iterable[Sizes], streamed: Collection[Sizes], aside: Iterable[Sizes], depth: int) -> Sizes:
     """What a stream never exceeds: what is kept, `depth` of the largest streamed, and what stands aside."""
-    largest = Sizes(max((one.copied for one in streamed), default=0), max((one.window for one in streamed), default=0))
-    return summed(kept) + Sizes(largest.copied * depth, largest.window * depth) + summed(aside)
+    most = largest(streamed)
+    return summed(kept) + Sizes(most.copied * depth, most.window * depth) + summed(aside)
 
 
 def spread(sizes: Sequence[int], budget: int) -> list[int]:

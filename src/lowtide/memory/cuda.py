@@ -8,7 +8,7 @@ import torch
 
 from lowtide.memory.bounds import STAGE_BYTES
 from lowtide.memory.stream import Stream
-from lowtide.memory.unit import Buffer, Load
+from lowtide.memory.unit import Load
 
 
 def pinned_buffer(nbytes: int) -> torch.Tensor:
@@ -32,6 +32,8 @@ class CudaStream(Stream):
     def _begin(self, load: Load) -> None:
         if load.buffer is None:
             return
+        if load.buffer.free is None:  # new: what its memory was before is in use until now
+            load.buffer.free = torch.cuda.current_stream(self.device).record_event()
         flat = load.unit.host_flat
         if flat is not None and flat.is_pinned():
             with torch.cuda.stream(self._copier):
@@ -73,11 +75,6 @@ class CudaStream(Stream):
         if load.buffer is not None:
             load.buffer.free = current.record_event()
         super()._release(load)
-
-    def _new_buffer(self, nbytes: int, *, in_ring: bool) -> Buffer:
-        buffer = super()._new_buffer(nbytes, in_ring=in_ring)
-        buffer.free = torch.cuda.current_stream(self.device).record_event()
-        return buffer
 
 
 def pin(flat: torch.Tensor) -> bool:

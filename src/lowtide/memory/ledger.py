@@ -44,13 +44,17 @@ class Ledger:
             self.in_use -= nbytes
         assert self.in_use >= 0, "more bytes given back than taken"
 
-    def loaded(self, name: str, nbytes: int) -> None:
-        """Note that a unit was loaded."""
+    def loaded(self, name: str, nbytes: int, taken: int) -> None:
+        """Note that a unit was loaded, and that `taken` bytes more are in use for it."""
         with self._lock:
-            account = self.by_unit.setdefault(name, UnitAccount(nbytes))
+            account = self.by_unit.get(name)
+            if account is None:
+                account = self.by_unit[name] = UnitAccount(nbytes)
             account.loads += 1
             account.moved += nbytes
             self.moved += nbytes
+            self.in_use += taken
+            self.peak = max(self.peak, self.in_use)
 
     def waited(self, name: str, nbytes: int, seconds: float) -> None:
         """Note that computing waited for a unit."""

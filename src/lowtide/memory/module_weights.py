@@ -12,6 +12,7 @@ from torch import nn
 from lowtide.memory.placeholder import AtRest
 from lowtide.memory.store import DeviceRest, HostRest
 from lowtide.memory.weight import View, Weight, span
+from lowtide.weights.provenance import noted_origin
 from lowtide.weights.slots import Slot
 
 PLAIN = (torch.Tensor, nn.Parameter, getattr(nn, "Buffer", nn.Parameter))
@@ -63,7 +64,9 @@ def _real(group: list[tuple[int, int, Slot]]) -> Weight:
         storage = lowest.untyped_storage()
         flat = torch.empty(0, dtype=torch.uint8, device=lowest.device)
         flat.set_(storage, lowest.storage_offset() * lowest.itemsize, (end - start,))  # type: ignore[call-overload]
-    rest = HostRest(flat) if lowest.device.type == "cpu" else DeviceRest(flat)
+    is_one = all(view.key[:4] == views[0].key[:4] for view in views)
+    origin = noted_origin(lowest) if is_one else None
+    rest = HostRest(flat, origin) if lowest.device.type == "cpu" else DeviceRest(flat, origin)
     return Weight(views, end - start, rest, lowest.device)
 
 

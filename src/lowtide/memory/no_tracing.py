@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 
 def refuse_tracing(module: nn.Module) -> None:
@@ -25,7 +25,9 @@ def refuse_tracing(module: nn.Module) -> None:
 
 
 class Uncompiled:
-    """A function that `torch.compile` leaves alone. The compiler is not imported for that: it takes a second."""
+    """A function that `torch.compile` leaves alone. Where nothing is being compiled that costs next to nothing: the
+    compiler is asked to only inside of a compiled call.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -33,6 +35,8 @@ class Uncompiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
-        if self._left_alone is None and "torch._dynamo" in sys.modules:
+        if get_eval_frame_callback() is None:
+            return self._function(*args, **kwargs)
+        if self._left_alone is None:
             self._left_alone = torch.compiler.disable(self._function)
-        return (self._left_alone or self._function)(*args, **kwargs)
+        return self._left_alone(*args, **kwargs)

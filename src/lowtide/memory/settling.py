@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lowtide.machine.host import host_memory
 from lowtide.memory.bounds import aligned, spread
 from lowtide.memory.cuda import pin
-from lowtide.memory.placeholder import AtRest
 from lowtide.memory.rule import Rule, Tier
 from lowtide.memory.store import DiskRest, HostRest, Rest, Spill
 from lowtide.memory.unit import Unit
@@ -18,7 +16,7 @@ from lowtide.memory.weight import Weight
 from lowtide.weights.files import Origin, WeightFile
 from lowtide.weights.index import CheckpointError, CheckpointIndex
 from lowtide.weights.layout import is_by_rows
-from lowtide.weights.provenance import hand_on_origin, origin_of
+from lowtide.weights.provenance import holds
 
 PINNED_SHARE = 0.5
 """Of the host's memory at most this share is locked."""
@@ -68,8 +66,8 @@ class _Mover:
         for weight in unit.weights:
             if unit.host_flat is None:
                 weight.rest = self._rest(weight, tier, stays=unit.stays)
-            weight.lay_down()
             weight.forget_given()
+            weight.lay_down()
 
     def _tier(self, unit: Unit) -> Tier:
         if self.rule.rest is not Tier.HOST or (unit.stays and self.device.type != "cpu"):
@@ -82,9 +80,7 @@ class _Mover:
 
     def _rest(self, weight: Weight, tier: Tier, *, stays: bool) -> Rest:
         if tier is Tier.HOST:
-            flat = weight.rest.on_host()
-            hand_on_origin(weight.views[0].slot.tensor, flat)
-            return HostRest(flat)
+            return HostRest(weight.rest.on_host(), weight.origin)
         in_file = on_disk(weight)
         if in_file is not None:
             return in_file
@@ -101,7 +97,7 @@ class _Mover:
         for weight, size in zip(unit.weights, sizes, strict=True):
             part = flat[place : place + weight.nbytes]
             (on_disk(weight) or weight.rest).copy_into(part)  # a file is read, not mapped: its pages would stay too
-            weight.rest = HostRest(part)
+            weight.rest = HostRest(part, weight.origin)
             place += size
         unit.host_flat = flat
 
@@ -110,13 +106,11 @@ def on_disk(weight: Weight) -> DiskRest | None:
     """The file in which a weight is already, if it is in one unchanged."""
     if isinstance(weight.rest, DiskRest):
         return weight.rest
-    first: Any = weight.views[0]
-    if isinstance(first.slot.tensor, AtRest) or len({view.key[:4] for view in weight.views}) > 1:
+    first, origin = weight.views[0], weight.origin
+    if origin is None or not is_by_rows(first.shape, first.stride):
         return None
-    if not is_by_rows(first.shape, first.stride):
-        return None
-    origin = origin_of(first.slot.tensor)
-    return None if origin is None else DiskRest(origin, first.dtype, (first.shape, first.stride))
+    is_there = holds(first.of(weight.rest.flat).detach(), origin)
+    return DiskRest(origin, first.dtype, (first.shape, first.stride)) if is_there else None
 
 
 class _Source:

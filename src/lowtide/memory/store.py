@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -14,14 +13,16 @@ import torch
 
 from lowtide.memory.rule import Tier
 from lowtide.sizes import format_bytes
-from lowtide.weights.files import CHUNK_BYTES, InFile, Mapping, Origin, SpillFile, WeightFile, bring_in, let_go, read
-from lowtide.weights.layout import contiguous_stride, same_order
+from lowtide.weights.files import CHUNK_BYTES, Mapping, Origin, SpillFile, WeightFile, bring_in, let_go, read
+from lowtide.weights.layout import is_reordered
 
 
 class Rest(Protocol):
     """The resting bytes of one weight, `nbytes` of them."""
 
     tier: Tier
+    works_in_place: bool
+    """Whether a CPU can compute with the bytes where they are."""
 
     def on_host(self) -> torch.Tensor:
         """The bytes in host memory, flat uint8; of a file, a view that brings them in as they are touched."""
@@ -33,12 +34,14 @@ class Rest(Protocol):
 
 
 class HostRest:
-    """Bytes in host memory."""
+    """Bytes in host memory. `origin` is the place in a file where their numbers come from, if they do."""
 
     tier = Tier.HOST
+    works_in_place = True
 
-    def __init__(self, flat: torch.Tensor) -> None:
+    def __init__(self, flat: torch.Tensor, origin: Origin | None = None) -> None:
         self.flat = flat
+        self.origin = origin
 
     def on_host(self) -> torch.Tensor:
         """The bytes themselves."""
@@ -50,12 +53,14 @@ class HostRest:
 
 
 class DeviceRest:
-    """Bytes on the device, where they stay."""
+    """Bytes on the device, where they stay; they carry their numbers' place in a file as `HostRest` does."""
 
     tier = Tier.DEVICE
+    works_in_place = False
 
-    def __init__(self, flat: torch.Tensor) -> None:
+    def __init__(self, flat: torch.Tensor, origin: Origin | None = None) -> None:
         self.flat = flat
+        self.origin = origin
 
     def on_host(self) -> torch.Tensor:
         """The bytes, copied to the host if the device is another."""
@@ -80,16 +85,12 @@ class DiskRest:
         self.origin = origin
         self.dtype = dtype
         self.layout = layout if layout is not None and is_reordered(*layout) else None
+        self.works_in_place = origin.lying.works_as(dtype, *(self.layout or ()))
         self._window: Mapping | None = None
-
-    @cached_property
-    def mappable(self) -> bool:
-        """Whether the bytes can be used as they lie in the file."""
-        return self.origin.lying == InFile(self.dtype) and self.layout is None
 
     def on_host(self) -> torch.Tensor:
         """The bytes for somebody to keep: a private view of the file, or a copy where it must be converted."""
-        if self.mappable:
+        if self.works_in_place:
             return _flat(self.origin.file.mapping(), self.origin)
         flat = torch.empty(self._count * self.dtype.itemsize, dtype=torch.uint8)
         self.copy_into(flat)
@@ -125,7 +126,7 @@ class DiskRest:
             numbers[begin - first : stop - first].copy_(run[begin - top * row : stop - top * row])
 
     def window(self) -> torch.Tensor:
-        """The bytes as a view of a mapping that only the engine uses, flat uint8; `mappable` ones only."""
+        """The bytes as a view of a mapping that only the engine uses, flat uint8; ones that work in place only."""
         if self._window is None:
             self._window = self.origin.file.mapping("window")
         return _flat(self._window, self.origin)
@@ -185,11 +186,6 @@ class Spill:
                 f"{format_bytes(flat.numel())} of weights cannot be written to {self._folder} ({error.strerror}; free: "
                 f"{free}). Choose another folder (offload_to_disk_path or spill_folder), or rest='host'.",
             ) from error
-
-
-def is_reordered(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether numbers with these strides are ordered in another way than in a file."""
-    return not same_order(shape, stride, contiguous_stride(shape))
 
 
 def _flat(mapping: Mapping, origin: Origin) -> torch.Tensor:

@@ -14,12 +14,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
-from lowtide.memory.bounds import Sizes, aligned, bound, depth
+from lowtide.memory.bounds import Sizes, aligned, bound, depth, largest
 from lowtide.memory.ledger import Ledger
+from lowtide.memory.placeholder import spoil
+from lowtide.memory.ring import Ring
 from lowtide.memory.store import DeviceRest, DiskRest, Window
-from lowtide.memory.unit import Buffer, Load, Unit, is_alias
+from lowtide.memory.unit import Buffer, Load, Unit
 from lowtide.memory.weight import Weight
+
+
+def _waits_for_more(unit: Unit, module: nn.Module) -> bool:
+    return unit.lingers or (len(unit.modules) > 1 and not unit.aside and module is not unit.modules[-1])
 
 
 class Stream:
@@ -34,10 +41,11 @@ class Stream:
         self.holders = 0
         self.depth = depth(prefetch, several=False)
         """Units that may be on the device at once, those that stay or stand aside not counted."""
+        self.looks_ahead = False
+        """Whether units are loaded ahead: not where all of them work where they rest."""
         self._sizes: dict[Unit, Sizes] = {}
         self._live: dict[Unit, Load] = {}
-        self._ring: list[Buffer] = []
-        self._ring_bytes = 0
+        self._ring = Ring(device, self.ledger)
         self._windows: dict[Unit, Window] = {}
         self._aliases: dict[int, list[list[torch.Tensor]]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="lowtide-reader")
@@ -67,7 +75,7 @@ class Stream:
     def _forget_views(self, unit: Unit) -> None:
         self._aliases.pop(id(unit), None)
         self._windows.pop(unit, None)
-        for buffer in self._ring:
+        for buffer in self._ring.buffers:
             buffer.views.pop(id(unit), None)
 
     @contextmanager
@@ -93,7 +101,29 @@ class Stream:
     def _streamed(self) -> Iterator[Unit]:
         return (unit for unit in self._sizes if not unit.stays and not unit.aside)
 
-    # ---- what units ask for
+    # ---- two verbs, and what they are made of
+
+    def enter(self, unit: Unit) -> None:
+        """A call that needs `unit` begins: have its weights in their slots, loaded if they are not.
+
+        Entering is counted, so calls may be nested. Raises what `fetch` raises.
+        """
+        unit.count += 1
+        if unit.load is None:
+            replaced = [weight for weight in unit.weights if weight.disown_replaced()]
+            if replaced:
+                self.changed(unit)
+            self.fetch(unit)
+
+    def leave(self, unit: Unit, module: nn.Module, *, may_wait: bool) -> None:
+        """One call of `module`, one of the unit's, has ended: drop the weights after the last.
+
+        With `may_wait` they stay for the unit's other modules, or for another call of the whole. Weights never change,
+        so leaving only drops; right also for a call whose `enter` did not come to its end.
+        """
+        unit.count = max(0, unit.count - 1)
+        if unit.count == 0 and not unit.stays and not (may_wait and _waits_for_more(unit, module)):
+            self.drop(unit)
 
     def fetch(self, unit: Unit) -> None:
         """Have `unit` on the device and in its slots: wait for it, or load it now.
@@ -105,14 +135,47 @@ class Stream:
             if load is None:
                 self._make_room(unit)
                 load = self._start(unit)
-            began = time.perf_counter()
-            try:
-                self._wait(load)
-            except BaseException:
-                self.drop(unit)
-                raise
-            self.ledger.waited(unit.name, self._total(unit), time.perf_counter() - began)
-            unit.place(load, self._tensors(load))
+            if load.buffer is not None or load.window_bytes:
+                self._wait_for(load)
+            self._place(load, self._tensors(load))
+
+    def _wait_for(self, load: Load) -> None:
+        """Wait for a load, by the clock."""
+        unit, began = load.unit, time.perf_counter()
+        try:
+            self._wait(load)
+        except BaseException:
+            self.drop(unit)
+            raise
+        self.ledger.waited(unit.name, self._total(unit), time.perf_counter() - began)
+
+    def _place(self, load: Load, tensors: list[list[torch.Tensor]]) -> None:
+        """Put loaded tensors into the slots."""
+        unit = load.unit
+        unit.placed = [(group, [tensor._version for tensor in group]) for group in tensors]
+        unit.load = load  # from here on `_lift` knows what to do
+        for weight, group in zip(unit.weights, tensors, strict=True):
+            weight.put(group)
+
+    def _lift(self, unit: Unit) -> None:
+        """Put the placeholders back, and keep what the module has changed. Right also after an interrupt inside it."""
+        for weight, (group, versions) in zip(unit.weights, unit.placed, strict=True):
+            if weight.is_changed(group, versions):
+                self._keep_changes(unit, weight, group)
+            weight.lay_down()
+        placed = unit.placed
+        unit.load = None
+        unit.placed, unit.count = [], 0
+        if torch.is_grad_enabled():  # counts as a write, so not before the end
+            spoil(tensor for group, _ in placed for tensor in group)
+
+    def _keep_changes(self, unit: Unit, weight: Weight, group: list[torch.Tensor]) -> None:
+        before = weight.rest
+        weight.adopt(group)
+        if before is not weight.rest and isinstance(before, DiskRest) and before.works_in_place:
+            Window([before]).let_go()
+        unit.host_flat = None
+        self.changed(unit)
 
     def keep(self, unit: Unit) -> None:
         """A loaded unit stays: where its bytes were copied to another device, they rest there and nowhere else."""
@@ -120,7 +183,7 @@ class Stream:
         if self.device.type == "cpu" or load.buffer is None:
             return
         for weight, place in self._copies(unit):
-            weight.rest = DeviceRest(load.buffer.flat[place : place + weight.nbytes])
+            weight.rest = DeviceRest(load.buffer.flat[place : place + weight.nbytes], weight.origin)
 
     def look_ahead(self, upcoming: list[Unit]) -> None:
         """Start to load the units in `upcoming` that are not there; drop what was wrongly expected before."""
@@ -135,13 +198,14 @@ class Stream:
         """Take a unit off the device, whatever state it is in."""
         with self.lock:
             if unit.load is not None:
-                unit.lift()
+                self._lift(unit)
             load = self._live.pop(unit, None)
             if load is None:
                 return
             if load.future is not None and not load.future.cancel():
                 load.future.exception()  # waits for its end, whatever that is: nobody wants it any more
-            self._release(load)
+            if load.buffer is not None or load.window_bytes:
+                self._release(load)
 
     def rest(self) -> None:
         """Drop every unit that does not stay, and the buffers."""
@@ -149,7 +213,7 @@ class Stream:
             for unit in list(self._live):
                 if not unit.stays:
                     self.drop(unit)
-            self._ring_away()
+            self._ring.away(self._used())
             if not self._live:
                 for window in self._windows.values():
                     window.let_go(edges=True)
@@ -169,7 +233,7 @@ class Stream:
     def _measure(self, unit: Unit) -> Sizes:
         copied = window = 0
         for weight in unit.weights:
-            if not is_alias(weight, self.device, zero_copy=self.zero_copy):
+            if not self._works_in_place(weight):
                 copied += aligned(weight.nbytes)
             elif isinstance(weight.rest, DiskRest):
                 window += weight.nbytes
@@ -182,11 +246,12 @@ class Stream:
         return unit.count == 0 and not unit.stays
 
     def _count(self) -> int:
-        return sum(not unit.stays and not unit.aside for unit in self._live)
+        """Units that take a place in the ring or pages of a window: not those that work where they rest."""
+        return sum(not unit.stays and not unit.aside and self._total(unit) > 0 for unit in self._live)
 
     def _make_room(self, unit: Unit) -> None:
         """Before `unit` is loaded: others leave, those loaded ahead first, then those that linger."""
-        if unit.stays or unit.aside:
+        if unit.stays or unit.aside or self._total(unit) == 0:
             return
         idle = [one for one in self._live if self._is_idle(one) and not one.aside]
         for victim in sorted(idle, key=lambda one: one.load is not None):
@@ -198,15 +263,14 @@ class Stream:
         sizes = self._sizes[unit]
         buffer = self._buffer(unit, sizes.copied) if sizes.copied else None
         load = Load(unit, buffer, sizes.window)
-        self.ledger.take(load.window_bytes)
-        self.ledger.loaded(unit.name, self._total(unit))
+        self.ledger.loaded(unit.name, sizes.total, load.window_bytes)
         self._live[unit] = load
-        self._begin(load)
+        if sizes.total:
+            self._begin(load)
         return load
 
     def _begin(self, load: Load) -> None:
-        if load.buffer is not None or load.window_bytes:
-            load.future = self._reader.submit(self._read, load)
+        load.future = self._reader.submit(self._read, load)
 
     def _read(self, load: Load) -> None:
         """In the reader's thread: bring the bytes in."""
@@ -234,14 +298,17 @@ class Stream:
             self._windows[unit] = Window(weight.rest for weight in unit.weights if self._has_window(weight))
         return self._windows[unit]
 
+    def _works_in_place(self, weight: Weight) -> bool:
+        return self.zero_copy and self.device.type == "cpu" and weight.rest.works_in_place
+
     def _has_window(self, weight: Weight) -> bool:
-        return isinstance(weight.rest, DiskRest) and is_alias(weight, self.device, zero_copy=self.zero_copy)
+        return isinstance(weight.rest, DiskRest) and self._works_in_place(weight)
 
     def _copies(self, unit: Unit) -> Iterator[tuple[Weight, int]]:
         """The weights that are copied, and their places in the buffer."""
         place = 0
         for weight in unit.weights:
-            if not is_alias(weight, self.device, zero_copy=self.zero_copy):
+            if not self._works_in_place(weight):
                 yield weight, place
                 place += aligned(weight.nbytes)
 
@@ -262,35 +329,21 @@ class Stream:
     # ---- buffers
 
     def _buffer(self, unit: Unit, nbytes: int) -> Buffer:
-        used = {id(load.buffer) for load in self._live.values()}
-        if not unit.aside and not unit.stays and nbytes <= self._ring_bytes:
-            for buffer in self._ring:
-                if id(buffer) not in used:
-                    return buffer
-            if len(self._ring) < self.depth:
-                self._ring.append(self._new_buffer(self._ring_bytes, in_ring=True))
-                return self._ring[-1]
-        return self._new_buffer(nbytes, in_ring=False)
+        fits = not unit.aside and not unit.stays and nbytes <= self._ring.nbytes
+        buffer = self._ring.free(self._used(), self.depth) if fits else None
+        return self._ring.new(nbytes) if buffer is None else buffer
 
-    def _new_buffer(self, nbytes: int, *, in_ring: bool) -> Buffer:
-        with torch.inference_mode(mode=False):
-            flat = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        self.ledger.take(nbytes)
-        return Buffer(flat, in_ring)
+    def _used(self) -> set[int]:
+        return {id(load.buffer) for load in self._live.values()}
 
     def _fit_ring(self) -> None:
         streamed = list(self._streamed())
         self.depth = depth(self.prefetch, several=any(len(unit.modules) > 1 for unit in streamed))
-        needed = max((self._sizes[unit].copied for unit in streamed), default=0)
-        if needed != self._ring_bytes:
+        needed = largest([self._sizes[unit] for unit in streamed])
+        self.looks_ahead = self.prefetch > 0 and needed.total > 0
+        if needed.copied != self._ring.nbytes:
             for unit in list(self._live):
                 if not unit.stays:
                     self.drop(unit)
-            self._ring_away()
-            self._ring_bytes = needed
-
-    def _ring_away(self) -> None:
-        used = {id(load.buffer) for load in self._live.values()}
-        for buffer in [one for one in self._ring if id(one) not in used]:
-            self._ring.remove(buffer)
-            self.ledger.give(buffer.flat.numel())
+            self._ring.away(self._used())
+            self._ring.nbytes = needed.copied

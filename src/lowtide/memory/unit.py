@@ -1,102 +1,34 @@
-"""A unit: weights that work together, with two verbs, enter and leave."""
+"""A unit: weights that work together, where they are now, and the memory they are loaded to. The stream drives it."""
 
 from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
 
 from lowtide.memory.blocks import Part
-from lowtide.memory.placeholder import spoil
-from lowtide.memory.store import DiskRest, HostRest, Window
-from lowtide.memory.weight import Weight
-
-if TYPE_CHECKING:
-    from lowtide.memory.stream import Stream
 
 
 class Unit:
-    """Weights that are loaded together, around the calls of some modules.
+    """Weights that are loaded together, around the calls of some modules; see `Stream.enter` and `Stream.leave`.
 
-    Entering is counted, so calls may be nested; weights never change, so leaving only drops. `place` and `drop` may be
-    called again after an exception anywhere.
+    `count` calls need it now. `load` is what it was loaded by while its weights are in their slots, `placed` what was
+    put there, with the versions it had. One that `stays` is never dropped, one that `lingers` not after every call.
     """
 
-    def __init__(self, name: str, part: Part, stream: Stream) -> None:
+    def __init__(self, name: str, part: Part) -> None:
         self.name = name
         self.modules = part.modules
         self.weights = list(part.weights)
         self.aside = part.aside
-        self.stream = stream
         self.stays = False
         self.lingers = False
         self.count = 0
         self.load: Load | None = None
         self.host_flat: torch.Tensor | None = None
-        self._placed: list[tuple[list[torch.Tensor], list[int]]] = []
-
-    def enter(self) -> None:
-        """Have the weights in their slots, loaded if they are not."""
-        self.count += 1
-        if self.load is None:
-            replaced = [weight for weight in self.weights if weight.disown_replaced()]
-            if replaced:
-                self.stream.changed(self)
-            self.stream.fetch(self)
-
-    def leave(self, module: nn.Module, *, may_wait: bool) -> None:
-        """One call of `module`, one of this unit's, has ended: drop the weights after the last.
-
-        With `may_wait` they stay for the unit's other modules, or for another call of the whole.
-        """
-        self.count = max(0, self.count - 1)
-        if self.count == 0 and not self.stays and not (may_wait and self._waits_for_more(module)):
-            self.stream.drop(self)
-
-    def _waits_for_more(self, module: nn.Module) -> bool:
-        return self.lingers or (len(self.modules) > 1 and not self.aside and module is not self.modules[-1])
-
-    def place(self, load: Load, tensors: list[list[torch.Tensor]]) -> None:
-        """Put loaded tensors into the slots."""
-        self._placed = [(group, [tensor._version for tensor in group]) for group in tensors]
-        self.load = load  # from here on `lift` knows what to do
-        for weight, group in zip(self.weights, tensors, strict=True):
-            weight.put(group)
-
-    def lift(self) -> None:
-        """Put the placeholders back, and keep what the module itself has changed."""
-        for weight, (group, versions) in zip(self.weights, self._placed, strict=True):
-            if weight.is_changed(group, versions):
-                self._keep_changes(weight, group)
-            weight.lay_down()
-        placed = self._placed
-        self.load = None
-        self._placed, self.count = [], 0
-        spoil(tensor for group, _ in placed for tensor in group)  # counts as a write, so not before the end
-
-    def _keep_changes(self, weight: Weight, group: list[torch.Tensor]) -> None:
-        before: Any = weight.rest
-        weight.adopt(group)
-        if before is not weight.rest and is_alias_of_file(before):
-            Window([before]).let_go()
-        self.host_flat = None
-        self.stream.changed(self)
-
-
-def is_alias_of_file(rest: Any) -> bool:
-    """Whether the bytes can be mapped as they lie in their file."""
-    return isinstance(rest, DiskRest) and rest.mappable
-
-
-def is_alias(weight: Weight, device: torch.device, *, zero_copy: bool) -> bool:
-    """Whether the resting bytes can be computed with where they are."""
-    rest: Any = weight.rest
-    if device.type != "cpu" or not zero_copy:
-        return False
-    return isinstance(rest, HostRest) or is_alias_of_file(rest)
+        self.placed: list[tuple[list[torch.Tensor], list[int]]] = []
 
 
 @dataclass(eq=False)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lowtide.memory.ledger import Ledger
 from lowtide.memory.placeholder import AtRest
-from lowtide.memory.store import DiskRest, HostRest, Rest, is_reordered
+from lowtide.memory.store import DiskRest, HostRest, Rest
 from lowtide.weights.files import Origin
-from lowtide.weights.layout import is_by_rows
+from lowtide.weights.layout import is_by_rows, is_reordered
 from lowtide.weights.provenance import remember_origin
 from lowtide.weights.slots import Slot
 
@@ -25,7 +27,7 @@ class Weight:
     """Bytes, where they rest, and the slots that view them; ties share one weight.
 
     `given` is the device on which the weight was before the engine took it, `device` the one on which it works,
-    `on_miss` is told when it is loaded for one operation.
+    `ledger` notes when it is loaded for one operation.
     """
 
     def __init__(self, views: Sequence[View], nbytes: int, rest: Rest | None, given: torch.device) -> None:
@@ -35,12 +37,19 @@ class Weight:
         self.given = given
         self.device = given
         self._placeholders: dict[tuple[Any, ...], AtRest] = {}
-        self.on_miss: Callable[[Weight], None] | None = None
+        self.ledger: Ledger | None = None
 
     @property
     def name(self) -> str:
         """The first of its names."""
         return self.views[0].slot.name if self.views else "(replaced)"
+
+    @property
+    def origin(self) -> Origin | None:
+        """Where in a file its numbers come from, as it carries it; None for slots that see them in several ways."""
+        if self.rest is None or len({view.key[:4] for view in self.views}) != 1:
+            return None
+        return numbers_in_file(self.rest, self.views[0]) if isinstance(self.rest, DiskRest) else self.rest.origin
 
     def tensors(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """One tensor for each view, the same object where it is the same tensor."""
@@ -57,7 +66,10 @@ class Weight:
 
     def is_changed(self, tensors: Sequence[torch.Tensor], versions: Sequence[int]) -> bool:
         """Whether the module wrote to the tensors in its slots, or put others there."""
-        return any(_is_changed(*one) for one in zip(self.views, tensors, versions, strict=True))
+        for view, tensor, version in zip(self.views, tensors, versions, strict=True):
+            if _is_changed(view, tensor, version):
+                return True
+        return False
 
     def flat_on_host(self) -> torch.Tensor:
         """The bytes that the slots view, on the host; perhaps those at rest themselves."""
@@ -71,8 +83,8 @@ class Weight:
 
     def flat_for_now(self) -> torch.Tensor:
         """The bytes that the slots view, on the device, for one operation."""
-        if self.on_miss is not None:
-            self.on_miss(self)
+        if self.ledger is not None:
+            self.ledger.miss(self.nbytes)
         return self.rest.on_host().to(self.device)
 
     def taken_over(self, views: Sequence[View]) -> Weight:
@@ -100,24 +112,32 @@ class Weight:
 
     def disown_replaced(self) -> bool:
         """While it rests: slots that were given another tensor are the module's own from now on; whether any were."""
-        kept = [view for view in self.views if self._holds(view.slot.now())]
-        is_replaced = len(kept) < len(self.views)
+        kept = [view for view in self.views if self._holds(view)]
+        if len(kept) == len(self.views):
+            return False
         self.views = kept
-        return is_replaced
+        return True
 
-    def _holds(self, tensor: torch.Tensor | None) -> bool:
-        return isinstance(tensor, AtRest) and tensor.weight is self
+    def _holds(self, view: View) -> bool:
+        """Whether a slot holds this weight's placeholder, or still that of the weight it is taken over from."""
+        now = view.slot.now()
+        return isinstance(now, AtRest) and (now.weight is self or now is view.slot.tensor)
 
     def forget_given(self) -> None:
-        """Hold on to the tensors that were given no longer."""
-        self.views = [replace(view, slot=replace(view.slot, tensor=_NOTHING)) for view in self.views]
+        """Hold on to the tensors that were given no longer. Placeholders laid down before would keep them."""
+        self.views = [view.without_given() for view in self.views]
+
+    def leave_placeholders(self) -> None:
+        """Hold on to the placeholders no longer: the slots alone do, so the weight is gone when they are."""
+        self._placeholders = {}
 
     def lay_down(self) -> None:
         """Put placeholders into the slots."""
         for view in self.views:
-            if view.key not in self._placeholders:
-                self._placeholders[view.key] = AtRest(self, view)
-            view.slot.put(self._placeholders[view.key])
+            placeholder = self._placeholders.get(view.key)
+            if placeholder is None:
+                placeholder = self._placeholders[view.key] = AtRest(self, view)
+            view.slot.put(placeholder)
 
     def rows(self, view: View, indices: torch.Tensor, *options: Any) -> torch.Tensor:
         """The rows of an embedding that `indices` name; see `torch.embedding`."""
@@ -128,9 +148,9 @@ class Weight:
         flat = self.rest.on_host()
         tensors = self.tensors(flat.to(self.given) if to_given else flat)
         self.put(tensors)
-        if isinstance(self.rest, DiskRest) and not self.rest.mappable:
+        if self.origin is not None:
             for tensor in tensors:
-                remember_origin(tensor, self.rest.origin)
+                remember_origin(tensor, self.origin)
 
     def adopt(self, tensors: Sequence[torch.Tensor]) -> None:
         """Keep what the module made of its own weights: written in place, they rest as they are now.
@@ -152,11 +172,13 @@ class Weight:
 
 def _is_changed(view: View, tensor: torch.Tensor, version: int) -> bool:
     """Running statistics tell no version."""
+    now = view.slot.now()
+    if now is not tensor and not isinstance(now, AtRest):  # a placeholder: an interrupted call had begun to lay it down
+        return True
+    if tensor._version != version:
+        return True
     owner = view.slot.owner
-    writes_statistics = isinstance(owner, _NormBase) and owner.training and view.slot.kind != "parameter"
-    now = view.slot.now()  # a placeholder: an interrupted call had begun to lay it down
-    is_replaced = now is not tensor and not isinstance(now, AtRest)
-    return writes_statistics or is_replaced or tensor._version != version
+    return view.slot.kind != "parameter" and isinstance(owner, _NormBase) and owner.training
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +192,11 @@ class View:
     dtype: torch.dtype
     requires_grad: bool
 
-    @property
+    def without_given(self) -> View:
+        """The same view; it does not keep the tensor that was in its slot."""
+        return replace(self, slot=replace(self.slot, tensor=_NOTHING))
+
+    @cached_property
     def key(self) -> tuple[Any, ...]:
         """Equal for slots that hold one and the same tensor."""
         return self.offset, self.shape, self.stride, self.dtype, self.slot.kind == "parameter"
@@ -219,6 +245,16 @@ def became(view: View, device: torch.device, fn: Callable[[torch.Tensor], torch.
     else:
         after = fn(probe)
     return Became(after.dtype, after.device, shaped.stride() if after.is_contiguous() else view.stride)
+
+
+def moves(fn: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> bool:
+    """Whether a function given to `Module._apply` takes tensors away from `device`."""
+    return fn(torch.empty(0, device=device)).device != device
+
+
+def has_moved(root: nn.Module, device: torch.device) -> bool:
+    """Whether parameters of `root`, under a rule on `device` before, are on an accelerator as ordinary tensors."""
+    return device.type != "cpu" and any(parameter.device.type != "cpu" for parameter in root.parameters())
 
 
 def span(shape: Sequence[int], stride: Sequence[int]) -> int:

@@ -15,7 +15,6 @@ from lowtide.memory.blocks import Part, split, with_atomic
 from lowtide.memory.bounds import aligned
 from lowtide.memory.module_weights import gather
 from lowtide.memory.rule import Level, Rule
-from lowtide.memory.store import is_reordered
 from lowtide.memory.weight import Weight
 from lowtide.planning.workload import Call, Component, UnitSize, Work
 from lowtide.prediction.tracing import Traced, trace
@@ -159,7 +158,7 @@ class _Found:
 
     def _works_in_place(self, weight: Weight) -> bool:
         view, there = weight.views[0], self._in_file(weight)
-        return there is None or (there == InFile(view.dtype) and not is_reordered(view.shape, view.stride))
+        return there is None or there.works_as(view.dtype, view.shape, view.stride)
 
     def _in_file(self, weight: Weight) -> InFile | None:
         """How a weight lies in the file; None where it is as it works, or in none."""

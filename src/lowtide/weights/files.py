@@ -13,9 +13,10 @@ import mmap
 import os
 import sys
 import tempfile
+import threading
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from lowtide.weights.index import CheckpointError
+from lowtide.weights.layout import is_reordered
 
 CHUNK_BYTES = 2 * 2**20
 """Memory beyond the new tensors that a conversion takes."""
@@ -44,6 +46,7 @@ class WeightFile:
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)) if descriptor is None else descriptor
         self._closer = weakref.finalize(self, os.close, self._descriptor)
         self._mapped: dict[str, weakref.ref[Mapping]] = {}
+        self._lock = threading.RLock()
         self.stamp = self._stamp()
 
     @property
@@ -70,11 +73,12 @@ class WeightFile:
 
     def mapping(self, purpose: str = "tensors") -> Mapping:
         """A private, writable mapping of the whole file, one for each `purpose`: writes never reach the file."""
-        known = self._mapped.get(purpose, _nothing)()
-        if known is None or len(known) < self.size:
-            known = self._map()
-            self._mapped[purpose] = weakref.ref(known)
-        return known
+        with self._lock:
+            mapped = self._mapped.get(purpose, _nothing)()
+            if mapped is None or len(mapped) < self.size:
+                mapped = self._map()
+                self._mapped[purpose] = weakref.ref(mapped)
+            return mapped
 
     def _map(self) -> Mapping:
         if sys.platform == "win32":
@@ -163,6 +167,10 @@ class InFile:
         is_wide = dtype.is_floating_point and dtype.itemsize >= 4
         return cls(dtype, offset % (16 if is_wide and _products_mind_places() else dtype.itemsize) == 0)
 
+    def works_as(self, dtype: torch.dtype, shape: Sequence[int] = (), stride: Sequence[int] = ()) -> bool:
+        """Whether the numbers can be computed with where they lie, as `dtype` and in the order of these strides."""
+        return self.in_place and self.dtype == dtype and not is_reordered(shape, stride)
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -180,17 +188,20 @@ class Origin:
 
 
 class _Mappings:
-    """The living mappings by address."""
+    """The living mappings by address, for all threads."""
 
     def __init__(self) -> None:
         self._by_address: weakref.WeakValueDictionary[int, Mapping] = weakref.WeakValueDictionary()
+        self._lock = threading.RLock()  # a collection of garbage in here may come here again
 
     def add(self, mapping: Mapping) -> None:
-        self._by_address[mapping.address] = mapping
+        with self._lock:
+            self._by_address[mapping.address] = mapping
 
     def holding(self, address: int) -> tuple[Mapping, int] | None:
         """The mapping that an address is in, and the offset in it."""
-        starts = sorted(self._by_address.keys())
+        with self._lock:
+            starts = sorted(self._by_address.keys())
         place = bisect_right(starts, address) - 1
         mapping = self._by_address.get(starts[place]) if place >= 0 else None
         if mapping is None or address - starts[place] >= len(mapping):

@@ -133,7 +133,7 @@ class _Reader:
     def load(self, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
         if entry.nbytes == 0 or self.device.type == "meta":
             return torch.empty(entry.shape, dtype=dtype, device=self.device)
-        if self.device.type == "cpu" and InFile.at(entry.offset, entry.dtype) == InFile(dtype):
+        if self.device.type == "cpu" and InFile.at(entry.offset, entry.dtype).works_as(dtype):
             return self._view(entry)
         return self._copy(entry, dtype)
 

@@ -18,6 +18,11 @@ def same_order(shape: Sequence[int], one: Sequence[int], other: Sequence[int]) -
     return all(size == 1 or a == b for size, a, b in zip(shape, one, other, strict=True))
 
 
+def is_reordered(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether numbers with these strides are ordered in another way than in a file."""
+    return not same_order(shape, stride, contiguous_stride(shape))
+
+
 def is_by_rows(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether each entry of the first dimension is a run of numbers, one after another without gaps."""
     row = 1

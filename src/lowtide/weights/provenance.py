@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -13,7 +14,27 @@ from lowtide.weights.files import _PAGE, InFile, Origin, WeightFile, _mappings, 
 _SWAPPED, _PRESENT, _OF_A_FILE = 1 << 62, 1 << 63, 1 << 61  # Linux, Documentation/admin-guide/mm/pagemap.rst
 
 
-_converted: dict[int, tuple[weakref.ref[torch.Tensor], Origin]] = {}
+class _Facts(NamedTuple):
+    """What a tensor is, as far as can be told without reading it. Some writes change none of it."""
+
+    address: int
+    version: int | None
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, version: int | None) -> _Facts:
+        return cls(tensor.data_ptr(), version, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+class _Note(NamedTuple):
+    tensor: weakref.ref[torch.Tensor]
+    origin: Origin
+    facts: _Facts
+
+
+_notes: dict[int, _Note] = {}
 
 
 def check_files(tensors: Iterable[torch.Tensor]) -> None:
@@ -28,45 +49,56 @@ def check_files(tensors: Iterable[torch.Tensor]) -> None:
         file.check()
 
 
-def remember_origin(tensor: torch.Tensor, origin: Origin) -> None:
-    """Note that `tensor` was converted from `origin`; forgotten with the tensor."""
-    key = id(tensor)
-    _converted[key] = (weakref.ref(tensor, lambda _: _converted.pop(key, None)), origin)
+def remember_origin(tensor: torch.Tensor, origin: Origin, content: torch.Tensor | None = None) -> None:
+    """Note that `tensor` holds the numbers at `origin`; forgotten with the tensor.
 
-
-def hand_on_origin(tensor: torch.Tensor, other: torch.Tensor) -> None:
-    """Note that `other` holds the numbers of `tensor`, in whatever form, if those were converted from a file."""
-    if id(tensor) in _converted:
-        remember_origin(other, _converted[id(tensor)][1])
-
-
-def origin_of(tensor: torch.Tensor, known: torch.Tensor | None = None) -> Origin | None:
-    """Where in a file the very numbers of a tensor are, or None if there is none or they were changed since.
-
-    `known` is the tensor whose origin was noted, where that is another view of the same numbers.
+    `content` is what `tensor.data` is about to become, where that is how it gets them.
     """
-    if tensor.numel() == 0:
+    key = id(tensor)
+    facts = _Facts.of(tensor if content is None else content, _version(tensor))
+    _notes[key] = _Note(weakref.ref(tensor, lambda _: _notes.pop(key, None)), origin, facts)
+
+
+def noted_origin(tensor: torch.Tensor) -> Origin | None:
+    """Where in a file the numbers of a tensor come from, by what it is: the file's mapped memory, or noted and the same
+    as then. Whether they were written to since in a way that leaves no mark, `holds` tells.
+    """
+    if tensor.numel() == 0 or tensor.is_meta:
         return None
     nbytes = tensor.numel() * tensor.itemsize
     is_as_in_file = tensor.device.type == "cpu" and tensor.is_contiguous()
     found = _mappings.holding(tensor.data_ptr()) if is_as_in_file else None
     if found is not None and found[1] + nbytes <= found[0].file.size:
-        origin = Origin(found[0].file, found[1], nbytes, tensor.dtype)
-        return origin if _untouched(tensor.data_ptr(), nbytes) or _still_equal(tensor, origin) else None
-    noted = id(tensor if known is None else known)
-    if noted in _converted:
-        origin = _converted[noted][1]
-        return origin if _still_equal(tensor, origin) else None
-    return None
+        return Origin(found[0].file, found[1], nbytes, tensor.dtype)
+    note = _notes.get(id(tensor))
+    return note.origin if note is not None and note.facts == _Facts.of(tensor, _version(tensor)) else None
+
+
+def holds(tensor: torch.Tensor, origin: Origin) -> bool:
+    """Whether a tensor holds what its file says, bit for bit: its pages are the file's, or its bytes equal."""
+    nbytes = tensor.numel() * tensor.itemsize
+    is_as_in_file = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype == origin.dtype
+    found = _mappings.holding(tensor.data_ptr()) if is_as_in_file else None
+    is_mapped = found is not None and found[0].file is origin.file and found[1] == origin.offset
+    return (is_mapped and _untouched(tensor.data_ptr(), nbytes)) or _still_equal(tensor, origin)
+
+
+def origin_of(tensor: torch.Tensor) -> Origin | None:
+    """Where in a file the very numbers of a tensor are, or None if there is none or they were changed since."""
+    origin = noted_origin(tensor)
+    return origin if origin is not None and holds(tensor, origin) else None
 
 
 def in_file(tensor: torch.Tensor) -> InFile | None:
-    """How a tensor's numbers lie in the file they came from, if they did; whether they were changed since is not
-    looked at.
-    """
+    """How a tensor's numbers lie in the file they came from, if they did; their bytes are not looked at."""
     if tensor.device.type == "cpu" and tensor.numel() > 0 and _mappings.holding(tensor.data_ptr()) is not None:
         return InFile(tensor.dtype)
-    return _converted[id(tensor)][1].lying if id(tensor) in _converted else None
+    origin = noted_origin(tensor)
+    return None if origin is None else origin.lying
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def let_go_of_file(tensor: torch.Tensor) -> None:
@@ -84,7 +116,9 @@ def let_go_of_file(tensor: torch.Tensor) -> None:
 
 
 def _still_equal(tensor: torch.Tensor, origin: Origin) -> bool:
-    """Whether a tensor holds what its file says, bit for bit."""
+    """Whether all numbers of a tensor are those at `origin`, and all of those."""
+    if tensor.numel() != origin.nbytes // origin.dtype.itemsize:
+        return False
     flat, done = tensor.detach().reshape(-1), 0
     for piece in pieces(origin):
         part = flat[done : done + piece.numel()].cpu()
@@ -124,7 +158,7 @@ def keeping_origins(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[tor
         origin = origin_of(tensor)
         if origin is not None:
             let_go_of_file(tensor)
-            remember_origin(tensor, origin)  # the parameter stays, what it holds is changed
+            remember_origin(tensor, origin, content=made)  # the parameter stays, what it holds is changed
         return made
 
     return convert

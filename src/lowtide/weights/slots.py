@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -23,18 +24,16 @@ class Slot:
 
     def put(self, tensor: torch.Tensor) -> None:
         """Let `tensor` be what the module computes with; a parameter's slot takes a parameter."""
-        if self.kind != "parameter":
-            self.owner._buffers[self.leaf] = tensor
-        elif isinstance(self.owner, nn.RNNBase):
+        if self.kind == "parameter" and isinstance(self.owner, nn.RNNBase):
             setattr(self.owner, self.leaf, tensor)  # these keep a second list of their parameters
         else:
-            self.owner._parameters[self.leaf] = tensor  # type: ignore[assignment]
+            self.table[self.leaf] = tensor
 
     def now(self) -> torch.Tensor | None:
         """What sits in the slot at this moment."""
         return self.table.get(self.leaf)
 
-    @property
+    @cached_property
     def table(self) -> dict[str, Any]:
         """The table of the owner that the slot is in."""
         return self.owner._parameters if self.kind == "parameter" else self.owner._buffers

@@ -26,8 +26,8 @@ RATES = Rates(
 @pytest.fixture
 def bare_machine(monkeypatch):
     """Plans count the pipeline alone."""
-    for place in ("fitting", "checkpoints"):
-        monkeypatch.setattr(f"lowtide.pipelines.{place}.rates_here", lambda *_: RATES)
+    for place in ("apply", "checkpoints"):
+        monkeypatch.setattr(f"lowtide.fitting.{place}.rates_here", lambda *_: RATES)
 
 
 def checkpoint(folder, kind, **options):

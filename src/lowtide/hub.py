@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """A path with its "~" written out; raises `FileNotFoundError` where this user has no home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"{os.fspath(path)}: there is no home folder here that '~' could stand for. Write the path out."
+        ) from error
+
+
+def hub_cache(name: str = "") -> Path:
+    """Where files of the model called `name` on the Hub are or will be kept.
+
+    That is the Hub's own cache or, where it lacks the model and cannot be written to, a folder for temporary files.
+    """
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)  # begins with "~" where there is no home folder
+    has_model = bool(name) and (cache / f"models--{name.replace('/', '--')}").is_dir()
+    if has_model or (cache.is_absolute() and _can_be_made(cache)):
+        return cache
+    return Path(tempfile.gettempdir()) / f"lowtide-hub-{os.getuid()}"
+
+
+def _can_be_made(folder: Path) -> bool:
+    nearest = next(one for one in (folder, *folder.parents) if one.exists())
+    return os.access(nearest, os.W_OK)
 
 
 @dataclass(frozen=True)
@@ -29,7 +61,7 @@ class Source:
         A local folder is taken as it is; from the Hub only those files come, into its cache, and offline the cache is
         used. Raises `FileNotFoundError` if the name is neither a folder nor an id whose files can be had.
         """
-        folder = Path(self.name).expanduser()
+        folder = local_path(self.name)
         if folder.is_dir():
             return folder
         if folder.exists():
@@ -44,6 +76,19 @@ class Source:
             )
         return self._from_hub(list(patterns))
 
+    def _cache(self) -> Path:
+        cache = hub_cache(self.name)
+        if cache.parent == Path(tempfile.gettempdir()) and cache.name.startswith("lowtide-hub-"):
+            cache.mkdir(mode=0o700, exist_ok=True)
+            if cache.stat().st_uid != os.getuid():
+                raise PermissionError(f"{cache} belongs to somebody else. Set HF_HOME to a folder of your own.")
+            warnings.warn(
+                f"There is no home folder that can be written to, so files from the Hub are kept in {cache}. Set "
+                "HF_HOME to another folder.",
+                stacklevel=2,
+            )
+        return cache
+
     def _from_hub(self, patterns: list[str]) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -52,7 +97,7 @@ class Source:
             folder = snapshot_download(
                 self.name,
                 revision=self.revision,
-                cache_dir=self.cache_dir,
+                cache_dir=self.cache_dir or self._cache(),
                 token=self.token,
                 local_files_only=self.local_files_only,
                 allow_patterns=patterns,

@@ -8,7 +8,6 @@ _DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _FACTORS = {"": 1, "B": 1, **_DECIMAL, **_BINARY}
 _SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?|\.\d{1,20})\s*([A-Za-z]*)", re.ASCII)
-_STEPS = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def parse_bytes(size: str | int) -> int:
@@ -25,24 +24,12 @@ def parse_bytes(size: str | int) -> int:
     return _exact_product(match[1], factor)
 
 
-def format_bytes(count: int) -> str:
-    """`count` bytes as people read it, in binary units with two decimals: 1342177280 is "1.25 GiB"."""
-    if abs(count) < 1024:
-        return f"{count} B"
-    unit, factor = next((unit, factor) for unit, factor in _STEPS if _shown(count, factor) >= 1 or unit == "KiB")
-    return f"{count / factor:.2f} {unit}"
-
-
 def format_decimal(count: float) -> str:
     """`count` bytes in the units that budgets are written in: 6442450944 is "6.44 GB"; below 0.1 GB in MB, then kB."""
     unit, factor = next(
         ((unit, factor) for unit, factor in (("GB", 10**9), ("MB", 10**6)) if abs(count) >= factor / 10), ("kB", 10**3)
     )
     return f"{count / factor:.{2 if unit == 'GB' else 1}f} {unit}"
-
-
-def _shown(count: int, factor: int) -> float:
-    return round(abs(count) / factor, 2)
 
 
 def _exact_product(digits: str, factor: int) -> int:

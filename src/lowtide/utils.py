@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowtide.media.png import whole_or_not
+from lowtide.hub import local_path
+from lowtide.media.unfinished import whole_or_not
 from lowtide.media.video_file import Frames, rgb_frames
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _is_number(value: Any) -> bool:
 def _output_path(given: str | os.PathLike[str]) -> Path:
     if not isinstance(given, (str, os.PathLike)) or "\0" in os.fspath(given):
         raise ValueError(f"output_video_path={given!r:.80} cannot be the name of a file.")
-    path = Path(given).expanduser()
+    path = local_path(given)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder. Give the name of a file as output_video_path.")
     if path.suffix.lower() not in _CONTAINERS:

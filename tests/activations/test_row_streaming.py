@@ -156,6 +156,23 @@ def test_the_forecast_holds_and_is_near(kind, part, work, rows):
     assert streaming.last.rows == forecast.rows == Tier(rows)
 
 
+def test_fifty_sizes_leave_the_plans_of_the_last_few():
+    module, x = part_and_input("sd1", "decoder", (6, 6))
+    before = streamed(module, x, work=20_000)
+    streaming = apply_row_streaming(module, work=20_000)
+    sizes = [(1, x.shape[1], 4 + number, 5) for number in range(50)]
+    held = []
+    for shape in sizes:
+        streaming.forecast(shape)
+        held.append(len(pickle.dumps(list(streaming._schedules.values()))))
+    assert len(streaming._schedules) == row_streaming.SCHEDULES_KEPT
+    assert held[-1] < 1.5 * held[row_streaming.SCHEDULES_KEPT]
+    assert torch.equal(module(x), before), "a size that comes back"
+    kept = streaming.schedule(x, (), {})
+    streaming.forecast(sizes[-1])
+    assert streaming.schedule(x, (), {}) is kept, "made once while it is among the last used"
+
+
 LEAST_BAND = 80 * 192 * 4 * 3
 """Bytes of a row of the widest map and its neighbours."""
 
@@ -171,7 +188,7 @@ def test_rows_go_where_there_is_room():
     assert short.rows is Tier.DISK
     assert short.peak <= needed.stored // 2
     apply_row_streaming(module, budget=1000)
-    with pytest.raises(ValueError, match=r"budget=1000 B is too small .* one row of it at work takes .* KiB\. Give"):
+    with pytest.raises(ValueError, match=r"budget=1\.0 kB is too small .* one row of it at work takes .* kB\. Give"):
         module(x)
     apply_row_streaming(module, budget=short.peak, rows="device")
     with pytest.raises(ValueError, match=r"too small .* what rests on the device"):
@@ -209,7 +226,7 @@ def test_a_full_disk_is_told_before_the_work(monkeypatch, tmp_path):
     apply_row_streaming(module, rows="disk", folder=str(tmp_path))
     calls = []
     monkeypatch.setattr(row_streaming.Run, "__call__", lambda *_: calls.append(1))
-    with pytest.raises(OSError, match=r"do not fit in .*free: 1000 B.*another folder"):
+    with pytest.raises(OSError, match=r"do not fit in .*free: 1\.0 kB.*another folder"):
         module(x)
     assert calls == []
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from tests.bench import samples
+from tests.machine import processes
 
 from lowtide.bench import children
 from lowtide.bench.runs import Job
@@ -76,3 +77,18 @@ def test_modules_are_looked_for_where_this_process_looks(monkeypatch):
     assert "-P" not in children.command()
     monkeypatch.setattr(sys, "path", ["/somewhere/bin", *sys.path])
     assert children.command()[1] == "-P"
+
+
+def test_a_run_ends_with_the_process_that_started_it(tmp_path, monkeypatch):
+    """Killed at once, that process can end nothing itself."""
+    pid_file = tmp_path / "pid"
+    (tmp_path / "sleeper.py").write_text(
+        f"import os, pathlib, time\npathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\ntime.sleep(60)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    program = (
+        "from lowtide.bench import children\nfrom lowtide.bench.runs import Job\nfrom tests.bench import samples\n"
+        "children._MODULE = 'sleeper'\n"
+        f"children.run_apart(samples.options(out={str(tmp_path)!r}), Job('half', 'lowtide'))"
+    )
+    assert processes.child_ends_with_parent(program, pid_file)

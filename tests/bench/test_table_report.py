@@ -98,7 +98,7 @@ def test_the_markdown_file_tells_how_where_and_what_is_equal():
         "byte for byte: vae-slicing, traced",
         "traced (lowtide) failed in a later round: killed",
         "command: `lowtide bench table`",
-        "A Processor, 2 processors, 16.00 GiB",
+        "A Processor, 2 processors, 17.18 GB",
         "versions: torch 2",
     ):
         assert part in text

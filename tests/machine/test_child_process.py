@@ -1,12 +1,10 @@
 """Children that measure: what they print, how they fail, and that none outlives its parent."""
 
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import psutil
 import pytest
+from tests.machine import processes
 
 from lowtide.machine.child_process import ChildError, run_module
 
@@ -31,7 +29,7 @@ def test_what_it_prints(module):
 
 
 def test_a_failure_is_named_with_its_last_line(module):
-    with pytest.raises(ChildError, match=r"measured_here ended with status 1: ValueError: no such kernel"):
+    with pytest.raises(ChildError, match=r"measured_here ended with code 1: ValueError: no such kernel"):
         run_module(module("raise ValueError('no such kernel')"))
 
 
@@ -46,21 +44,15 @@ def test_one_that_takes_too_long_is_ended(module, tmp_path):
 def test_it_ends_with_its_parent(module, tmp_path):
     pid_file = tmp_path / "pid"
     name = module(SLEEPER.format(str(pid_file)))
-    program = f"from lowtide.machine.child_process import run_module; run_module({name!r})"
-    parent = subprocess.Popen([sys.executable, "-c", program])
-    deadline = time.monotonic() + 30
-    while not (pid_file.is_file() and pid_file.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    child = int(pid_file.read_text())
-    parent.kill()
-    parent.wait()
-    while psutil.pid_exists(child) and _is_alive(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _is_alive(child)
+    assert processes.child_ends_with_parent(
+        f"from lowtide.machine.child_process import run_module; run_module({name!r})", pid_file
+    )
 
 
-def _is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}").exists() and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def test_the_current_folder_hides_no_module(module, tmp_path, monkeypatch):
+    name = module("import runpy; print('went well')")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    (tmp_path / "cwd" / "runpy.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.setattr(sys, "path", ["/somewhere/bin", *sys.path])
+    assert run_module(name).strip() == "went well"

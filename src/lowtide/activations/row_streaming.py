@@ -29,12 +29,14 @@ from lowtide.activations.run import Progress, RowSink, Run
 from lowtide.machine.host import host_memory
 from lowtide.memory.rule import Tier
 from lowtide.ops.meta_device import meant_device, meant_type, note_stored
-from lowtide.sizes import format_bytes, parse_bytes
+from lowtide.sizes import format_decimal, parse_bytes
 
 LEAST_WORK = 8 * 2**20
 ROWS_AT_WORK = {4: 8, 5: 40}
 """The bytes of so many of the widest rows are at work together: of maps, and of clips, whose bands are thin else."""
 LARGEST_PAGE = 2**20
+SCHEDULES_KEPT = 8
+"""Plans of the forms last used, about 0.3 MB each; a clip has up to four: first, middle, last and only frames."""
 FREE_SHARE = 0.5
 """Of the memory that is free, rows take at most this share before they go elsewhere."""
 
@@ -147,21 +149,28 @@ class RowStreaming:
             _check_disk(found.stored, self.settings.folder)
 
     def schedule(self, x: torch.Tensor, args: Any, kwargs: Any) -> Schedule:
-        """The plan for inputs of this form, made once; raises `NotByRowsError`, a `ValueError`, for what has none."""
+        """The plan for inputs of this form; raises `NotByRowsError`, a `ValueError`, for what has none.
+
+        Those of the forms last used are kept.
+        """
         _check_input(x)
         if any(isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())):
             raise ValueError(f"Row streaming of {type(self.module).__name__} takes one map and no other tensors.")
         told = tree_map_only(FrameCache, lambda cache: (cache.has_before, cache.is_last), (args, kwargs))
         key = (tuple(x.shape[1:]), x.dtype, repr(told), _form(self.module))
-        if key not in self._schedules:
+        schedule = self._schedules.pop(key, None)
+        if schedule is None:
             try:
-                self._schedules[key] = plan(trace(self.module, (1, *x.shape[1:]), x.dtype, args, kwargs))
+                schedule = plan(trace(self.module, (1, *x.shape[1:]), x.dtype, args, kwargs))
             except NotByRowsError as reason:
                 raise NotByRowsError(
                     f"{type(self.module).__name__} cannot be computed row by row: {reason}. Compute it whole, or, an "
                     "autoencoder, in tiles with enable_vae_tiling(mode='blended')."
                 ) from reason.__cause__
-        return self._schedules[key]
+        self._schedules[key] = schedule  # the last used is the last one
+        while len(self._schedules) > SCHEDULES_KEPT:
+            del self._schedules[next(iter(self._schedules))]
+        return schedule
 
     def _run(self, x: torch.Tensor, schedule: Schedule, write: RowSink, cache: FrameCache | None) -> None:
         if torch.is_grad_enabled() and (x.requires_grad or _trains(self.module)):
@@ -200,10 +209,10 @@ class RowStreaming:
             rows = Tier.DEVICE  # the same memory
         forecast, budget = RowForecast(rows, stored, bands, len(schedule.passes)), self.settings.budget
         if budget is not None and forecast.peak > budget:
-            kept = "" if rows is Tier.DISK else f", and what rests on the {rows} {format_bytes(stored)}"
+            kept = "" if rows is Tier.DISK else f", and what rests on the {rows} {format_decimal(stored)}"
             raise ValueError(
-                f"budget={format_bytes(budget)} is too small for this picture: one row of it at work takes "
-                f"{format_bytes(bands)}{kept}. Give more, or a narrower picture."
+                f"budget={format_decimal(budget)} is too small for this picture: one row of it at work takes "
+                f"{format_decimal(bands)}{kept}. Give more, or a narrower picture."
             )
         return forecast
 
@@ -321,6 +330,6 @@ def _check_disk(nbytes: int, folder: str | os.PathLike[str] | None) -> None:
     free = shutil.disk_usage(place).free
     if free < nbytes:
         raise OSError(
-            f"{format_bytes(nbytes)} of rows do not fit in {place} (free: {format_bytes(free)}). Choose another "
+            f"{format_decimal(nbytes)} of rows do not fit in {place} (free: {format_decimal(free)}). Choose another "
             "folder, a smaller picture, or half precision."
         )

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict
 from typing import Any
 
 from lowtide.bench.runs import Job, Options, Outcome, Reading, Spec
+from lowtide.machine import child_process
+from lowtide.machine.child_process import ChildError, run_command
 
 ANSWER = "lowtide_run"
 """The key of the JSON object that a run prints, by which it is told from other output."""
 LONGEST_REASON = 100
 _MODULE = "lowtide.bench.one_run"
-_SIGKILL = 9  # which the signal module of some systems lacks
 
 
 def run_apart(options: Options, job: Job) -> Outcome:
@@ -29,30 +26,20 @@ def run_apart(options: Options, job: Job) -> Outcome:
 def ask(spec: Spec, timeout: float | None) -> Outcome:
     """Start the process, send it `spec`, and give its reading or its failure; it has ended, whatever happens."""
     try:
-        done = subprocess.run(
-            command(),
-            input=json.dumps(asdict(spec)),
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=timeout,
-            env=_environment(spec),
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return None, f"took longer than {timeout:g} s"
-    answer = find_answer(done.stdout)
+        ended = run_command(command(), seconds=timeout, environment=_environment(spec), given=json.dumps(asdict(spec)))
+    except ChildError as error:
+        return None, str(error)
+    answer = find_answer(ended.printed)
     if answer is None:
-        return None, shortened(_how_it_ended(done.returncode, done.stderr))
+        return None, shortened(ended.reason)
     if "failure" in answer:
         return None, shortened(answer["failure"])
     return Reading(**answer["reading"]), None
 
 
 def command() -> list[str]:
-    """The process to start; it looks for modules where this one does, so not always in the current folder."""
-    safe = [] if sys.path[0] in ("", os.getcwd()) else ["-P"]
-    return [sys.executable, *safe, "-m", _MODULE]
+    """The process to start."""
+    return child_process.command(_MODULE)
 
 
 def find_answer(output: str) -> dict[str, Any] | None:
@@ -78,13 +65,4 @@ def shortened(reason: str) -> str:
 def _environment(spec: Spec) -> dict[str, str]:
     """On the CPU the GPUs are hidden: an offload that names no device would take one."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if spec.device == "cpu" else {}
-    return {**os.environ, **hidden}
-
-
-def _how_it_ended(code: int, errors: str) -> str:
-    if code == -_SIGKILL:
-        return "killed (out of memory?)"
-    if code < 0:
-        return f"ended by {signal.Signals(-code).name}"
-    lines = errors.strip().splitlines()
-    return f"ended with code {code}" + (f": {lines[-1].strip()}" if lines else "")
+    return {**child_process.environment(), **hidden}

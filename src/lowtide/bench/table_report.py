@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +13,8 @@ from lowtide.bench.machine import Machine
 from lowtide.bench.one_run import GUIDANCE, WARM_UP_STEPS
 from lowtide.bench.runs import Job, Options, Reading, Run
 from lowtide.bench.techniques import ORIGINAL, OURS, TECHNIQUES
-from lowtide.sizes import format_bytes
+from lowtide.media.unfinished import whole_or_not
+from lowtide.sizes import format_decimal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -184,7 +184,7 @@ def notes(report: Report) -> list[str]:
     gpu = f" ({reading.gpu})" if reading is not None and reading.gpu is not None else ""
     lines += [
         f"command: `{report.command}`",
-        f"machine: {machine.processor}, {machine.processors:g} processors, {format_bytes(machine.memory)}, "
+        f"machine: {machine.processor}, {machine.processors:g} processors, {format_decimal(machine.memory)}, "
         f"{machine.system}; device {report.options.device}{gpu}",
         f"versions: {', '.join(f'{name} {version}' for name, version in report.versions().items())}",
     ]
@@ -215,12 +215,8 @@ def write_markdown(report: Report) -> Path:
 
 
 def _replace(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_or_not(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _flat(run: Run) -> dict[str, Any]:

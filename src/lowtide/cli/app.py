@@ -9,6 +9,7 @@ import typer
 
 import lowtide
 from lowtide.cli import bench
+from lowtide.cli.decode import decode
 from lowtide.cli.doctor import doctor
 from lowtide.cli.errors import tell
 from lowtide.cli.generate import generate
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
+app.command()(decode)
 app.command()(plan)
 app.command()(doctor)
 app.add_typer(bench.app, name="bench")
@@ -50,4 +52,4 @@ def main() -> None:
 
 def _show_warning(message: Warning | str, *_where: object) -> None:
     """Warnings of the library, said as the rest is said: without the source line."""
-    tell(f"Warning: {message}")
+    tell(f"Warning: {' '.join(str(message).split())}")

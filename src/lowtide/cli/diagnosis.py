@@ -160,16 +160,16 @@ def _gpu(index: int) -> Gpu:
 
 
 def _disk(folder: Path) -> Disk:
-    from huggingface_hub import constants
+    from lowtide.hub import hub_cache
 
     free = shutil.disk_usage(folder).free
     if not os.access(folder, os.W_OK):
         rate = disk_and_link.DiskRate(None, "not measured: cannot write here")
-    elif free < 2**30:
-        rate = disk_and_link.DiskRate(None, "not measured: less than 1 GiB is free")
+    elif free < 10**9:
+        rate = disk_and_link.DiskRate(None, "not measured: less than 1 GB is free")
     else:
         rate = disk_and_link.disk_read_rate(folder)
-    return Disk(str(folder.resolve()), free, rate.read, rate.note, constants.HF_HUB_CACHE)
+    return Disk(str(folder.resolve()), free, rate.read, rate.note, str(hub_cache()))
 
 
 def _planning(processor: Processor, gpus: tuple[Gpu, ...], *, refresh: bool) -> Planning:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowtide.cli.errors import InputError, reported, tell
-from lowtide.sizes import format_bytes
+from lowtide.sizes import format_decimal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -92,8 +92,8 @@ def _processor_rows(cpu: Processor) -> Rows:
 def _memory_rows(memory: Memory) -> Rows:
     limit = " (the container's limit)" if memory.limited_by_container else ""
     return [
-        ("total", format_bytes(memory.total) + limit),
-        ("available", format_bytes(memory.available)),
+        ("total", format_decimal(memory.total) + limit),
+        ("available", format_decimal(memory.available)),
         ("copy rate", _rate(memory.copy_rate)),
     ]
 
@@ -101,7 +101,7 @@ def _memory_rows(memory: Memory) -> Rows:
 def _gpu_rows(gpu: Gpu) -> Rows:
     return [
         (f"cuda:{gpu.index}", f"{gpu.name}, capability {gpu.capability}"),
-        ("  memory", f"{format_bytes(gpu.total)}, {format_bytes(gpu.free)} free"),
+        ("  memory", f"{format_decimal(gpu.total)}, {format_decimal(gpu.free)} free"),
         ("  link", f"{_rate(gpu.to_device)} to the device, {_rate(gpu.to_host)} back"),
     ]
 
@@ -110,7 +110,7 @@ def _disk_rows(disk: Disk) -> Rows:
     measured = [] if disk.read_rate is None else [_rate(disk.read_rate)]
     return [
         ("folder", disk.folder),
-        ("free", format_bytes(disk.free)),
+        ("free", format_decimal(disk.free)),
         ("read rate", "; ".join([*measured, *([disk.note] if disk.note else [])])),
         ("Hub cache", disk.hub_cache),
     ]
@@ -125,7 +125,7 @@ def _planning_rows(planning: Planning) -> Rows:
     return [
         (planning.dtype, f"{computing} GFLOP/s, other {_rate(rates.touched)}"),
         ("weights", f"{weights}, from 8 bits {_rate(rates.dequantized)}"),
-        ("process itself", format_bytes(rates.base)),
+        ("process itself", format_decimal(rates.base)),
         ("kept in", f"{planning.kept_in or 'no file, since there is no home folder'}; measured anew with --refresh"),
     ]
 

@@ -1,18 +1,25 @@
 """How a command ends when something is wrong: a short message on stderr and an exit code, no traceback.
 
-Exit codes: 1 the run failed, 2 the input cannot be used, 130 stopped by Ctrl-C.
+Exit codes: 1 the run failed, 2 the input cannot be used, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
 
+import shlex
+import signal
+import sys
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 import typer
 
 RUN_FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 _DEBUG_HINT = "Run again with LOWTIDE_DEBUG=1 to see where this comes from."
 
@@ -21,19 +28,29 @@ class InputError(Exception):
     """What the user asked for cannot be done: the message says what is possible and what to try."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: everything on the way up tidies as after Ctrl-C."""
+
+
 @contextmanager
-def reported(*, debug: bool) -> Generator[None]:
-    """End the command with a message and an exit code when the block raises; with `debug`, let the error through."""
+def reported(*, debug: bool, has_budget: bool = False) -> Generator[None]:
+    """End the command with a message and an exit code when the block raises; with `debug`, let the error through.
+
+    SIGTERM ends the block as Ctrl-C does. `has_budget` decides what is advised when memory runs out.
+    """
     try:
-        yield
+        with _sigterm_raises():
+            yield
     except typer.Exit:
         raise
-    except KeyboardInterrupt:
-        raise _ended(INTERRUPTED, "Stopped. No half-written file is left behind.") from None
+    except KeyboardInterrupt as error:
+        tell("\n".join(["Stopped. No half-written file is left behind.", *_way_on(error)]))
+        raise typer.Exit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED) from None
     except Exception as error:
         if debug:
             raise
-        raise _ended(_exit_code(error), _message(error)) from None
+        tell(f"Error: {_message(error, has_budget=has_budget)}")
+        raise typer.Exit(_exit_code(error)) from None
 
 
 def tell(message: str) -> None:
@@ -41,30 +58,62 @@ def tell(message: str) -> None:
     typer.echo(message, err=True)
 
 
-def _ended(code: int, message: str) -> typer.Exit:
-    tell(message if code == INTERRUPTED else f"Error: {message}")
-    return typer.Exit(code)
+@contextmanager
+def _sigterm_raises() -> Generator[None]:
+    """Inside the block SIGTERM raises `Terminated`; only the main thread may decide that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise Terminated
 
 
 def _exit_code(error: Exception) -> int:
     return BAD_INPUT if isinstance(error, InputError | ValueError | FileNotFoundError) else RUN_FAILED
 
 
-def _message(error: Exception) -> str:
+def _message(error: Exception, *, has_budget: bool) -> str:
     if isinstance(error, InputError):
         return str(error)
     if _is_out_of_memory(error):
-        said = _first_line(error) or "out of memory"
-        advice = "Try a smaller --size, a budget such as --ram 4GB, or --dtype bfloat16, half the memory of float32."
-        return f"{said}\n{advice}"
+        budget = "" if has_budget else "--vram" if "CUDA" in str(error) else "--ram"
+        said = [_first_line(error) or "out of memory", _advice(budget)]
+        return "\n".join([*said, *_way_on(error, f" {budget} auto" if budget else "")])
     if isinstance(error, ValueError | OSError):
-        return str(error) or type(error).__name__
-    return f"{type(error).__name__}: {_first_line(error)}".rstrip(": ") + f"\n{_DEBUG_HINT}"
+        return "\n".join([str(error) or type(error).__name__, *_way_on(error)])
+    said = f"{type(error).__name__}: {_first_line(error)}".rstrip(": ")
+    return "\n".join([said, _DEBUG_HINT, *_way_on(error)])
+
+
+def _advice(budget: str) -> str:
+    """What to try when memory ran out: the `budget` that was not given, or less within the one that was."""
+    if budget:
+        return f"Try a smaller --size, a budget such as {budget} 4GB, or --dtype bfloat16, half the memory of float32."
+    return "Try a smaller --size, or let the plan change the result with --allow int8, fp8 or blended_tiling."
+
+
+def _way_on(error: BaseException, options: str = "") -> list[str]:
+    """Where the latents are that were being decoded, if they were, and the command that goes on from them."""
+    latents = getattr(error, "latents", None)
+    if latents is None:
+        return []
+    command = f"lowtide decode {shlex.quote(str(latents))}{options}"
+    return [f"The latents are kept in {latents} for a week. To go on from there: {command}"]
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from lowtide.fitting.out_of_memory import OutOfMemoryError, is_out_of_memory
+
+    return is_out_of_memory(error) or isinstance(error, OutOfMemoryError)
 
 
 def _first_line(error: Exception) -> str:

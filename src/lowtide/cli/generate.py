@@ -24,6 +24,7 @@ from lowtide.cli.request import (
     SchedulerName,
     parse_size,
     resolve_model,
+    saved_form,
     seeds_from,
     video_from,
 )
@@ -142,7 +143,7 @@ def generate(
 
     They are made one at a time, each from its own seed, so that any of them can be made again alone.
     """
-    with reported(debug=debug):
+    with reported(debug=debug, has_budget=vram is not None or ram is not None):
         request = Request(
             prompt=prompt,
             negative=negative,
@@ -235,19 +236,27 @@ def draw(pipe: StableDiffusionPipeline, request: Request, paths: Sequence[Path],
     """
     import torch
 
+    from lowtide.pipelines.latents import telling_latents
+
     width, height = request.size or (None, None)
     for seed, path in zip(request.seeds, paths, strict=True):
-        result = pipe(
-            prompt=[request.prompt],
-            negative_prompt=[request.negative],
-            width=width,
-            height=height,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            generator=[torch.Generator("cpu").manual_seed(seed)],
-            output_type="file",
-            output_path=PictureFile(path, {**settings, "seed": str(seed)}),
-        )
+        file = PictureFile(path, {**settings, "seed": str(seed)})
+        with telling_latents(saved_form(request, seed, path)):
+            result = (
+                pipe.decode_saved(request.latents, "file", file)
+                if request.latents is not None
+                else pipe(
+                    prompt=[request.prompt],
+                    negative_prompt=[request.negative],
+                    width=width,
+                    height=height,
+                    num_inference_steps=request.steps,
+                    guidance_scale=request.guidance,
+                    generator=[torch.Generator("cpu").manual_seed(seed)],
+                    output_type="file",
+                    output_path=file,
+                )
+            )
         output = cast("StableDiffusionPipelineOutput", result)
         if output.nsfw_content_detected and output.nsfw_content_detected[0]:
             tell(f"The model's safety checker blacked out the picture of seed {seed}. Another --seed may pass.")
@@ -305,7 +314,8 @@ def _model_name(request: Request) -> str:
 def _headline(request: Request) -> str:
     first, last = request.seeds[0], request.seeds[-1]
     seeds = f"seed {first}" if first == last else f"seeds {first} to {last}"
-    return f"lowtide {lowtide.__version__}: {_model_name(request)}, {request.steps} steps, {seeds}"
+    doing = f"{request.steps} steps" if request.latents is None else "decoding kept latents"
+    return f"lowtide {lowtide.__version__}: {_model_name(request)}, {doing}, {seeds}"
 
 
 def own_choice(offload: Offload, casting: Casting, decode: Decode) -> list[str]:

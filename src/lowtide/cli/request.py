@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import re
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from lowtide.cli.budget_options import Budget
 from lowtide.cli.errors import InputError
+from lowtide.hub import local_path
 
 SHIPPED_MODEL = "seascapes"
 VIDEO_SIZE_STEP = 16  # eight pixels a latent, two latents a patch
@@ -99,6 +102,8 @@ class Request:
     video: Video | None = None
     budget: Budget | None = None
     timeline: Path | None = None
+    latents: Path | None = None
+    """Decode those of this file, instead of making them."""
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
@@ -106,6 +111,31 @@ class Request:
         check_steps(self.steps)
         check_guidance(self.guidance)
         check_device(self.device)
+
+
+def saved_form(request: Request, seed: int, out: Path) -> dict[str, Any]:
+    """One picture or video of a request, as JSON can hold it, to be made from anywhere; `request_from` reads it."""
+    model = str(Path(request.model).absolute()) if Path(request.model).is_dir() else request.model
+    alone = replace(request, seeds=(seed,), model=model, out=None, timeline=None, latents=None)
+    return {**asdict(alone), "out": str(out.absolute())}
+
+
+def request_from(saved: Mapping[str, Any]) -> Request:
+    """The request that `saved_form` gave; raises `KeyError` or `TypeError` for anything else."""
+    size, budget, video, scheduler = (saved[name] for name in ("size", "budget", "video", "scheduler"))
+    changed = {
+        "size": size and tuple(size),
+        "seeds": tuple(saved["seeds"]),
+        "out": Path(saved["out"]),
+        "dtype": DType(saved["dtype"]),
+        "scheduler": scheduler and SchedulerName(scheduler),
+        "offload": Offload(saved["offload"]),
+        "decode": Decode(saved["decode"]),
+        "casting": Casting(saved["casting"]),
+        "video": video and Video(**video),
+        "budget": budget and Budget(**{**budget, "allow": tuple(budget["allow"])}),
+    }
+    return Request(**{**saved, **changed})
 
 
 def check_prompt(prompt: str) -> None:
@@ -188,7 +218,7 @@ def resolve_model(model: str | None, *, video: bool = False) -> str:
         return str(shipped_model())
     if not model.strip():
         raise InputError("--model is empty. Give a model folder or a Hub id, or leave it out for the shipped model.")
-    folder = Path(model).expanduser()
+    folder = local_path(model)
     if folder.is_dir():
         return str(folder)
     if folder.is_file():

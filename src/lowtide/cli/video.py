@@ -10,8 +10,9 @@ from typing import Any
 import typer
 
 from lowtide.cli.errors import InputError
-from lowtide.cli.request import Decode, Request
-from lowtide.media.png import fresh_path, whole_or_not
+from lowtide.cli.request import Decode, Request, saved_form
+from lowtide.media.png import fresh_path
+from lowtide.media.unfinished import whole_or_not
 from lowtide.stages import Stage
 
 VIDEO_PIPELINE = "CogVideoXPipeline"
@@ -47,20 +48,27 @@ def make_video(pipe: Any, request: Request, seed: int, path: Path, sheet: Path |
     import torch
 
     from lowtide.media.video_file import contact_sheet
+    from lowtide.pipelines.latents import telling_latents
     from lowtide.utils import export_to_video
 
     assert request.video is not None
     width, height = request.size or (None, None)
-    frames = pipe(
-        prompt=[request.prompt],
-        negative_prompt=[request.negative],
-        width=width,
-        height=height,
-        num_frames=request.video.frames,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        generator=[torch.Generator("cpu").manual_seed(seed)],
-    ).frames[0]
+    with telling_latents(saved_form(request, seed, path)):
+        made = (
+            pipe.decode_saved(request.latents)
+            if request.latents is not None
+            else pipe(
+                prompt=[request.prompt],
+                negative_prompt=[request.negative],
+                width=width,
+                height=height,
+                num_frames=request.video.frames,
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance,
+                generator=[torch.Generator("cpu").manual_seed(seed)],
+            )
+        )
+    frames = made.frames[0]
     fps = request.video.fps
     with pipe.stages.stage("write", steps=len(frames)) as stage:
         export_to_video(_counted(frames, stage), path, fps=fps)

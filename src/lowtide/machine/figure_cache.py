@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from lowtide.media.unfinished import whole_or_not
 
 _LARGEST = 2**16
 """Bytes of a file that may be one of ours."""
@@ -47,7 +47,8 @@ def keep(name: str, key: list[Any], figures: Mapping[str, Any]) -> None:
         if file is None:
             raise OSError(None, "there is no home folder")
         file.parent.mkdir(parents=True, exist_ok=True)
-        _replace(file, json.dumps({"key": key, "figures": figures}, indent=2))
+        with whole_or_not(file) as unfinished:
+            unfinished.write_text(json.dumps({"key": key, "figures": figures}, indent=2), encoding="utf-8")
     except OSError as error:
         warnings.warn(
             f"What was measured of this machine cannot be kept ({error.strerror or error}), so it is measured again "
@@ -59,15 +60,3 @@ def keep(name: str, key: list[Any], figures: Mapping[str, Any]) -> None:
 def _file(name: str, key: list[Any]) -> Path | None:
     folder = cache_folder()
     return folder and folder / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-
-
-def _replace(file: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(temporary).replace(file)
-    except BaseException:
-        with suppress(OSError):
-            Path(temporary).unlink()
-        raise

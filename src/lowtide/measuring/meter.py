@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowtide.measuring.peaks import Peaks, PeakSource, cuda_in_use
 from lowtide.measuring.timeline import Samples, StageMark, Timeline
-from lowtide.sizes import format_bytes
+from lowtide.sizes import format_decimal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -167,7 +167,7 @@ def _table(readings: list[StageReading], *, exact_rss: bool) -> Table:
 def _cells(group: list[StageReading], *, with_cuda: bool) -> list[str]:
     columns = ["peak_rss", "peak_anonymous", "peak_file", *(["peak_cuda"] if with_cuda else [])]
     peaks = [[size for r in group if (size := getattr(r, column)) is not None] for column in columns]
-    return [f"{sum(r.seconds for r in group):.2f}", *(format_bytes(max(p)) if p else "–" for p in peaks)]
+    return [f"{sum(r.seconds for r in group):.2f}", *(format_decimal(max(p)) if p else "–" for p in peaks)]
 
 
 def _caption(readings: list[StageReading], *, exact_rss: bool) -> str:

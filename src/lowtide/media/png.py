@@ -5,17 +5,17 @@ PNG as of the W3C Recommendation "Portable Network Graphics", third edition: 8-b
 
 from __future__ import annotations
 
-import itertools
 import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
+
+from lowtide.media.unfinished import unfinished_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,6 @@ LARGEST_SIDE = 2**31 - 1
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHUNK = 2**18
 _LEVEL = 6
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -64,26 +63,6 @@ def fresh_path(path: Path) -> Path:
 def numbered_paths(path: Path, count: int) -> list[Path]:
     """One path, or so many with numbers from 1."""
     return [path] if count == 1 else [path.with_stem(f"{path.stem}-{n}") for n in range(1, count + 1)]
-
-
-def unfinished_path(target: Path) -> Path:
-    """A name beside `target` that nobody else has, for what is renamed to it when it is whole."""
-    return target.with_name(f".{target.name[:200]}.{os.getpid()}-{next(_numbers)}.tmp")
-
-
-@contextmanager
-def whole_or_not(path: Path) -> Iterator[Path]:
-    """Give the name of a file to write: it becomes `path` if the block ends well, and is removed if not.
-
-    Until then the old file, if any, stays under the name, also when the block is interrupted.
-    """
-    target = Path(os.path.realpath(path))  # a link stays one
-    unfinished = unfinished_path(target)
-    try:
-        yield unfinished
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 class PngWriter:

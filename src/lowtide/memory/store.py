@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from lowtide.memory.rule import Tier
-from lowtide.sizes import format_bytes
+from lowtide.sizes import format_decimal
 from lowtide.weights.files import CHUNK_BYTES, Mapping, Origin, SpillFile, WeightFile, bring_in, let_go, read
 from lowtide.weights.layout import is_reordered
 
@@ -180,11 +180,11 @@ class Spill:
                 self._file = SpillFile(self._folder)
             return DiskRest(self._file.append(flat), torch.uint8)
         except OSError as error:
-            free = format_bytes(shutil.disk_usage(self._folder).free) if self._folder.is_dir() else "unknown"
+            free = format_decimal(shutil.disk_usage(self._folder).free) if self._folder.is_dir() else "unknown"
             raise OSError(
                 error.errno,
-                f"{format_bytes(flat.numel())} of weights cannot be written to {self._folder} ({error.strerror}; free: "
-                f"{free}). Choose another folder (offload_to_disk_path or spill_folder), or rest='host'.",
+                f"{format_decimal(flat.numel())} of weights cannot be written to {self._folder} ({error.strerror}; "
+                f"free: {free}). Choose another folder (offload_to_disk_path or spill_folder), or rest='host'.",
             ) from error
 
 

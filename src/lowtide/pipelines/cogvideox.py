@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -136,7 +137,7 @@ class CogVideoXPipeline(DiffusionPipeline):
         return CogVideoXPipelineOutput(frames) if return_dict else (frames,)
 
     def decode_saved(self, path: str | os.PathLike[str], output_type: str = "pil") -> CogVideoXPipelineOutput:
-        """The clips of latents that were kept in a file when memory ran out; the file stays.
+        """The clips of latents that were kept in a file when decoding them failed; the file stays.
 
         Raises `FileNotFoundError` and `ValueError` for files that hold no such latents.
         """
@@ -144,7 +145,8 @@ class CogVideoXPipeline(DiffusionPipeline):
         latents = load_latents(self, path)
         height, width = (side * self.vae_scale_factor for side in latents.shape[3:])
         frames = self._frames_of(latents.shape[1])
-        with self.running(RunSize(height, width, len(latents), frames=frames, output=output_type)):
+        size = RunSize(height, width, len(latents), frames=frames, output=output_type)
+        with self.running(size), kept_safe(self, latents, Path(path)):
             return CogVideoXPipelineOutput(self.decode_latents(latents, output_type))
 
     @resumed("encode prompt")

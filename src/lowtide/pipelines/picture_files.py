@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lowtide.hub import local_path
 from lowtide.media.png import PictureFile, PngWriter, fresh_path, numbered_paths, try_folder
 from lowtide.pipelines.pipeline_outputs import to_unit_range
 
@@ -50,7 +51,7 @@ def _check_writable(folder: Path) -> None:
 def _file(path: OutputPath) -> PictureFile:
     if not isinstance(path, (str, os.PathLike, PictureFile)):
         raise ValueError(f"output_path={path!r:.80} is not possible: give the name of a file, or a list of names.")
-    return path if isinstance(path, PictureFile) else PictureFile(Path(os.fspath(path)).expanduser())
+    return path if isinstance(path, PictureFile) else PictureFile(local_path(path))
 
 
 def write_picture(

@@ -137,12 +137,15 @@ class StableDiffusionPipeline(DiffusionPipeline):
         return StableDiffusionPipelineOutput(images, unsafe) if return_dict else (images, unsafe)
 
     def finish(
-        self, latents: torch.Tensor, output_type: str, files: Sequence[PictureFile] = ()
+        self, latents: torch.Tensor, output_type: str, files: Sequence[PictureFile] = (), saved: Path | None = None
     ) -> tuple[Any, list[bool] | None]:
-        """From latents to what was asked for, and whether pictures were found unsafe; latents are kept until then."""
+        """From latents to what was asked for, and whether pictures were found unsafe.
+
+        The latents are kept until then; those of the file `saved` are there already.
+        """
         if output_type == "latent":
             return latents, None
-        with kept_safe(self, latents):
+        with kept_safe(self, latents, saved):
             if output_type == "file":
                 return self.write_pictures(latents, files)
             with decoding(self.stages, self.vae, len(latents)):
@@ -153,7 +156,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
     def decode_saved(
         self, path: str | os.PathLike[str], output_type: str = "pil", output_path: OutputPath | None = None
     ) -> StableDiffusionPipelineOutput:
-        """The pictures of latents that were kept in a file when memory ran out; the file stays.
+        """The pictures of latents that were kept in a file when decoding them failed; the file stays.
 
         Raises `FileNotFoundError` and `ValueError` for files that hold no such latents.
         """
@@ -162,7 +165,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         files = picture_files(output_path, len(latents)) if output_type == "file" else []
         height, width = (side * self.vae_scale_factor for side in latents.shape[2:])
         with self.running(RunSize(height, width, len(latents), output=output_type)):
-            return StableDiffusionPipelineOutput(*self.finish(latents, output_type, files))
+            return StableDiffusionPipelineOutput(*self.finish(latents, output_type, files, Path(path)))
 
     @resumed("encode prompt")
     def encode_prompt(

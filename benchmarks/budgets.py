@@ -2,11 +2,11 @@
 
     python benchmarks/budgets.py [--models seascapes sd15 clips] [--steps 3]
 
-The budgets go from 3 % less than the least that a plan takes, which must be refused, to all weights resident. Each
-process loads within its budget and makes the same thing twice; its peak is the kernel's own high-water mark from its
-first instruction on, interpreter and libraries included. Seconds are those of the second run, predicted by rates that
-are measured anew for each size. Writes JSON and markdown to `benchmarks/results/`. `sd15` needs `runs/sd15` (see
-make_sd15.py). Linux only, on a CPU.
+The smallest budget is 3 % less than any plan takes and must be refused; under the largest, all weights are resident.
+Each process loads its model within the budget and makes the same thing twice. Its peak is the kernel's high-water mark
+of the whole process, interpreter and libraries included. Seconds are those of the second run. They are predicted by
+rates that are measured anew for each size. Writes JSON and markdown to `benchmarks/results/`. `sd15` needs `runs/sd15`
+(see make_sd15.py). Linux only, on a CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SIZES: dict[str, list[dict[str, int]]] = {
 
 
 def child(model: str, folder: str, size: dict[str, int], share: float, steps: int) -> dict[str, Any]:
-    """One process: the budget from the share, then load and run within it."""
+    """One process: compute the budget from `share`, then load and run within it."""
     import time
 
     import torch
@@ -80,7 +80,7 @@ def form_of(model: str) -> tuple[Any, str | None]:
 
 
 def call(size: dict[str, int]) -> dict[str, int]:
-    """The size as a pipeline's call takes it."""
+    """The size as the arguments of a pipeline's call."""
     return {"num_frames" if name == "frames" else name: value for name, value in size.items()}
 
 
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def checkpoint(model: str, scratch: Path) -> Path:
-    """The folder of a model; the small video model is written."""
+    """The folder of a model. The small video model is written to `scratch`."""
     root = HERE.parent
     if model == "clips":
         subprocess.run(
@@ -117,7 +117,7 @@ def checkpoint(model: str, scratch: Path) -> Path:
 
 
 def one_process(script: str, **given: Any) -> Any:
-    """What the child of a benchmark, a process of its own, says last."""
+    """Run a benchmark's child in a process of its own and read the JSON in its last line."""
     command = [sys.executable, script, "--child", json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -155,8 +155,8 @@ def write(rows: list[dict[str, Any]], steps: int) -> None:
         [
             f"# Budgets: {held} of {len(ran)} held, {len(rows) - len(ran)} refused beforehand",
             "",
-            f"MB of resident memory of the whole process, CPU, {steps} steps. Predicted over measured peaks: "
-            f"{min(ratios):.3f} to {max(ratios):.3f}. {machine_in_words()}",
+            f"Resident memory of the whole process in MB, on a CPU, {steps} steps. Predicted peaks are "
+            f"{min(ratios):.3f} to {max(ratios):.3f} times the measured ones. {machine_in_words()}",
             "",
             *head,
             *map(line, rows),

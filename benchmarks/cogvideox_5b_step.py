@@ -1,15 +1,15 @@
-"""Denoising steps of a transformer with the shapes of CogVideoX-5b, its weights at rest on the disk.
+"""Denoising steps of a transformer with the shapes of CogVideoX-5b, whose weights rest on disk.
 
     python benchmarks/cogvideox_5b_step.py [--frames 9] [--steps 1] [--layers 42] [--plans block leaf]
 
-Writes `runs/cogvideox-5b` first, if it is not there: 5.57 thousand million random weights in bfloat16, 11 GB in six
-shards, one at a time in memory; speed and memory do not depend on their values. Then each plan makes `--steps` steps
-in a fresh process: two videos (guidance), 226 tokens of text, `--frames` frames of 720x480 or of another size. From
-the second step on the order of the layers is known, and weights are loaded one layer ahead. `--layers` stops after so
-many of the 42 layers: the peak is the same, for one layer's weights come as another's go; the time is not.
-`peak_rss` is the kernel's high-water mark of the whole process, imports and mapped files included; `step_peak_rss`
-that of the steps alone. Times in seconds, sizes in bytes. Writes JSON and markdown to `benchmarks/results/`.
-Linux only.
+If `runs/cogvideox-5b` does not exist, it is written first: 5.57 billion random weights in bfloat16, 11 GB in six
+shards, one shard at a time in memory. Speed and memory do not depend on their values. Then each plan makes `--steps`
+steps in a fresh process: two videos (guidance), 226 tokens of text, `--frames` frames of 720x480 or of another size.
+From the second step on, the order of the layers is known, and weights are loaded one layer ahead. `--layers` stops
+after so many of the 42 layers. The time is then shorter and the peak the same, because one layer's weights leave when
+the next layer's come. `peak_rss` is the kernel's high-water mark of the whole process, imports and mapped files
+included; `step_peak_rss` is that of the steps alone. Times in seconds, sizes in bytes. Writes JSON and markdown to
+`benchmarks/results/`. Linux only.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def in_fresh_process(plan: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def some_steps(options: argparse.Namespace) -> dict[str, Any]:
-    """Load with the plan, call the model, and tell what it took."""
+    """Load the model under the plan, call it, and return what that took."""
     import torch
 
     from lowtide import CogVideoXTransformer3DModel
@@ -235,7 +235,7 @@ def write(runs: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
         f"# Denoising steps of CogVideoX-5b shapes: {options.frames} frames of {options.width}x{options.height}, "
         f"{first['tokens']} tokens, batch 2, {first['layers']} of 42 layers, bfloat16, weights on disk",
         "",
-        "Each in a fresh process. Peak RSS is that of the whole process, mapped files included.",
+        "Each plan runs in a fresh process. Peak RSS is that of the whole process, mapped files included.",
         "",
         "| | each step, s | peak RSS, GB | anonymous of it (sampled), GB | weights: peak ≤ bound, MB | moved, GB |",
         "|---|---|---|---|---|---|",

@@ -1,9 +1,9 @@
-"""Run Lowtide and diffusers in turn on the same checkpoint, each run in a fresh process, and write what they took.
+"""Run Lowtide and diffusers in turn on the same checkpoint, each run in a fresh process, and compare them.
 
     python benchmarks/compare.py [--pairs 5] [--variant bf16] [--model runs/sd15]
 
-One warm-up pair is not counted. The table gives medians, their ratio, and the median of the ratios pair by pair, which
-holds when the machine's speed drifts. Writes JSON and markdown to `benchmarks/results/`.
+One warm-up pair is not counted. The table gives medians, the ratio of the medians, and the median of the ratios of
+pairs, which changes little when the machine's speed drifts. Writes JSON and markdown to `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
 
 
 def one_run(library: str, options: argparse.Namespace, more: tuple[str, ...] = ()) -> dict[str, Any]:
-    """One run in a fresh process, with those options and `more` of them."""
+    """One run in a fresh process, with `options` and the arguments `more`."""
     command = [sys.executable, "-W", "ignore", str(HERE / "generate_sd15.py"), "--library", library]
     for name in ("dtype", "size", "steps", "model", "variant", *more):
         value = getattr(options, name)
@@ -108,7 +108,8 @@ def write(
     (options.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     notes = [f"- {key}: {value}" for key, value in about.items()]
     title = f"# Stable Diffusion 1.5 shapes, {options.size}x{options.size}, {options.steps} steps, {options.dtype}"
-    head = f"{len(runs['lowtide'])} runs of each in turn, each in a fresh process; median (min to max)."
+    count = len(runs["lowtide"])
+    head = f"Median (min to max) of {count} runs of each library, in turn, each run in a fresh process."
     (options.out / f"{name}.md").write_text("\n".join([title, "", head, "", text, "", *notes, ""]))
 
 

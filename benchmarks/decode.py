@@ -1,15 +1,17 @@
-"""Decode latents with the autoencoder of Stable Diffusion's or CogVideoX's shapes in every way, ours and the peer's.
+"""Decode latents with autoencoders of Stable Diffusion's or CogVideoX's shapes: every way of ours and of diffusers.
 
     python benchmarks/decode.py [--sizes 1024x1024 600x880] [--rounds 3] [--dtype float32] [--rows exact whole ...]
     python benchmarks/decode.py --sizes 3840x2224 --rows exact-disk --rounds 1 --name large
     python benchmarks/decode.py --frames 5 --sizes 352x240 --rows whole exact-disk peer-whole --name clip
 
-With `--frames`, of latents, clips are decoded. Rows come in turn, each run a fresh process. Memory is the kernel's
-high-water mark above what the process held before decoding, when the model's weights (of a clip's the decoder's alone)
-are in it; `process` is all of it. Weights and latents are random, well scaled and fixed; latents vary over the picture.
-Against the whole decode of the same library, where that is among the rows: PSNR and largest error as a share of the
-range, `seam`: the largest mean step of the error across one row or column of pixels, and `tone`: the largest error of
-the mean of any 64x64 square, both in grey levels of 255. Writes JSON and markdown to `benchmarks/results/`. Linux only.
+With `--frames`, a number of latent frames, clips are decoded. Rows take turns, and each run is a fresh process.
+Memory is the kernel's high-water mark above what the process held before decoding. It then holds the model's weights
+already (for clips, the decoder's alone). `process` is the high-water mark itself. Weights and latents are random, well
+scaled and fixed; latents vary over the picture.
+If the whole decode of the same library is among the rows, the others are compared with it: PSNR; the largest error, as
+a share of the range; `seam`, the largest mean step of the error across one row or column of pixels; and `tone`, the
+largest error of the mean of any 64x64 square. Seam and tone are in grey levels of 255.
+Writes JSON and markdown to `benchmarks/results/`. Linux only.
 """
 
 from __future__ import annotations
@@ -143,7 +145,7 @@ DECODERS: dict[str, Callable[[str, int | None], tuple[Any, Callable[[Any], Any]]
 
 
 def with_weights(model: Any) -> Any:
-    """Random weights by name, so scaled that every layer keeps the variance of what it gets."""
+    """Random weights, drawn by their names and scaled so that every layer keeps the variance of its input."""
     import torch
     from torch import nn
 
@@ -188,8 +190,9 @@ def write(results: dict[str, dict[str, list[dict[str, Any]]]], options: argparse
     lines = [
         f"# Decoding: the autoencoder of {shapes}, {options.dtype}, CPU",
         "",
-        f"Runs of each row in turn ({options.rounds}), each in a fresh process; median (min to max). Memory in MB of "
-        "10^6 bytes, above what was held before. The other figures are explained in benchmarks/decode.py.",
+        f"Median (min to max) of each row's runs ({options.rounds}); rows take turns, and each run is a fresh process. "
+        "Memory is in MB of 10^6 bytes, above what the process held before. benchmarks/decode.py explains the other "
+        "columns.",
         "",
     ]
     for size, rows in results.items():

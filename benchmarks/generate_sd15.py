@@ -2,12 +2,12 @@
 
     python benchmarks/generate_sd15.py --library lowtide|diffusers [--plan block] [--dtype bfloat16] [--size 256]
 
-Both libraries get the same checkpoint, scheduler (DDIM), prompt, seed, guidance (7.5) and number of threads, and are
-measured at the same points: the first call of the U-Net begins, each step ends (`callback_on_step_end`), the picture
-is there. `peak_rss` is the kernel's high-water mark of the whole process, imports included; `peak_anonymous` is
-sampled every 10 ms, so it is a lower bound. `--plan` names where the weights rest (PLANS), `--cold` drops the
-checkpoint from the page cache first, `checksum` is that of the picture's bytes. Times in seconds, sizes in bytes.
-Linux only.
+Both libraries get the same checkpoint, scheduler (DDIM), prompt, seed, guidance (7.5) and number of threads. They are
+measured at the same points: when the first call of the U-Net begins, when each step ends (`callback_on_step_end`), and
+when the picture is complete. `peak_rss` is the kernel's high-water mark of the whole process, imports included.
+`peak_anonymous` is sampled every 10 ms, so it is a lower bound. `--plan` says where the weights rest (see PLANS), and
+`--cold` drops the checkpoint from the page cache first. `checksum` is that of the picture's bytes. Times in seconds,
+sizes in bytes. Linux only.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def grouped(kind: str) -> Callable[[Any, str], None]:
 
 
 def plain_fp8(pipe: Any, _: str) -> None:
-    """The U-Net's weights cast to e4m3fn, as the document does."""
+    """The U-Net's weights cast to e4m3fn, as the community's document casts them."""
     import torch
 
     pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=pipe.unet.dtype)
@@ -105,7 +105,7 @@ def residency(share: float) -> Callable[[Any, str], None]:
 
 
 def peer_grouped(kind: str) -> Callable[[Any, str], None]:
-    """The peer's group offload to disk, the only one of its plans that lowers memory without a GPU."""
+    """Group offload of diffusers to disk, the only one of its plans that lowers memory without a GPU."""
 
     def plan(pipe: Any, folder: str) -> None:
         import torch
@@ -127,7 +127,7 @@ def peer_grouped(kind: str) -> Callable[[Any, str], None]:
 
 
 def accelerate_disk(pipe: Any, folder: str) -> None:
-    """The disk offload of the library that the peer's sequential offload stands on."""
+    """The disk offload of accelerate, on which the sequential offload of diffusers is built."""
     import torch
     from accelerate import disk_offload
 
@@ -166,7 +166,7 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def moved(pipe: Any) -> dict[str, Any]:
-    """What our ledger says of the U-Net's stream; nothing for the peer and for resident weights."""
+    """Figures of our ledger for the U-Net; empty for diffusers and for resident weights."""
     if "lowtide" not in sys.modules:
         return {}
     from lowtide.memory import attachment_of
@@ -180,7 +180,7 @@ def moved(pipe: Any) -> dict[str, Any]:
 
 @dataclass
 class Marks:
-    """When things happened, in seconds of one clock."""
+    """When each part of a run ended, in seconds of one clock."""
 
     calls: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
@@ -196,7 +196,7 @@ class Marks:
         return tensors
 
     def seconds(self, began: float, loaded: float) -> dict[str, float]:
-        """Lengths of the stages. `load` includes importing the library, `decode` all that follows the last step."""
+        """Seconds of each stage. `load` includes importing the library; `decode` is everything after the last step."""
         return {
             "load": loaded - began,
             "encode_prompt": self.calls[0] - loaded,
@@ -230,7 +230,7 @@ def load(options: argparse.Namespace) -> Any:
 
 
 def generate(pipe: Any, options: argparse.Namespace) -> tuple[Marks, Any]:
-    """One call of the pipeline: when its parts were done, and the picture."""
+    """Call the pipeline once; return when its parts were done, and the picture."""
     import torch
 
     marks = Marks()
@@ -251,7 +251,7 @@ def generate(pipe: Any, options: argparse.Namespace) -> tuple[Marks, Any]:
 
 @contextmanager
 def anonymous_memory(interval: float = 0.01) -> Iterator[list[int]]:
-    """A list that a thread fills with the bytes of anonymous memory in use."""
+    """Give a list that a thread fills with the bytes of anonymous memory in use."""
     done, samples = threading.Event(), [0]
 
     def watch() -> None:
@@ -276,7 +276,7 @@ def memory(peak_anonymous: int) -> dict[str, int]:
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
-    """What was run, with which versions."""
+    """The options of the run, and the versions of the libraries."""
     settings = {
         key: getattr(options, key)
         for key in ("library", "plan", "casting", "cold", "dtype", "size", "steps", "threads", "variant")

@@ -1,12 +1,12 @@
-"""Step times of a U-Net on a GPU under partial residency, against the physical limit and the peer's group offload.
+"""Step times of a U-Net on a GPU under partial residency, against the physical limit and diffusers' group offload.
 
     python benchmarks/gpu_offload.py [--steps 20] [--size 512] [--batch 2] [--dtype float16] [--out results.json]
 
-Random weights at Stable Diffusion 1.5 shapes; no checkpoint is needed. Rows: everything resident; 0, 25, 50 and 75 %
-of the weights resident and the others streamed block by block; leaf by leaf; the peer's leaf-level group offload with
-a stream. `limit` is max(compute, streamed bytes / link rate), both measured here: the compute time is that of the
-resident row, the link rate that of one large pinned copy. Each row runs in a fresh process; `--row` is one of them.
-Times in seconds (medians over the steps, device clock), sizes in bytes.
+The U-Net has Stable Diffusion 1.5 shapes and random weights; no checkpoint is needed. The rows are: everything
+resident; 0, 25, 50 and 75 % of the weights resident and the others streamed block by block; leaf by leaf; and the
+leaf-level group offload of diffusers with a stream. `limit` is max(compute, streamed bytes / link rate). Both are
+measured here: the compute time on the resident row, the link rate on one large pinned copy. Each row runs in a fresh
+process; `--row` runs one row in this process. Times in seconds (medians over the steps, device clock), sizes in bytes.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def build(row: str, dtype: Any) -> Any:
-    """The U-Net of ours or of the peer, with random weights, on the host."""
+    """Lowtide's or diffusers' U-Net, with random weights, on the host."""
     import torch
 
     if row.startswith("peer"):
@@ -113,7 +113,7 @@ def build(row: str, dtype: Any) -> Any:
 
 
 def apply(model: Any, row: str, weights: int) -> Any:
-    """Put the model under the row's plan; our attachment, if it is one."""
+    """Put the model under the row's plan; returns the attachment where the plan is one of Lowtide's."""
     import torch
 
     if row.endswith("resident"):
@@ -141,7 +141,7 @@ def timed(call: Any) -> float:
 
 
 def link_rate(nbytes: int = 2**30) -> float:
-    """Bytes a second of one copy from pinned memory to the device."""
+    """Bytes per second of one copy from pinned memory to the device."""
     import torch
 
     host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -155,7 +155,7 @@ def host_peak() -> int:
 
 
 def summarise(rows: dict[str, dict[str, Any]]) -> None:
-    """Add to each row the limit that physics sets, and how near it came."""
+    """Add the physical limit to each row, and how close the row came to it."""
     compute = rows["resident"].get("step")
     for row in rows.values():
         if compute is not None and "streamed" in row:

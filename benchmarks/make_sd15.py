@@ -3,9 +3,9 @@
     python benchmarks/make_sd15.py [--out runs/sd15] [--variant fp16|bf16]
 
 Speed and memory do not depend on the values of the weights, so nothing has to be downloaded. The configurations are
-those of the published checkpoint (U-Net 859.5 M parameters, autoencoder 83.7 M, text encoder 123.1 M), the layout is
-the standard one. Without `--variant` the weights are float32 (4.3 GB); with it, the same values rounded to that dtype
-are written beside them (2.1 GB). The seed is fixed, and one model at a time is held in memory.
+those of the published checkpoint (U-Net 859.5 M parameters, autoencoder 83.7 M, text encoder 123.1 M), in the standard
+folder layout. Without `--variant` the weights are float32 (4.3 GB). With it, the same values rounded to that dtype are
+written beside them (2.1 GB). The seed is fixed, and only one model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def write_checkpoint(folder: Path, variant: str | None) -> None:
-    """Write every file; in a folder that is there, the files of other variants stay."""
+    """Write every file. If the folder exists, files of other variants stay."""
     with atomic_folder(folder) as target:
         for name in MODELS:
             write_model(name, target / name, variant)
@@ -141,7 +141,7 @@ def write_model(name: str, folder: Path, variant: str | None) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write CLIP's tokenizer files with a vocabulary of CLIP's size and kind, but of no published entry's making."""
+    """Write CLIP's tokenizer files with a vocabulary of CLIP's size and kind, made up instead of published."""
     letters = sorted(ByteLevel.alphabet())
     alphabet = letters + [letter + WORD_END for letter in letters]
     merges = list(islice(possible_merges(), VOCABULARY_SIZE - len(alphabet) - 2))
@@ -159,7 +159,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def possible_merges() -> chain[tuple[str, ...]]:
-    """Every pair of letters, then of three, then of four, each first as part of a word and then as its end."""
+    """All merges into two letters, then three, then four; each first inside a word, then at its end."""
     ends = [letter + WORD_END for letter in ascii_lowercase]
     pairs = ["".join(pair) for pair in product(ascii_lowercase, repeat=2)]
     triples = ["".join(triple) for triple in product(ascii_lowercase, repeat=3)]

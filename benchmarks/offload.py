@@ -1,10 +1,10 @@
-"""Run every memory plan in turn on the same checkpoint, ours and the peer's, each run in a fresh process.
+"""Run every offload of Lowtide and of diffusers in turn on the same checkpoint, each run in a fresh process.
 
     python benchmarks/offload.py [--rounds 3] [--dtype bfloat16] [--variant bf16] [--cold] [--rows lowtide:block ...]
 
-A row is a library and one of its plans (see generate_sd15.py). One warm-up round is not counted. Times are compared
-with our own resident run of the same round, so that the machine's drift cancels out. Writes JSON and markdown to
-`benchmarks/results/`. Linux only.
+A row is a library and one of its plans (see generate_sd15.py). One warm-up round is not counted. Each time is compared
+with Lowtide's resident run of the same round, so that changes of the machine's speed cancel out. Writes JSON and
+markdown to `benchmarks/results/`. Linux only.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ def write(text: str, runs: dict[str, list[dict[str, Any]]], options: argparse.Na
         f"# Where weights rest: Stable Diffusion 1.5 shapes, {options.size}x{options.size}, {options.steps} steps, "
         f"{options.dtype}, checkpoint {cache}",
         "",
-        f"{options.rounds} runs of each row in turn, each in a fresh process; median (min to max). Peak RSS is that of "
-        "the whole process. `of resident` is the median of the ratios to our resident run of the same round.",
+        f"Median (min to max) of {options.rounds} runs of each row; rows take turns, and each run is a fresh process. "
+        "Peak RSS is that of the whole process. `of resident` is the median ratio of the denoising time to that of "
+        "Lowtide's resident run in the same round.",
         "",
     ]
     equal = "equal, byte for byte" if len(ours) == 1 else f"NOT EQUAL: {pictures}"

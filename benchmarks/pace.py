@@ -1,10 +1,11 @@
-"""Are predicted times right? Runs of three pipelines, each beside rates measured just before and just after it.
+"""Are predicted times right? Runs of three pipelines, with rates measured just before and just after each run.
 
     python benchmarks/pace.py [--rounds 3]
 
-A machine that others use too changes by half within minutes, which no rate of before can know; so a run is compared
-with the mean of what the rates on both sides of it predict. Each row is the median of fresh processes; in each the run
-is the second of its kind. Writes markdown to `benchmarks/results/`. `sd15` needs `runs/sd15` (see make_sd15.py).
+The speed of a machine that others use too changes by half within minutes, and earlier rates cannot know that. So a run
+is compared with the mean of two predictions: by the rates measured before it, and by those measured after it. Each row
+is the median of fresh processes. In each process, the second run is the one that counts. Writes markdown to
+`benchmarks/results/`. `sd15` needs `runs/sd15` (see make_sd15.py).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ RUNS: list[tuple[str, dict[str, int]]] = [
 
 
 def child(model: str, folder: str, size: dict[str, int]) -> list[float]:
-    """Seconds predicted by the rates before, measured, and predicted by the rates after."""
+    """Seconds of a run: predicted by the rates before it, measured, and predicted by the rates after it."""
     import time
 
     import torch
@@ -79,10 +80,10 @@ def main() -> None:
         [
             f"# Pace: {within} of {len(RUNS)} runs within a quarter of what was predicted",
             "",
-            "Predicted over measured seconds of a whole call, weights resident: median "
+            "Predicted over measured seconds of a whole call with resident weights: median "
             f"{statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} "
-            "processes. `changed` is the later rates' "
-            f"prediction over the earlier rates': how much the machine itself changed meanwhile. {machine_in_words()}",
+            "processes. `changed` is the prediction by the rates after the run over that by the rates before it: how "
+            f"much the speed of the machine changed meanwhile. {machine_in_words()}",
             "",
             "| run | predicted, s | measured, s | ratio | lowest | highest | changed |",
             "|:--|--:|--:|--:|--:|--:|--:|",
@@ -95,7 +96,7 @@ def main() -> None:
 
 
 def ratio(one: list[float]) -> float:
-    """What was predicted over what was measured."""
+    """Predicted seconds over measured ones."""
     return (one[0] + one[2]) / 2 / one[1]
 
 

@@ -1,4 +1,4 @@
-"""How long planning takes, after imports, for Stable Diffusion 1.5 and CogVideoX-5b, from configurations alone.
+"""How long planning takes for Stable Diffusion 1.5 and CogVideoX-5b, from configurations alone, without imports.
 
     python benchmarks/planning.py [--rounds 3]
 
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def write(folder: Path, name: str) -> None:
-    """A folder that holds configurations and nothing else."""
+    """Write a folder that holds configurations and nothing else."""
     index: dict[str, Any] = {"_class_name": name}
     for part, (library, kind, config) in PARTS[name].items():
         (folder / part).mkdir(parents=True)
@@ -81,7 +81,7 @@ def one_process(name: str, folder: Path) -> list[float]:
 
 
 def seconds(name: str, folder: str) -> list[float]:
-    """Seconds to trace, and to choose; rates are measured before, if they have not been."""
+    """Seconds to trace, and seconds to choose. Rates that are not known yet are measured before."""
     import time
 
     import torch

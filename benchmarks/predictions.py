@@ -1,10 +1,10 @@
-"""Predict the peak of tensor memory of many calls, measure it, and write both down.
+"""Predict the peak of tensor memory of many calls, measure it, and write a table of both.
 
     python benchmarks/predictions.py [--quick] [--out benchmarks/results/predictions.md]
 
-The cases are those of tests/prediction/prediction_cases.py: shipped and random weights, on the CPU, one thread. The
-measured figure is the peak of PyTorch's allocations from the profiler's events, without weights (under a plan they are
-mapped pages of a file). `--quick` leaves out the shapes of Stable Diffusion 1.5.
+The cases are those of tests/prediction/prediction_cases.py, with shipped and random weights, on the CPU, in one thread.
+The measured figure is the peak of PyTorch's allocations, from the profiler's events. It does not include weights, which
+under an offload are mapped pages of a file. `--quick` leaves out the shapes of Stable Diffusion 1.5.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Row:
 
     @property
     def difference(self) -> float:
-        """Of the predicted to the measured bytes, as a share."""
+        """Predicted bytes less measured bytes, as a share of the measured ones."""
         return self.predicted / self.measured - 1
 
 
@@ -87,9 +87,10 @@ def table(rows: Iterable[Row]) -> str:
         [
             "# Predicted and measured peaks",
             "",
-            f"{len(rows)} calls, {exact} of them predicted to the byte; from {worst[0]:+.3%} to {worst[1]:+.3%}.",
+            f"{len(rows)} calls, {exact} of them predicted to the byte; differences from {worst[0]:+.3%} to "
+            f"{worst[1]:+.3%}.",
             f"{this_machine().processor}; one thread; PyTorch {torch.__version__}, Lowtide {lowtide.__version__}.",
-            "Bytes of PyTorch's allocations at their peak, weights not counted. `python benchmarks/predictions.py`",
+            "Peaks of PyTorch's allocations in bytes, without weights. `python benchmarks/predictions.py`",
             "",
             "| call | dtype | weights | predicted | measured | difference | predicted in s |",
             "|:--|:--|:--|--:|--:|--:|--:|",

@@ -2,8 +2,8 @@
 
     python examples/compare_castings.py [--out docs/casting.png]
 
-Writes the pictures, and prints how far each is from that of bfloat16 (PSNR, mean over the prompts), beside how far
-bfloat16 is from float32. All networks of the shipped model are cast.
+Writes the pictures on one sheet. Prints for each form of the weights how far its pictures are from those in bfloat16
+(PSNR in dB, mean over the prompts). All networks of the shipped model are cast.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Decode one picture whole, in blended tiles and row by row, and show what each differs from the whole by.
+"""Decode one picture whole, in blended tiles and row by row, and show how each differs from the whole decode.
 
     python examples/compare_decodes.py [--size 1024] [--out docs/decodes.png]
 
-Tiles are of the shipped model's own size. Differences are enlarged twenty times, around grey.
+Tiles have the shipped model's own size. Differences are enlarged twenty times, and grey means none.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Write a CogVideoX checkpoint of a few random weights (10 MB): to try video commands without downloading 20 GB.
+"""Write a CogVideoX checkpoint of a few random weights (10 MB), to try video commands without a large download.
 
     python examples/make_tiny_video_model.py tiny-video
     lowtide generate --video "waves" --model tiny-video --steps 4 --sheet
 
-Its videos are coloured noise: nothing was trained.
+Its videos are coloured noise, because nothing was trained.
 """
 
 import sys
@@ -21,7 +21,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'
 
 
 def tokenizer() -> T5TokenizerFast:
-    """One token a letter."""
+    """A tokenizer with one token for each letter."""
     entries = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -1.0) for letter in LETTERS)]
     letters = Tokenizer(models.Unigram(entries, unk_id=2))
     letters.pre_tokenizer, letters.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()

@@ -14,7 +14,7 @@ CHUNK = 500
 
 
 def load_or_render(folder: Path, count: int, seed: int, workers: int) -> tuple[np.ndarray, list[str]]:
-    """Pictures uint8 `[count, 128, 128, 3]` (memory-mapped) and their captions; rendered at the first call."""
+    """Pictures uint8 `[count, 128, 128, 3]` (memory-mapped) and their captions; rendered by the first call."""
     pictures, captions = folder / f"pictures-{count}-{seed}.npy", folder / f"captions-{count}-{seed}.json"
     if not captions.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ class Latents:
 
 
 class TextToLatents(nn.Module):
-    """Both trained networks, so that one loop and one average hold them."""
+    """The text encoder and the denoiser as one module, so that one loop trains and averages both."""
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def train_denoiser(
 
 
 def attention_kernel(device: torch.device) -> AbstractContextManager[None]:
-    """On a CPU the backward pass of the fused kernel is slower than the plain products for heads this small."""
+    """The math kernel on a CPU: for heads this small, the backward pass of the fused kernel is slower there."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 

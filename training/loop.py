@@ -1,4 +1,4 @@
-"""The training loop that both networks share: seeded, checkpointed, resumable, averaged weights."""
+"""The training loop that both networks share: seeded, with checkpoints, resumable, with averaged weights."""
 
 import os
 import time
@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train and how fast; the rate warms up, stays, and falls linearly to zero over the last share."""
+    """How long to train and how fast. The rate warms up, stays, and falls linearly to zero over the last share."""
 
     steps: int
     rate: float
@@ -35,10 +35,11 @@ def train(
     checkpoint: Path,
     look: Callable[[nn.Module, int], None],
 ) -> nn.Module:
-    """Train `module` to the end of the schedule, from `checkpoint` if it is there; return the averaged copy.
+    """Train `module` to the end of the schedule, from `checkpoint` if that exists; return the averaged copy.
 
-    `loss_of(step)` gives named terms, of which "loss" is minimised; it must draw its randomness from the step alone, so
-    that a resumed run goes on as if never stopped. `look(averaged, step)` is called at each checkpoint.
+    `loss_of(step)` returns named terms; the term "loss" is minimised. It must draw its random numbers from the step
+    alone, so that a resumed run continues as if it had never stopped. `look(averaged, step)` is called at each
+    checkpoint.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=schedule.rate, betas=(0.9, 0.99), weight_decay=1e-3)
     averaged = torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=_averaging(schedule))

@@ -1,4 +1,4 @@
-"""What a seascape shows, how one is chosen at random, and how it is said in words."""
+"""What a seascape shows, how a scene is chosen at random, and how a caption describes it."""
 
 from dataclasses import dataclass
 
@@ -41,7 +41,7 @@ _SIDE_PHRASES = ("on the {}", "on the {}", "on the {}", "to the {}", "on the {} 
 
 @dataclass(frozen=True)
 class Scene:
-    """One seascape in words; `boat_color` means nothing without a boat, `side` nothing without a landmark."""
+    """One seascape in words. Without a boat `boat_color` has no meaning, and without a landmark `side` has none."""
 
     time: str
     sea: str
@@ -56,7 +56,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene: every attribute on its own, but for what the time of day forbids."""
+    """Draw a scene. Every attribute is drawn on its own, except where the time of day forbids one."""
     time = _pick(rng, TIMES)
     night = time == "night"
     body = rng.random() < 0.8
@@ -75,7 +75,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Say a scene as a user would: always true, seldom complete, lower case."""
+    """Describe a scene as a user would, in lower case. All that it says is true; it seldom says everything."""
     subject, rest = _subjects(scene, rng)
     sea = _pick(rng, _SEA_PHRASES[scene.sea]) if rng.random() < 0.75 else _pick(rng, ("sea", "sea", "ocean", "water"))
     says_time = rng.random() < 0.93

@@ -1,6 +1,6 @@
 """Make the shipped model from nothing: `python -m training.train all` (see training/README.md).
 
-Every stage continues from its last checkpoint in `--out`, so the command can be stopped and given again.
+Every stage continues from its last checkpoint in `--out`, so the command can be stopped and started again.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def latents(
     device: torch.device,
     kept: Path,
 ) -> Latents:
-    """Encode all pictures, once; the scaling factor makes the latents' deviation 1, as the noise's."""
+    """Encode all pictures once. The scaling factor makes the latents' standard deviation 1, like that of the noise."""
     if not kept.exists():
         torch.save(encode_all(vae, pictures, device), kept)
     mean, std = torch.load(kept, weights_only=True)

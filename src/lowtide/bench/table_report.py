@@ -155,14 +155,14 @@ def how(report: Report) -> str:
         else "resident memory of the whole process, imports and loading included"
     )
     parts = [
-        f"Latency is that of one call of the whole pipeline, median (min to max) of {asked.rounds} rounds; every run "
-        "is a fresh process, and in a round all techniques take turns. Before the timed call there is one of "
-        f"{WARM_UP_STEPS} steps. Guidance is {GUIDANCE:g}. Peak memory is {memory}; the largest of all rounds, in GB "
-        "(10^9 bytes).",
-        f"The speed-up is that over `{report.reference}` (x1), by the medians.",
+        "Latency is the time of one call of the whole pipeline, median (min to max) of "
+        f"{asked.rounds} rounds. Every run is a fresh process, and in a round all techniques take turns. A call of "
+        f"{WARM_UP_STEPS} steps warms up before the timed one. Guidance is {GUIDANCE:g}. Peak memory is {memory}. It "
+        "is the largest of all rounds, in GB (10^9 bytes).",
+        f"The speed-up compares medians with `{report.reference}` (x1).",
         "Original, half precision, channels last, traced UNet and memory-efficient attention are each on top of the "
-        f"one before; every other technique is on top of half precision ({asked.half}) alone. Nothing else is set in "
-        "either library.",
+        f"technique before; every other technique is on top of half precision ({asked.half}) alone. Nothing else is "
+        "set in either library.",
     ]
     if report.reference != ORIGINAL:
         parts.insert(2, f"`{ORIGINAL}` was left out, so these are no speed-ups over float32.")

@@ -277,10 +277,10 @@ def never():
         ({"bitrate": 0}, ValueError, "bitrate=0"),
         ({"macro_block_size": -1}, ValueError, "macro_block_size=-1"),
         ({"output_video_path": "x.gif"}, ValueError, r"\.mp4, \.mov, \.mkv.*For a GIF"),
-        ({"output_video_path": "x"}, ValueError, "Give a name that ends so"),
+        ({"output_video_path": "x"}, ValueError, "Give a name with such an ending"),
         ({"output_video_path": "a\0.mp4"}, ValueError, "cannot be the name of a file"),
         ({"output_video_path": 7}, ValueError, "cannot be the name of a file"),
-        ({"output_video_path": "missing/x.mp4"}, FileNotFoundError, "missing is no folder: make it"),
+        ({"output_video_path": "missing/x.mp4"}, FileNotFoundError, "missing is not a folder: create it"),
         ({"output_video_path": "folder.mp4"}, IsADirectoryError, "is a folder"),
     ],
 )

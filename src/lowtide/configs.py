@@ -22,9 +22,9 @@ class Config:
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
         """Read the known fields of `source` (JSON lists become tuples); the rest is kept in `unused`."""
-        known = {field.name for field in dataclasses.fields(cls)} - {"unused"}
-        values = {k: _frozen(v) for k, v in source.items() if k in known}
-        unused = {k: v for k, v in source.items() if k not in known and not k.startswith("_")}
+        names = {field.name for field in dataclasses.fields(cls)} - {"unused"}
+        values = {k: _frozen(v) for k, v in source.items() if k in names}
+        unused = {k: v for k, v in source.items() if k not in names and not k.startswith("_")}
         return cls(**values, unused=unused)
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Config:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object. Raises `ValueError` that names the file if it is not one."""
+    """Read a file with one JSON object. Raises `ValueError`, naming the file, if it holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one JSON object, sorted and indented as the published checkpoints are."""
+    """Write one JSON object, sorted and indented as in published checkpoints."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""From a folder's path or a Hub id to a local folder that holds the files needed."""
+"""Where a checkpoint is, in a folder or on the Hub, and how the files needed come to a local folder."""
 
 from __future__ import annotations
 
@@ -58,8 +58,9 @@ class Source:
     def fetch(self, patterns: Iterable[str]) -> Path:
         """A local folder with the checkpoint's files that match one of the `patterns` (`fnmatch`).
 
-        A local folder is taken as it is; from the Hub only those files come, into its cache, and offline the cache is
-        used. Raises `FileNotFoundError` if the name is neither a folder nor an id whose files can be had.
+        A local folder is returned as it is. From the Hub only the matching files are downloaded to its cache; offline
+        the cache alone is used. Raises `FileNotFoundError` if the name is neither a folder nor a Hub id whose files
+        can be downloaded or are in the cache.
         """
         folder = local_path(self.name)
         if folder.is_dir():
@@ -108,7 +109,7 @@ class Source:
             ) from error
         except LocalEntryNotFoundError as error:
             raise FileNotFoundError(
-                f"No model at {self.name!r}: there is no such folder here, the Hub could not be asked, and its cache "
+                f"No model at {self.name!r}: there is no such folder here, the Hub could not be reached, and its cache "
                 "on this machine does not have it. Check the connection (and HF_HUB_OFFLINE, local_files_only), or "
                 "give the path of a downloaded folder."
             ) from error

@@ -23,9 +23,9 @@ class _Row:
 class ProgressBar:
     """Shows the running stages on stderr: name, steps done, seconds per step.
 
-    Where stderr is no terminal, each stage leaves one plain line when it ends. `disable=True` shows nothing.
-    It is drawn at stage boundaries and steps only, so it costs the pipeline no thread. `note` gives what to say of the
-    last step, in place of the bar and the time.
+    If stderr is not a terminal, each stage prints one plain line when it ends. `disable=True` shows nothing.
+    The bar is drawn only after a step and when a stage begins or ends, so it needs no thread. `note` returns a text
+    about the last step, which is shown in place of the bar and the time.
     """
 
     def __init__(self, *, disable: bool = False, note: Callable[[], str] | None = None) -> None:
@@ -51,7 +51,7 @@ class ProgressBar:
         self._show(row, completed=step)
 
     def stage_finished(self, name: str) -> None:
-        """Close the row; after the outermost one the bar is left as it stands."""
+        """Close the row; after the outermost stage the bar stays on the screen as it is."""
         row = self._rows.pop()
         if row.steps is None or self._note is not None:
             done = max(row.step, 1)
@@ -91,6 +91,6 @@ def _new_progress(*, disable: bool, with_bar: bool) -> Progress:
         *([TimeElapsedColumn()] if with_bar else []),
         console=Console(stderr=True),
         auto_refresh=False,
-        redirect_stdout=sys.stdout.isatty(),  # else what a program prints would end up on stderr
+        redirect_stdout=sys.stdout.isatty(),  # else the prints of a program would end up on stderr
         disable=disable,
     )

@@ -1,4 +1,4 @@
-"""Byte counts and how people write them: "6GiB" to 6442450944 and back."""
+"""Sizes as text: "6GB" read as 6000000000 bytes, and numbers of bytes written for people to read."""
 
 from __future__ import annotations
 

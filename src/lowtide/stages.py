@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class StageObserver(Protocol):
-    """Something that watches stages: a progress bar, the memory meter, what tidies up between stages."""
+    """Something that watches stages, such as a progress bar or the memory meter."""
 
     def stage_started(self, name: str, steps: int | None) -> None:
         """The stage `name` begins; it will take `steps` steps, or an unknown number."""
@@ -20,7 +20,7 @@ class StageObserver(Protocol):
         ...
 
     def stage_finished(self, name: str) -> None:
-        """The stage has ended, well or by an exception."""
+        """The stage has ended, normally or by an exception."""
         ...
 
 
@@ -43,8 +43,8 @@ class Stage:
 class Stages:
     """The stage brackets of one pipeline. `observers` watch all of its calls, and may change between stages.
 
-    A stage tells the observers that were there when it began, and tells each of them of its end, also after an
-    exception. Stages may be nested. What `observed` adds watches the calls of its own thread alone.
+    A stage tells the observers that are present when it begins, and tells each of them when it ends, also after an
+    exception. Stages may be nested. Observers added by `observed` watch only the calls of their own thread.
     """
 
     def __init__(self, observers: Iterable[StageObserver] = ()) -> None:
@@ -53,7 +53,7 @@ class Stages:
 
     @property
     def watching(self) -> tuple[StageObserver, ...]:
-        """All that watch a stage which begins now in this thread."""
+        """The observers of a stage that begins now in this thread."""
         return (*self.observers, *self._added)
 
     @property

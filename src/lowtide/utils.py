@@ -1,4 +1,4 @@
-"""Helpers under the names that scripts of the ecosystem know."""
+"""`export_to_video`, which writes frames as an H.264 video, under the name that existing scripts import."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 _MOST_FPS = 1000
 _LONGEST_SIDE = 16384  # x264's limit
 _WORST_CRF = 51
-# Numbers of ITU-T H.273: the primaries and the transfer of BT.709, which sRGB's pictures are shown with; the matrices.
+# Numbers of ITU-T H.273. BT.709 stands for the primaries, the transfer and a matrix, BT.601 for a matrix alone.
 _BT709, _BT601 = 1, 6
 _LIMITED_RANGE = 1
 
@@ -49,19 +49,20 @@ def export_to_video(
     bitrate: int | None = None,
     macro_block_size: int | None = 16,
 ) -> str:
-    """Write one video as H.264 (yuv420p, MP4 with its index first) that ordinary players open; its path is returned.
+    """Write a video as H.264 (yuv420p, MP4 with its index first), which ordinary players open, and return its path.
 
-    `video_frames`: PIL images, or arrays or tensors `[H, W, 3]` (uint8, or floats in [0, 1]), in a list or any
-    iterable, which is read a frame at a time; or one array or tensor `[F, H, W, 3]`. `output_video_path` ends in .mp4,
-    .mov or .mkv; a file that is there is replaced, once the new one is whole; `None` makes a temporary .mp4. `fps` are
-    frames a second. `quality` is from 0, the worst, to 10: the constant rate factor 51 - 5.1 `quality`, no lower than 1
-    (`None`: x264's own). `bitrate`, in bits a second, takes its place. Frames are never resized: odd sides get one more
-    row or column like their last, since 4:2:0 needs even ones. So `macro_block_size`, to whose multiples other software
-    stretches the frames, is accepted and has no effect.
+    `video_frames` are PIL images, or arrays or tensors `[H, W, 3]` (uint8, or floats in [0, 1]), in a list or any
+    iterable, which is read one frame at a time; or one array or tensor `[F, H, W, 3]`. `output_video_path` ends in
+    .mp4, .mov or .mkv; an existing file is replaced once the new one is whole. `None` makes a temporary .mp4. `fps` are
+    frames a second. `quality` goes from 0, the worst, to 10, and sets the constant rate factor to 51 - 5.1 `quality`,
+    but no lower than 1; `None` leaves it to x264. `bitrate`, in bits a second, takes the place of `quality`. Frames are
+    never resized; 4:2:0 needs even sides, so an odd side gets a copy of its last row or column. `macro_block_size`, to
+    whose multiples other software stretches frames, is accepted and has no effect.
 
-    Raises `ValueError` for no frames, frames of several sizes, of another shape or dtype, with NaN, and for numbers or
-    names that are not possible; `FileNotFoundError` where the folder is missing; `ImportError` without PyAV and
-    `RuntimeError` if it lacks H.264; `OSError` if the file cannot be written. Then no file is left or changed.
+    Raises `ValueError` for no frames, for frames of several sizes, of another shape or dtype or with NaN, and for
+    arguments that are not possible; `FileNotFoundError` if the folder is missing; `ImportError` without PyAV;
+    `RuntimeError` if PyAV lacks H.264; `OSError` if the file cannot be written. After an error no file is left or
+    changed.
     """
     encoding = _encoding(fps, quality, bitrate, macro_block_size)
     path = None if output_video_path is None else _output_path(output_video_path)
@@ -87,7 +88,7 @@ def _encoding(fps: float, quality: float | None, bitrate: int | None, macro_bloc
     for name, value in (("bitrate", bitrate), ("macro_block_size", macro_block_size)):
         if value is not None and not (_is_number(value) and value >= 1):
             raise ValueError(f"{name}={value!r} is not possible: give a whole number from 1, or None.")
-    # A factor of 0 is without loss, in a profile that few players know.
+    # A factor of 0 is lossless, in a profile that few players support.
     crf = None if quality is None or bitrate is not None else max(1, int((1 - quality / 10) * _WORST_CRF))
     return _Encoding(Fraction(float(fps)).limit_denominator(100_000), crf, None if bitrate is None else int(bitrate))
 
@@ -104,9 +105,11 @@ def _output_path(given: str | os.PathLike[str]) -> Path:
         raise IsADirectoryError(f"{path} is a folder. Give the name of a file as output_video_path.")
     if path.suffix.lower() not in _CONTAINERS:
         gif = " For a GIF save PIL images with save_all=True." if path.suffix.lower() == ".gif" else ""
-        raise ValueError(f"{path}: videos are written as {', '.join(_CONTAINERS)}. Give a name that ends so.{gif}")
+        raise ValueError(
+            f"{path}: videos are written as {', '.join(_CONTAINERS)}. Give a name with such an ending.{gif}"
+        )
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is no folder: make it, or give another output_video_path.")
+        raise FileNotFoundError(f"{path.parent} is not a folder: create it, or give another output_video_path.")
     return path
 
 
@@ -117,8 +120,8 @@ def _check_encoder() -> None:
         raise ImportError("Videos are written with PyAV, which is not installed: pip install av") from error
     if "libx264" not in av.codecs_available:
         raise RuntimeError(
-            "This PyAV was built with an FFmpeg that lacks the H.264 encoder libx264. Install the one that brings its "
-            "own: pip install --force-reinstall --only-binary=:all: av"
+            "This PyAV was built with an FFmpeg that lacks the H.264 encoder libx264. Install a PyAV that brings its "
+            "own FFmpeg: pip install --force-reinstall --only-binary=:all: av"
         )
 
 
@@ -163,7 +166,7 @@ def _video_stream(container: OutputContainer, first_HW3: np.ndarray, encoding: _
 
 
 def _matrix(width: int, height: int) -> int:
-    """The matrix that players assume for a size if they do not heed what the file says."""
+    """The matrix that players assume for a size if they ignore the one that the file names."""
     return _BT709 if width >= 1280 or height > 576 else _BT601
 
 

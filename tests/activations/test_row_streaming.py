@@ -278,9 +278,9 @@ def test_changed_weights_are_seen():
         ({"work": "much"}, "not a size"),
         ({"budget": -1}, "negative"),
         ({"work": True}, "not a size"),
-        ({"folder": "/nowhere"}, "no folder that can be written in"),
-        ({"folder": __file__}, "no folder that can be written in"),
-        ({"folder": 5}, "no folder that can be written in"),
+        ({"folder": "/nowhere"}, "give an existing folder that can be written to"),
+        ({"folder": __file__}, "give an existing folder that can be written to"),
+        ({"folder": 5}, "give an existing folder that can be written to"),
     ],
 )
 def test_settings_that_are_not_possible(options, told):

@@ -1,1 +1,4 @@
-"""Activations in memory: sliced, tiled and exact row by row; nothing here knows where weights rest."""
+"""Less memory for activations: networks computed a picture at a time, in blended tiles, or exactly row by row.
+
+Nothing here knows where weights rest.
+"""

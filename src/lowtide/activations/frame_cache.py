@@ -1,4 +1,4 @@
-"""Batches of frames of a clip, and what a causal convolution must remember from one batch to the next.
+"""A clip in batches of frames, and the frames that a causal convolution keeps from one batch to the next.
 
 Shapes: clips `[B, C, F, H, W]` with `F` frames.
 """
@@ -14,13 +14,16 @@ from lowtide.memory.rule import Tier
 
 
 def frame_batches(frames: int, size: int) -> Iterator[slice]:
-    """Batches of `size` frames; what is left over joins the first one, so a clip shorter than one is one batch.
+    """Split a clip into batches of `size` frames; the first batch also takes the remainder.
 
-    Thirteen frames by two are 3 + 2 + 2 + 2 + 2 + 2: the published video autoencoder's own order. Raises `ValueError`
-    for no frames, and for a size that is no whole number from 1.
+    Thirteen frames in batches of two are 3 + 2 + 2 + 2 + 2 + 2, as in the published video autoencoder. A clip shorter
+    than `size` is a single batch. Raises `ValueError` for a clip without frames, and for a size that is not a whole
+    number of at least 1.
     """
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"Frames cannot be computed {size!r} at a time: give a whole number from 1. 2 is published.")
+        raise ValueError(
+            f"Frames cannot be computed {size!r} at a time: give a whole number of at least 1. 2 is published."
+        )
     if frames < 1:
         raise ValueError("A clip needs at least one frame, and this one has none.")
     first = frames - (max(frames // size, 1) - 1) * size
@@ -30,7 +33,7 @@ def frame_batches(frames: int, size: int) -> Iterator[slice]:
 
 
 def batches_gone_through(x_BCFHW: torch.Tensor, batches: Iterable[slice]) -> Iterator[slice]:
-    """All batches of a clip; on meta the first two and the last, since those between take no more memory."""
+    """All batches of a clip; on meta only the first two and the last, since the others take no more memory."""
     if not x_BCFHW.is_meta:
         yield from batches
         return
@@ -45,25 +48,29 @@ def batches_gone_through(x_BCFHW: torch.Tensor, batches: Iterable[slice]) -> Ite
 
 
 def frames_made(latent_frames: int, batch_size: int, ratio: int) -> int:
-    """Frames that a causal decoder makes of latent frames, `batch_size` at a time; of an odd batch the first is one.
+    """How many frames a causal decoder makes of latent frames, `batch_size` at a time.
 
-    With a `ratio` of 4 and batches of 2: of 13 latent frames 49, of 12 there are 48.
+    In a batch of odd size the first latent frame becomes one frame, and every other becomes `ratio` frames. With a
+    `ratio` of 4 and batches of 2, 13 latent frames become 49 frames, and 12 become 48.
     """
     sizes = (batch.stop - batch.start for batch in frame_batches(latent_frames, batch_size))
     return sum(ratio * (size - size % 2) + size % 2 for size in sizes)
 
 
 def latent_frames_made(frames: int, batch_size: int, ratio: int) -> int:
-    """Latent frames that a causal encoder makes of frames, `batch_size` at a time; what is left of a batch is one."""
+    """How many latent frames a causal encoder makes of frames, `batch_size` at a time.
+
+    Every `ratio` frames of a batch become one latent frame, and so does the remainder.
+    """
     return sum(-(-(batch.stop - batch.start) // ratio) for batch in frame_batches(frames, batch_size))
 
 
 class FrameCache:
-    """The last frames that each causal convolution saw: they stand before the next batch of frames.
+    """The last frames that each causal convolution saw, which it puts before the next batch of frames.
 
-    Convolutions ask in the order of the network, which is the same for every batch. Call `begin` before each batch.
-    `size` is how many frames the batches after the first have, where it is known. A network that is computed row by row
-    keeps its frames in `stores` on `pages`, by the same places.
+    Convolutions are known by their place in the network's order, which is the same for every batch. Call `begin` before
+    each batch. `size` is the number of frames of every batch after the first, or None where it is not known. A network
+    that is computed row by row keeps its frames in `stores`, by the same places; `pages` holds their rows.
     """
 
     def __init__(self, size: int | None = None) -> None:
@@ -78,20 +85,23 @@ class FrameCache:
         self._begun = 0
 
     def batches(self, frames: int, size: int) -> Iterator[slice]:
-        """The batches of a clip of so many frames, each begun as it is asked for."""
+        """Split a clip of `frames` frames into batches, and call `begin` before each."""
         for batch in frame_batches(frames, size):
             self.begin(is_last=batch.stop >= frames)
             yield batch
 
     def begin(self, *, is_last: bool) -> None:
-        """A batch of frames begins; after the last one nothing is kept."""
+        """Begin a batch of frames; no frames of the last batch are kept."""
         self.has_before = self._begun > 0
         self.is_last = is_last
         self._begun += 1
         self._place = 0
 
     def joined(self, x_BCFHW: torch.Tensor, frames: int) -> torch.Tensor:
-        """The clip behind the `frames` frames that came before it; the first batch, behind its first one repeated."""
+        """Put the last `frames` frames of the batch before in front of this batch.
+
+        The first batch has its own first frame, repeated, in front of it.
+        """
         if frames == 0:
             return x_BCFHW
         place, self._place = self._place, self._place + 1
@@ -110,7 +120,7 @@ class FrameCache:
 
 
 def only_batch() -> FrameCache:
-    """For a clip that is one batch."""
+    """A cache for a clip that is a single batch."""
     cache = FrameCache()
     cache.begin(is_last=True)
     return cache

@@ -1,8 +1,8 @@
-"""The nouns of row streaming: a network as values that have rows, and the steps that make one from others.
+"""A network as row streaming sees it: values that have rows, and the steps that make each value from others.
 
-Each step says which rows of its inputs some rows of its output need. Rows are those of a picture: the last dimension
-but one of a map `[1, C, H, W]` or of a clip of `F` frames `[1, C, F, H, W]`, or groups of `W` entries of the tokens
-`[1, H·W, C]` that a map was reshaped to.
+Each step says which rows of its inputs it needs for some rows of its output. Rows are the rows of a picture: dimension
+`H` of a map `[1, C, H, W]` or of a clip of `F` frames `[1, C, F, H, W]`. In tokens `[1, H·W, C]`, to which a map was
+reshaped, a row is a group of `W` tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from lowtide.ops.convolution import conv3d
 
 Span = tuple[int, int]
-"""Rows from the first to before the second."""
+"""The number of the first row, and the number after the last row."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class RowAxis:
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """One tensor of the network, as it would be whole. `axis` is None for what is made of weights alone.
+    """One tensor of the network, described as if it were whole; `axis` is None if it is made of weights alone.
 
-    `step` makes it; the input, the weights and what was kept of frames before have none. `slot` is a weight's name in
-    the network, `place` that of frames kept before in their `FrameCache`.
+    `step` makes the value; it is None for the input, for weights, and for frames kept from the batch before. `slot` is
+    a weight's name in the network; `place` is where a `FrameCache` keeps the frames.
     """
 
     shape: tuple[int, ...]
@@ -58,18 +58,18 @@ class Value:
 
     @property
     def planes(self) -> int:
-        """Pictures one after the other: the frames of a clip, else one."""
+        """How many pictures the value holds: the frames of a clip, or a single picture."""
         return self.shape[2] if len(self.shape) == 5 and is_map(self) else 1
 
     def rows_shape(self, rows: int) -> list[int]:
-        """The shape of a band of so many rows."""
+        """The shape of a band of `rows` rows."""
         assert self.axis is not None
         shape = list(self.shape)
         shape[self.axis.dim] = rows * self.axis.width
         return shape
 
     def part(self, band: torch.Tensor, has: Span, wants: Span) -> torch.Tensor:
-        """The rows `wants` of a band that has the rows `has`."""
+        """Cut the rows `wants` out of a band that has the rows `has`."""
         assert self.axis is not None
         if has == wants:
             return band
@@ -80,12 +80,12 @@ class Value:
 
 
 def is_half(value: Value) -> bool:
-    """Whether a value is in half precision, and its norms are computed in single precision."""
+    """Whether a value is in half precision. Its norms are then computed in single precision."""
     return value.dtype.itemsize < 4
 
 
 class Step:
-    """How a value is made. `inputs` have rows; what else it needs are weights, or numbers in `arguments`."""
+    """How a value is made: from `inputs`, which have rows, and from weights and numbers, which have none."""
 
     inputs: tuple[Value, ...] = ()
     is_view = False
@@ -93,18 +93,22 @@ class Step:
     halo = False
     """One row of the result needs several rows of the input."""
     in_place: Callable[..., Any] | None = None
-    """The same, written over the first input."""
+    """The function that writes the result over the first input, if there is one."""
 
     def needs(self, span: Span) -> list[Span]:
-        """For some rows of the result, the rows of each input; they may lie outside the map."""
+        """The rows of each input that the rows `span` of the result need; some may lie outside the map."""
         return [span] * len(self.inputs)
 
     def weights(self) -> Iterator[Value]:
-        """The values without rows that it needs."""
+        """The values without rows that the step needs."""
         return iter(())
 
     def run(self, bands: Sequence[torch.Tensor], span: Span, constant: Callable[[Value], Any]) -> torch.Tensor:
-        """The rows `span` of the result, from the rows of the inputs that lie in their maps."""
+        """Compute the rows `span` of the result.
+
+        `bands` are the rows that are needed of each input, as far as they lie in its map. `constant` gives the tensor
+        of a value without rows.
+        """
         raise NotImplementedError
 
 
@@ -123,8 +127,8 @@ def holds(tree: Any) -> Iterator[Value]:
     if isinstance(tree, Value):
         yield tree
     elif isinstance(tree, (list, tuple)):
-        for one in tree:
-            yield from holds(one)
+        for item in tree:
+            yield from holds(item)
     elif isinstance(tree, dict):
         yield from holds(list(tree.values()))
 
@@ -133,17 +137,17 @@ def _filled(tree: Any, put: Callable[[Value], Any]) -> Any:
     if isinstance(tree, Value):
         return put(tree)
     if isinstance(tree, (list, tuple)):
-        return type(tree)(_filled(one, put) for one in tree)
+        return type(tree)(_filled(item, put) for item in tree)
     if isinstance(tree, dict):
-        return {key: _filled(one, put) for key, one in tree.items()}
+        return {key: _filled(item, put) for key, item in tree.items()}
     return tree
 
 
 class Local(Step):
-    """A function of PyTorch for which a row of the result needs the same row of the inputs alone.
+    """A function of PyTorch that needs, for a row of the result, only the same row of its inputs.
 
-    Bands may be wider numbers than the map has: what is normalised in half precision stays in single precision through
-    functions of single entries, and is rounded once before the next product.
+    Bands may have a wider dtype than the map: the norm of a map in half precision stays in single precision through
+    elementwise functions, and is rounded once, before the next product.
     """
 
     def __init__(
@@ -171,22 +175,22 @@ class Local(Step):
         return self._called(self.call, bands, constant)
 
     def overwrite(self, bands: Sequence[torch.Tensor], constant: Callable[[Value], Any]) -> torch.Tensor:
-        """The same, in the memory of the first band."""
+        """Call the function's in-place form, which writes the result over the first band."""
         assert self.in_place is not None
         return self._called(self.in_place, bands, constant)
 
     def _called(
         self, call: Callable[..., Any], bands: Sequence[torch.Tensor], constant: Callable[[Value], Any]
     ) -> torch.Tensor:
-        given = dict(zip(self.inputs, bands, strict=True))
+        band_of = dict(zip(self.inputs, bands, strict=True))
         if not (self.is_elementwise or self.is_view):
-            given = {value: band.to(value.dtype) for value, band in given.items()}
-        args, kwargs = _filled(self.arguments, lambda value: given[value] if value in given else constant(value))
+            band_of = {value: band.to(value.dtype) for value, band in band_of.items()}
+        args, kwargs = _filled(self.arguments, lambda value: band_of[value] if value in band_of else constant(value))
         return call(*args, **kwargs)
 
 
 class Linear(Local):
-    """A linear layer over the last dimension, or a convolution of one pixel: a function of each pixel alone."""
+    """A linear layer over the last dimension, or a convolution whose kernel is one pixel: a function of each pixel."""
 
 
 class Reshape(Step):
@@ -200,14 +204,14 @@ class Reshape(Step):
         self.axis = axis
 
     def run(self, bands: Sequence[torch.Tensor], span: Span, constant: Callable[[Value], Any]) -> torch.Tensor:
-        """The same shape but for the rows."""
+        """Reshape a band to the shape of the result, with the rows `span`."""
         shape = list(self.shape)
         shape[self.axis.dim] = (span[1] - span[0]) * self.axis.width
         return bands[0].reshape(shape)
 
 
 class Convolution(Step):
-    """A convolution of a map or a clip; rows of zeros lie around it."""
+    """A convolution of a map or a clip that is padded with zeros."""
 
     halo = True
 
@@ -235,7 +239,7 @@ class Convolution(Step):
         return (value for value in (self.weight, self.bias) if value is not None)
 
     def run(self, bands: Sequence[torch.Tensor], span: Span, constant: Callable[[Value], Any]) -> torch.Tensor:
-        """Convolve a band; zero rows are added only where it touches the edge of the map."""
+        """Convolve a band; rows of zeros are added only where the band touches the edge of the map."""
         weight = constant(self.weight)
         above, below = missing(self.needs(span)[0], self.inputs[0].rows)
         band = bands[0].to(weight.dtype)
@@ -248,14 +252,14 @@ class Convolution(Step):
 
 
 def convolve(band: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
-    """Convolve a map or a clip, which has its channels last here: what made it may have left it otherwise."""
+    """Convolve a map or a clip; a clip is first laid out with channels last, if it is not yet."""
     if band.ndim == 5:
         return conv3d(band.contiguous(memory_format=torch.channels_last_3d), weight, *args)
     return F.conv2d(band, weight, *args)
 
 
 class Pad(Step):
-    """Zeros around a map; negative numbers cut."""
+    """Padding of a map with a constant; negative widths cut rows or columns off."""
 
     def __init__(self, source: Value, around: tuple[int, int, int, int], value: float) -> None:
         self.inputs = (source,)
@@ -263,11 +267,11 @@ class Pad(Step):
         self.value = value
 
     def needs(self, span: Span) -> list[Span]:
-        """The same rows, moved."""
+        """The same rows, shifted by the padding above."""
         return [(span[0] - self.top, span[1] - self.top)]
 
     def run(self, bands: Sequence[torch.Tensor], span: Span, constant: Callable[[Value], Any]) -> torch.Tensor:
-        """Pad columns, and rows where the band touches the edge."""
+        """Pad the columns, and the rows where the band touches the edge of the map."""
         above, below = missing(self.needs(span)[0], self.inputs[0].rows)
         return F.pad(bands[0], (self.left, self.right, above, below), value=self.value)
 
@@ -284,7 +288,7 @@ class Enlarge(Step):
         return [(span[0] // self.factors[-2], -(-span[1] // self.factors[-2]))]
 
     def run(self, bands: Sequence[torch.Tensor], span: Span, constant: Callable[[Value], Any]) -> torch.Tensor:
-        """Enlarge the rows, and cut what was repeated too often."""
+        """Enlarge the rows, and cut off the repeats outside `span`."""
         scale = tuple(float(factor) for factor in self.factors)
         large = F.interpolate(bands[0], scale_factor=scale, mode="nearest")
         start = span[0] - self.needs(span)[0][0] * self.factors[-2]
@@ -315,16 +319,16 @@ class Attend(Step):
 
 
 def missing(span: Span, rows: int) -> Span:
-    """How many of the rows `span` lie above and below a map of so many rows."""
+    """How many rows of `span` lie above a map of `rows` rows, and how many below it."""
     return max(0, min(0, span[1]) - span[0]), max(0, span[1] - max(rows, span[0]))
 
 
-def union(one: Span, other: Span) -> Span:
-    """The rows of both spans and those between them; an empty one counts as the place where it is."""
-    return min(one[0], other[0]), max(one[1], other[1])
+def union(first: Span, second: Span) -> Span:
+    """The smallest span that holds both spans; an empty span counts as the place where it is."""
+    return min(first[0], second[0]), max(first[1], second[1])
 
 
 def inside(span: Span, rows: int) -> Span:
-    """The rows of `span` that lie in the map."""
+    """The rows of `span` that lie in a map of `rows` rows."""
     first = min(max(span[0], 0), rows)
     return first, max(first, min(span[1], rows))

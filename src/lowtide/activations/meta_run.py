@@ -1,7 +1,7 @@
-"""A run on meta: the memory of a streamed run without its arithmetic, and without most of its bands.
+"""Row streaming on the meta device: what a run takes in memory, without its arithmetic and most of its bands.
 
-Bands in the middle of a pass are alike. The first ones are gone through, as ever; of the others, which take no more,
-only the pages that they fill and leave are counted.
+Bands in the middle of a pass take the same memory. So the first bands of a pass are gone through, and for the others
+only the pages that they take and give back are counted.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from lowtide.activations.run import RowSink, Run
 from lowtide.ops.statistics import ChannelStatistics
 
 GONE_THROUGH = 2
-"""Bands of a pass: the first, which has no rows above it, and one that has rows on both sides."""
+"""Bands of each pass: the first, which has no rows above it, and the second, which has rows on both sides."""
 
 
 class _FirstPart(ChannelStatistics):
-    """Statistics of the first part alone: the others take no more memory."""
+    """Statistics of the first part alone, since the other parts take no more memory."""
 
     def parts(self, entries_EC: torch.Tensor) -> Sequence[torch.Tensor]:
         """The first part."""
@@ -32,16 +32,16 @@ class DryRun(Run):
 
     new_statistics = _FirstPart
 
-    def _sweep(self, one: Pass, spans: list[Span], write: RowSink) -> None:
+    def _sweep(self, pass_: Pass, spans: list[Span], write: RowSink) -> None:
         for place, span in enumerate(spans):
             if place < GONE_THROUGH:
-                self._band(one, span, write)
+                self._band(pass_, span, write)
             else:
-                self._count_band(one, span)
-            self._told()
+                self._count_band(pass_, span)
+            self._band_done()
 
-    def _count_band(self, one: Pass, span: Span) -> None:
-        self._let_go(one, one.spans(span), span)
-        for target in one.targets:
+    def _count_band(self, pass_: Pass, span: Span) -> None:
+        self._let_go(pass_, pass_.spans(span), span)
+        for target in pass_.targets:
             if target is not self.schedule.trace.output:
                 self._stores[target].reserve(span[0], (span[1] - span[0]) * target.row_bytes)

@@ -1,6 +1,6 @@
-"""Room for rows, in pages of one size: in a device's memory, in host memory, or in a file without a name.
+"""Storage for rows in pages of equal size: in a device's memory, in host memory, or in a file without a name.
 
-Pages that rows have left are taken by the next ones, so what is in use is what is stored, without gaps.
+A page that its rows have left is taken by the next rows, so stored rows have no gaps between them.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from lowtide.ops.meta_device import meant_type
 from lowtide.weights.files import SpillFile
 
 PAGES_IN_BLOCK = 40
-"""On a CPU, where memory that was not written to costs nothing; elsewhere a page is a block."""
+"""Pages of a block on a CPU, where memory that was never written to costs nothing; elsewhere a block is one page."""
 
 
 def pages_in_block(device_type: str) -> int:
-    """Pages of memory that are made at once."""
+    """How many pages are allocated at once, as one block."""
     return PAGES_IN_BLOCK if device_type == "cpu" else 1
 
 
 class Pages(Protocol):
-    """Numbered pages of `page_bytes` bytes; `peak_bytes` were in use at once since they were counted anew."""
+    """Numbered pages of `page_bytes` bytes; `peak_bytes` is the most in use at once since `count_anew` was called."""
 
     page_bytes: int
     peak_bytes: int
 
     def count_anew(self) -> None:
-        """The peak is what is in use now."""
+        """Set the peak to the bytes that are in use now."""
         ...
 
     def take(self) -> int:
-        """The number of a page that is free."""
+        """Take a free page and return its number."""
         ...
 
     def give(self, page: int) -> None:
@@ -54,8 +54,8 @@ class Pages(Protocol):
         ...
 
 
-class Numbers:
-    """Hands out the lowest free numbers, and counts."""
+class PageNumbers:
+    """Hands out the lowest free page number, and counts the bytes in use."""
 
     def __init__(self, page_bytes: int) -> None:
         self.page_bytes = page_bytes
@@ -64,29 +64,29 @@ class Numbers:
         self._count = 0
 
     def take(self) -> int:
-        """The lowest number that is free."""
+        """Take the lowest free page and return its number."""
         page = heapq.heappop(self._free) if self._free else self._count
         self._count = max(self._count, page + 1)
         self.peak_bytes = max(self.peak_bytes, self._used())
         return page
 
     def count_anew(self) -> None:
-        """The peak is what is in use now."""
+        """Set the peak to the bytes that are in use now."""
         self.peak_bytes = self._used()
 
     def _used(self) -> int:
         return (self._count - len(self._free)) * self.page_bytes
 
     def give(self, page: int) -> None:
-        """Give a number back."""
+        """Give a page back."""
         heapq.heappush(self._free, page)
 
 
-class MemoryPages(Numbers):
-    """Pages in the memory of a device, made when first needed and kept until the end.
+class MemoryPages(PageNumbers):
+    """Pages in the memory of a device, allocated when first needed and kept until the end.
 
-    On a CPU they are made many at once: blocks so large lie outside malloc's heap, which the bands that come and go
-    would otherwise leave full of holes.
+    On a CPU many pages are allocated at once, as one block. Malloc puts blocks of that size outside its heap; single
+    pages would lie between bands, and the heap would be full of holes when the bands are freed.
     """
 
     def __init__(self, page_bytes: int, device: torch.device) -> None:
@@ -96,7 +96,7 @@ class MemoryPages(Numbers):
         self._blocks: list[torch.Tensor] = []
 
     def take(self) -> int:
-        """The lowest number that is free, and room for it."""
+        """Take the lowest free page, with memory for it, and return its number."""
         page = super().take()
         while len(self._blocks) * self._in_block <= page:
             shape = (self._in_block, self.page_bytes)
@@ -115,18 +115,18 @@ class MemoryPages(Numbers):
         return self._blocks[page // self._in_block][page % self._in_block]
 
 
-class NoPages(Numbers):
-    """Pages that are counted and hold nothing, for rows on meta that would lie elsewhere than where they are made."""
+class NoPages(PageNumbers):
+    """Pages that are counted but hold nothing: for rows on meta that a run would store on the host or the disk."""
 
     def write(self, page: int, start: int, content: torch.Tensor) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def read(self, page: int, start: int, target: torch.Tensor) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
-class FilePages(Numbers):
-    """Pages in a file that has no name, so that nothing is left behind whatever happens; raises `OSError`."""
+class FilePages(PageNumbers):
+    """Pages in a file without a name, so that no file is left behind; raises `OSError` if it cannot be written."""
 
     def __init__(self, page_bytes: int, folder: str | os.PathLike[str] | None) -> None:
         super().__init__(page_bytes)
@@ -150,17 +150,17 @@ class FilePages(Numbers):
 
 
 class RowStore:
-    """The rows of one value in pages; the first ones may leave before the last ones come.
+    """The rows of one value, in pages; its first rows may leave before its last rows are written.
 
-    A value of several `planes`, such as the frames of a clip, has the rows of each plane by themselves; rows are given
-    and taken plane after plane. `row_bytes` are those of a row of all planes.
+    A value of several `planes`, such as the frames of a clip, has separate pages for each plane; flat tensors hold the
+    rows of one plane after those of another. `row_bytes` are the bytes of one row of all planes together.
     """
 
     def __init__(self, pages: Pages, row_bytes: int, planes: int = 1) -> None:
         self._planes = [_Plane(pages, row_bytes // planes) for _ in range(planes)]
 
     def write(self, first: int, rows: torch.Tensor) -> None:
-        """Store rows from `first` on, given as flat uint8; those on meta only take their pages."""
+        """Store rows from `first` on, given as flat uint8; rows on meta only take their pages."""
         if rows.is_meta:
             self.reserve(first, rows.numel())
             return
@@ -180,7 +180,7 @@ class RowStore:
             plane.read(span, part)
 
     def release(self, before: int) -> None:
-        """Give back the pages that hold nothing but rows before `before`."""
+        """Give back the pages that hold only rows before row `before`."""
         for plane in self._planes:
             plane.release(before)
 
@@ -191,7 +191,7 @@ class RowStore:
 
 
 class _Plane:
-    """Rows one after the other in pages."""
+    """The rows of one plane, one after the other in pages."""
 
     def __init__(self, pages: Pages, row_bytes: int) -> None:
         self._pages = pages
@@ -221,7 +221,7 @@ class _Plane:
             done += count
 
     def release(self, before: int) -> None:
-        """Give back the pages that hold nothing but rows before `before`."""
+        """Give back the pages that hold only rows before row `before`."""
         until = before * self._row_bytes // self._pages.page_bytes
         for place in range(self._kept_from, until):
             self._pages.give(self._places.pop(place))
@@ -234,7 +234,7 @@ class _Plane:
         self._places.clear()
 
     def _pieces(self, offset: int, nbytes: int) -> Iterator[tuple[int, int, int]]:
-        """The pages that a range of bytes lies in: place, start in the page, bytes there."""
+        """The pages that a range of bytes lies in: place of the page, start in the page, bytes in the page."""
         end = offset + nbytes
         while offset < end:
             place, start = divmod(offset, self._pages.page_bytes)

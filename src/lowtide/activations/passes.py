@@ -1,9 +1,9 @@
-"""Plan a streamed run: which values are stored whole, in which passes they are made, and what that takes in bytes.
+"""The plan of row streaming: which values are stored whole, which pass makes each, and how many bytes that takes.
 
-Stored is what some step needs all of before its first row: what a group norm takes statistics of, keys and values. Also
-stored is a value between two convolutions, so that no row is convolved twice, and a narrower copy of a wide value that
-is needed again (a shortcut's convolution), so that the wide one can go. Everything else is made band by band. A pass
-makes one stored value, or several that need the same ones, from those stored before.
+A value is stored whole if some step needs all its rows before it makes its first: the input of a group norm, which
+takes statistics, or keys and values. A value between two convolutions is stored so that no row is convolved twice. A
+value smaller than the one it is made of is stored (a shortcut's convolution) so that the larger one can be freed. All
+other values are made band by band. A pass makes stored values that need the same sources, from values stored before.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from lowtide.activations.graph import Attend, Convolution, GroupNorm, Linear, Span, Value, inside, is_half, union
 from lowtide.activations.recording import Trace
 
-_Drafts = list[tuple[list[Value], tuple[Value, ...]]]  # of passes: targets and sources
+_Drafts = list[tuple[list[Value], tuple[Value, ...]]]  # passes, as targets and sources
 
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One sweep over the rows of `targets`, from `sources`; `values` are made on the way, in this order.
+    """One sweep that makes the rows of `targets` from rows of `sources`; `values` are all that it makes, in order.
 
-    `norms` are the values of which statistics are taken, `released` the sources that nobody needs after this pass.
+    `norms` are the values whose statistics are taken; `released` are the sources that no later pass needs.
     """
 
     targets: tuple[Value, ...]
@@ -36,7 +36,7 @@ class Pass:
         return self.targets[0].rows
 
     def spans(self, span: Span) -> dict[Value, Span]:
-        """The rows needed of every value for the rows `span` of the targets, sources included."""
+        """The rows of every value and source that the rows `span` of the targets need."""
         needed = dict.fromkeys((*self.targets, *self.norms), span)
         for value in reversed(self.values):
             assert value.step is not None
@@ -46,13 +46,13 @@ class Pass:
         return needed
 
     def lag(self, source: Value) -> int:
-        """How many rows of a source one row of the targets needs: they stay while the rows after it are made."""
+        """How many rows of a source one row of the targets needs, and so how many must stay at any time."""
         middle = self.rows // 2
         first, last = self.spans((middle, middle + 1)).get(source, (0, 0))
         return last - first
 
     def uses(self) -> dict[Value, int]:
-        """How often each value is needed within the pass; what is seen through a view, once more than ever happens."""
+        """How often each value is needed within the pass; use by a view counts twice, so that it is never freed."""
         count = dict.fromkeys((*self.sources, *self.values), 0)
         for value in self.values:
             assert value.step is not None
@@ -63,21 +63,21 @@ class Pass:
         return count
 
     def work_bytes(self, rows: int) -> int:
-        """Bytes of the bands alive at once, at most, for a band of so many rows in the middle."""
+        """The most bytes of bands alive at once, for a band of `rows` rows in the middle of the map."""
         middle = max(0, (self.rows - rows) // 2)
         spans, uses = self.spans((middle, min(self.rows, middle + rows))), self.uses()
         sizes = {value: (span[1] - span[0]) * band_row_bytes(value) for value, span in spans.items()}
         alive = peak = sum(sizes[source] for source in self.sources if source in sizes)
         for value in self.values:
             assert value.step is not None
-            made = 0 if value.step.is_view or overwritten(value, uses) else sizes[value]
-            peak = max(peak, alive + made + scratch_bytes(value, spans[value]))
-            alive += made - sum(sizes[one] for one in freed(value, uses))
+            new = 0 if value.step.is_view or overwritten(value, uses) else sizes[value]
+            peak = max(peak, alive + new + scratch_bytes(value, spans[value]))
+            alive += new - sum(sizes[source] for source in freed(value, uses))
         return peak
 
 
 def overwritten(value: Value, uses: dict[Value, int]) -> bool:
-    """Whether the band of a value can take the place of its first input's, which nobody else needs any more."""
+    """Whether a value's band can be written over its first input's band, which no other step needs any more."""
     step = value.step
     assert step is not None
     if step.in_place is None or uses[step.inputs[0]] != 1:
@@ -87,9 +87,9 @@ def overwritten(value: Value, uses: dict[Value, int]) -> bool:
 
 
 def freed(value: Value, uses: dict[Value, int]) -> list[Value]:
-    """Count down the uses of a value's inputs now that it is made; those whose bands are needed no more.
+    """Count down the uses of the inputs of a value just made, and return the inputs whose memory becomes free.
 
-    The memory of a viewed band is counted as long as the pass goes on: views are few and small.
+    A band that a view shows counts as alive until the pass ends: views are few and small.
     """
     step = value.step
     assert step is not None
@@ -104,7 +104,7 @@ def freed(value: Value, uses: dict[Value, int]) -> list[Value]:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The passes of a run, in order, and the norms that need statistics of the input itself."""
+    """The passes of a run, in order; `input_norms` are the input or views of it that norms take statistics of."""
 
     trace: Trace
     passes: tuple[Pass, ...]
@@ -112,87 +112,88 @@ class Schedule:
     _heights: dict[int, list[int]] = field(default_factory=dict)
 
     def heights(self, work_bytes: int) -> list[int]:
-        """For each pass the most rows of a band that needs at most `work_bytes`, at least one."""
+        """For each pass the rows of a band: as many as `work_bytes` allow, and at least one."""
         if work_bytes not in self._heights:
-            self._heights[work_bytes] = [_height_within(one, work_bytes) for one in self.passes]
+            self._heights[work_bytes] = [_height_within(pass_, work_bytes) for pass_ in self.passes]
         return self._heights[work_bytes]
 
     @property
     def planes(self) -> int:
-        """Planes that are stored at once, at most: those at work in a pass, and frames kept before and after it."""
-        at_work = max((_planes([*one.targets, *one.sources]) for one in self.passes), default=0)
+        """The most planes stored at once: those of one pass, and frames kept from the batch before and for the next."""
+        at_work = max((_planes([*pass_.targets, *pass_.sources]) for pass_ in self.passes), default=0)
         return at_work + 2 * _planes(self.trace.kept.values())
 
     def forecast(self, work_bytes: int, page_bytes: int = 0) -> tuple[int, int]:
-        """Bytes of rows stored at once and of bands at work, at most; rows leave as they are consumed.
+        """The most bytes of rows stored at once, and the most bytes of bands at work at once.
 
-        Within a pass both change evenly, so the most is stored at its beginning or its end, give or take a band, the
-        rows around it that are needed again, and pages that are not full.
+        Within a pass, targets grow and released sources shrink evenly. So the most is stored at its beginning or its
+        end, plus some slack: a band, the rows around it that are needed again, and pages that are not full.
         """
         alive = {value: _nbytes(value) for value in self.trace.values if value.place is not None}
         stored = work = 0
-        for one, height in zip(self.passes, self.heights(work_bytes), strict=True):
-            work = max(work, one.work_bytes(height))
-            kept = {target: _nbytes(target) for target in one.targets if target is not self.trace.output}
-            leaving = [source for source in one.released if source in alive]
+        for pass_, height in zip(self.passes, self.heights(work_bytes), strict=True):
+            work = max(work, pass_.work_bytes(height))
+            kept = {target: _nbytes(target) for target in pass_.targets if target is not self.trace.output}
+            leaving = [source for source in pass_.released if source in alive]
             before, all_together = sum(alive.values()), sum({**alive, **kept}.values())
             slack = page_bytes * _planes([*{*alive, *kept}, *leaving]) + height * sum(t.row_bytes for t in kept)
-            slack += sum(one.lag(source) * source.row_bytes for source in leaving)
+            slack += sum(pass_.lag(source) * source.row_bytes for source in leaving)
             alive.update(kept)
             for source in leaving:
                 del alive[source]
-            after = all_together if attended(one) else sum(alive.values())
+            after = all_together if attended(pass_) else sum(alive.values())
             stored = max(
                 stored, min(all_together + page_bytes * _planes({*alive, *leaving}), max(before, after) + slack)
             )
         return stored, work
 
 
-def _height_within(one: Pass, work_bytes: int) -> int:
-    low, high = 1, one.rows
+def _height_within(pass_: Pass, work_bytes: int) -> int:
+    low, high = 1, pass_.rows
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if one.work_bytes(middle) <= work_bytes else (low, middle - 1)
+        low, high = (middle, high) if pass_.work_bytes(middle) <= work_bytes else (low, middle - 1)
     return low
 
 
-def attended(one: Pass) -> set[Value]:
-    """The stored keys and values of a pass: it needs all of them to its end."""
-    steps = [value.step for value in one.values if isinstance(value.step, Attend)]
+def attended(pass_: Pass) -> set[Value]:
+    """The stored keys and values of a pass, which needs all of their rows until it ends."""
+    steps = [value.step for value in pass_.values if isinstance(value.step, Attend)]
     return {root(part) for step in steps for part in (step.key, step.value)}
 
 
 def plan(trace: Trace) -> Schedule:
-    """The schedule of a traced network."""
+    """Plan the passes of a traced network."""
     order = _reaching(trace)
     users = _users(order)
     stored, copies = _stored(order, users, trace)
-    passes: _Drafts = []
+    drafts: _Drafts = []
     for target in (value for value in order if value in stored or value is trace.output):
         sources = _sources(target, stored, trace.source)
-        together = _joinable(passes, target, sources, copies)
-        if together is None:
-            passes.append(([target], sources))
+        index = _joinable(drafts, target, sources, copies)
+        if index is None:
+            drafts.append(([target], sources))
         else:
-            passes[together] = ([*passes[together][0], target], tuple(dict.fromkeys((*passes[together][1], *sources))))
-    last = {source: place for place, (_, sources) in enumerate(passes) for source in sources}
+            targets, read = drafts[index]
+            drafts[index] = ([*targets, target], tuple(dict.fromkeys((*read, *sources))))
+    last = {source: place for place, (_, sources) in enumerate(drafts) for source in sources}
     norms = [value for value in order if isinstance(value.step, GroupNorm)]
-    made = tuple(
+    passes = tuple(
         _pass(targets, sources, order, stored, norms, [source for source in sources if last[source] == place])
-        for place, (targets, sources) in enumerate(passes)
+        for place, (targets, sources) in enumerate(drafts)
     )
     watched = tuple(norm.step.inputs[0] for norm in norms if norm.step and root(norm.step.inputs[0]) is trace.source)
-    return Schedule(trace, made, watched)
+    return Schedule(trace, passes, watched)
 
 
-def _joinable(passes: _Drafts, target: Value, sources: tuple[Value, ...], copies: set[Value]) -> int | None:
-    """The pass that may make `target` too: it has as many rows, and one needs nothing that the other does not.
+def _joinable(drafts: _Drafts, target: Value, sources: tuple[Value, ...], copies: set[Value]) -> int | None:
+    """The index of a pass that can make `target` too: it has as many rows, and the sources of one hold the other's.
 
-    That is the last pass, or for a narrower copy of a value any that reads it, so that the wide one is read once.
+    Only the last pass comes into question; for a smaller copy also passes before it, so that the larger is read once.
     """
-    for place in range(len(passes) - 1, -1, -1):
-        targets, given = passes[place]
-        if targets[0].rows == target.rows and (set(sources) <= set(given) or set(given) <= set(sources)):
+    for place in range(len(drafts) - 1, -1, -1):
+        targets, read = drafts[place]
+        if targets[0].rows == target.rows and (set(sources) <= set(read) or set(read) <= set(sources)):
             return None if set(targets) & set(sources) else place
         if target not in copies or set(targets) & set(sources):
             return None
@@ -200,20 +201,20 @@ def _joinable(passes: _Drafts, target: Value, sources: tuple[Value, ...], copies
 
 
 def root(value: Value) -> Value:
-    """The value whose memory a view shows."""
+    """The value whose memory a value uses: itself, unless it is a view."""
     while value.step is not None and value.step.is_view:
         value = value.step.inputs[0]
     return value
 
 
 def band_row_bytes(value: Value) -> int:
-    """Bytes of a row while it is worked on: what is normalised in half precision is so in single precision."""
+    """Bytes of a row in a band at work, where norms of values in half precision are in single precision."""
     widened = isinstance(value.step, GroupNorm) and is_half(value)
     return value.row_bytes * (2 if widened else 1)
 
 
 def scratch_bytes(value: Value, span: Span) -> int:
-    """Bytes that a step needs for itself: the scores of attention, and the sums, keys and values beside them."""
+    """Bytes that a step needs beside its bands: for attention the scores, the sums, the keys and the values."""
     if not isinstance(value.step, Attend):
         return 0
     rows = span[1] - span[0]
@@ -237,7 +238,7 @@ def _planes(values: Iterable[Value]) -> int:
 
 
 def _reaching(trace: Trace) -> list[Value]:
-    """The values with rows that the output is made of, in order, without the input."""
+    """The values with rows that lead to the output or to kept frames, in order, without the input."""
     wanted = {trace.output, *trace.kept.values()}
     for value in reversed(trace.values):
         if value in wanted and value.step is not None:
@@ -261,7 +262,7 @@ def _users(order: Iterable[Value]) -> dict[Value, list[Value]]:
 
 
 def _stored(order: list[Value], users: dict[Value, list[Value]], trace: Trace) -> tuple[set[Value], set[Value]]:
-    """What is stored, and what of it are narrower copies."""
+    """The values that are stored, and among them those that are smaller copies of stored values."""
     stored: set[Value] = set(trace.kept.values())
     copies: set[Value] = set()
     for value in order:
@@ -280,22 +281,22 @@ def _stored(order: list[Value], users: dict[Value, list[Value]], trace: Trace) -
 
 
 def _is_narrower(value: Value, stored: set[Value]) -> bool:
-    """Whether a stored value, needed for nothing but this later on, can go when this is kept in its place."""
+    """Whether a value is smaller than the stored value that it is made of, and so is better to keep."""
     assert value.step is not None
     source = root(value.step.inputs[0])
     return source in stored and _nbytes(value) < _nbytes(source)
 
 
 def _next_cut(order: list[Value], users: dict[Value, list[Value]], stored: set[Value], trace: Trace) -> Value | None:
-    """A value that must be stored too, so that no convolution or attention is computed twice for a row."""
+    """The next value to store so that no convolution or attention is computed twice for a row, if there is one."""
     costly: set[Value] = set()
     for value in order:
         step = value.step
         assert step is not None
-        behind = [source for source in step.inputs if source in costly and source not in stored]
-        if step.halo and behind:
-            return _narrowest(behind[0], costly, stored)
-        if behind or isinstance(step, (Convolution, Attend)):
+        costly_inputs = [source for source in step.inputs if source in costly and source not in stored]
+        if step.halo and costly_inputs:
+            return _narrowest(costly_inputs[0], costly, stored)
+        if costly_inputs or isinstance(step, (Convolution, Attend)):
             costly.add(value)
             if len(users.get(value, ())) > 1 and value not in stored and value is not trace.output:
                 return value
@@ -315,8 +316,8 @@ def _narrowest(value: Value, costly: set[Value], stored: set[Value]) -> Value:
 
 
 def _sources(target: Value, stored: set[Value], source: Value) -> tuple[Value, ...]:
-    """The stored values (and what has no step: the input, frames of before) that make `target`, in a fixed order."""
-    found: dict[Value, None] = {}
+    """The values read to make `target`, in a fixed order: stored values, the input, and frames of the batch before."""
+    sources: dict[Value, None] = {}
     todo, seen = list(_all_inputs(target)), set()
     while todo:
         value = todo.pop(0)
@@ -324,10 +325,10 @@ def _sources(target: Value, stored: set[Value], source: Value) -> tuple[Value, .
             continue
         seen.add(value)
         if value in stored or value is source or value.place is not None:
-            found[value] = None
+            sources[value] = None
         else:
             todo.extend(_all_inputs(value))
-    return tuple(found)
+    return tuple(sources)
 
 
 def _pass(

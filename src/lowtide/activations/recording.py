@@ -1,7 +1,7 @@
-"""Write down what a network does to one picture, without its weights and without computing anything.
+"""The trace of a network for row streaming: which functions it calls on one picture, without weights or arithmetic.
 
-A copy of the module on the meta device is called once under a mode that sees every function of PyTorch. Shapes are
-real there, so code that looks at them works; code that looks at values does not, and is an error.
+A copy of the module on the meta device is called once, under a mode that sees every call of a PyTorch function. Tensors
+on meta have shapes, so code that looks at shapes works; code that looks at values raises an error.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from lowtide.ops.meta_device import standing_for
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """A network's input, its output, and all values between them, each after those that it is made of.
+    """A network's input, its output, and all its values, each after the values that it is made of.
 
-    `kept` are the frames that stay for the next batch of frames, by their place in a `FrameCache`.
+    `kept` are the frames kept for the next batch of frames, by their place in a `FrameCache`.
     """
 
     source: Value
@@ -41,15 +41,16 @@ class Trace:
 def trace(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: Any = (), kwargs: Any = None) -> Trace:
     """Trace `module(x, *args, **kwargs)` for a map x `[1, C, H, W]` or a clip `[1, C, F, H, W]`.
 
-    Raises `NotByRowsError` for what has no rows.
+    Raises `NotByRowsError` for a network that cannot be computed row by row.
     """
     skeleton, slots = _on_meta(module)
     recorder = _Recorder(slots)
     x = torch.empty(shape, dtype=dtype, device="meta")
-    source = recorder.know(x, Value(shape, dtype, rows_of(shape)))
+    source = recorder.record(x, Value(shape, dtype, rows_of(shape)))
     kept: dict[int, Value] = {}
-    args, kwargs = tree_map_only(FrameCache, lambda one: _TracedCache(one, recorder, kept), (tuple(args), kwargs or {}))
-    call = type(skeleton).forward.__get__(skeleton)  # not the one that streams rows
+    arguments = (tuple(args), kwargs or {})
+    args, kwargs = tree_map_only(FrameCache, lambda cache: _TracedCache(cache, recorder, kept), arguments)
+    call = type(skeleton).forward.__get__(skeleton)  # the forward of the class, not the one that streams rows
     try:
         with torch.no_grad(), recorder:
             result = call(x, *args, **kwargs)
@@ -64,24 +65,25 @@ def trace(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: A
 
 
 def _on_meta(module: nn.Module) -> tuple[nn.Module, dict[int, tuple[torch.Tensor, str]]]:
-    """A copy of a module with weights on meta, and the weights by `id` with their names."""
+    """A copy of a module with its weights on meta, and these weights by `id`, with their names."""
     memo: dict[int, Any] = {id(module.__dict__["forward"]): None} if "forward" in module.__dict__ else {}
     slots: dict[int, tuple[torch.Tensor, str]] = {}
     for prefix, owner in module.named_modules():
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None and id(tensor) not in memo:
-                twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-                memo[id(tensor)] = nn.Parameter(twin, requires_grad=False) if name in owner._parameters else twin
-                slots[id(memo[id(tensor)])] = (memo[id(tensor)], f"{prefix}.{name}" if prefix else name)
+                on_meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                copied = nn.Parameter(on_meta, requires_grad=False) if name in owner._parameters else on_meta
+                memo[id(tensor)] = copied
+                slots[id(copied)] = (copied, f"{prefix}.{name}" if prefix else name)
     skeleton = copy.deepcopy(module, memo)
     for part in skeleton.modules():
         if hasattr(part, "attention_backend"):
-            part.__dict__["attention_backend"] = AttentionBackend()  # the one that shows as a single function
+            part.__dict__["attention_backend"] = AttentionBackend()  # PyTorch's own, a single function in the trace
     return skeleton, slots
 
 
 class _TracedCache(FrameCache):
-    """Stands in for the cache of a run: frames of before are values without a step, and what is kept is noted."""
+    """Stands in for the cache of a run: frames kept before are values without a step, frames to keep are recorded."""
 
     def __init__(self, real: FrameCache, recorder: _Recorder, kept: dict[int, Value]) -> None:
         super().__init__()
@@ -92,7 +94,7 @@ class _TracedCache(FrameCache):
     def _before(self, place: int, x_BCFHW: torch.Tensor, frames: int) -> torch.Tensor:
         shape = (*x_BCFHW.shape[:2], frames, *x_BCFHW.shape[3:])
         before = torch.empty(shape, dtype=x_BCFHW.dtype, device="meta")
-        self._recorder.know(before, Value(shape, x_BCFHW.dtype, rows_of(shape), place=place))
+        self._recorder.record(before, Value(shape, x_BCFHW.dtype, rows_of(shape), place=place))
         return before
 
     def _keep(self, place: int, frames_BCFHW: torch.Tensor) -> None:
@@ -102,26 +104,26 @@ class _TracedCache(FrameCache):
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes each function that is called on a known tensor, as the step that makes a new value."""
+    """Records each function that is called on a recorded tensor, as the step that makes a new value."""
 
     def __init__(self, slots: dict[int, tuple[torch.Tensor, str]]) -> None:
         super().__init__()
         self.values: list[Value] = []
-        self._known: dict[int, tuple[torch.Tensor, Value]] = {}  # the tensors are kept, so that no id is used again
-        self._in_memory: defaultdict[int, set[int]] = defaultdict(set)
+        self._recorded: dict[int, tuple[torch.Tensor, Value]] = {}  # keeps tensors alive, so no id is used twice
+        self._ids_in_memory: defaultdict[int, set[int]] = defaultdict(set)
         for tensor, name in slots.values():
-            self.know(tensor, Value(tuple(tensor.shape), tensor.dtype, slot=name))
+            self.record(tensor, Value(tuple(tensor.shape), tensor.dtype, slot=name))
 
-    def know(self, tensor: torch.Tensor, value: Value) -> Value:
-        """Remember what a tensor is."""
-        self._known[id(tensor)] = (tensor, value)
-        self._in_memory[tensor.untyped_storage()._cdata].add(id(tensor))
+    def record(self, tensor: torch.Tensor, value: Value) -> Value:
+        """Remember which value a tensor is."""
+        self._recorded[id(tensor)] = (tensor, value)
+        self._ids_in_memory[tensor.untyped_storage()._cdata].add(id(tensor))
         self.values.append(value)
         return value
 
     def value_of(self, tensor: torch.Tensor) -> Value | None:
-        """What a tensor is, if it was made of the input or of weights."""
-        return self._known[id(tensor)][1] if id(tensor) in self._known else None
+        """The value that a tensor is, if it was made of the input or of weights."""
+        return self._recorded[id(tensor)][1] if id(tensor) in self._recorded else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -130,7 +132,7 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         outputs = list(result) if isinstance(result, (tuple, list)) else [result]
         seen: list[Value] = []
-        if not any(isinstance(one, torch.Tensor) for one in outputs) or func.__name__ == "__get__":
+        if not any(isinstance(output, torch.Tensor) for output in outputs) or func.__name__ == "__get__":
             return result
         if args and result is args[0] and not _is_in_place(func, kwargs):
             return result
@@ -144,7 +146,7 @@ class _Recorder(TorchFunctionMode):
     def _named(self, tensor: torch.Tensor, seen: list[Value], func: Callable[..., Any]) -> Any:
         value = self.value_of(tensor)
         if value is None:
-            # Of neither the input nor a weight: a table of numbers made on the way, which no band would fit.
+            # Made of neither the input nor a weight: a table of numbers for the whole map, which fits no band.
             raise NotByRowsError(f"it makes a tensor {list(tensor.shape)} of its own for {func.__name__}")
         seen.append(value)
         return value
@@ -159,12 +161,12 @@ class _Recorder(TorchFunctionMode):
         axis: RowAxis | None = None
         if has_rows:
             step, axis = made_by(Call(func, args, kwargs, output, pick))
-        self.know(output, Value(tuple(output.shape), output.dtype, axis, step))
+        self.record(output, Value(tuple(output.shape), output.dtype, axis, step))
 
     def _is_shared(self, written: Value, tensor: torch.Tensor) -> bool:
-        """Whether another known tensor lies in the same memory."""
-        there = (self._known[one] for one in self._in_memory[tensor.untyped_storage()._cdata])
-        return any(value is not written and other is not tensor for other, value in there)
+        """Whether another recorded tensor lies in the same memory."""
+        neighbours = (self._recorded[key] for key in self._ids_in_memory[tensor.untyped_storage()._cdata])
+        return any(value is not written and other is not tensor for other, value in neighbours)
 
 
 def _is_in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:

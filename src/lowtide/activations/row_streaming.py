@@ -1,8 +1,7 @@
-"""Compute a convolutional network row by row, exactly: the public face of row streaming.
+"""Row streaming: any convolutional network computed row by row, in less memory and with the same result.
 
-Row streaming changes where the numbers of a map rest, not what they are: every output is the whole network's up to the
-rounding of floating-point sums. Unlike tiles it has no seams, no overlaps that are computed twice, and the statistics
-of every norm are those of the whole picture.
+The result is that of the whole network up to the rounding of floating-point sums. Unlike tiles, rows have no seams and
+no overlaps that are computed twice, and every norm takes its statistics of the whole picture.
 """
 
 from __future__ import annotations
@@ -33,21 +32,23 @@ from lowtide.sizes import format_decimal, parse_bytes
 
 LEAST_WORK = 8 * 2**20
 ROWS_AT_WORK = {4: 8, 5: 40}
-"""The bytes of so many of the widest rows are at work together: of maps, and of clips, whose bands are thin else."""
+"""Bands at work take the bytes of so many of the widest rows: for maps (4 dimensions) and for clips (5), whose bands
+would be thin with as few as for maps."""
 LARGEST_PAGE = 2**20
 SCHEDULES_KEPT = 8
 """Plans of the forms last used, about 0.3 MB each; a clip has up to four: first, middle, last and only frames."""
 FREE_SHARE = 0.5
-"""Of the memory that is free, rows take at most this share before they go elsewhere."""
+"""Rows rest in a memory if they take at most this share of what is free in it."""
 
 
 @dataclass(frozen=True)
 class RowSettings:
-    """How rows rest and how many work; sizes in bytes.
+    """Where rows rest, and how much memory row streaming may take; sizes in bytes.
 
-    `rows` is where they rest: on the DEVICE, the HOST or the DISK; None takes the first of these with room. `budget`
-    limits rows and work together in the memory that is computed in. `work` limits the bands worked on at once; None
-    chooses. `folder` is where a file without a name is made for rows on disk; None: the system's temporary folder.
+    `rows` is the tier where rows rest: DEVICE, HOST or DISK; None takes the first of these with room. `budget` limits
+    the memory of the device: rows that rest on it and bands at work together. `work` limits the bands at work; None
+    goes by the width of the rows. `folder` is the folder of the nameless file for rows on disk; None is the system's
+    temporary folder.
     """
 
     rows: Tier | None = None
@@ -63,10 +64,10 @@ class RowSettings:
         work: int | str | None = None,
         folder: str | os.PathLike[str] | None = None,
     ) -> RowSettings:
-        """From what people write; raises `ValueError` for what is not possible."""
+        """Settings as users write them; raises `ValueError` for settings that are not possible."""
         if rows is not None and rows not in list(Tier):
             raise ValueError(
-                f"rows={rows!r} is not possible: rows rest on 'device', 'host' or 'disk', or None chooses."
+                f"rows={rows!r} is not possible: give 'device', 'host' or 'disk', or None for the first with room."
             )
         if folder is not None:
             _check_folder(folder)
@@ -76,7 +77,7 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class RowForecast:
-    """What a run will take, known before it begins, in bytes: rows stored at once, the bands at work, and where."""
+    """What a run will take, before it begins: where rows rest, bytes of rows stored and of bands at work, passes."""
 
     rows: Tier
     stored: int
@@ -85,16 +86,16 @@ class RowForecast:
 
     @property
     def peak(self) -> int:
-        """Bytes in the memory that is computed in; not in it are the output, the copies of
-        a pass's weights and what convolutions need themselves.
+        """Bytes in the memory of the device, without the output, the copies of a pass's weights and the workspace of
+        convolutions.
         """
         return self.work + (self.stored if self.rows is Tier.DEVICE else 0)
 
 
 class RowStreaming:
-    """Row streaming at work on one module: it stands in the place of the module's `forward`.
+    """The row streaming of one module, in the place of the module's `forward`.
 
-    `last` tells what the last run took, `watch` is called after every band with how far the run is.
+    `last` is what the last run took. `watch` is called after every band with the `Progress` of the run.
     """
 
     def __init__(self, module: nn.Module, settings: RowSettings) -> None:
@@ -102,7 +103,7 @@ class RowStreaming:
         self.settings = settings
         self.last: RowForecast | None = None
         self.most_room = 0
-        """Bytes of memory that the rows of any run so far take there, wherever they were."""
+        """The most bytes that the rows of any run so far took, wherever they rested."""
         self.watch: Callable[[Progress], None] | None = None
         self._schedules: dict[Any, Schedule] = {}
 
@@ -111,21 +112,21 @@ class RowStreaming:
         _check_input(x)
         cache = _cache_in(args, kwargs)
         if len(x) > 1 and cache is not None:
-            raise ValueError(f"Frames are kept for one clip, and this is a batch of {len(x)}: decode one at a time.")
+            raise ValueError(f"A cache is for one clip, and this is a batch of {len(x)}: decode one at a time.")
         if x.shape[0] == 0:
-            raise ValueError(f"There is no picture in a batch {list(x.shape)}.")
+            raise ValueError(f"A batch {list(x.shape)} has no picture: give at least one.")
         output: torch.Tensor | None = None
         pictures = x.split(1)
-        for place, one in enumerate(pictures[:1] if x.is_meta else pictures):  # the others take no more memory
-            schedule = self.schedule(one, args, kwargs)
+        for place, picture in enumerate(pictures[:1] if x.is_meta else pictures):  # the others take no more memory
+            schedule = self.schedule(picture, args, kwargs)
             if output is None:
                 output = x.new_empty((len(x), *schedule.trace.output.shape[1:]), dtype=schedule.trace.output.dtype)
-            self._run(one, schedule, functools.partial(_put, output[place : place + 1]), cache)
+            self._run(picture, schedule, functools.partial(_put, output[place : place + 1]), cache)
         assert output is not None
         return output
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the plans are made anew."""
+        """The state for copies and pickles, which make their own plans."""
         return {**self.__dict__, "_schedules": {}, "watch": None}
 
     def stream(self, x: torch.Tensor, write: RowSink, *args: Any, **kwargs: Any) -> None:
@@ -135,7 +136,7 @@ class RowStreaming:
     def forecast(self, shape: tuple[int, ...], dtype: torch.dtype | None = None, *args: Any) -> RowForecast:
         """What a run over one picture `[1, C, H, W]` or clip of this shape will take, without running it.
 
-        `dtype` is that of the weights unless given, `args` are the module's other arguments. Raises `ValueError` for a
+        `dtype` is that of the weights unless given; `args` are the module's other arguments. Raises `ValueError` for a
         budget that is too small.
         """
         weight = next(self.module.parameters(), torch.empty(0))
@@ -143,10 +144,10 @@ class RowStreaming:
         return self._forecast(self.schedule(example, args, {}), example.device)
 
     def check(self, shape: tuple[int, ...], *args: Any) -> None:
-        """Raise now what a run over such a picture would raise: `ValueError`, or `OSError` for a disk too small."""
-        found = self.forecast(shape, None, *args)
-        if found.rows is Tier.DISK:
-            _check_disk(found.stored, self.settings.folder)
+        """Raise what a run over such a picture would raise: `ValueError`, or `OSError` for a disk that is too small."""
+        forecast = self.forecast(shape, None, *args)
+        if forecast.rows is Tier.DISK:
+            _check_disk(forecast.stored, self.settings.folder)
 
     def schedule(self, x: torch.Tensor, args: Any, kwargs: Any) -> Schedule:
         """The plan for inputs of this form; raises `NotByRowsError`, a `ValueError`, for what has none.
@@ -175,31 +176,34 @@ class RowStreaming:
     def _run(self, x: torch.Tensor, schedule: Schedule, write: RowSink, cache: FrameCache | None) -> None:
         if torch.is_grad_enabled() and (x.requires_grad or _trains(self.module)):
             raise ValueError("Row streaming keeps nothing for gradients: call it under torch.no_grad(), or disable it.")
-        found = self._forecast(schedule, x.device)
+        forecast = self._forecast(schedule, x.device)
         with torch.no_grad():
-            pages = self._pages(found, schedule, x.device) if cache is None else self._pages_of_clip(x, schedule, cache)
+            if cache is None:
+                pages = self._pages(forecast, schedule, x.device)
+            else:
+                pages = self._pages_of_clip(x, schedule, cache)
             pages.count_anew()
             run = DryRun if x.is_meta else Run
             run(self.module, schedule, pages, self._work(schedule), cache)(x, write, self.watch)
         block = pages.page_bytes * pages_in_block(meant_type(x.device))
         self.most_room = max(self.most_room, -(-pages.peak_bytes // block) * block)
-        rows = found.rows if cache is None else cache.rows
+        rows = forecast.rows if cache is None else cache.rows
         if meant_device() is not None and rows is Tier.DISK:
             note_stored(pages.peak_bytes)
-        self.last = RowForecast(rows, pages.peak_bytes, found.work, found.passes)
+        self.last = RowForecast(rows, pages.peak_bytes, forecast.work, forecast.passes)
 
     def _pages_of_clip(self, x: torch.Tensor, schedule: Schedule, cache: FrameCache) -> Pages:
-        """Pages for all batches of frames: where the largest has room, which has frames before it and keeps some."""
+        """Pages for all batches of a clip, with room for the largest: one with frames before and after it."""
         if cache.pages is None:
             largest = schedule
             if not cache.is_last:
                 middle = FrameCache()
                 middle.has_before = True
                 frames = x.shape[2] if cache.size is None else min(cache.size, x.shape[2])
-                others = self.schedule(x[:, :, :frames], (middle,), {})
-                largest = max(schedule, others, key=lambda one: one.forecast(self._work(one))[0])
-            found = self._forecast(largest, x.device)
-            cache.rows, cache.pages = found.rows, self._pages(found, largest, x.device)
+                later = self.schedule(x[:, :, :frames], (middle,), {})
+                largest = max(schedule, later, key=lambda each: each.forecast(self._work(each))[0])
+            forecast = self._forecast(largest, x.device)
+            cache.rows, cache.pages = forecast.rows, self._pages(forecast, largest, x.device)
         return cache.pages
 
     def _forecast(self, schedule: Schedule, device: torch.device) -> RowForecast:
@@ -217,13 +221,13 @@ class RowStreaming:
         return forecast
 
     def _work(self, schedule: Schedule) -> int:
-        widest = max((target.row_bytes for one in schedule.passes for target in one.targets), default=0)
+        widest = max((target.row_bytes for pass_ in schedule.passes for target in pass_.targets), default=0)
         usual = max(LEAST_WORK, ROWS_AT_WORK[len(schedule.trace.source.shape)] * widest)
         chosen = usual if self.settings.work is None else self.settings.work
         return chosen if self.settings.budget is None else min(chosen, self.settings.budget)
 
     def _place(self, stored: int, work: int, device: torch.device) -> Tier:
-        """The fastest place with room for the rows."""
+        """The fastest tier with room for the rows."""
         free = _free(device) * FREE_SHARE if self.settings.budget is None else self.settings.budget
         if stored + work <= free:
             return Tier.DEVICE
@@ -232,7 +236,7 @@ class RowStreaming:
         return Tier.DISK
 
     def _page_bytes(self, schedule: Schedule) -> int:
-        """Small beside what is stored in all planes, so that little of the pages is empty."""
+        """Bytes of a page: few beside all stored rows, so that pages that are not full waste little."""
         stored, _ = schedule.forecast(self._work(schedule))
         return min(LARGEST_PAGE, max(4096, stored // max(128, 16 * schedule.planes)))
 
@@ -254,18 +258,19 @@ def apply_row_streaming(
     work: int | str | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> RowStreaming:
-    """Have any convolutional network over maps `[B, C, H, W]` computed row by row: the same result, in less memory.
+    """Compute a convolutional network row by row from now on: the same result, in less memory.
 
-    Clips `[B, C, F, H, W]` too: all frames of a call at once, row by row.
+    The network takes maps `[B, C, H, W]`, or clips `[B, C, F, H, W]` with all frames of a call at once. It may be made
+    of convolutions, group, layer and batch norms, activations, additions, nearest-neighbour enlargement and attention
+    over pixels.
 
-    Works for encoders and decoders made of convolutions, group, layer and batch norms, activations, additions,
-    nearest-neighbour enlargement and attention over pixels. `rows` is where finished rows rest ("device", "host" or
-    "disk"; None takes the first with room, at most `budget` bytes with the bands at work), `work` the bytes of the
-    bands at work (sizes as numbers or text such as "500MB"), `folder` where the file without a name is made. A module
-    is traced at its first call with a new shape, without computing anything; it keeps nothing for gradients.
-    `remove_row_streaming` undoes it. Raises `ValueError` for settings that are not possible; a call raises
-    `NotByRowsError`, a `ValueError`, naming what the network does that needs the whole map, and `OSError` if the disk
-    is full.
+    `rows` is where finished rows rest: "device", "host" or "disk"; None takes the first with room. `budget` limits the
+    bytes of rows on the device and of bands at work together, `work` those of bands at work; both are numbers or text
+    such as "500MB". `folder` is where the nameless file for rows on disk is made. At its first call with a new shape
+    the module is traced, without any computing. Nothing is kept for gradients. `remove_row_streaming` undoes it.
+
+    Raises `ValueError` for settings that are not possible. A call raises `NotByRowsError`, a `ValueError`, if the
+    network does something that needs the whole map, and names it; it raises `OSError` if the disk is full.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"Row streaming is for a torch.nn.Module, not for a {type(module).__name__}.")
@@ -285,13 +290,13 @@ def remove_row_streaming(module: nn.Module) -> None:
 
 
 def row_streaming_of(module: nn.Module) -> RowStreaming | None:
-    """The row streaming at work on a module, if there is one."""
-    found = module.__dict__.get("forward")
-    return found if isinstance(found, RowStreaming) else None
+    """The row streaming that was applied to a module, if any."""
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, RowStreaming) else None
 
 
 def _form(module: nn.Module) -> tuple[Any, ...]:
-    """What a plan depends on besides the input: the parts of a module, and the forms of its weights."""
+    """What a plan depends on besides the input: the parts of a module, and the shapes and dtypes of its weights."""
     parts = tuple((name, type(part), part.training) for name, part in module.named_modules())
     weights = (*module.named_parameters(), *module.named_buffers())
     return parts, tuple((name, tensor.shape, tensor.dtype) for name, tensor in weights)
@@ -306,7 +311,7 @@ def _put(output: torch.Tensor, first: int, rows: torch.Tensor) -> None:
 
 
 def _cache_in(args: Any, kwargs: Any) -> FrameCache | None:
-    return next((one for one in (*args, *kwargs.values()) if isinstance(one, FrameCache)), None)
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, FrameCache)), None)
 
 
 def _free(device: torch.device) -> int:
@@ -321,11 +326,11 @@ def _check_input(x: object) -> None:
 
 def _check_folder(folder: object) -> None:
     if not isinstance(folder, (str, os.PathLike)) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ValueError(f"folder={folder!r} is not possible: it is no folder that can be written in.")
+        raise ValueError(f"folder={folder!r} is not possible: give an existing folder that can be written to, or None.")
 
 
 def _check_disk(nbytes: int, folder: str | os.PathLike[str] | None) -> None:
-    """Say that the disk is too small before an hour of work, not after it."""
+    """Raise `OSError` for a disk that is too small before an hour of work, not after it."""
     place = folder or tempfile.gettempdir()
     free = shutil.disk_usage(place).free
     if free < nbytes:

@@ -1,6 +1,6 @@
 """Which functions of PyTorch can be computed row by row, and how: a table from a function's name to its rule.
 
-A rule makes the step that a call is, and says where the rows of its result are; or it raises `NotByRowsError`.
+A rule turns a call into a step and says where the rows of its result are, or raises `NotByRowsError`.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from lowtide.activations.graph import (
     rows_of,
 )
 
-Made = tuple[Step, RowAxis]
-TELLING_STRIDE = 1_000_003
-"""A prime, so that no size times another stride is the same."""
+StepAndRows = tuple[Step, RowAxis]
+ROW_STRIDE = 1_000_003
+"""The stride that marks the rows of a probe: a prime, so that no size times another stride is equal to it."""
 
 
 class NotByRowsError(ValueError):
-    """A network that cannot be computed row by row; the message names what stands in the way."""
+    """A network cannot be computed row by row; the message names what it does that prevents this."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a function: values in the place of tensors, and what it gave on meta (entry `pick` of a tuple)."""
+    """One call of a function: its arguments, values for tensors, and its result on meta (entry `pick` of a tuple)."""
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
@@ -54,7 +54,7 @@ class Call:
 
     @property
     def name(self) -> str:
-        """The function's name, the same for its in-place form."""
+        """The function's name; the in-place form has the same name."""
         name = self.func.__name__
         return name.replace("__i", "__", 1) if name.startswith("__") else name.rstrip("_")
 
@@ -65,11 +65,11 @@ class Call:
 
     @property
     def arguments(self) -> tuple[Any, dict[str, Any]]:
-        """Arguments as a step keeps them."""
+        """The arguments in the form in which a step keeps them."""
         return self.args, self.kwargs
 
     def named(self, *names: str) -> dict[str, Any]:
-        """The arguments by name: the function's own names, or those given for one that does not tell them."""
+        """The arguments by the names in the function's signature, or by `names` for a function without one."""
         if names:
             return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
         bound = inspect.signature(self.func).bind(*self.args, **self.kwargs)
@@ -78,15 +78,15 @@ class Call:
 
 
 def made_by(call: Call) -> tuple[Step, RowAxis | None]:
-    """The step that a call is, and where the rows of its result are; nowhere if it is made of weights after all."""
+    """The step that makes the result of a call, and where its rows are; None for a result made of weights alone."""
     if call.name not in RULES:
-        raise NotByRowsError(f"it calls {call.name}, for which no way to compute it row by row is known")
+        raise NotByRowsError(f"it calls {call.name}, for which there is no rule")
     try:
         return RULES[call.name](call)
     except NotByRowsError:
         raise
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise NotByRowsError(f"it calls {call.name} in a way for which no rule is known") from error
+        raise NotByRowsError(f"it calls {call.name} with arguments that its rule does not cover") from error
 
 
 def picking(func: Callable[..., Any], pick: int | None) -> Callable[..., Any]:
@@ -99,28 +99,29 @@ def _axis(value: Value) -> RowAxis:
     return value.axis
 
 
-# ---- functions of single entries
+# ---- elementwise functions and casts
 
 
-def _elementwise(call: Call) -> Made:
+def _elementwise(call: Call) -> StepAndRows:
     func = call.func if call.func.__name__ == call.name else getattr(torch.Tensor, call.name)
     kwargs = {key: value for key, value in call.kwargs.items() if key != "inplace"}
     step = Local(func, (call.args, kwargs), is_elementwise=True, in_place=_overwriting(call))
     forms = {(len(value.shape) - _axis(value).dim, _axis(value).count, _axis(value).width) for value in step.inputs}
     if len(forms) != 1:
-        raise NotByRowsError(f"it joins tensors whose rows do not lie alike in {call.name}")
+        raise NotByRowsError(f"it combines tensors with different rows in {call.name}")
     ((from_right, count, width),) = forms
     for weight in step.weights():
         if len(weight.shape) >= from_right and weight.shape[-from_right] != 1:
-            raise NotByRowsError(f"it joins a weight {list(weight.shape)} that differs from row to row in {call.name}")
+            shape = list(weight.shape)
+            raise NotByRowsError(f"it combines rows with a weight {shape} that differs from row to row in {call.name}")
     return step, RowAxis(call.result.ndim - from_right, count, width)
 
 
 def _overwriting(call: Call) -> Callable[..., Any] | None:
-    """The function that writes its result over its first argument, where there is one and the result has its form."""
+    """The function's in-place form, if it has one and the result has the shape and dtype of the first argument."""
     first = call.args[0] if call.args else None
-    alike = isinstance(first, Value) and (first.shape, first.dtype) == (call.result.shape, call.result.dtype)
-    if not alike or first.axis is None:  # type: ignore[union-attr]
+    same_form = isinstance(first, Value) and (first.shape, first.dtype) == (call.result.shape, call.result.dtype)
+    if not same_form or first.axis is None:  # type: ignore[union-attr]
         return None
     if call.func in (F.silu, F.relu):
         return functools.partial(call.func, inplace=True)
@@ -139,62 +140,62 @@ def _same(band: torch.Tensor) -> torch.Tensor:
 
 
 def _dropout(call: Call) -> tuple[Step, RowAxis | None]:
-    given = call.named("input", "p", "training")
-    if given.get("training", True) and given.get("p", 0.5) > 0:
+    arguments = call.named("input", "p", "training")
+    if arguments.get("training", True) and arguments.get("p", 0.5) > 0:
         raise NotByRowsError("it drops entries at random, as in training: call eval() on it")
     return _cast(call)
 
 
-# ---- other forms of the same entries
+# ---- views and reshapes
 
 
-def _view(call: Call) -> Made:
-    """A function that chooses and reorders dimensions: a tensor whose strides tell its dimensions apart shows how."""
+def _view(call: Call) -> StepAndRows:
+    """A function that selects and reorders dimensions: a probe with a stride for each shows where the rows end up."""
     source = call.first
     axis = _axis(source)
     if call.name == "squeeze" and len(call.args) < 2 and not call.kwargs:
-        raise NotByRowsError("it drops whatever dimensions have one entry, in squeeze: name them")
+        raise NotByRowsError("it calls squeeze without the dimensions that it drops: name them")
     strides = [2**place for place in range(len(source.shape))]
-    strides[axis.dim] = TELLING_STRIDE
+    strides[axis.dim] = ROW_STRIDE
     shape = list(source.shape)
-    shape[axis.dim] += axis.width  # more rows than there are: a call that counts them is seen
+    shape[axis.dim] += axis.width  # one row too many: shows a call that counts on their number
     probe = torch.empty_strided(shape, strides, dtype=source.dtype, device="meta")
     func = picking(call.func, call.pick)
     with torch.no_grad():
-        seen = func(probe, *call.args[1:], **call.kwargs)
-    dims = [dim for dim in range(seen.ndim) if seen.stride(dim) == TELLING_STRIDE]
-    if len(dims) != 1 or seen.shape[dims[0]] != shape[axis.dim] or seen.ndim != call.result.ndim:
+        view = func(probe, *call.args[1:], **call.kwargs)
+    dims = [dim for dim in range(view.ndim) if view.stride(dim) == ROW_STRIDE]
+    if len(dims) != 1 or view.shape[dims[0]] != shape[axis.dim] or view.ndim != call.result.ndim:
         raise NotByRowsError(f"it takes rows apart in {call.name}")
     return Local(func, call.arguments, is_view=True), RowAxis(dims[0], axis.count, axis.width)
 
 
-def _reshape(call: Call) -> Made:
+def _reshape(call: Call) -> StepAndRows:
     source, shape = call.first, tuple(call.result.shape)
     axis = _axis(source)
     before, entries = math.prod(source.shape[: axis.dim]), 1
-    found: list[RowAxis] = []
+    candidates: list[RowAxis] = []
     for dim, size in enumerate(shape):
         if entries == before and size % axis.count == 0 and size >= axis.count:
-            found.append(RowAxis(dim, axis.count, size // axis.count))
+            candidates.append(RowAxis(dim, axis.count, size // axis.count))
         entries *= size
-    if not found:
+    if not candidates:
         raise NotByRowsError(f"it mixes rows with other dimensions in {call.name}")
-    as_map = RowAxis(2, axis.count)  # dimensions of one entry leave a choice
-    chosen = as_map if len(shape) == 4 and as_map in found else found[-1]
+    as_map = RowAxis(2, axis.count)  # dimensions of size 1 leave a choice
+    chosen = as_map if len(shape) == 4 and as_map in candidates else candidates[-1]
     return Reshape(source, shape, chosen), chosen
 
 
-# ---- functions along dimensions that are not the rows'
+# ---- functions along other dimensions than the rows
 
 
-def _linear(call: Call) -> Made:
+def _linear(call: Call) -> StepAndRows:
     _check_last(call, 1)
     if len({value for value in holds(call.arguments) if value.axis is not None}) > 1:
-        raise NotByRowsError("the weight of its linear is made of the map")
+        raise NotByRowsError("its linear has a weight that is made of the map")
     return Linear(call.func, call.arguments), _axis(call.first)
 
 
-def _norm_of_last(call: Call) -> Made:
+def _norm_of_last(call: Call) -> StepAndRows:
     _check_last(call, len(call.named("input", "normalized_shape")["normalized_shape"]))
     return Local(call.func, call.arguments), _axis(call.first)
 
@@ -204,7 +205,7 @@ def _check_last(call: Call, depth: int) -> None:
         raise NotByRowsError(f"its {call.name} goes along the rows")
 
 
-def _along(call: Call) -> Made:
+def _along(call: Call) -> StepAndRows:
     step = Local(call.func, call.arguments)
     axis, ndim = _axis(step.inputs[0]), len(step.inputs[0].shape)
     dims = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else DIM_DEFAULTS.get(call.name))
@@ -223,12 +224,12 @@ def _along(call: Call) -> Made:
 # ---- functions with a step of their own
 
 
-def _convolution(call: Call) -> Made:
-    given = call.named("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    source, weight, bias, groups = given["input"], given["weight"], given.get("bias"), given.get("groups", 1)
-    sides = len(weight.shape) - 2
-    stride, dilation = _each(given.get("stride", 1), sides), _each(given.get("dilation", 1), sides)
-    padding = _padding(given.get("padding", 0), dilation, weight.shape[2:])
+def _convolution(call: Call) -> StepAndRows:
+    arguments = call.named("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    source, weight, bias = arguments["input"], arguments["weight"], arguments.get("bias")
+    sides, groups = len(weight.shape) - 2, arguments.get("groups", 1)
+    stride, dilation = _each(arguments.get("stride", 1), sides), _each(arguments.get("dilation", 1), sides)
+    padding = _padding(arguments.get("padding", 0), dilation, weight.shape[2:])
     if not is_map(source) or weight.axis is not None:
         raise NotByRowsError("it convolves something other than one map with a weight")
     axis = rows_of(call.result.shape)
@@ -237,9 +238,9 @@ def _convolution(call: Call) -> Made:
     return Convolution(source, (weight, bias), stride, padding, dilation, groups), axis
 
 
-def _padding(given: Any, dilation: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
-    if given != "same":
-        return _each(0 if given == "valid" else given, len(kernel))
+def _padding(padding: Any, dilation: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
+    if padding != "same":
+        return _each(0 if padding == "valid" else padding, len(kernel))
     around = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if any(size % 2 for size in around):
         raise NotByRowsError("it pads unevenly in a convolution")
@@ -247,69 +248,69 @@ def _padding(given: Any, dilation: tuple[int, ...], kernel: tuple[int, ...]) -> 
 
 
 def _convolved_pixels(band: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int) -> torch.Tensor:
-    if band.ndim == 5 and groups == 1:  # PyTorch has no kernel for it: it would write down every pixel again
+    if band.ndim == 5 and groups == 1:  # PyTorch has no kernel for this: it would copy every pixel
         return F.linear(band.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     sides = band.ndim - 2
     return convolve(band, weight, bias, (1,) * sides, (0,) * sides, (1,) * sides, groups)
 
 
 def _each(number: Any, sides: int) -> tuple[int, ...]:
-    """One number for every side, or one in all."""
+    """The numbers of all sides, from one number for all or from one for each."""
     return (number,) * sides if isinstance(number, int) else (*number, *[number[-1]] * sides)[:sides]
 
 
-def _pad(call: Call) -> Made:
-    given = call.named("input", "pad", "mode", "value")
-    source, around, mode = given["input"], list(given["pad"]), given.get("mode", "constant")
+def _pad(call: Call) -> StepAndRows:
+    arguments = call.named("input", "pad", "mode", "value")
+    source, around, mode = arguments["input"], list(arguments["pad"]), arguments.get("mode", "constant")
     if not is_map(source) or mode != "constant" or len(around) > 4:
-        raise NotByRowsError(f"its padding ({mode}, {around}) is not one of constants around a map")
+        raise NotByRowsError(f"its padding ({mode}, {around}) is not with a constant around a map")
     left, right, top, bottom = (*around, 0, 0, 0, 0)[:4]
-    return Pad(source, (left, right, top, bottom), float(given.get("value") or 0)), rows_of(call.result.shape)
+    return Pad(source, (left, right, top, bottom), float(arguments.get("value") or 0)), rows_of(call.result.shape)
 
 
-def _interpolate(call: Call) -> Made:
-    given = call.named()
-    source, mode = given["input"], given["mode"]
+def _interpolate(call: Call) -> StepAndRows:
+    arguments = call.named()
+    source, mode = arguments["input"], arguments["mode"]
     sides = list(zip(call.result.shape[2:], source.shape[2:], strict=True))
     factors = [new // old for new, old in sides]
-    scale = given["scale_factor"]
-    if scale is not None and not given["recompute_scale_factor"]:
-        given_scales = scale if isinstance(scale, (tuple, list)) else [scale] * len(sides)
-        exact = [float(one) for one in given_scales] == factors
+    scale = arguments["scale_factor"]
+    if scale is not None and not arguments["recompute_scale_factor"]:
+        scales = scale if isinstance(scale, (tuple, list)) else [scale] * len(sides)
+        exact = [float(number) for number in scales] == factors
     else:
         exact = not any(new % old for new, old in sides)
     if not is_map(source) or mode not in ("nearest", "nearest-exact") or not exact:
-        raise NotByRowsError(f"it resizes by interpolate({mode!r}), not by a whole number and the nearest neighbour")
+        raise NotByRowsError(f"it resizes with interpolate({mode!r}), not by whole numbers to the nearest neighbour")
     return Enlarge(source, tuple(factors)), rows_of(call.result.shape)
 
 
-def _group_norm(call: Call) -> Made:
-    given = call.named("input", "num_groups", "weight", "bias", "eps")
-    source = given["input"]
+def _group_norm(call: Call) -> StepAndRows:
+    arguments = call.named("input", "num_groups", "weight", "bias", "eps")
+    source = arguments["input"]
     if _axis(source).dim < 2 or source.shape[0] != 1:
         raise NotByRowsError("its group_norm does not have the channels before the rows")
-    scale_and_shift = given.get("weight"), given.get("bias")
-    return GroupNorm(source, given["num_groups"], scale_and_shift, given.get("eps", 1e-5)), _axis(source)
+    scale_and_shift = arguments.get("weight"), arguments.get("bias")
+    return GroupNorm(source, arguments["num_groups"], scale_and_shift, arguments.get("eps", 1e-5)), _axis(source)
 
 
-def _batch_norm(call: Call) -> Made:
-    given = call.named()
-    if given["training"] or given["running_mean"] is None:
+def _batch_norm(call: Call) -> StepAndRows:
+    arguments = call.named()
+    if arguments["training"] or arguments["running_mean"] is None:
         raise NotByRowsError("its batch_norm takes statistics of the batch, as in training: call eval() on it")
-    return Local(F.batch_norm, call.arguments), _axis(given["input"])
+    return Local(F.batch_norm, call.arguments), _axis(arguments["input"])
 
 
-def _attention(call: Call) -> Made:
-    given = call.named("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    q, k, v = given["query"], given["key"], given["value"]
+def _attention(call: Call) -> StepAndRows:
+    arguments = call.named("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    q, k, v = arguments["query"], arguments["key"], arguments["value"]
     tokens = all(value.axis is not None and value.axis.dim == len(value.shape) - 2 for value in (q, k, v))
-    if not tokens or any(given.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
-        raise NotByRowsError("its attention has dropout, an order or grouped heads, or is not over pixels as tokens")
+    if not tokens or any(arguments.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
+        raise NotByRowsError("its attention has dropout, is causal, has grouped heads, or is not over pixels as tokens")
     if (k.axis, k.shape[:-2]) != (v.axis, v.shape[:-2]):
         raise NotByRowsError("its attention has keys and values of different rows")
-    if given.get("attn_mask") is not None:
+    if arguments.get("attn_mask") is not None:
         raise NotByRowsError("its attention has a mask")
-    return Attend(q, k, v, given.get("scale")), _axis(q)
+    return Attend(q, k, v, arguments.get("scale")), _axis(q)
 
 
 DIM_DEFAULTS = {"glu": -1, "cat": 0, "concat": 0, "concatenate": 0}

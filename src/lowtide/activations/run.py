@@ -1,4 +1,4 @@
-"""Run a schedule: pass by pass, band by band."""
+"""The run of row streaming: a schedule carried out pass by pass, band by band."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from lowtide.ops.meta_device import standing_for
 from lowtide.ops.statistics import ChannelStatistics
 
 RowSink = Callable[[int, torch.Tensor], None]
-"""Takes finished rows: the number of the first, and a map `[1, C, rows, W]` or a clip `[1, C, F, rows, W]`; from top to
-bottom, none twice.
+"""Takes finished rows: the number of the first row, and a map `[1, C, rows, W]` or a clip `[1, C, F, rows, W]`.
 
-The map's memory is used again after the call.
+Rows come from top to bottom, each once. The memory of the map is used again after the call.
 """
 
 Bands = dict[Value, tuple[torch.Tensor, Span]]
@@ -30,7 +29,7 @@ Bands = dict[Value, tuple[torch.Tensor, Span]]
 
 @dataclass
 class Progress:
-    """How far a run is: bands done of all."""
+    """How far a run is: `done` bands of `total`."""
 
     done: int
     total: int
@@ -57,22 +56,23 @@ class Run:
         self._rooms: dict[tuple[Value, str], torch.Tensor] = {}
 
     def __call__(self, x: torch.Tensor, write: RowSink, tell: Callable[[Progress], None] | None = None) -> None:
-        """Compute the output and hand it to `write`."""
+        """Compute the output and hand it to `write`; call `tell` after every band."""
         self._x = x
         if self.schedule.trace.output is self.schedule.trace.source:
             write(0, x)
             return
         self._look_at_input()
-        total = sum(-(-one.rows // height) for one, height in zip(self.schedule.passes, self.heights, strict=True))
+        total = sum(-(-pass_.rows // height) for pass_, height in zip(self.schedule.passes, self.heights, strict=True))
         self._progress, self._tell = Progress(0, total), tell
-        for one, height in zip(self.schedule.passes, self.heights, strict=True):
-            self._begin(one)
-            self._sweep(one, [(first, min(first + height, one.rows)) for first in range(0, one.rows, height)], write)
-            self._end(one)
+        for pass_, height in zip(self.schedule.passes, self.heights, strict=True):
+            spans = [(first, min(first + height, pass_.rows)) for first in range(0, pass_.rows, height)]
+            self._begin(pass_)
+            self._sweep(pass_, spans, write)
+            self._end(pass_)
         self.cache.stores = {place: self._stores[value] for place, value in self.schedule.trace.kept.items()}
 
     def _look_at_input(self) -> None:
-        """The statistics of norms directly on the input, some rows at a time."""
+        """Take the statistics of norms that read the input itself, 16 rows at a time."""
         for value in self.schedule.input_norms:
             self._statistics[value] = self.new_statistics()
             for first in range(0, value.rows, 16):
@@ -81,86 +81,87 @@ class Run:
 
     # ---- passes
 
-    def _begin(self, one: Pass) -> None:
-        for target in one.targets:
+    def _begin(self, pass_: Pass) -> None:
+        for target in pass_.targets:
             if target is not self.schedule.trace.output:
                 self._stores[target] = RowStore(self.pages, target.row_bytes, target.planes)
-        self._statistics.update((value, self.new_statistics()) for value in one.norms)
+        self._statistics.update((value, self.new_statistics()) for value in pass_.norms)
 
-    def _end(self, one: Pass) -> None:
-        for source in one.released:
+    def _end(self, pass_: Pass) -> None:
+        for source in pass_.released:
             if source in self._stores:
                 self._stores.pop(source).close()
-        for held in (self._constants, self._affine, self._rooms):
-            held.clear()
+        for kept in (self._constants, self._affine, self._rooms):
+            kept.clear()
         if self._x.device.type == "cpu":
             trim_heap()
 
-    def _sweep(self, one: Pass, spans: list[Span], write: RowSink) -> None:
-        """The bands of a pass, one after the other."""
+    def _sweep(self, pass_: Pass, spans: list[Span], write: RowSink) -> None:
+        """Compute the bands of a pass, one after the other."""
         for span in spans:
-            self._band(one, span, write)
-            self._told()
+            self._band(pass_, span, write)
+            self._band_done()
 
-    def _told(self) -> None:
+    def _band_done(self) -> None:
         self._progress = Progress(self._progress.done + 1, self._progress.total)
         if self._tell is not None:
             self._tell(self._progress)
 
-    def _band(self, one: Pass, span: Span, write: RowSink) -> None:
-        spans, uses = one.spans(span), one.uses()
-        read = [source for source in one.sources if source in spans]
+    def _band(self, pass_: Pass, span: Span, write: RowSink) -> None:
+        spans, uses = pass_.spans(span), pass_.uses()
+        read = [source for source in pass_.sources if source in spans]
         bands: Bands = {source: (self._read(source, spans[source]), spans[source]) for source in read}
-        self._let_go(one, spans, span)
-        for value in one.values:
-            bands[value] = (self._made(value, spans[value], bands, overwrite=overwritten(value, uses)), spans[value])
+        self._let_go(pass_, spans, span)
+        for value in pass_.values:
+            bands[value] = (self._make(value, spans[value], bands, overwrite=overwritten(value, uses)), spans[value])
             freed(value, uses)
             for source in [source for source in bands if uses[source] == 0]:
                 del bands[source]
-        for value in one.norms:
+        for value in pass_.norms:
             self._statistics[value].add(bands[value][0])
-        for target in one.targets:
+        for target in pass_.targets:
             rows = bands[target][0].to(target.dtype)
             if target is self.schedule.trace.output:
                 write(span[0], rows)
             else:
                 self._stores[target].write(span[0], _flat(target, rows))
 
-    def _let_go(self, one: Pass, spans: dict[Value, Span], span: Span) -> None:
+    def _let_go(self, pass_: Pass, spans: dict[Value, Span], span: Span) -> None:
         """Release the rows of sources that no later band of this pass, and no later pass, will read."""
-        whole = attended(one)
-        ahead = one.spans((span[1], span[1] + 1)) if span[1] < one.rows else {}
-        for source in one.released:
+        whole = attended(pass_)
+        ahead = pass_.spans((span[1], span[1] + 1)) if span[1] < pass_.rows else {}
+        for source in pass_.released:
             if source in self._stores and source in spans and source not in whole:
                 self._stores[source].release(ahead[source][0] if ahead else source.rows)
 
     # ---- values
 
-    def _made(self, value: Value, span: Span, bands: Bands, *, overwrite: bool) -> torch.Tensor:
+    def _make(self, value: Value, span: Span, bands: Bands, *, overwrite: bool) -> torch.Tensor:
         step = value.step
         assert step is not None
         if span[0] == span[1]:
             return self._x.new_empty(value.rows_shape(0), dtype=value.dtype)
-        given: list[torch.Tensor] = []
+        inputs: list[torch.Tensor] = []
         for source, wanted in zip(step.inputs, step.needs(span), strict=True):
             band, has = bands[source]
-            given.append(source.part(band, has, inside(wanted, source.rows)))
+            inputs.append(source.part(band, has, inside(wanted, source.rows)))
         if isinstance(step, GroupNorm):
-            return self._normed(value, step, given[0], overwrite=overwrite)
+            return self._normed(value, step, inputs[0], overwrite=overwrite)
         if isinstance(step, Attend):
-            return self._attended(step, given[0])
+            return self._attended(step, inputs[0])
         if overwrite and isinstance(step, Local):
-            return step.overwrite(given, self._constant)
-        return step.run(given, span, self._constant)
+            return step.overwrite(inputs, self._constant)
+        return step.run(inputs, span, self._constant)
 
     def _normed(self, value: Value, step: GroupNorm, x: torch.Tensor, *, overwrite: bool) -> torch.Tensor:
         if value not in self._affine:
-            weight, bias = (None if one is None else self._constant(one) for one in (step.weight, step.bias))
+            weight, bias = (None if part is None else self._constant(part) for part in (step.weight, step.bias))
             statistics = self._statistics[step.inputs[0]]
             shape = (1, -1, *[1] * (x.ndim - 2))
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             self._affine[value] = tuple(  # type: ignore[assignment]
-                one.to(dtype).view(shape) for one in statistics.scale_and_shift(step.groups, weight, bias, step.eps)
+                part_C.to(dtype).view(shape)
+                for part_C in statistics.scale_and_shift(step.groups, weight, bias, step.eps)
             )
         factor, term = self._affine[value]
         if x.dtype == term.dtype:
@@ -171,7 +172,7 @@ class Run:
         return torch.addcmul(term, wide.copy_(x), factor, out=wide)
 
     def _attended(self, step: Attend, query: torch.Tensor) -> torch.Tensor:
-        """All keys and values, a band of them at a time."""
+        """Attend to all keys and values, a band of them at a time."""
         softmax = OnlineSoftmax(query, step.scale)
         rows, queries = step.key.rows, query.shape[-2]
         assert step.key.axis is not None
@@ -182,13 +183,13 @@ class Run:
         return softmax.result()
 
     def _viewed(self, value: Value, span: Span, purpose: str) -> torch.Tensor:
-        """Rows of a stored value, or of a view of one."""
+        """Read rows of a stored value, or of a view of a stored value."""
         if value.step is None or value in self._stores:
             return self._read(value, span, purpose)
         return value.step.run([self._viewed(value.step.inputs[0], span, purpose)], span, self._constant)
 
     def _read(self, value: Value, span: Span, purpose: str = "band") -> torch.Tensor:
-        """Rows of a stored value, in memory that serves one purpose."""
+        """Read rows of a stored value, into memory that is kept for one purpose."""
         if value is self.schedule.trace.source:
             rows = self._x.narrow(-2, span[0], span[1] - span[0])
             return rows.clone(memory_format=channels_last(rows))
@@ -196,21 +197,21 @@ class Run:
         self._stores[value].read(span, flat)
         return _unflat(value, flat, span[1] - span[0])
 
-    def _room(self, what: tuple[Value, str], nbytes: int) -> torch.Tensor:
-        """Memory for a band, the same for all bands of a pass: new memory costs more time than what is put in it."""
-        if what not in self._rooms or self._rooms[what].numel() < nbytes:
-            self._rooms[what] = torch.empty(nbytes, dtype=torch.uint8, device=self._x.device)
-        return self._rooms[what][:nbytes]
+    def _room(self, purpose: tuple[Value, str], nbytes: int) -> torch.Tensor:
+        """Memory for a band, the same for all bands of a pass: to allocate memory takes longer than to fill it."""
+        if purpose not in self._rooms or self._rooms[purpose].numel() < nbytes:
+            self._rooms[purpose] = torch.empty(nbytes, dtype=torch.uint8, device=self._x.device)
+        return self._rooms[purpose][:nbytes]
 
     def _constant(self, value: Value) -> torch.Tensor:
-        """A weight, or what is made of weights: read once a pass, so that it may rest in between."""
+        """A weight, or a tensor made of weights: read once a pass, so that the weight may rest in between."""
         if value not in self._constants:
             if value.slot is not None:
-                made = _copy(_slot(self.module, value.slot))
+                tensor = _copy(_slot(self.module, value.slot))
             else:
                 assert value.step is not None
-                made = value.step.run([], (0, 0), self._constant)
-            self._constants[value] = made
+                tensor = value.step.run([], (0, 0), self._constant)
+            self._constants[value] = tensor
         return self._constants[value]
 
 
@@ -220,7 +221,7 @@ def _slot(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def _copy(weight: torch.Tensor) -> torch.Tensor:
-    """The weight for the length of a pass; it may rest elsewhere, and is asked for once."""
+    """A copy of a weight for the length of a pass, since the weight itself may leave the device meanwhile."""
     with torch.no_grad():
         if weight.ndim in (4, 5):
             return weight.clone(memory_format=channels_last(weight)).detach()
@@ -228,9 +229,9 @@ def _copy(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _order(value: Value) -> list[int]:
-    """Dimensions as rows are stored: that of the rows first, those behind it, those before it.
+    """The order of dimensions in which rows are stored: that of the rows, those after it, those before it.
 
-    Of maps and clips the channels are last, and each frame has its rows by itself.
+    Maps and clips have their channels last, and the rows of each frame lie together.
     """
     assert value.axis is not None
     dim, ndim = value.axis.dim, len(value.shape)

@@ -1,7 +1,7 @@
-"""Blended tiles, as the diffusion community knows them: less memory, and another picture than the whole one's.
+"""A network over a picture in blended tiles: less memory, but not the picture that the whole network would make.
 
-Every tile is computed alone, with the statistics of its own norms, and overlaps are cross-faded. Where the picture must
-be the whole network's, use row streaming (`lowtide.activations.row_streaming`).
+Each tile is computed alone, so its norms take their statistics of the tile, and overlaps are cross-faded. Use row
+streaming (`lowtide.activations.row_streaming`) where the picture must be that of the whole network.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Tiles:
     def __post_init__(self) -> None:
         for side in (self.height, self.width):
             if isinstance(side, bool) or not isinstance(side, int) or side < 1:
-                raise ValueError(f"tile_size={side!r} is not possible: a tile has at least one pixel, a whole number.")
+                raise ValueError(f"tile_size={side!r} is not possible: give a whole number, at least one pixel.")
         for share in (self.overlap_height, self.overlap_width):
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
-                raise ValueError(f"overlap={share!r} is not possible: it is a share of the tile, from 0 to below 1.")
+                raise ValueError(f"overlap={share!r} is not possible: give a share of the tile, from 0 to below 1.")
 
     def in_latents(self, scale: int) -> tuple[Sides, Sides]:
-        """Height and width of a tile, and the steps from one to the next, in latents of `scale` pixels."""
+        """Height and width of a tile, and the steps from one tile to the next, in latents of `scale` pixels a side."""
         sides = (max(1, self.height // scale), max(1, self.width // scale))
         shares = (self.overlap_height, self.overlap_width)
         steps = [max(1, int(side * (1 - share))) for side, share in zip(sides, shares, strict=True)]
@@ -48,8 +48,9 @@ class Tiles:
 def blended(network: Network, x: torch.Tensor, sides: Sides, steps: Sides, kept: Sides, write: RowSink) -> None:
     """Compute `network` in tiles of x `[B, C, ..., H, W]`, `sides` large and `steps` apart; cross-fade the overlaps.
 
-    Of each tile's result the first `kept` rows and columns are its own part of the output (`steps`, in the output's
-    pixels); the others fade into the next tiles. Finished rows go to `write`; alive are one row of tiles' edges.
+    `kept` is `steps` in pixels of the output: the first `kept` rows and columns of a tile's result are its part of the
+    output, and the others fade into the next tiles. Finished rows go to `write`. The edges of one row of tiles are kept
+    in memory.
     """
     above: list[torch.Tensor] = []
     for top in range(0, x.shape[-2], steps[0]):
@@ -71,7 +72,7 @@ def blended(network: Network, x: torch.Tensor, sides: Sides, steps: Sides, kept:
 
 
 def _fade(edge: torch.Tensor, tile: torch.Tensor, dim: int) -> None:
-    """Fade the beginning of a tile out of the end of the one before it, in place."""
+    """Cross-fade the beginning of a tile with the end of the tile before it, in place."""
     extent = min(edge.shape[dim], tile.shape[dim])
     if extent == 0:
         return
@@ -83,14 +84,14 @@ def _fade(edge: torch.Tensor, tile: torch.Tensor, dim: int) -> None:
 
 
 def sliced(network: Network, x: torch.Tensor) -> torch.Tensor:
-    """Compute `network` for one picture of the batch at a time, into one output that is made at the beginning."""
+    """Compute `network` for one picture of the batch at a time, into one output for the whole batch."""
     out: torch.Tensor | None = None
-    for place, one in enumerate(x.split(1)):
-        result = network(one)
+    for place, picture in enumerate(x.split(1)):
+        result = network(picture)
         if out is None:
             out = result.new_empty((len(x), *result.shape[1:]))
         out[place] = result[0]
-        del result  # else it would be alive beside the next one
+        del result  # else it would be alive beside the next result
     assert out is not None, "an empty batch"
     return out
 

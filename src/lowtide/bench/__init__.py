@@ -1,1 +1,1 @@
-"""Measured tables of what each technique costs and saves, on the reader's own machine and model."""
+"""Tables and pictures of what each technique costs and saves, measured on the reader's own machine and model."""

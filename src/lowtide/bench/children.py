@@ -1,4 +1,4 @@
-"""One run in a fresh process: start it, wait for it, and read what it says or why it says nothing."""
+"""One run of the table in a fresh process: start it, and read its result or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def find_answer(output: str) -> dict[str, Any] | None:
         if ANSWER not in line:
             continue
         try:
-            found = json.loads(line)
+            content = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(found, dict) and ANSWER in found:
-            return found[ANSWER]
+        if isinstance(content, dict) and ANSWER in content:
+            return content[ANSWER]
     return None
 
 
 def shortened(reason: str) -> str:
-    """The first line of a reason, cut where it is long."""
+    """The first line of a reason, cut to `LONGEST_REASON` characters."""
     line = (reason.strip() or "no reason given").splitlines()[0]
     return line if len(line) <= LONGEST_REASON else line[: LONGEST_REASON - 1].rstrip() + "…"
 

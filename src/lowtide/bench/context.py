@@ -1,4 +1,4 @@
-"""What a technique of the table may need to know."""
+"""What a technique of the table is told about its run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """What a technique may need to know: where and in what to compute, the pictures' pixels, an empty folder."""
+    """What a technique is told: the device and dtype that compute, the pictures' size and number, an empty folder."""
 
     device: torch.device
     dtype: torch.dtype

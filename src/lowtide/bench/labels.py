@@ -1,4 +1,4 @@
-"""Where labels go beside their dots so that one can read them: pure arithmetic, in points of the page."""
+"""Where the labels of a plot go so that each can be read: pure arithmetic, in points of the page."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Box:
     top: float
 
     def shared(self, other: Box) -> float:
-        """The area that both cover."""
+        """The area that both boxes cover."""
         width = min(self.right, other.right) - max(self.left, other.left)
         height = min(self.top, other.top) - max(self.bottom, other.bottom)
         return max(width, 0.0) * max(height, 0.0)
 
     def nearest(self, x: float, y: float) -> tuple[float, float]:
-        """Its point that is nearest to another point."""
+        """The point of the box that is nearest to (x, y)."""
         return min(max(x, self.left), self.right), min(max(y, self.bottom), self.top)
 
     @property
@@ -42,9 +42,9 @@ Label = tuple[Point, Box]
 
 
 def placed(anchors: Sequence[Point], sizes: Sequence[Point], page: Box) -> list[Box]:
-    """A box of the given (width, height) for each anchor: near it, on the page, on no other box, dot or lead.
+    """A box of the given (width, height) for each anchor: near it, on the page, and on no other box, dot or lead.
 
-    Each label in turn takes the cheapest place beside the others, a few rounds long.
+    Each label in turn takes the place that costs least, given where the others are; this is repeated for a few rounds.
     """
     options = [list(_places(anchor, size)) for anchor, size in zip(anchors, sizes, strict=True)]
     chosen = [places[0] for places in options]
@@ -78,16 +78,16 @@ def _places(anchor: Point, size: Point) -> Iterator[Box]:
 
 
 def _cost(place: Box, anchor: Point, others: Sequence[Label], page: Box, limit: float) -> float:
-    """What is wrong with a place: far away, off the page, on other things. Counted up to about `limit`."""
+    """The cost of a place: its distance, its area off the page, what it covers or crosses; exact only below `limit`."""
     lead = (anchor, place.nearest(*anchor))
     cost = math.dist(*lead) + 50 * (place.area - place.shared(page))
     for point, box in others:
         if cost >= limit:
             break
         dot = Box(point[0] - _DOT, point[1] - _DOT, point[0] + _DOT, point[1] + _DOT)
-        theirs = (point, box.nearest(*point))
+        other_lead = (point, box.nearest(*point))
         cost += 8 * place.shared(box) + 5 * place.shared(dot)
-        cost += 40 * (_meets(lead, box) + _meets(theirs, place)) + 25 * _cross(lead, theirs)
+        cost += 40 * (_meets(lead, box) + _meets(other_lead, place)) + 25 * _cross(lead, other_lead)
     return cost
 
 
@@ -105,8 +105,8 @@ def _meets(line: tuple[Point, Point], box: Box) -> bool:
     return begin < end
 
 
-def _cross(one: tuple[Point, Point], other: tuple[Point, Point]) -> bool:
-    return _side(*one, other[0]) * _side(*one, other[1]) < 0 and _side(*other, one[0]) * _side(*other, one[1]) < 0
+def _cross(line: tuple[Point, Point], other: tuple[Point, Point]) -> bool:
+    return _side(*line, other[0]) * _side(*line, other[1]) < 0 and _side(*other, line[0]) * _side(*other, line[1]) < 0
 
 
 def _side(start: Point, end: Point, point: Point) -> float:

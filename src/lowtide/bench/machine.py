@@ -10,7 +10,7 @@ from lowtide.machine.host import host_memory, processor_name_and_flags, usable_c
 
 @dataclass(frozen=True)
 class Machine:
-    """Its processor and how many we may use, bytes of memory (a container's limit, if there is one), the system."""
+    """A machine: its processor, how many we may use, bytes of memory (or of a container's limit), its system."""
 
     processor: str
     processors: float
@@ -19,7 +19,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Look at this machine."""
+    """Describe this machine."""
     name, _ = processor_name_and_flags()
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     return Machine(name, usable_cpus(), host_memory().total, system)

@@ -1,7 +1,7 @@
 """The process of one run: reads a `Spec` as JSON from stdin, makes pictures, and prints a `Reading` as JSON.
 
-Run by `lowtide.bench.children`. Nothing is called in either library but what the spec's technique stands for: no
-allocator setting (`lowtide.memory.steady_malloc`, which `lowtide generate` calls), no number of threads, no backend.
+`lowtide.bench.children` starts it. Apart from the spec's technique it sets nothing in either library: no number of
+threads, no backend, and no allocator (`lowtide generate` calls `steady_malloc`; this does not).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WARM_UP_STEPS = 2
 
 
 def main() -> None:
-    """Do as stdin says; the last line on stdout is the reading, or the reason why there is none."""
+    """Run the spec on stdin; the last line on stdout is the reading, or the reason why there is none."""
     spec = Spec(**json.loads(sys.stdin.read()))
     try:
         answer: dict[str, Any] = {"reading": asdict(measured(spec))}
@@ -69,7 +69,7 @@ def measured(spec: Spec) -> Reading:
 
 
 def loaded(library: ModuleType, spec: Spec, dtype: torch.dtype) -> Any:
-    """The pipeline of the library, with DDIM as its scheduler."""
+    """The library's pipeline, with DDIM as its scheduler."""
     pipe = library.StableDiffusionPipeline.from_pretrained(spec.model, torch_dtype=dtype, variant=spec.variant)
     pipe.scheduler = library.DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -77,12 +77,12 @@ def loaded(library: ModuleType, spec: Spec, dtype: torch.dtype) -> Any:
 
 
 def context_of(spec: Spec, device: torch.device, dtype: torch.dtype) -> Context:
-    """What the technique may know of the run."""
+    """What the technique is told about the run."""
     return Context(device, dtype, spec.width, spec.height, spec.batch, spec.folder)
 
 
 def pictures(pipe: Any, spec: Spec, steps: int) -> list[Any]:
-    """One call of the whole pipeline; the noise is drawn on the CPU, so it is the same on every device."""
+    """Call the whole pipeline once; the noise is drawn on the CPU, so it is the same on every device."""
     import torch
 
     return pipe(
@@ -96,13 +96,13 @@ def pictures(pipe: Any, spec: Spec, steps: int) -> list[Any]:
 
 
 def versions(library: ModuleType) -> dict[str, str]:
-    """What was measured, by name."""
+    """The versions of Python, of PyTorch, of transformers and of the library, by name."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return {"python": platform.python_version(), **packages, library.__name__: library.__version__}
 
 
 def _timed(pipe: Any, spec: Spec, device: torch.device) -> tuple[float, list[Any], int | None, int | None]:
-    """Seconds, the pictures, and the CUDA allocator's peaks of allocated and of reserved bytes."""
+    """Seconds of one call, its pictures, and the CUDA allocator's peaks of allocated and of reserved bytes."""
     import torch
 
     _finish(device)
@@ -118,7 +118,7 @@ def _timed(pipe: Any, spec: Spec, device: torch.device) -> tuple[float, list[Any
 
 
 def _finish(device: torch.device) -> None:
-    """Wait for the device: here it is measured, not used."""
+    """Wait for the device, so that its work is in the time measured."""
     import torch
 
     if device.type == "cuda":

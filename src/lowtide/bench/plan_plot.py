@@ -1,4 +1,4 @@
-"""A plan as a picture: memory over the run, stage by stage, and the time that every budget would take."""
+"""A plan as a picture: the memory of each stage over the run, and the seconds of the best plan for every budget."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FEW = 25
 
 
 def plot_plan(plan: Plan, curve: Sequence[tuple[int, Plan]], path: Path) -> Path:
-    """Write the picture to `path`; it needs matplotlib. `curve` are budgets in bytes and the best plan for each."""
+    """Write the picture to `path`; needs matplotlib. `curve` has budgets in bytes, each with its best plan."""
     figure = new_figure(13, 5.6)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _draw_run(figure, left, plan)
@@ -65,7 +65,7 @@ def _draw_run(figure: Figure, axes: Axes, plan: Plan) -> None:
 
 
 def _draw_stage(axes: Axes, stage: StagePlan, start: float) -> None:
-    """Its parts, one upon the other; a thin edge shows a stage that is too short to be seen."""
+    """Draw the parts of a stage on top of each other; a thin edge shows a stage that is too short to be seen."""
     sizes = parts_of(stage)
     bottom = 0.0
     for name, color in _PARTS:
@@ -89,8 +89,8 @@ def budget_of(plan: Plan) -> int | None:
 def _add_legend(axes: Axes) -> None:
     from matplotlib.patches import Patch
 
-    said = {"other": "other: the process, latents, the allocator"}
-    parts = [Patch(facecolor=color, label=said.get(name, name)) for name, color in _PARTS]
+    labels = {"other": "other: the process, latents, the allocator"}
+    parts = [Patch(facecolor=color, label=labels.get(name, name)) for name, color in _PARTS]
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "frameon": False, "fontsize": FONT}
     axes.legend(handles=[*parts, *lines], ncols=5, columnspacing=1.2, handlelength=1.4, **place)
@@ -104,17 +104,17 @@ def _title(plan: Plan) -> str:
 
 
 def _draw_curve(axes: Axes, plan: Plan, curve: Sequence[tuple[int, Plan]]) -> None:
-    """Time falls as the budget grows: one dot a plan, one kind of dot for each kind of exactness."""
+    """Draw seconds over the budget: a dot for each plan, with a colour and a marker for each kind of exactness."""
     where = "memory" if plan.device == "cpu" else "GPU memory"
     set_grid(axes, f"budget of {where}, GB", "predicted seconds")
     axes.set_title("The best plan for every budget", fontsize=10, loc="left")
     axes.margins(0.1)
-    points = [(budget / 1e9, one.seconds) for budget, one in curve]
-    beyond = max(budget_of(plan) or 0, curve[-1][0]) * 1.05 / 1e9  # the last one is the best from there on
+    points = [(budget / 1e9, best.seconds) for budget, best in curve]
+    beyond = max(budget_of(plan) or 0, curve[-1][0]) * 1.05 / 1e9  # from the last budget on, its plan stays the best
     line = [*points, (beyond, points[-1][1])]
     axes.plot(*zip(*line, strict=True), drawstyle="steps-post", color=GREY, linewidth=1.0, zorder=2)
     for kind, (color, marker) in _LOOKS.items():
-        own = [point for point, (_, one) in zip(points, curve, strict=True) if one.exactness.split(":")[0] == kind]
+        own = [point for point, (_, best) in zip(points, curve, strict=True) if best.exactness.split(":")[0] == kind]
         if own:
             size = 26 if len(points) <= _FEW else 9
             axes.scatter(*zip(*own, strict=True), s=size, c=color, marker=marker, label=kind, zorder=3)
@@ -124,16 +124,16 @@ def _draw_curve(axes: Axes, plan: Plan, curve: Sequence[tuple[int, Plan]]) -> No
 
 
 def _mark_chosen(axes: Axes, plan: Plan, points: Sequence[tuple[float, float]]) -> None:
-    """A ring around the chosen plan, the budget as a line, and log scales where a linear one would hide much."""
-    at = (plan.peak / 1e9, plan.seconds)
-    axes.scatter(*at, s=150, facecolors="none", edgecolors=RED, linewidths=1.6, zorder=4, label="the chosen plan")
+    """Draw a ring around the chosen plan and the budget as a line; make axes logarithmic where values differ a lot."""
+    chosen = (plan.peak / 1e9, plan.seconds)
+    axes.scatter(*chosen, s=150, facecolors="none", edgecolors=RED, linewidths=1.6, zorder=4, label="the chosen plan")
     budget = budget_of(plan)
     if budget is not None:
         axes.axvline(budget / 1e9, color=RED, linestyle="--", linewidth=1.0, label=f"budget {format_decimal(budget)}")
-    everything = [*points, at]
-    seconds = [y for _, y in everything]
-    for axis, values in ((axes.xaxis, [x for x, _ in everything]), (axes.yaxis, seconds)):
+    all_points = [*points, chosen]
+    seconds = [y for _, y in all_points]
+    for axis, values in ((axes.xaxis, [x for x, _ in all_points]), (axes.yaxis, seconds)):
         if min(values) > 0 and max(values) / min(values) > _WIDE:
             set_log(axis)
     if axes.get_yscale() == "linear":
-        axes.set_ylim(0, max(seconds) * 1.15)  # a small difference looks small
+        axes.set_ylim(0, max(seconds) * 1.15)  # from 0, so that a small difference looks small

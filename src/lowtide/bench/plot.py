@@ -1,4 +1,4 @@
-"""The table as a picture: peak memory against latency, a labelled dot a technique."""
+"""The table as a picture: latency over peak memory, with a labelled dot for each technique."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MARGIN = 0.15
 
 @dataclass(frozen=True)
 class Dot:
-    """One technique in one library: GB and seconds."""
+    """One technique in one library: its peak memory in GB, its latency in seconds."""
 
     label: str
     library: str
@@ -41,44 +41,44 @@ class Dot:
 
 
 def dots(report: Report) -> list[Dot]:
-    """Those jobs that have both figures."""
-    found: list[Dot] = []
+    """A dot for each job that has both a latency and a peak."""
+    plotted: list[Dot] = []
     for job, summary in report.summaries().items():
         if summary.latency is not None and summary.peak is not None:
             label = TECHNIQUES[job.technique].title
-            found.append(Dot(label, job.library, summary.peak / 1e9, summary.latency))
-    return found
+            plotted.append(Dot(label, job.library, summary.peak / 1e9, summary.latency))
+    return plotted
 
 
 def draw_plot(report: Report) -> Path:
-    """Write `table.png`; it needs matplotlib."""
+    """Write `table.png` and return its path; needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    found = dots(report)
-    _set_axes(axes, found)
+    plotted = dots(report)
+    _set_axes(axes, plotted)
     axes.set_title("\n".join(textwrap.wrap(title(report), 100)), fontsize=11, loc="left")
-    _draw_dots(axes, found)
-    figure.draw_without_rendering()  # only now is it known where a dot is on the page
-    _draw_labels(figure, axes, found)
+    _draw_dots(axes, plotted)
+    figure.draw_without_rendering()  # lays the page out, so that each dot has its place on it
+    _draw_labels(figure, axes, plotted)
     path = report.options.out / "table.png"
     figure.savefig(path)
     return path
 
 
-def _set_axes(axes: Axes, found: Sequence[Dot]) -> None:
+def _set_axes(axes: Axes, plotted: Sequence[Dot]) -> None:
     axes.set_xlabel("peak memory, GB")
     axes.set_ylabel("latency, s")
     axes.grid(visible=True, which="both", color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.margins(_MARGIN)
-    if _is_wide([dot.memory for dot in found]):
+    if _is_wide([dot.memory for dot in plotted]):
         axes.set_xscale("log")
         _set_log_ticks(axes.xaxis)
-    if _is_wide([dot.latency for dot in found]):
+    if _is_wide([dot.latency for dot in plotted]):
         axes.set_yscale("log")
         _set_log_ticks(axes.yaxis)
 
@@ -95,26 +95,26 @@ def _set_log_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _draw_dots(axes: Axes, found: Sequence[Dot]) -> None:
-    """The dots, library by library, and the line through those that nothing beats."""
-    for library in dict.fromkeys(dot.library for dot in found):
-        own = [dot for dot in found if dot.library == library]
+def _draw_dots(axes: Axes, plotted: Sequence[Dot]) -> None:
+    """Draw the dots of each library, and the line through the dots that no other dot beats."""
+    for library in dict.fromkeys(dot.library for dot in plotted):
+        own = [dot for dot in plotted if dot.library == library]
         x, y = [dot.memory for dot in own], [dot.latency for dot in own]
         color, marker = own[0].look
         axes.scatter(x, y, s=30, c=color, marker=marker, label=library, zorder=3, edgecolors="white", linewidths=0.6)
-    best = [found[index] for index in undominated([(dot.memory, dot.latency) for dot in found])]
+    best = [plotted[index] for index in undominated([(dot.memory, dot.latency) for dot in plotted])]
     x, y = [dot.memory for dot in best], [dot.latency for dot in best]
     axes.plot(x, y, "--", color="#555555", linewidth=1.0, zorder=2, label="no other is both faster and smaller")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, frameon=False)
 
 
-def _draw_labels(figure: Figure, axes: Axes, found: Sequence[Dot]) -> None:
-    """A label beside each dot, with a thin lead to it."""
-    points = [_in_points(figure, *axes.transData.transform((dot.memory, dot.latency))) for dot in found]
+def _draw_labels(figure: Figure, axes: Axes, plotted: Sequence[Dot]) -> None:
+    """Draw a label beside each dot, with a thin lead to the dot."""
+    points = [_in_points(figure, *axes.transData.transform((dot.memory, dot.latency))) for dot in plotted]
     corners = axes.get_window_extent()
     page = Box(*_in_points(figure, corners.x0, corners.y0), *_in_points(figure, corners.x1, corners.y1))
-    sizes = [_text_size(dot.label) for dot in found]
-    for dot, point, box in zip(found, points, placed(points, sizes, page), strict=True):
+    sizes = [_text_size(dot.label) for dot in plotted]
+    for dot, point, box in zip(plotted, points, placed(points, sizes, page), strict=True):
         _draw_label(axes, dot, point, box)
 
 

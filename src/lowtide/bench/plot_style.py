@@ -1,4 +1,4 @@
-"""What our pictures of memory share: the figure, axes in GB and seconds, colours, names over stretches of time."""
+"""What the pictures of plans and timelines share: figures, colours, grids, log axes, and stage names above a plot."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ROW = 0.06
 """The height of a row of names, as a share of the axes."""
 
 Span = tuple[str, float, float]
-"""A name, and where its stretch of time begins and ends."""
+"""A name, and the seconds at which its stretch of time begins and ends."""
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that no window shows."""
+    """An empty figure, `width` and `height` in inches, that opens no window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -31,13 +31,13 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write the picture, as PNG unless the name says otherwise."""
+    """Write the picture, as PNG unless the ending of the name says otherwise."""
     figure.savefig(path, format=path.suffix.lstrip(".").lower() or "png")
     return path
 
 
 def set_grid(axes: Axes, x: str, y: str) -> None:
-    """Thin grey lines behind everything, and what the axes show."""
+    """Label the axes, and draw thin grey lines behind everything."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(visible=True, which="major", color="#e4e4e4", linewidth=0.6)
@@ -45,7 +45,7 @@ def set_grid(axes: Axes, x: str, y: str) -> None:
 
 
 def set_log(axis: Axis) -> None:
-    """A logarithmic axis with ticks at 1, 2 and 5."""
+    """Make an axis logarithmic, with ticks at 1, 2 and 5."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # pyright: ignore
@@ -55,11 +55,11 @@ def set_log(axis: Axis) -> None:
 
 
 def name_spans(figure: Figure, axes: Axes, spans: Sequence[Span], top: float) -> None:
-    """Write each name above `top` (GB) over the middle of its stretch, higher where it would touch another one.
+    """Write each name above `top` (GB) over the middle of its stretch, higher where it would touch another name.
 
-    Sets the limits of the axes: zero to where the highest name ends.
+    The y axis then goes from 0 to above the highest name.
     """
-    figure.draw_without_rendering()  # only now is it known how wide the axes are
+    figure.draw_without_rendering()  # lays the page out, so that the axes have their width
     rows = _rows(axes, spans)
     share = ROW * (max(rows, default=0) + 1.6)
     axes.set_ylim(0, top / (1 - share))
@@ -72,7 +72,7 @@ def name_spans(figure: Figure, axes: Axes, spans: Sequence[Span], top: float) ->
 
 
 def _rows(axes: Axes, spans: Sequence[Span]) -> list[int]:
-    """The lowest row in which each name touches no earlier one."""
+    """For each name the lowest row in which it touches no earlier name."""
     free_from: list[float] = []
     rows = []
     for name, start, end in spans:
@@ -86,7 +86,7 @@ def _rows(axes: Axes, spans: Sequence[Span]) -> list[int]:
 
 
 def _inside(axes: Axes, middle: float, name: str) -> tuple[float, str]:
-    """Where a name is written and which end of it stands there, so that it leaves the axes on no side."""
+    """Where a name is written and how it is aligned to that place, so that all of it is inside the axes."""
     low, high = axes.get_xlim()
     half = _width(axes, name) / 2
     if middle - half < low:
@@ -95,7 +95,7 @@ def _inside(axes: Axes, middle: float, name: str) -> tuple[float, str]:
 
 
 def _width(axes: Axes, text: str) -> float:
-    """How much of the x axis a text takes."""
+    """The width of a text, in units of the x axis."""
     from matplotlib.textpath import TextPath
 
     low, high = axes.get_xlim()

@@ -1,4 +1,4 @@
-"""What is measured and what comes back: options, one run's orders, its reading, and the order of the runs."""
+"""The runs of a table: its options, what one run is to do, what it measured, and the order of the runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lowtide.bench.techniques import OURS, TECHNIQUES
 
 @dataclass(frozen=True)
 class Job:
-    """A row's technique, by name, in one library."""
+    """One technique, by its name, in one library."""
 
     technique: str
     library: str
@@ -19,7 +19,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Spec:
-    """The orders of one run, as they are sent to its process; `folder` is an empty one on disk."""
+    """What one run is to do, as it is sent to the process of the run; `folder` is an empty folder on disk."""
 
     library: str
     technique: str
@@ -38,10 +38,10 @@ class Spec:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one run took; seconds and bytes, `None` where this machine cannot tell.
+    """What one run took, in seconds and bytes; `None` where this machine cannot measure a figure.
 
-    `peak_rss` is that of the whole process from its start, imports and loading included; the CUDA peaks are those of
-    the timed call. `checksum` is of the pictures' bytes, `gpu` the name of the device, if it is one.
+    `peak_rss` is the peak of the whole process from its start, imports and loading included; the CUDA peaks are those
+    of the timed call alone. `checksum` is of the pictures' bytes. `gpu` is the name of the GPU, if one computed.
     """
 
     load: float
@@ -56,13 +56,13 @@ class Reading:
 
     @property
     def peak(self) -> int | None:
-        """The peak that matters: of the GPU's memory where one computes, else of the process."""
+        """The peak that the table shows: of GPU memory if a GPU computed, otherwise of the process."""
         return self.peak_rss if self.cuda_allocated is None else self.cuda_allocated
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run that has ended: with a reading, or with the reason why there is none. Rounds count from 1."""
+    """One run that has ended, with its reading or the reason why there is none; rounds count from 1."""
 
     round: int
     job: Job
@@ -72,7 +72,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Options:
-    """What a table is asked for. `half` is the name of the dtype of all rows but `original`; `timeout` in seconds."""
+    """The options of a table; `half` is the name of the dtype of all rows but `original`, `timeout` is in seconds."""
 
     model: str
     variant: str | None
@@ -91,14 +91,14 @@ class Options:
     out: Path
 
     def jobs(self) -> list[Job]:
-        """The runs of one round: row by row, in each the library's own run and the peer's, if it has the technique."""
+        """The jobs of one round: for each row ours, and the peer's if there is a peer that has the technique."""
         libraries = [OURS] if self.peer is None else [OURS, self.peer]
         return [
             Job(row, library) for row in self.rows for library in libraries if library == OURS or TECHNIQUES[row].peer
         ]
 
     def spec(self, job: Job, folder: str) -> Spec:
-        """The orders of one run."""
+        """What the run of a job is to do."""
         dtype = self.half if TECHNIQUES[job.technique].precision == "half" else "float32"
         return Spec(
             library=job.library,
@@ -123,7 +123,7 @@ Outcome = tuple[Reading | None, str | None]
 def in_turn(
     jobs: list[Job], rounds: int, run_one: Callable[[Job], Outcome], round_ended: Callable[[], object]
 ) -> Iterator[Run]:
-    """Run every job once a round, round after round, so that a machine's drift meets all of them alike.
+    """Run every job once in each round, so that slow changes of the machine's speed affect all jobs alike.
 
     A job that failed is not tried again. `round_ended` is called after each round.
     """

@@ -1,4 +1,4 @@
-"""The table as text: its headings and cells, as markdown, for a terminal, and as JSON with every single run."""
+"""The table as text: as markdown, for a terminal, and as JSON with every single run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 NOTHING = "–"
 _PEER_COLUMNS = 4
-_WIDE = 130  # columns of a terminal in which the whole table has room
+_WIDE = 130  # columns of a terminal that has room for the whole table
 Tell = Callable[[str], str]
-"""From the reason of a failure to what its cell says."""
+"""Turns the reason of a failure into the text of its cell."""
 
 
 @dataclass
 class Report:
-    """All that a table is made of; `runs` grows while it is measured."""
+    """All that a table is made of; `runs` grows while the table is measured."""
 
     options: Options
     command: str
@@ -37,27 +37,27 @@ class Report:
 
     @property
     def reference(self) -> str:
-        """The row that is x1."""
+        """The row with which all others are compared."""
         return ORIGINAL if ORIGINAL in self.options.rows else self.options.rows[0]
 
     def summaries(self) -> dict[Job, Summary]:
-        """What each job took."""
+        """The summary of each job."""
         return summaries(self.runs)
 
     def a_reading(self) -> Reading | None:
-        """Any reading; `None` while there is none."""
+        """The first reading; `None` before there is one."""
         return next((run.reading for run in self.runs if run.reading is not None), None)
 
     def versions(self) -> dict[str, str]:
-        """Versions of all that was measured."""
-        found: dict[str, str] = {}
+        """Versions of all that was measured, by name."""
+        versions: dict[str, str] = {}
         for run in self.runs:
-            found |= run.reading.versions if run.reading is not None else {}
-        return found
+            versions |= run.reading.versions if run.reading is not None else {}
+        return versions
 
 
 def headings(report: Report) -> list[str]:
-    """The columns."""
+    """The headings of the columns."""
     first = TECHNIQUES[report.reference].title
     own = ["technique", "latency, s", "speed-up", "peak memory, GB", f"of {first}"]
     own += ["reserved, GB", "host, GB"] if _with_cuda(report) else []
@@ -68,18 +68,18 @@ def headings(report: Report) -> list[str]:
 
 
 def cells(report: Report, row: str, tell: Tell) -> list[str]:
-    """One row's cells; `tell` says what is in a cell whose run failed."""
-    found = report.summaries()
-    ours, first = found.get(Job(row, OURS)), found.get(Job(report.reference, OURS))
+    """The cells of one row; `tell` gives the text of a cell whose run failed."""
+    by_job = report.summaries()
+    ours, first = by_job.get(Job(row, OURS)), by_job.get(Job(report.reference, OURS))
     own = [_latency(ours, tell), _times(ratio(_median(first), _median(ours))), _gigabytes(_peak(ours))]
     own.append(_share(ratio(_peak(ours), _peak(first))))
     if _with_cuda(report):
         own += [_gigabytes(ours.largest(name) if ours else None) for name in ("cuda_reserved", "peak_rss")]
     if report.options.peer is None:
         return [TECHNIQUES[row].title, *own]
-    theirs = found.get(Job(row, report.options.peer))
+    theirs = by_job.get(Job(row, report.options.peer))
     ratios = [ratio(_median(ours), _median(theirs)), ratio(_peak(ours), _peak(theirs))]
-    peers = [_latency(theirs, tell), _gigabytes(_peak(theirs)), *(_plain(one) for one in ratios)]
+    peers = [_latency(theirs, tell), _gigabytes(_peak(theirs)), *(_plain(value) for value in ratios)]
     return [TECHNIQUES[row].title, *own, *peers]
 
 
@@ -92,15 +92,15 @@ def markdown_table(report: Report) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The whole file: title, how it was measured, the table, the notes."""
+    """The whole file: title, how the table was measured, the table, the notes."""
     lines = [f"# {title(report)}", "", how(report), "", markdown_table(report), "", *notes(report), ""]
     return "\n".join(lines)
 
 
 def rich_tables(report: Report, width: int) -> tuple[list[Table], list[str]]:
-    """The table for a terminal of `width` columns: in a narrow one, the peer's part is a table of its own.
+    """The table for a terminal of `width` columns, and the reasons of failures, which cells point to by number.
 
-    With it the reasons of failures, to which the cells point by number.
+    In a narrow terminal the columns about the peer are a table of their own.
     """
     reasons: list[str] = []
 
@@ -147,25 +147,26 @@ def title(report: Report) -> str:
 
 
 def how(report: Report) -> str:
-    """How it was measured, for someone who sees the table alone."""
+    """How the table was measured, for a reader who has nothing but the table."""
     asked = report.options
     memory = (
-        "the CUDA allocator's over that call; beside it what the allocator reserved, and the process's resident memory"
+        "what the CUDA allocator allocated in that call (in the next columns: what it reserved, and the process's "
+        "resident memory)"
         if _with_cuda(report)
-        else "resident memory of the whole process, imports and loading included"
+        else "the resident memory of the whole process, imports and loading included"
     )
     parts = [
-        "Latency is the time of one call of the whole pipeline, median (min to max) of "
-        f"{asked.rounds} rounds. Every run is a fresh process, and in a round all techniques take turns. A call of "
-        f"{WARM_UP_STEPS} steps warms up before the timed one. Guidance is {GUIDANCE:g}. Peak memory is {memory}. It "
-        "is the largest of all rounds, in GB (10^9 bytes).",
-        f"The speed-up compares medians with `{report.reference}` (x1).",
-        "Original, half precision, channels last, traced UNet and memory-efficient attention are each on top of the "
-        f"technique before; every other technique is on top of half precision ({asked.half}) alone. Nothing else is "
-        "set in either library.",
+        f"Latency is the time of one call of the whole pipeline, the median (min to max) of {asked.rounds} rounds. "
+        "Every run is a fresh process, and all techniques run once in each round. A call of "
+        f"{WARM_UP_STEPS} steps comes before the timed call. Guidance is {GUIDANCE:g}. Peak memory is {memory}: the "
+        "largest of all rounds, in GB (10^9 bytes).",
+        f"The speed-up is the median latency of `{report.reference}` (x1) divided by that of the technique.",
+        "Half precision, channels last, traced UNet and memory-efficient attention are each on top of the technique "
+        f"before; every other technique is on top of half precision ({asked.half}) alone. Nothing else is set in "
+        "either library.",
     ]
     if report.reference != ORIGINAL:
-        parts.insert(2, f"`{ORIGINAL}` was left out, so these are no speed-ups over float32.")
+        parts.insert(2, f"`{ORIGINAL}` was left out, so the speed-ups are not over float32.")
     return " ".join(parts)
 
 
@@ -192,7 +193,7 @@ def notes(report: Report) -> list[str]:
 
 
 def write_json(report: Report, *, complete: bool) -> Path:
-    """Write `table.json`: at any moment there is the old file or the whole new one."""
+    """Write `table.json`; at any moment there is either the old file or the whole new one."""
     path, reading = report.options.out / "table.json", report.a_reading()
     content = {
         "complete": complete,
@@ -208,7 +209,7 @@ def write_json(report: Report, *, complete: bool) -> Path:
 
 
 def write_markdown(report: Report) -> Path:
-    """Write `table.md`, as whole as `table.json`."""
+    """Write `table.md`; it is replaced as a whole, as `table.json` is."""
     path = report.options.out / "table.md"
     _replace(path, markdown(report))
     return path

@@ -1,7 +1,7 @@
-"""The rows of `lowtide bench table`: what a user calls, on a pipeline just loaded, to have each technique.
+"""The techniques that `lowtide bench table` measures, each as the calls that apply it to a pipeline just loaded.
 
-Our methods have the peer's names, so one function serves both libraries unless it says otherwise. Each one puts the
-weights where they belong: on the device, or, for an offload, where they rest.
+Our methods have the peer's names, so a function serves both libraries unless its docstring says otherwise. Each also
+puts the weights where they belong: on the device, or, for an offload, where they rest.
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lowtide.bench.context import Context
-
-if TYPE_CHECKING:
-    pass
 
 OURS = "lowtide"
 ORIGINAL = "original"
@@ -27,9 +24,10 @@ Apply = Callable[[Any, ModuleType, Context], None]
 
 @dataclass(frozen=True)
 class Technique:
-    """One row: its name for `--rows`, its title, the precision it is loaded in, and how to have it.
+    """One row: its name for `--rows`, its title, the precision that the model is loaded in, and what applies it.
 
-    `apply` takes the pipeline, the library it is from, and the context. `peer` is false where the peer lacks it.
+    `apply` takes the pipeline, the library that it is from, and the context. `peer` is false if the peer lacks the
+    technique.
     """
 
     name: str
@@ -58,13 +56,13 @@ def _traced(pipe: Any, library: ModuleType, context: Context) -> None:
 
 
 def _attention(pipe: Any, library: ModuleType, context: Context) -> None:
-    """Before the trace: a traced network's attention is fixed."""
+    """Set before the trace, because the attention of a traced network is fixed."""
     pipe.enable_xformers_memory_efficient_attention()
     _traced(pipe, library, context)
 
 
 def _vae_sliced(pipe: Any, library: ModuleType, context: Context) -> None:
-    """By the autoencoder's own method: the peer's pipeline has none any more."""
+    """By the autoencoder's own method, since the peer's pipeline no longer has one."""
     pipe.to(context.device)
     pipe.vae.enable_slicing()
 
@@ -85,7 +83,7 @@ def _attention_sliced(pipe: Any, library: ModuleType, context: Context) -> None:
 
 
 def _offloaded(method: str) -> Apply:
-    """A whole pipeline's offload. On a CPU no device is named: the peer takes that name, and then moves nothing."""
+    """An offload of the whole pipeline; no device is named on a CPU, since the peer would then move nothing."""
 
     def apply(pipe: Any, library: ModuleType, context: Context) -> None:
         named = {} if context.device.type == "cpu" else {"device": context.device}
@@ -112,9 +110,9 @@ def _grouped(kind: str, *, to_disk: bool = False) -> Apply:
 
 
 def _group_on_disk(pipe: Any, library: ModuleType, context: Context, options: dict[str, Any]) -> None:
-    """The peer's group offload on a CPU: to disk is the only one that saves memory, and it has no streams there.
+    """The peer's group offload on a CPU: only an offload to disk saves memory there, and it has no streams.
 
-    Each network has a folder of its own: the files of two would have the same names.
+    Each network has a folder of its own, because the files of two networks would have the same names.
     """
     for name, module in _networks(pipe).items():
         folder = Path(context.folder) / name
@@ -125,7 +123,7 @@ def _group_on_disk(pipe: Any, library: ModuleType, context: Context, options: di
 
 
 def _cast(storage: str, **options: Any) -> Apply:
-    """The U-Net's weights kept in fewer bits. It is moved first: moving the pipeline ends what changed its weights."""
+    """Keep the U-Net's weights in fewer bits; the pipeline is moved first, because a move would end the casting."""
 
     def apply(pipe: Any, library: ModuleType, context: Context) -> None:
         import torch
@@ -185,4 +183,4 @@ _ROWS = (
     Technique("int8-group-block", "int8 UNet + group offload, blocks", "half", _int8_grouped, peer=False),
 )
 TECHNIQUES = {technique.name: technique for technique in _ROWS}
-"""Every technique by its name. The first five are each on top of the one before; the others are on top of `half`."""
+"""Every technique by its name. The first five build on each other; each of the others is on top of `half`."""

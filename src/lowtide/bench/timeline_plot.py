@@ -1,4 +1,4 @@
-"""Memory over the time of a run as a picture, with what its plan had promised."""
+"""The memory of a run over time as a picture, with the peaks that its plan predicted."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _SHADES = ("#f4f4f4", "#e9eef3")
 
 
 def plot_timeline(timeline: Timeline, plan: Plan | None, path: Path) -> Path:
-    """Write the picture to `path`; it needs matplotlib. Without a plan it shows what was measured alone.
+    """Write the picture to `path`; needs matplotlib. Without a plan it shows only what was measured.
 
-    On a GPU the upper line is what PyTorch allocated there, and host memory is thin.
+    With a GPU it shows what PyTorch allocated there, and host memory in grey.
     """
     figure = new_figure(12, 5.4)
     axes = figure.add_subplot()
@@ -44,7 +44,7 @@ def _draw_bands(axes: Axes, stages: list[StageMark]) -> None:
 
 
 def _draw_memory(axes: Axes, timeline: Timeline) -> None:
-    """The lines: one for each kind of memory that is known."""
+    """Draw a line for each kind of memory that was sampled."""
     kinds = {
         "cuda": ("allocated on the GPU", BLUE, 1.4),
         "rss": ("host memory" if timeline.has_cuda else "resident memory", GREY if timeline.has_cuda else BLUE, 1.4),
@@ -52,21 +52,22 @@ def _draw_memory(axes: Axes, timeline: Timeline) -> None:
         "file": ("mapped files", "#3f8f4f", 0.9),
     }
     for kind, (label, color, width) in kinds.items():
-        known = [(one.seconds, getattr(one, kind) / 1e9) for one in timeline.samples if getattr(one, kind) is not None]
-        if known:
-            axes.plot(*zip(*known, strict=True), color=color, linewidth=width, label=label, zorder=3)
+        sampled = [sample for sample in timeline.samples if getattr(sample, kind) is not None]
+        points = [(sample.seconds, getattr(sample, kind) / 1e9) for sample in sampled]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=width, label=label, zorder=3)
 
 
 def _draw_plan(axes: Axes, stages: list[StageMark], plan: Plan, *, on_gpu: bool) -> None:
-    """The budget, and the predicted peak of each stage as a step over the time that it took."""
+    """Draw the budget, and the predicted peak of each stage as a line over the time that the stage took."""
     budget = budget_of(plan)
     if budget is not None:
         axes.axhline(budget / 1e9, color=RED, linestyle="--", linewidth=1.2, label=f"budget {format_decimal(budget)}")
-    promised = {one.name: one.allocated if on_gpu else one.peak for one in plan.stages}
+    predicted = {planned.name: planned.allocated if on_gpu else planned.peak for planned in plan.stages}
     label = "predicted peak"
     for stage in stages:
-        if stage.name in promised:
-            height = promised[stage.name] / 1e9
+        if stage.name in predicted:
+            height = predicted[stage.name] / 1e9
             axes.hlines(height, stage.start, stage.end, color="black", linewidth=1.2, label=label, zorder=4)
             label = "_"
 

@@ -1,4 +1,4 @@
-"""A traced U-Net in the pipeline's place for one."""
+"""A U-Net traced by `torch.jit.trace`, which takes the place of a pipeline's U-Net."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TracedOutput:
 
 
 class TracedUNet(nn.Module):
-    """A U-Net traced with `inputs`, to be assigned to `pipe.unet`; it takes inputs of those shapes."""
+    """A U-Net traced with `inputs`, to be assigned to `pipe.unet`; it takes inputs of the same shapes alone."""
 
     def __init__(self, unet: Any, inputs: Inputs) -> None:
         super().__init__()
@@ -35,12 +35,12 @@ class TracedUNet(nn.Module):
     def forward(
         self, latent_model_input: torch.Tensor, t: torch.Tensor, encoder_hidden_states: torch.Tensor
     ) -> TracedOutput:
-        """Denoise once: `[B, in_channels, H, W]`, the time `[]`, text `[B, S, C]`."""
+        """Denoise once: latents `[B, in_channels, H, W]`, the timestep `[]`, text `[B, S, C]`."""
         return TracedOutput(sample=self.traced(latent_model_input, t, encoder_hidden_states)[0])
 
 
 def example_inputs(pipe: Any, context: Context) -> Inputs:
-    """Inputs of a guided call, as the pipeline gives them: each picture twice, a step's number, embedded text."""
+    """Inputs such as the pipeline gives in a guided call: each picture twice, a timestep, embedded text."""
     config, device = pipe.unet.config, context.device
     scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     shape = (2 * context.batch, config.in_channels, context.height // scale, context.width // scale)

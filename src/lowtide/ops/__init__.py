@@ -1,1 +1,1 @@
-"""Operations on plain tensors: no modules, no weights' whereabouts."""
+"""Operations on plain tensors, which know nothing of modules or of where weights rest."""

@@ -1,6 +1,6 @@
-"""Convolution of maps laid out as `B C H W`, in the form that suits the map's size and its dtype.
+"""Convolution of maps `[B, C, H, W]` and clips `[B, C, F, H, W]`, by the kernel that suits their size and dtype.
 
-Figures below: two cores with AVX-512 BF16 instructions, PyTorch 2.13 with oneDNN, one thread.
+The figures below were measured with one thread on two cores with AVX-512 BF16 instructions, PyTorch 2.13 with oneDNN.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lowtide.ops.meta_device import device_type
 
 FEW_PIXELS = 256
-"""Pixels of all maps of a batch together, up to which a bfloat16 convolution on a CPU is one matrix product."""
+"""The most output pixels of all maps of a batch for which a bfloat16 convolution on a CPU is one matrix product."""
 
 
 def conv2d(
@@ -17,10 +17,11 @@ def conv2d(
 ) -> torch.Tensor:
     """Convolve with `weight` `[O, C, K, K]`: `[B, C, H, W]` to `[B, O, h, w]`.
 
-    On a CPU the bfloat16 kernel rearranges the whole weight on every call. Where the map has few pixels, that takes
-    longer than the arithmetic, and memory for a second weight: here a matrix product, which reads the weight as it
-    lies, takes over (2560 to 1280 channels, two maps of 4x4: 7 ms instead of 45). It sums in another order, so results
-    may differ from the kernel's by the rounding of bfloat16. Every other convolution is PyTorch's own.
+    On a CPU, PyTorch's bfloat16 kernel rearranges the whole weight on every call. If the map has few pixels, that takes
+    longer than the arithmetic, and memory for a second weight. Such maps are convolved by a matrix product, which reads
+    the weight as it lies: 7 ms instead of 45 ms for 2560 to 1280 channels and two maps of 4x4. The product sums in
+    another order, so results may differ from the kernel's by the rounding of bfloat16. Every other convolution is
+    PyTorch's own.
     """
     is_bfloat16_on_cpu = device_type(x_BCHW) == "cpu" and x_BCHW.dtype == torch.bfloat16
     if is_bfloat16_on_cpu:
@@ -35,7 +36,8 @@ def conv2d_as_product(
 ) -> torch.Tensor:
     """Convolve as one product: the weight `[O, C·K·K]` times a column of `C·K·K` values for each output pixel.
 
-    With channels last in the weight these are `K·K·C`, so that it is read as it lies. The result lies as the map.
+    For a weight with channels last the order is `K·K·C`, so that the weight is read as it lies. The result has the
+    layout of the map.
     """
     size = weight.shape[-1]
     padded = F.pad(x_BCHW, (padding,) * 4)
@@ -61,8 +63,9 @@ def conv3d(
 ) -> torch.Tensor:
     """Convolve a clip, without gradients: `[B, C, F, H, W]` to `[B, O, f, h, w]`.
 
-    In float32 on a CPU PyTorch has another kernel for one clip of few entries, which writes every entry down again for
-    each of the kernel's: 27 times the clip for a 3x3x3 kernel, in five times the time. Here oneDNN's is called for all.
+    In float32 on a CPU, PyTorch convolves a single small clip by copying each of its entries once for every entry of
+    the kernel: 27 times the memory of the clip for a 3x3x3 kernel, and five times the time. Here oneDNN's kernel is
+    called for clips of every size.
     """
     if device_type(x_BCFHW) == "cpu" and x_BCFHW.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.aten.mkldnn_convolution(x_BCFHW, weight, bias_O, padding, stride, dilation, groups)
@@ -75,12 +78,12 @@ def channels_last(x: torch.Tensor) -> torch.memory_format:
 
 
 def in_faster_layout(x: torch.Tensor) -> torch.Tensor:
-    """The same values with channels last in memory, where convolutions of large maps are faster so: bfloat16 on a CPU.
+    """Lay a map out with channels last if that makes convolutions of large maps faster: in bfloat16 on a CPU.
 
-    With channels first every convolution rearranges its map before and after, and holds both forms: a 256x256 picture
-    is decoded in 2.0 s and 92 MB of activations instead of 2.4 s and 131 MB. float32 is left as it is, because
-    PyTorch's group norm with channels last loses digits: a relative error of 3e-5 instead of 4e-7 where a group's mean
-    is ten times its deviation.
+    With channels first every convolution rearranges its map before and after, and holds both forms. With channels last
+    a 256x256 picture is decoded in 2.0 s with 92 MB of activations, instead of 2.4 s with 131 MB. A float32 map stays
+    as it is, because PyTorch's group norm loses digits with channels last: the relative error is 3e-5 instead of 4e-7
+    for a group whose mean is ten times its deviation.
     """
     if device_type(x) == "cpu" and x.dtype == torch.bfloat16:
         return x.contiguous(memory_format=channels_last(x))

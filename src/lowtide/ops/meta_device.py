@@ -1,6 +1,6 @@
 """The device that tensors on meta stand for, while the memory of a run is predicted.
 
-Code that takes another way on a CPU than elsewhere asks `device_type(x)`, so that predictions take the same way.
+Code that does something else on a CPU than elsewhere asks `device_type(x)`, so that a prediction does the same.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ def standing_for(device: str | None) -> Generator[None]:
 
 
 def meant_device() -> str | None:
-    """The type of device that tensors on meta stand for, if they do."""
+    """The type of device that tensors on meta stand for, or None."""
     return _MEANT.get()
 
 
 def meant_type(device: torch.device) -> str:
-    """The type of a device, or of the one that it stands for."""
+    """The type of a device; of the meta device, the type that it stands for."""
     return (_MEANT.get() or device.type) if device.type == "meta" else device.type
 
 
 def device_type(x: torch.Tensor) -> str:
-    """The type of device that a tensor is on, or stands for."""
+    """The type of the device that a tensor is on; of a tensor on meta, the type that it stands for."""
     return meant_type(x.device)
 
 
 def note_stored(nbytes: int) -> None:
-    """Say that a run would have so many bytes in a temporary file at once."""
+    """Note that a run would have `nbytes` bytes in a temporary file at once."""
     _STORED.set(max(_STORED.get(), nbytes))
 
 
 def taken_note() -> int:
-    """The most bytes that were said to be stored since this was asked last."""
+    """The most bytes that `note_stored` noted since the last call of this function."""
     stored = _STORED.get()
     _STORED.set(0)
     return stored

@@ -1,8 +1,8 @@
 """Weights in 8 bits: quantize once, dequantize whenever they are used.
 
-w ≈ scale · q, with q in 8 bits and one scale for each output channel, or none (a plain cast). Scales are numbers that
-bfloat16 holds exactly; those of fp8 are powers of two. So q · scale has at most 16 significant bits, it is rounded
-once, to the dtype that is computed in, and every way of computing it below gives the same bits.
+w ≈ scale · q, with q in 8 bits and one scale for each output channel, or without a scale (a plain cast). bfloat16 holds
+every scale exactly, and the scales of fp8 are powers of two. So q · scale has at most 16 significant bits and is
+rounded once, to the dtype that computes: all functions below that compute it give the same bits.
 fp8 formats: Micikevicius et al. 2022, "FP8 formats for deep learning", sec. 3.
 """
 
@@ -17,18 +17,18 @@ STORAGE = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m
 """The 8-bit dtypes by name."""
 LARGEST_INT8 = 127
 FP8_CAPABILITY = (8, 9)
-"""Of CUDA devices that multiply in fp8."""
+"""The least compute capability of CUDA devices that multiply in fp8."""
 CHUNK = 2**19
-"""Numbers that are converted at once: what lies between the steps stays in the cache."""
+"""Numbers that are converted at once: so few that the results between two steps stay in the cache."""
 
 
 def quantize(
     weight: torch.Tensor, storage: torch.dtype, *, scaled: bool, channel_dim: int = 0, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The numbers of `weight` in 8 bits, laid out as they are, and the scale (float32, `[O, 1, ...]`), None for plain.
+    """The numbers of `weight` in 8 bits, in its layout, and their scale (float32, `[O, 1, ...]`), None if not `scaled`.
 
-    `dtype` is a dtype that the numbers are rounded to before. Memory beyond the result: `CHUNK` numbers. Plain casts
-    round as PyTorch does, which tells what comes of numbers beyond 448 (e4m3fn) or 57344 (e5m2).
+    With `dtype` the numbers are rounded to that dtype first. Beside the result this takes memory for `CHUNK` numbers.
+    Without a scale numbers are cast as PyTorch does, also those beyond 448 (e4m3fn) or 57344 (e5m2).
     Raises `ValueError` for a scale of numbers that are not finite, and for int8 without a scale.
     """
     if storage == torch.int8 and not scaled:
@@ -53,9 +53,9 @@ def dequantize(
 ) -> torch.Tensor:
     """Fill `out` with `scale` · `values`, rounded once to the dtype of `out`; both have one layout. Returns `out`.
 
-    `has_nan` says that e4m3fn values hold patterns that are not numbers (see `holds_nan`): PyTorch's own conversion is
-    used for these; on a CPU it takes six times as long as this one. `scale_fits` says that bfloat16 holds the scale
-    (see `fits_bfloat16`): that is faster, and gives the same.
+    `has_nan` says that e4m3fn values hold NaN (see `holds_nan`). PyTorch then converts them, which takes six times as
+    long on a CPU as the conversion here. `scale_fits` says that bfloat16 holds the scale (see `fits_bfloat16`), which
+    makes the conversion faster with the same result.
     """
     in_bfloat16 = out.dtype == torch.bfloat16 and scale_fits
     in_steps = values.dtype == torch.float8_e4m3fn and values.device.type == "cpu" and not has_nan
@@ -80,28 +80,28 @@ def dequantize(
 def fp8_linear(
     x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """`x` `[..., K]` times the e4m3fn weight `[N, K]`, with `x` in e4m3fn too, each row with a scale of its own.
+    """`x` `[..., K]` times the e4m3fn weight `[N, K]`; `x` is rounded to e4m3fn too, with a scale for each row.
 
-    The product is the hardware's (`torch._scaled_mm`), its sums are rounded to bfloat16 once: all scales are powers of
-    two. Relative error about 3.7 %, half of it from `x`; 2.6 % where only the weight is rounded. K and N are multiples
-    of 16. A row with what is not finite gives a row that is not. Raises `ValueError` for an `x` that is not bfloat16,
-    `RuntimeError` on a GPU without fp8 matrix units.
+    The hardware multiplies (`torch._scaled_mm`), and sums are rounded to bfloat16 once, since all scales are powers of
+    two. The relative error is about 3.7 %, half of it from `x`; it is 2.6 % if only the weight is rounded. K and N are
+    multiples of 16. A row of `x` that is not finite gives a row that is not finite. Raises `ValueError` for an `x` that
+    is not bfloat16, and `RuntimeError` on a GPU without fp8 matrix units.
     """
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < FP8_CAPABILITY:
         raise RuntimeError(
             f"fp8_matmul needs a GPU of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or more; "
-            f"{torch.cuda.get_device_name(x.device)} has less. Cast without it: weights are then dequantized."
+            f"{torch.cuda.get_device_name(x.device)} has less. Cast without fp8_matmul: weights are then dequantized."
         )
     if x.dtype != torch.bfloat16:
-        raise ValueError(f"fp8_matmul takes bfloat16, not {x.dtype}.")
+        raise ValueError(f"fp8_matmul takes bfloat16, not {x.dtype}: compute in bfloat16, or cast without fp8_matmul.")
     rows = x.reshape(-1, x.shape[-1])
     largest = rows.abs().amax(1, keepdim=True).float()
     row_scale = _power_of_two(largest / torch.finfo(torch.float8_e4m3fn).max)
-    row_scale = torch.where(largest.isfinite(), row_scale, torch.nan)  # e4m3fn would make 448 of what is not finite
-    one = torch.ones((), device=x.device)
+    row_scale = torch.where(largest.isfinite(), row_scale, torch.nan)  # e4m3fn would turn infinity into 448
+    no_scale = torch.ones((), device=x.device)
     small = (rows.float() / row_scale).to(torch.float8_e4m3fn)
     multiply: Any = getattr(torch, "_scaled_mm")  # noqa: B009
-    out = multiply(small, values.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    out = multiply(small, values.t(), scale_a=no_scale, scale_b=no_scale, out_dtype=torch.bfloat16)
     out = out * row_scale.bfloat16()
     if scale is not None:
         out = out * scale.view(1, -1).bfloat16()
@@ -110,14 +110,14 @@ def fp8_linear(
 
 
 def holds_nan(values: torch.Tensor) -> bool:
-    """Whether e4m3fn values hold the pattern of what is not a number."""
+    """Whether e4m3fn values hold NaN; never true of another dtype."""
     if values.dtype != torch.float8_e4m3fn:
         return False
     return any(bool((values[rows].view(torch.int8) & 0x7F).eq(0x7F).any()) for rows in slabs(values))
 
 
 def slabs(weight: torch.Tensor) -> Iterator[slice]:
-    """Rows of a weight that hold about `CHUNK` numbers together; on a GPU sixteen times as many."""
+    """Slices of the rows of a weight, each with about `CHUNK` numbers; on a GPU with sixteen times as many."""
     if weight.numel() == 0:
         return
     chunk = CHUNK if weight.device.type == "cpu" else 16 * CHUNK
@@ -126,10 +126,10 @@ def slabs(weight: torch.Tensor) -> Iterator[slice]:
 
 
 def _e4m3_in_bfloat16(values: torch.Tensor, factor: torch.Tensor | None, target: torch.Tensor) -> None:
-    """bfloat16, whose fields e4m3fn moves into: there the number is 2⁻¹²⁰ of what it was (biases 127 and 7).
+    """Fill `target` in bfloat16: bits of e4m3fn moved there are 2⁻¹²⁰ of the number (the biases are 127 and 7).
 
-    The few numbers that are below normal in e4m3fn are so here, and arithmetic with such is slow on a CPU: a way for
-    scaled weights, which have hardly any, and not for plain ones, half of which can be such.
+    Numbers that are subnormal in e4m3fn are then subnormal in bfloat16, where a CPU computes slowly. So this is for
+    scaled weights, which have hardly any of them; of a weight without a scale half can be subnormal.
     """
     assert factor is not None
     bits = target.view(torch.int16).copy_(values.view(torch.int8))  # the sign fills the upper byte
@@ -138,17 +138,17 @@ def _e4m3_in_bfloat16(values: torch.Tensor, factor: torch.Tensor | None, target:
 
 
 def fits_bfloat16(scale: torch.Tensor | None) -> bool:
-    """Whether there are scales, and bfloat16 holds each exactly, and 2¹²⁰ times it; those of `quantize` are so."""
+    """Whether there are scales and bfloat16 holds them, and 2¹²⁰ times them, exactly; true of those of `quantize`."""
     return scale is not None and bool(((scale.bfloat16() == scale) & (scale < 2.0**7)).all())
 
 
 def _e4m3_to_float(
     values: torch.Tensor, factor: torch.Tensor | None, room: torch.Tensor, floats: torch.Tensor
 ) -> torch.Tensor:
-    """float32 by way of float16, whose sign, 4 of 5 exponent bits and 3 leading fraction bits are those of e4m3fn.
+    """Convert to float32 by way of float16, where e4m3fn's bits become the sign, 4 exponent bits and 3 fraction bits.
 
-    Moved there, the number is 2⁻⁸ of what it was, since the exponents' biases are 15 and 7. `room` is overwritten if
-    its numbers are of 16 bits; `floats` is where the result goes if it has its shape.
+    Bits moved there are 2⁻⁸ of the number, since the exponents' biases are 15 and 7. `room` is overwritten if its
+    numbers have 16 bits. `floats` takes the result if it has the right shape.
     """
     bits = room.view(torch.int16) if room.itemsize == 2 else torch.empty_like(values, dtype=torch.int16)
     bits.copy_(values.view(torch.int8))  # the sign fills the upper byte

@@ -1,4 +1,4 @@
-"""Mean and variance of the channels of a map that is seen a few rows at a time."""
+"""Mean and variance of the channels of a map, taken from a few rows at a time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ PARTIAL_ENTRIES = 2**18
 
 
 class ChannelStatistics:
-    """Count, mean and sum of squared deviations of every channel, of all that was added so far.
+    """Count, mean and sum of squared deviations of every channel, over all parts added so far.
 
-    Parts are joined as Chan, Golub & LeVeque 1983, eq. 2.1, in float64, so the order of magnitude of the mean and the
-    number of parts do not matter.
+    Parts are joined as in Chan, Golub & LeVeque 1983, eq. 2.1, in float64, so neither a large mean nor many parts cost
+    precision.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class ChannelStatistics:
             self._join(len(part_EC), mean_C.double(), squares_C.double())
 
     def parts(self, entries_EC: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Entries `[E, C]` in parts that are summed at once."""
+        """Entries `[E, C]` in parts, each of which is summed at once."""
         return entries_EC.split(max(1, PARTIAL_ENTRIES // entries_EC.shape[1]))
 
     def _join(self, count: int, mean_C: torch.Tensor, squares_C: torch.Tensor) -> None:
@@ -47,7 +47,7 @@ class ChannelStatistics:
     def scale_and_shift(
         self, groups: int, weight_C: torch.Tensor | None, bias_C: torch.Tensor | None, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factors `[C]` and terms `[C]` with which x · factor + term is the group norm of x; both float64."""
+        """Factors `[C]` and terms `[C]`, in float64, so that x · factor + term is the group norm of x."""
         assert self.mean_C is not None
         assert self.squares_C is not None
         mean_GC, squares_GC = self.mean_C.view(groups, -1), self.squares_C.view(groups, -1)

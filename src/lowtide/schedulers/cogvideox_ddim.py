@@ -13,23 +13,23 @@ from lowtide.schedulers.common import Generators, StepOutput, Timestep
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CogVideoXDDIMConfig(CogVideoXConfig):
-    """The entries of `CogVideoXConfig`."""
+    """The same entries as `CogVideoXConfig`."""
 
 
 def cogvideox_ddim_step(sample: Tensor, original: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
     """The next sample from x_t and x₀ (arXiv 2010.02502, Eq. 12 with σ = 0, its ε replaced by x_t and x₀).
 
-    It is a x_t + (√ᾱ_prev - √ᾱ_t a) x₀ with a = √((1-ᾱ_prev)/(1-ᾱ_t)).
+    The next sample is a x_t + (√ᾱ_prev - √ᾱ_t a) x₀ with a = √((1-ᾱ_prev)/(1-ᾱ_t)).
     """
     kept = ((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5
     return kept * sample + (alpha_bar_prev**0.5 - alpha_bar**0.5 * kept) * original
 
 
 class CogVideoXDDIMScheduler(CogVideoXScheduler[CogVideoXDDIMConfig]):
-    """DDIM for CogVideoX; nothing is remembered from step to step, so steps may be taken in any order.
+    """DDIM for CogVideoX. It remembers nothing from step to step, so steps may be taken in any order.
 
-    A step depends on its arguments and on the number of steps last told to `set_timesteps`, which says how far it
-    leads.
+    A step depends on its arguments and on the number of steps last given to `set_timesteps`, which sets how far the
+    step leads.
     """
 
     config_class = CogVideoXDDIMConfig

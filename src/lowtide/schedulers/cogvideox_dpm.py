@@ -15,11 +15,11 @@ from lowtide.schedulers.common import Generators, StepOutput, Timestep, draw_noi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CogVideoXDPMConfig(CogVideoXConfig):
-    """The entries of `CogVideoXConfig`."""
+    """The same entries as `CogVideoXConfig`."""
 
 
 class Prediction(NamedTuple):
-    """A clean-sample prediction, and at which timestep and place among all it was made."""
+    """A prediction of the clean sample, the timestep at which it was made, and the place of that in the run."""
 
     place: int
     timestep: int
@@ -34,8 +34,8 @@ def half_log_snr(alpha_bar: Tensor) -> Tensor:
 def sde_dpm_step(sample: Tensor, original: Tensor, fresh: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
     """One step of SDE-DPM-Solver++ (arXiv 2211.01095), with `fresh` standard normal noise.
 
-    It is (σ_t/σ_s) e^-h x_s + α_t (1 - e^-2h) x₀ + σ_t √(1 - e^-2h) z over h = λ_t - λ_s, which may be infinite; s is
-    the level of `alpha_bar`, t that of `alpha_bar_prev`.
+    The next sample is (σ_t/σ_s) e^-h x_s + α_t (1 - e^-2h) x₀ + σ_t √(1 - e^-2h) z over h = λ_t - λ_s, which may be
+    infinite. s is the level of `alpha_bar`, t that of `alpha_bar_prev`.
     """
     h = half_log_snr(alpha_bar_prev) - half_log_snr(alpha_bar)
     kept = ((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5 * torch.exp(-h)
@@ -44,9 +44,10 @@ def sde_dpm_step(sample: Tensor, original: Tensor, fresh: Tensor, alpha_bar: Ten
 
 
 def extrapolated(original: Tensor, before: Tensor, alpha_bars: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The x₀ of the multistep 2M, (1 + 1/2r) x₀ - (1/2r) x₀' with r = (λ_s - λ_r)/(λ_t - λ_s) (arXiv 2211.01095).
+    """The x₀ of a 2M step, (1 + 1/2r) x₀ - (1/2r) x₀' with r = (λ_s - λ_r)/(λ_t - λ_s) (arXiv 2211.01095).
 
-    `before` is x₀', and `alpha_bars` are ᾱ_r at which it was predicted, ᾱ_s of `original`, and ᾱ_t of the next sample.
+    `before` is x₀'. `alpha_bars` are ᾱ_r where `before` was predicted, ᾱ_s where `original` was predicted, and ᾱ_t of
+    the next sample.
     """
     oldest, now, target = (half_log_snr(bar) for bar in alpha_bars)
     ratio = (now - oldest) / (target - now)
@@ -56,8 +57,8 @@ def extrapolated(original: Tensor, before: Tensor, alpha_bars: tuple[Tensor, Ten
 class CogVideoXDPMScheduler(CogVideoXScheduler[CogVideoXDPMConfig]):
     """SDE-DPM-Solver++(2M) for CogVideoX; steps must be taken in the order of `timesteps`.
 
-    A run may begin at any of them, and a step at the first one begins a run anew. The previous clean-sample prediction
-    is remembered until the last step, or the next `set_timesteps`.
+    A run may begin at any timestep, and a step at the first timestep begins a new run. The last prediction of the clean
+    sample is remembered until the last step of the run, or the next `set_timesteps`.
     """
 
     config_class = CogVideoXDPMConfig
@@ -86,7 +87,7 @@ class CogVideoXDPMScheduler(CogVideoXScheduler[CogVideoXDPMConfig]):
         """From `sample` at `timestep` to the next timestep, with noise drawn from `generator`; `eta` has no effect.
 
         Raises `ValueError` before `set_timesteps`, for a timestep that is not next, for a sample of another shape than
-        the last one, and where noise is predicted from pure noise.
+        that of the last step, and where noise is predicted from pure noise.
         """
         at, kind = int(timestep), self.config.prediction_type
         target = self._target(at)
@@ -99,7 +100,7 @@ class CogVideoXDPMScheduler(CogVideoXScheduler[CogVideoXDPMConfig]):
         original = noise_schedule.predict_original(kind, model_output, sample, bar**0.5, (1 - bar) ** 0.5)
         fresh, denoised = self._draw(sample, generator), original
         if past is not None and target >= 0:
-            # The published step draws again here and drops the first noise: so must we, for a seed's same video.
+            # The published step draws again here and drops the first noise; so do we, for the same video from a seed.
             fresh = self._draw(sample, generator)
             denoised = extrapolated(original, past.original, (self._alpha_bar(past.timestep), bar, bar_prev))
         prev_sample = sde_dpm_step(sample, denoised, fresh, bar, bar_prev)
@@ -114,8 +115,8 @@ class CogVideoXDPMScheduler(CogVideoXScheduler[CogVideoXDPMConfig]):
         self._past = None
 
     def _find(self, timestep: int) -> int:
-        """The place of `timestep`: after the last step's, or the first; at the start of a run any."""
-        if self._ordered is not self.timesteps:  # others were assigned
+        """The place of `timestep`: that after the last step's, or the first; at the start of a run any place."""
+        if self._ordered is not self.timesteps:  # other timesteps were assigned
             self._note_order()
         order, past = self._order, self._past
         if past is not None and order[past.place + 1 : past.place + 2] == [timestep]:

@@ -1,4 +1,4 @@
-"""What CogVideoX's schedulers share (arXiv 2408.06072): a noise schedule with its signal-to-noise ratio shifted."""
+"""What CogVideoX's schedulers share (arXiv 2408.06072): a noise schedule whose signal-to-noise ratio is shifted."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ class CogVideoXConfig(SchedulerConfig):
     """`snr_shift_scale` divides the signal-to-noise ratio of every timestep, before `rescale_betas_zero_snr` acts.
 
     `set_alpha_to_one` ends at the clean sample instead of at timestep 0. Samples are never clipped: the published
-    schedulers have an entry `clip_sample`, too, and do not heed it.
-    The noise stays the same from class to class: every class heeds the shift, and the configuration of another class
-    without one stays without. Only entries of a file, or a plain dict, that lack it take the published default.
+    schedulers have an entry `clip_sample`, but ignore it too.
+    The noise levels do not depend on the scheduler's class: every class applies the shift, and a configuration that is
+    taken over from a class without a shift has none. Only a file or a plain dict without the entry takes the published
+    default.
     """
 
     beta_start: float = 0.00085
@@ -33,11 +34,11 @@ class CogVideoXConfig(SchedulerConfig):
 
     @classmethod
     def from_scheduler(cls, other: SchedulerConfig) -> Self:
-        """Take over the configuration of any scheduler, and with it its shift or that there is none."""
+        """Take over the configuration of any scheduler, with its shift; without a shift it stays without one."""
         return dataclasses.replace(super().from_scheduler(other), snr_shift_scale=other.snr_shift)
 
     def carried(self) -> dict[str, Any]:
-        """The entries that another class takes over: always the shift, but for one of 1 that was not given."""
+        """The entries that another class takes over; the shift is one of them, unless it is 1 and was not given."""
         entries = {**super().carried(), "snr_shift_scale": self.snr_shift_scale}
         if self.snr_shift_scale == 1 and "snr_shift_scale" not in self.given:
             del entries["snr_shift_scale"]
@@ -48,7 +49,7 @@ CogVideoXConfigT = TypeVar("CogVideoXConfigT", bound=CogVideoXConfig)
 
 
 class CogVideoXScheduler(SchedulerBase[CogVideoXConfigT]):
-    """Timesteps and noise levels; `alphas_cumprod` is float64 where the schedule is "scaled_linear"."""
+    """CogVideoX's timesteps and noise levels; `alphas_cumprod` is float64 where the schedule is "scaled_linear"."""
 
     def __init__(self, config: CogVideoXConfigT) -> None:
         super().__init__(config, alphas_cumprod=shifted_alphas(config, zero_snr=config.rescale_betas_zero_snr))
@@ -66,7 +67,7 @@ class CogVideoXScheduler(SchedulerBase[CogVideoXConfigT]):
         return alpha * noise - sigma * sample
 
     def _target(self, timestep: int) -> int:
-        """Where the step from `timestep` leads, a fixed gap below; the clean sample or its like if negative."""
+        """The timestep to which a step from `timestep` leads, a fixed gap below; if negative, the end of the run."""
         return timestep - self.config.num_train_timesteps // self._num_inference_steps()
 
     def _check_trained(self, timestep: int) -> None:

@@ -24,7 +24,7 @@ Timestep = int | float | Tensor
 
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
-    """The sample at the next, lower noise level, and where the solver has one its estimate of the clean sample."""
+    """The sample at the next, lower noise level, and the solver's estimate of the clean sample, if it makes one."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
@@ -34,9 +34,9 @@ class Scheduler(Protocol):
     """What a pipeline needs of a scheduler.
 
     Call `set_timesteps`, multiply noise by `init_noise_sigma`, then for each of `timesteps` in order: give
-    `scale_model_input(sample, t)` to the model and its output to `step`. Schedules live on the CPU; only `timesteps`
-    are moved to the device asked for. `eta` matters only to DDIM, `generator` only where noise is drawn (DDIM with
-    eta > 0, and always CogVideoX's DPM-Solver++); the others accept and ignore them.
+    `scale_model_input(sample, t)` to the model and its output to `step`. The noise schedule stays on the CPU; only
+    `timesteps` are moved to the device asked for. `eta` matters only to DDIM, `generator` only where noise is drawn
+    (DDIM with eta > 0, and always CogVideoX's DPM-Solver++); the others accept and ignore them.
     """
 
     @property
@@ -46,7 +46,7 @@ class Scheduler(Protocol):
 
     @property
     def timesteps(self) -> Tensor:
-        """The timesteps of all model calls, in order; whole numbers, for Euler perhaps fractions."""
+        """The timesteps of all model calls, in order; whole numbers, or for Euler possibly fractions."""
         ...
 
     @property
@@ -61,7 +61,7 @@ class Scheduler(Protocol):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str | None = None) -> Self:
-        """Read `scheduler_config.json` in a local folder or of a Hub id."""
+        """Read `scheduler_config.json` from a local folder or a Hub id."""
         ...
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -69,7 +69,7 @@ class Scheduler(Protocol):
         ...
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Lay out the timesteps of a run and forget the last one."""
+        """Lay out the timesteps of a run and forget the run before."""
         ...
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep) -> Tensor:
@@ -95,12 +95,12 @@ class Scheduler(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulerConfig(Config):
-    """The entries that every published `scheduler_config.json` may have, with the ecosystem's defaults.
+    """The entries that every published `scheduler_config.json` may have, with the published defaults.
 
-    `given` names the entries that the source spelled out. Another class's configuration takes over only those, and
-    those that differ from this class's defaults; for the rest it uses its own defaults.
-    CogVideoX's `snr_shift_scale` is heeded by every class, and where the entry is missing nothing is shifted.
-    Raises `ValueError` for a value that is not supported, naming those that are.
+    `given` names the entries that the source spelled out. The configuration of another class takes over the given
+    entries and the entries that differ from this class's defaults; for all others it uses its own defaults.
+    Every class applies CogVideoX's `snr_shift_scale`; without that entry nothing is shifted.
+    Raises `ValueError` for a value that is not supported, naming the values that are.
     """
 
     num_train_timesteps: int = 1000
@@ -113,13 +113,13 @@ class SchedulerConfig(Config):
     steps_offset: int = 0
     given: frozenset[str] = dataclasses.field(default=frozenset(), repr=False, compare=False)
 
-    # Entry -> its possible values. Entries of features that we lack are no fields; they may only hold "off".
+    # Entry -> its possible values. Entries of features that we lack are not fields; their value must be "off".
     ALLOWED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "beta_schedule": noise_schedule.BETA_SCHEDULES,
         "prediction_type": ("epsilon", "v_prediction", "sample"),
         "timestep_spacing": noise_schedule.TIMESTEP_SPACINGS,
     }
-    # Entry -> values that mean something to another class only: here the default applies, and they are kept.
+    # Entry -> values that only another class understands: here the default applies, and the value is kept as unused.
     FOREIGN: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __post_init__(self) -> None:
@@ -139,7 +139,7 @@ class SchedulerConfig(Config):
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
-        """Read `source`; entries listed in its `_use_default_values` (as the peer does) count as not given."""
+        """Read `source`; entries listed in its `_use_default_values`, which the peer writes, count as not given."""
         defaulted = source.get("_use_default_values", ())
         entries = {k: v for k, v in source.items() if k not in defaulted and k not in ("given", "unused")}
         foreign = {k: v for k, v in entries.items() if v in cls.FOREIGN.get(k, ())}
@@ -155,7 +155,7 @@ class SchedulerConfig(Config):
 
     @property
     def snr_shift(self) -> float:
-        """What the signal-to-noise ratio of every training timestep is divided by: 1 where no entry says more."""
+        """The number that divides the signal-to-noise ratio of every training timestep; 1 without an entry."""
         return self.get("snr_shift_scale", 1.0)
 
     def changed(self, entries: Mapping[str, Any]) -> Self:
@@ -170,7 +170,7 @@ class SchedulerConfig(Config):
         return {key: value for key, value in super().to_dict().items() if key != "given"}
 
     def carried(self) -> dict[str, Any]:
-        """The entries that another class's configuration takes over: see the class."""
+        """The entries that the configuration of another class takes over; see the class."""
         defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name not in ("unused", "given")}
         changed = {key for key, default in defaults.items() if getattr(self, key) != default}
         own = {key: value for key, value in self.to_dict().items() if key in changed | self.given}
@@ -210,7 +210,7 @@ class SchedulerBase(Generic[ConfigT]):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str | None = None) -> Self:
-        """Read `scheduler_config.json` in a local `folder` or of a Hub id, written by any scheduler class.
+        """Read `scheduler_config.json` from a local `folder` or a Hub id, written by any scheduler class.
 
         Raises `FileNotFoundError` if it is missing and `ValueError` if it is not valid.
         """
@@ -221,7 +221,7 @@ class SchedulerBase(Generic[ConfigT]):
         return cls.from_config(read_json(path))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `scheduler_config.json` in `folder`, which is made where needed."""
+        """Write `scheduler_config.json` to `folder`, which is created if it is missing."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         header = {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION}
         write_json(Path(folder, CONFIG_NAME), {**header, **self.config.to_dict()})
@@ -231,7 +231,7 @@ class SchedulerBase(Generic[ConfigT]):
         return sample
 
     def add_noise(self, original: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """√ᾱ_t `original` + √(1-ᾱ_t) `noise`; `timesteps` are training timesteps, one a sample or one in all."""
+        """√ᾱ_t `original` + √(1-ᾱ_t) `noise`; `timesteps` are training timesteps, one per sample or one for all."""
         alpha, sigma = self._levels_like(timesteps, original)
         return alpha * original + sigma * noise
 
@@ -253,7 +253,7 @@ class SchedulerBase(Generic[ConfigT]):
 
 
 def spread(values: Tensor, sample: Tensor) -> Tensor:
-    """`values` (B or a single one) with `sample`'s device and dtype, shaped to multiply a `sample` of B items."""
+    """`values`, B of them or a single one, with the device and dtype of `sample`, shaped to multiply its B items."""
     values = values.flatten().to(sample.device, sample.dtype)
     return values.reshape(-1, *[1] * (sample.dim() - 1))
 
@@ -261,13 +261,15 @@ def spread(values: Tensor, sample: Tensor) -> Tensor:
 def draw_noise(
     shape: Sequence[int], *, generator: Generators, device: torch.device | str, dtype: torch.dtype
 ) -> Tensor:
-    """Standard normal noise of `shape`, drawn where the generator lives (so a CPU seed means the same everywhere).
+    """Standard normal noise of `shape`, drawn where the generator is: a CPU generator gives the same noise everywhere.
 
-    A list of generators draws one item of the batch each; raises `ValueError` if their number is not `shape[0]`.
+    Each generator of a list draws one item of the batch; raises `ValueError` if their number is not `shape[0]`.
     """
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
-            raise ValueError(f"{len(generator)} generators were given for a batch of {shape[0]}: give one an item.")
+            raise ValueError(
+                f"{len(generator)} generators were given for a batch of {shape[0]}: give one for each item."
+            )
         items = [draw_noise((1, *shape[1:]), generator=g, device=device, dtype=dtype) for g in generator]
         return torch.cat(items)
     source = generator.device if generator is not None else device
@@ -283,9 +285,9 @@ def betas_of(config: SchedulerConfig, *, dtype: torch.dtype = torch.float32) -> 
 
 
 def shifted_alphas(config: SchedulerConfig, *, zero_snr: bool) -> Tensor:
-    """The ᾱ of CogVideoX (arXiv 2408.06072): first shifted by `snr_shift`, then with `zero_snr` stretched.
+    """The ᾱ of CogVideoX (arXiv 2408.06072): shifted by `snr_shift`, then with `zero_snr` stretched to end in noise.
 
-    In the precision of the published schedulers: float64 where the schedule is "scaled_linear", else float32.
+    They have the precision of the published schedulers: float64 where the schedule is "scaled_linear", else float32.
     """
     precise = config.trained_betas is None and config.beta_schedule == "scaled_linear"
     betas = betas_of(config, dtype=torch.float64 if precise else torch.float32)

@@ -22,7 +22,10 @@ from lowtide.schedulers.common import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DDIMConfig(SchedulerConfig):
-    """`set_alpha_to_one` ends at the clean sample instead of at timestep 0; `clip_sample` clamps x₀ to ± its range."""
+    """`set_alpha_to_one` ends at the clean sample instead of at timestep 0.
+
+    `clip_sample` clamps x₀ to ± `clip_sample_range`.
+    """
 
     clip_sample: bool = True
     clip_sample_range: float = 1.0
@@ -44,10 +47,10 @@ def ddim_step(original: Tensor, noise: Tensor, alpha_bar_prev: Tensor, std: Tens
 
 
 class DDIMScheduler(SchedulerBase[DDIMConfig]):
-    """DDIM; nothing is remembered from step to step, so steps may be taken in any order.
+    """DDIM. It remembers nothing from step to step, so steps may be taken in any order.
 
-    A step depends on its arguments and on the number of steps last told to `set_timesteps`, which says how far it
-    leads.
+    A step depends on its arguments and on the number of steps last given to `set_timesteps`, which sets how far the
+    step leads.
     """
 
     config_class = DDIMConfig

@@ -55,7 +55,7 @@ def dpm_first_order(sample: Tensor, target: NoiseLevel, now: Prediction) -> Tens
 def dpm_second_order(sample: Tensor, target: NoiseLevel, past: Sequence[Prediction], solver_type: str) -> Tensor:
     """One step of DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2); `past` has the newest prediction last.
 
-    "midpoint" is the paper's; "heun" weighs the difference by its exact integral.
+    "midpoint" is the paper's way; "heun" weights the difference by its exact integral.
     """
     now, before = past[-1], past[-2]
     h = target.lam - now.level.lam
@@ -97,7 +97,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler[DPMSolverMultistepConfig]):
         self._past: tuple[Prediction, ...] = ()
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Lay out the timesteps (fewer than asked for where `lambda_min_clipped` cuts a "trailing" noise_schedule).
+        """Lay out the timesteps (fewer than asked for where `lambda_min_clipped` cuts a "trailing" schedule).
 
         Raises `ValueError` if they do not fit the training schedule.
         """
@@ -142,7 +142,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler[DPMSolverMultistepConfig]):
         return StepOutput(prev_sample.to(original.dtype), original)
 
     def add_noise(self, original: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """α_t `original` + σ_t `noise`; `timesteps` are some of `self.timesteps`, one a sample or a single one."""
+        """α_t `original` + σ_t `noise`; `timesteps` are some of `self.timesteps`, one per sample or one for all."""
         return self._noised(original, noise, timesteps)
 
     def _solve(self, sample: Tensor, target: NoiseLevel, past: Sequence[Prediction], order: int) -> Tensor:
@@ -153,7 +153,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler[DPMSolverMultistepConfig]):
         return dpm_third_order(sample, target, past)
 
     def _order(self, place: int, predictions: int) -> int:
-        """The order of the step at `place`: no higher than there are predictions, and lower at the end."""
+        """The order of the step at `place`: at most the number of predictions, and lower in the last steps."""
         c, left = self.config, len(self.timesteps) - place
         short = c.lower_order_final and len(self.timesteps) < SHORT_RUN
         if left == 1 and (short or c.euler_at_final or self._without_span(place)):

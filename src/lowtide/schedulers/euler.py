@@ -44,7 +44,7 @@ def euler_step(sample: Tensor, original: Tensor, sigma: Tensor, sigma_next: Tens
 
 
 class EulerDiscreteScheduler(SigmaScheduler[EulerDiscreteConfig]):
-    """Euler; samples are variance-exploding, so the model's input is scaled and `timesteps` may be fractions."""
+    """Euler's method on variance-exploding samples: the model's input is scaled, and `timesteps` may be fractions."""
 
     config_class = EulerDiscreteConfig
 
@@ -99,5 +99,5 @@ class EulerDiscreteScheduler(SigmaScheduler[EulerDiscreteConfig]):
         return StepOutput(prev_sample.to(model_output.dtype), original)
 
     def add_noise(self, original: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """`original` + σ_t `noise`; `timesteps` are some of `self.timesteps`, one a sample or a single one."""
+        """`original` + σ_t `noise`; `timesteps` are some of `self.timesteps`, one per sample or one for all."""
         return original + self._sigmas_like(timesteps, original) * noise

@@ -1,4 +1,4 @@
-"""Noise schedules: betas and their products, the choice of timesteps, and noise levels. Pure functions.
+"""The arithmetic of noise schedules, as pure functions: betas and their products, timesteps, and noise levels.
 
 Notation of the papers: ᾱ_t is the product of 1 - β up to t. A sample at noise level t is √ᾱ_t x₀ + √(1-ᾱ_t) ε, which
 is called variance-preserving; divided by √ᾱ_t it is x₀ + σ ε with σ² = (1-ᾱ)/ᾱ, called variance-exploding.
@@ -101,7 +101,7 @@ def predict_noise(kind: str, model_output: Tensor, sample: Tensor, alpha: Tensor
 
 
 def spaced_timesteps(spacing: str, num_steps: int, num_train: int, offset: int) -> FloatArray:
-    """`num_steps` falling timesteps below `num_train` (arXiv 2305.08891, Table 2); of "linspace", fractions."""
+    """`num_steps` falling timesteps below `num_train` (arXiv 2305.08891, Table 2); "linspace" gives fractions."""
     if spacing == "linspace":
         return np.linspace(0, num_train - 1, num_steps)[::-1].copy()
     if spacing == "leading":
@@ -110,7 +110,7 @@ def spaced_timesteps(spacing: str, num_steps: int, num_train: int, offset: int) 
 
 
 def solver_timesteps(spacing: str, num_steps: int, num_train: int, offset: int, last: int) -> FloatArray:
-    """Falling whole timesteps for solvers that end at a σ of their own: one more is laid out and the lowest dropped.
+    """Falling whole timesteps for solvers that end at a σ of their own: one too many is laid out, the lowest dropped.
 
     `last` is the number of training timesteps that may be used (all, unless the schedule is clipped).
     """
@@ -140,11 +140,11 @@ def timesteps_of_sigmas(sigmas: NDArray[np.floating], training: NDArray[np.float
 
 
 def check_predicts(kind: str, alpha_bar: Tensor, timestep: int) -> None:
-    """Raise `ValueError` where the model predicts noise from pure noise, which says nothing of the clean sample."""
+    """Raise `ValueError` where the model predicts noise from pure noise, which says nothing about the clean sample."""
     if alpha_bar == 0 and kind == "epsilon":
         raise ValueError(
             f"Timestep {timestep} is pure noise (rescale_betas_zero_snr), where prediction_type='epsilon' says "
-            "nothing of the picture: use prediction_type='v_prediction' or timestep_spacing='leading'."
+            "nothing about the picture: use prediction_type='v_prediction' or timestep_spacing='leading'."
         )
 
 

@@ -1,4 +1,4 @@
-"""PNDM (arXiv 2202.09778): pseudo linear multi-step, begun by pseudo Runge-Kutta steps or, as usual, without them."""
+"""PNDM (arXiv 2202.09778): pseudo linear multi-step, which may begin with pseudo Runge-Kutta steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lowtide.schedulers import noise_schedule
 from lowtide.schedulers.common import Generators, SchedulerBase, SchedulerConfig, StepOutput, Timestep
 
-RUNGE_KUTTA_STEPS = 3  # steps begun by Runge-Kutta, with four model calls each
+RUNGE_KUTTA_STEPS = 3  # the first steps of a run, with four model calls each
 RUNGE_KUTTA_CALLS = 4 * RUNGE_KUTTA_STEPS
 
 
@@ -53,7 +53,7 @@ class PNDMScheduler(SchedulerBase[PNDMConfig]):
     """PNDM; steps must be taken in the order of `timesteps`.
 
     With `skip_prk_steps` the second timestep comes twice, so n steps take n + 1 model calls (but 1 for n = 1);
-    without, they take n + 9, and n is at least 4.
+    without it, they take n + 9, and n is at least 4.
     """
 
     config_class = PNDMConfig
@@ -67,9 +67,9 @@ class PNDMScheduler(SchedulerBase[PNDMConfig]):
     def _forget(self) -> None:
         self._calls = 0
         self._noises: list[Tensor] = []
-        self._start: Tensor | None = None  # the sample that the running Runge-Kutta or first step set out from
+        self._start: Tensor | None = None  # the sample with which the current Runge-Kutta step or the first step began
         self._top = 0  # the timestep of that start
-        self._slope: Tensor | None = None  # the running Runge-Kutta step's weighted sum
+        self._slope: Tensor | None = None  # the weighted sum of the current Runge-Kutta step
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Lay out the timesteps of all model calls. Raises `ValueError` if they do not fit the training schedule."""
@@ -141,8 +141,8 @@ class PNDMScheduler(SchedulerBase[PNDMConfig]):
     def _transfer(self, sample: Tensor, noise: Tensor, timestep: int, target: int) -> Tensor:
         bar = self.alphas_cumprod[timestep]
         bar_prev = self.alphas_cumprod[target] if target >= 0 else self.final_alpha_cumprod
-        # A v-prediction becomes noise only here, after predictions of several timesteps were combined. That is not the
-        # paper's order, but what the ecosystem's pictures were made with.
+        # A v-prediction becomes noise only here, after predictions of several timesteps were combined. This is not the
+        # order of the paper, but the order that published pictures were made with.
         kind = self.config.prediction_type
         noise = noise_schedule.predict_noise(kind, noise, sample, bar**0.5, (1 - bar) ** 0.5)
         return pndm_transfer(sample, noise, bar, bar_prev)

@@ -1,4 +1,4 @@
-"""What Euler, DPM-Solver and UniPC share: a list of sigmas beside the timesteps, and a place in it."""
+"""What Euler, DPM-Solver and UniPC share: the sigmas of the timesteps, and the place of the current step among them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class MultistepConfig(SigmaConfig):
 class SigmaScheduler(SchedulerBase[ConfigT]):
     """A scheduler that steps through `sigmas` (variance-exploding, float32, on the CPU, one more than `timesteps`).
 
-    The first call after `set_timesteps` finds its place by its timestep; the next ones must follow in order.
+    The first call after `set_timesteps` finds its place by its timestep; the next calls must follow in order.
     """
 
     def __init__(self, config: ConfigT, *, zero_snr: bool) -> None:
@@ -76,11 +76,13 @@ class SigmaScheduler(SchedulerBase[ConfigT]):
         return np.interp(timesteps, np.arange(len(self._training_sigmas)), self._training_sigmas)
 
     def _find(self, timestep: Timestep) -> int:
-        """The first place of `timestep` in `timesteps`; raises `ValueError` if it is none of them."""
+        """The first place of `timestep` in `timesteps`; raises `ValueError` if it is not among them."""
         value = float(timestep)
         matches = (self.timesteps == value).nonzero()
         if len(matches) == 0:
-            raise ValueError(f"Timestep {value:g} is none of {type(self).__name__}.timesteps.")
+            raise ValueError(
+                f"Timestep {value:g} is none of {type(self).__name__}.timesteps: take one that set_timesteps laid out."
+            )
         return int(matches[0])
 
     def _enter(self, timestep: Timestep) -> int:

@@ -17,7 +17,7 @@ from lowtide.schedulers.sigmas import MultistepConfig, SigmaScheduler
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UniPCMultistepConfig(MultistepConfig):
-    """`solver_type` is the paper's B(h), h or exp(h)-1; `disable_corrector` lists steps left as they are."""
+    """`solver_type` is the paper's B(h), h or exp(h)-1; `disable_corrector` lists the steps that are not corrected."""
 
     predict_x0: bool = True
     solver_type: str = "bh2"
@@ -108,7 +108,7 @@ def unip_step(stretch: Stretch) -> Tensor:
 def unic_step(stretch: Stretch, difference: Tensor) -> Tensor:
     """The corrector UniC (arXiv 2302.04867, Algorithm 1), which has the target's own prediction as one more node.
 
-    `difference` is that prediction less the newest one of the past; alone it has weight 1/2.
+    `difference` is that prediction minus the newest of the past; without older differences its weight is 1/2.
     """
     if not stretch.differences:
         return stretch.base - stretch.scale * (0.5 * difference)
@@ -136,7 +136,7 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
 
     def _forget(self) -> None:
         self._past: tuple[Prediction, ...] = ()
-        self._last_sample: Tensor | None = None  # where the last predictor step set out from
+        self._last_sample: Tensor | None = None  # the sample with which the last predictor step began
         self._last_order = 0
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
@@ -188,7 +188,7 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
         return StepOutput(prev_sample, value if c.predict_x0 else None)
 
     def add_noise(self, original: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """α_t `original` + σ_t `noise`; `timesteps` are some of `self.timesteps`, one a sample or a single one."""
+        """α_t `original` + σ_t `noise`; `timesteps` are some of `self.timesteps`, one per sample or one for all."""
         return self._noised(original, noise, timesteps)
 
     def _corrected(self, sample: Tensor, level: NoiseLevel, value: Tensor, place: int) -> Tensor:
@@ -199,7 +199,7 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
         return unic_step(stretch, value - past[-1].value)
 
     def _order(self, place: int, predictions: int) -> int:
-        """The order of the step at `place`: no higher than there are predictions, and lower at the end."""
+        """The order of the step at `place`: at most the number of predictions, and lower in the last steps."""
         if self._without_span(place):
             return 1
         return min(predictions, len(self.timesteps) - place) if self.config.lower_order_final else predictions

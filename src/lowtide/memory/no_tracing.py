@@ -35,7 +35,8 @@ class Uncompiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
-        if get_eval_frame_callback() is None:
+        is_compiled = torch.compiler.is_compiling() or get_eval_frame_callback() is not None  # traced itself, or run
+        if not is_compiled:
             return self._function(*args, **kwargs)
         if self._left_alone is None:
             self._left_alone = torch.compiler.disable(self._function)

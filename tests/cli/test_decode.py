@@ -114,6 +114,7 @@ def test_out_of_memory_names_a_budget_that_was_not_given(model, monkeypatch):
     assert "Plan: " in result.stderr
 
 
+@pytest.mark.filterwarnings("ignore:decode. memory ran out")
 def test_out_of_memory_within_a_budget_does_not_advise_it_again(model, monkeypatch):
     result, command = stopped(monkeypatch, NO_ROOM, *PICTURE, "--model", model, "--ram", "64GB", "--out", "x.png")
     assert result.exit_code == 1

@@ -181,14 +181,14 @@ class Planner:
         return self._plan(point.choices, budgets, rates)
 
     def _plan(self, chosen: Sequence[Choice], budgets: Budgets, frugal: Rates | None = None) -> Plan:
-        held = {choice.option.component.name: choice.option for choice in chosen}
+        options = {choice.option.component.name: choice.option for choice in chosen}
         ways = {stage.name: (stage, way, pace) for choice in chosen for stage, way, pace in choice.ways}
         rates = frugal or self.rates
-        stages = tuple(self._stage(*ways[stage.name], held, rates) for stage in self.workload.stages)
+        stages = tuple(self._stage(*ways[stage.name], options, rates) for stage in self.workload.stages)
         plan = Plan(
             self.rates.device,
             self.workload.dtype,
-            {name: held[name].plan for name in self.workload.components},
+            {name: options[name].plan for name in self.workload.components},
             stages,
             budgets,
             self.allow,
@@ -197,11 +197,11 @@ class Planner:
         )
         return replace(plan, why=explain.reasons(plan, self.workload))
 
-    def _stage(self, stage: Stage, way: str, pace: Pace, held: dict[str, Option], rates: Rates) -> StagePlan:
+    def _stage(self, stage: Stage, way: str, pace: Pace, options: dict[str, Option], rates: Rates) -> StagePlan:
         call = stage.ways[way]
-        others = summed(option.kept for name, option in held.items() if name != stage.component)
-        weights: Sizes = others + held[stage.component].working
-        resting = rates.base + sum(option.host for option in held.values())
+        others = summed(option.kept for name, option in options.items() if name != stage.component)
+        weights: Sizes = others + options[stage.component].working
+        resting = rates.base + sum(option.host for option in options.values())
         planned = StagePlan(
             stage.name,
             stage.component,
@@ -215,7 +215,7 @@ class Planner:
             base=base(rates),
             slack=slack(stage, call, rates),
             host=0 if rates.on_cpu else resting,
-            disk=call.stored + sum(option.spilled for option in held.values()),
+            disk=call.stored + sum(option.spilled for option in options.values()),
             seconds=pace.seconds,
             compute_seconds=pace.compute,
             link_seconds=pace.link,
@@ -234,6 +234,6 @@ def _of_scheme(group: list[Choice], scheme: tuple[Level | None, int], way: str) 
         return level == scheme and choice.option.plan.casting is None and not (rule and rule.resident_bytes)
 
     def rank(choice: Choice) -> tuple[int, int]:
-        return sum(taken != (way if way in stage.ways else WHOLE) for stage, taken, _ in choice.ways), choice.cost
+        return sum(chosen != (way if way in stage.ways else WHOLE) for stage, chosen, _ in choice.ways), choice.cost
 
     return min(filter(matches, group), key=rank)

@@ -1,4 +1,4 @@
-"""The function API of group offloading and layerwise casting, for any `torch.nn.Module`."""
+"""Functions that put group offloading and layerwise casting on any `torch.nn.Module`, and take them off again."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ def apply_group_offloading(
     `offload_type` "block_level" takes `num_blocks_per_group` (default 1) of the innermost repeated blocks at once, or
     of the lists called `block_modules`; "leaf_level" every module that holds weights. `use_stream` loads the next
     group while one computes, for the memory of one group more. Weights rest in host memory, pinned if `use_stream` and
-    not `low_cpu_mem_usage`; with `offload_to_disk_path`, or where `onload_device` is the CPU, on disk: in the very
+    not `low_cpu_mem_usage`; with `offload_to_disk_path`, or where `onload_device` is the CPU, on disk: in the
     checkpoint they came from, else (only with the path) in an unnamed file in that folder. Keyword arguments of the
     module named in `exclude_kwargs` are not moved to the device. `non_blocking` and `record_stream` are accepted and
     have no effect: copies never block, and events order them.
-    The results are those of the module without this, bit for bit. Any other plan may be applied afterwards;
-    `disable_group_offloading` undoes it. Raises `ValueError` for what is not possible, `OSError` if the disk is full.
+    The results are those of the module without offloading, bit for bit. Any other plan may be applied afterwards;
+    `disable_group_offloading` undoes it. Raises `ValueError` for arguments that are not possible, `OSError` if the disk
+    is full.
     """
     device, rule = group_rule(
         onload_device,
@@ -54,7 +55,7 @@ def apply_group_offloading(
 
 
 def disable_group_offloading(module: nn.Module) -> None:
-    """Undo `apply_group_offloading`: the weights are where they were before. Does nothing where it was not applied."""
+    """Undo `apply_group_offloading`: weights are where they were before. Does nothing to a module without it."""
     detach(module)
 
 
@@ -76,12 +77,13 @@ def apply_layerwise_casting(
     Relative errors of a product, whatever the size of the weights: e4m3fn scaled 2.6 %, int8 0.8 %; a plain e4m3fn
     cast has 2.7 % for weights of deviation 0.05, 11 % for 0.005, 56 % for 0.001.
     Modules whose name matches a pattern (`re.search`) of `skip_modules_pattern`, or that are of `skip_modules_classes`,
-    stay as they are with all inside them; "auto" means `lowtide.memory.rule.NEVER_CAST`. If both are None, every
-    module is cast. All that is not cast gets the `compute_dtype`. `non_blocking` is accepted and has no effect.
+    stay as they are, with all inside them; "auto" means `lowtide.memory.rule.NEVER_CAST`. If both are None, every
+    module is cast. Weights that are not cast get the `compute_dtype`. `non_blocking` is accepted and has no effect.
     `fp8_matmul` has linear layers multiply in fp8, their inputs rounded as well (3.7 % in all): for GPUs that do
     (compute capability 8.9 or more), with e4m3fn and bfloat16.
-    Weights are cast one after another, so memory falls from the first on; any offload, before or after, then moves the
-    8-bit bytes. `disable_layerwise_casting` undoes it. Raises `ValueError` for what is not possible.
+    Weights are cast one after another, so memory falls from the first one on. An offload, applied before or after,
+    moves the 8-bit bytes. `disable_layerwise_casting` undoes it. Raises `ValueError` for arguments that are not
+    possible.
     """
     rule = casting_rule(
         storage_dtype, compute_dtype, skip_modules_pattern, skip_modules_classes, scaled=scaled, fp8_matmul=fp8_matmul
@@ -91,8 +93,8 @@ def apply_layerwise_casting(
 
 
 def disable_layerwise_casting(module: nn.Module) -> None:
-    """Undo `apply_layerwise_casting`: weights that came from a checkpoint are as its file has them.
+    """Undo `apply_layerwise_casting`: weights that came from a checkpoint are again as its file has them.
 
-    Others keep the values that their 8 bits hold; a warning says so. Does nothing where nothing is cast.
+    Other weights keep the values of their 8-bit form, with a warning. Does nothing where nothing is cast.
     """
     remove_casting(module)

@@ -148,7 +148,7 @@ def test_a_missing_peer_is_told_before_anything_runs(stand_in, monkeypatch):
         (["--device", "cuda:99"], "doctor"),
         (["--runs", "0"], "at least one round"),
         (["--batch", "0"], "at least one picture"),
-        (["--steps", "0"], "at least one step"),
+        (["--steps", "0"], "--steps=0 is not possible: it must be a whole number, at least 1"),
         (["--timeout", "0"], "seconds above 0"),
         (["--timeout", "nan"], "seconds above 0"),
         (["--seed", "-1"], "from 0 to"),

@@ -182,7 +182,7 @@ def test_large_pictures_are_decoded_row_by_row_unless_asked_otherwise(pipe, opti
         ([PROMPT, "--size", "8x8x8"], "WIDTHxHEIGHT"),
         ([PROMPT, "--size", "0"], "from 8 to 16384"),
         ([PROMPT, "--size", "99999999"], "from 8 to 16384"),
-        ([PROMPT, "--steps", "0"], "at least one step"),
+        ([PROMPT, "--steps", "0"], "--steps=0 is not possible: it must be a whole number, at least 1"),
         ([PROMPT, "--steps", "many"], "--steps"),
         ([PROMPT, "--count", "0"], "at least one picture"),
         ([PROMPT, "--seed", "-1"], "from 0 to"),

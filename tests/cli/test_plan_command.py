@@ -141,7 +141,7 @@ def test_a_refusal_names_the_minimum_and_what_to_try(found, options):
     assert "Error: Nothing fits 500 MB." in result.stderr
     assert "--ram 0.62GB" in result.stderr
     assert "--allow int8" in result.stderr
-    assert "with which --ram 0.50GB" in result.stderr
+    assert "which needs only --ram 0.50GB" in result.stderr
     if options:
         content = json.loads(result.stdout)
         assert content["chosen"] is None
@@ -204,7 +204,7 @@ def test_the_picture_is_written(found, make):
         (["--vram", "6GB", "--device", "cpu"], "all memory is --ram"),
         (["--device", "tpu"], "auto, cpu and cuda"),
         (["--batch", "0"], "--batch 0"),
-        (["--steps", "0"], "at least one step"),
+        (["--steps", "0"], "--steps=0 is not possible: it must be a whole number, at least 1"),
         (["--guidance", "-1"], "7.5 is usual"),
         (["--frames", "9"], "makes pictures"),
         (["--allow", "fp4"], "blended_tiling"),

@@ -125,7 +125,7 @@ def test_a_plan_is_printed_saved_loaded_and_put_to_work_again(folders, plain, tm
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"components": 3}', '{"device": "cpu", "components": {}}'])
 def test_other_json_is_no_plan(text):
-    with pytest.raises(ValueError, match="no plan"):
+    with pytest.raises(ValueError, match="not a plan"):
         Plan.from_json(text)
 
 
@@ -369,7 +369,7 @@ def test_a_budget_cannot_be_changed_during_a_call(folders):
 def test_a_plan_that_was_tampered_with_is_refused(folders, change):
     pipe = fits.load(folders["pictures"], "pictures")
     content = {**pipe.fit(ram="1GB").to_dict(), **change}
-    with pytest.raises(ValueError, match=r"no plan|not possible"):
+    with pytest.raises(ValueError, match=r"not a plan|not possible"):
         Plan.from_dict(content)
 
 

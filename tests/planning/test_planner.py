@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from lowtide.memory.bounds import Sizes, bound, depth, spread, within
 from lowtide.memory.rule import Level
-from lowtide.planning.frontier import PRECISION, Limits, beside_weights, choices, held_by, tick_of
-from lowtide.planning.options import options, under_rule
+from lowtide.planning.frontier import PRECISION, Limits, beside_weights, choices, options_by_component, tick_of
+from lowtide.planning.options import component_options, under_rule
 from lowtide.planning.pace import Timing, shares_of
 from lowtide.planning.plan import LOSSY, BudgetError, Budgets, Plan
 from lowtide.planning.planner import Planner, alternatives, choose, curve, minimum
@@ -90,7 +90,7 @@ def everything(work, rates, allow=(), limits=NONE):
 
 
 def _everything(work, rates, allow, limits, tick):
-    held = held_by(work, rates, allow, limits)
+    held = options_by_component(work, rates, allow, limits)
     groups = [choices(one, work, rates, allow, limits, tick) for one in held]
     for chosen in product(*groups):
         kept = sum(one.option.kept.total for one in chosen)
@@ -213,7 +213,9 @@ def test_the_peak_of_a_stage_counts_what_the_others_keep():
 
 def test_an_8_bit_layer_is_counted_as_it_works():
     one = component("one", (6000, 9000))
-    resident = next(o for o in options(one, GPU, ("fp8",), scarce_host=False) if o.plan.casting and not o.plan.rule)
+    resident = next(
+        o for o in component_options(one, GPU, ("fp8",), scarce_host=False) if o.plan.casting and not o.plan.rule
+    )
     assert resident.kept.total == sum(unit.nbytes for unit in one.castings["fp8"][Level.LEAF])
     assert resident.working.total == resident.kept.total + 1500
 
@@ -231,9 +233,9 @@ def test_plans_tell_what_they_do_and_go_through_json():
     work = workload()
     plan = choose(work, CPU, Budgets(ram=20000))
     text = str(plan)
-    assert all(name in text for name in (*work.components, "read", "think", "paint", "what binds"))
+    assert all(name in text for name in (*work.components, "read", "think", "paint", "bound by"))
     assert Plan.from_json(plan.to_json()) == plan
-    assert any("spares" in reason for reason in plan.why)
+    assert any("saves" in reason for reason in plan.why)
 
 
 # ---- the arithmetic underneath
@@ -263,7 +265,7 @@ def test_equal_units_are_spread_evenly(kept):
 
 def test_each_number_of_equal_blocks_is_an_option():
     one = component("one", [2560] * 12)
-    counts = {o.plan.kept_units for o in options(one, CPU, (), scarce_host=False) if o.plan.rule}
+    counts = {o.plan.kept_units for o in component_options(one, CPU, (), scarce_host=False) if o.plan.rule}
     assert counts >= set(range(12))
 
 
@@ -279,7 +281,7 @@ def timed(rates, prefetch, resident=0, calls=11, work=100.0):
     one = component("one", [2000] * 10)
     rule = next(
         o.plan.rule
-        for o in options(one, rates, (), scarce_host=False)
+        for o in component_options(one, rates, (), scarce_host=False)
         if o.plan.rule and o.plan.rule.level is Level.BLOCK and o.plan.rule.prefetch == prefetch
     )
     option = under_rule(one, rates, replace(rule, resident_bytes=resident), None)

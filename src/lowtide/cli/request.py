@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import secrets
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 from lowtide.cli.budget_options import Budget
 from lowtide.cli.errors import InputError
 from lowtide.hub import local_path
+from lowtide.pipelines import number_checks
 
 SHIPPED_MODEL = "seascapes"
 VIDEO_SIZE_STEP = 16  # eight pixels a latent, two latents a patch
@@ -146,14 +146,14 @@ def check_prompt(prompt: str) -> None:
 
 
 def check_steps(steps: int) -> None:
-    """Raise `InputError` for less than one step."""
-    if steps < 1:
-        raise InputError(f"--steps {steps}: at least one step is needed. 20 to 50 are usual.")
+    """Raise `ValueError` for less than one step."""
+    number_checks.check_steps(steps, "--steps")
 
 
 def check_guidance(guidance: float) -> None:
-    """Raise `InputError` for a number below 0 or none at all."""
-    if not math.isfinite(guidance) or guidance < 0:
+    """Raise `ValueError` for infinity and NaN, `InputError` for a number below 0, which pipelines take as 0."""
+    number_checks.check_guidance(guidance, "--guidance")
+    if guidance < 0:
         raise InputError(f"--guidance {guidance}: give a number from 0 up. 7.5 is usual, 1 turns it off.")
 
 

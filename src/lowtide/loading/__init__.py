@@ -1,1 +1,1 @@
-"""From a checkpoint's folder to its components, on meta or with their weights, and back."""
+"""Load the components of a checkpoint's folder, on meta or with their weights, and save them again."""

@@ -1,4 +1,4 @@
-"""A pipeline from its configurations alone: every network on meta, with the dtypes that it would be loaded in."""
+"""Build a checkpoint's components from its configurations alone: networks on meta, in the dtypes they would load in."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from lowtide.weights.slots import slots
 _NAMES = {**TEXT_ENCODERS, "StableDiffusionSafetyChecker": SAFETY_CHECKER_NAMES}
 
 InFiles = dict[str, Mapping[str, InFile] | None]
-"""For each network how its weights lie in files, by name; None where there are no files."""
+"""For each network, by name, how its weights lie in files; None where there are no files."""
 
 
 def config_patterns(specs: Mapping[str, ComponentSpec | None]) -> Iterator[str]:
-    """File patterns of what a blueprint is read from."""
+    """Patterns of the files that `components_on_meta` reads, besides weights."""
     yield from (f"{name}/*.json" for name, spec in specs.items() if spec is not None)
 
 
 def components_on_meta(
     folder: Path, specs: Mapping[str, ComponentSpec | None], options: LoadOptions
 ) -> tuple[dict[str, Any], InFiles]:
-    """The components of a checkpoint's folder, which need not hold any weights, and what is in its files.
+    """The components of a checkpoint's folder, which need not hold any weights, and how weights lie in its files.
 
-    Networks are on meta, schedulers as they are; tokenizers and image processors, which nothing is traced with, are
-    left out. Raises as loading does for configurations that are missing or malformed, and for weights that are.
+    Networks are on meta, schedulers are complete. Tokenizers and image processors are empty objects, since tracing does
+    not use them. Raises what loading raises for configurations that are missing or malformed, and for such weights.
     """
     parts: dict[str, Any] = {}
     in_files: InFiles = {}
@@ -71,27 +71,27 @@ def _part(folder: Path, spec: ComponentSpec, options: LoadOptions) -> Any:
 
 
 def _fit_dtypes(module: nn.Module, folder: Path, class_name: str, options: LoadOptions) -> Mapping[str, InFile] | None:
-    """Give a network on meta the dtypes that it would be loaded in; how its weights lie in its files."""
+    """Give a network on meta the dtypes that it would be loaded in, and return how its weights lie in files."""
     index = _index(module, folder, class_name, options.variant)
     in_file = None if index is None else {name: InFile.at(entry.offset, entry.dtype) for name, entry in index.items()}
-    dtypes = [] if in_file is None else [one.dtype for one in in_file.values()]
-    floating = next((one for one in dtypes if one.is_floating_point), None)
+    dtypes = [] if in_file is None else [weight.dtype for weight in in_file.values()]
+    floating = next((dtype for dtype in dtypes if dtype.is_floating_point), None)
     dtype = options.dtype or floating or torch.float32
     beside = FLOAT32_BESIDE_FLOAT16.get(class_name, ()) if dtype == torch.float16 else ()
     own = dict.fromkeys(beside, torch.float32)
-    made: dict[int, torch.Tensor] = {}
+    converted: dict[int, torch.Tensor] = {}
     for slot in slots(module):
         if slot.tensor.is_floating_point():
             wanted = dtype_by_name([slot.name], own, dtype)
-            if id(slot.tensor) not in made:
-                made[id(slot.tensor)] = _as(slot.tensor, wanted)
-            slot.put(made[id(slot.tensor)])
+            if id(slot.tensor) not in converted:
+                converted[id(slot.tensor)] = _as(slot.tensor, wanted)
+            slot.put(converted[id(slot.tensor)])
     return in_file
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    made = torch.empty_like(tensor, dtype=dtype)
-    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+    converted = torch.empty_like(tensor, dtype=dtype)
+    return nn.Parameter(converted, requires_grad=False) if isinstance(tensor, nn.Parameter) else converted
 
 
 def _index(module: nn.Module, folder: Path, class_name: str, variant: str | None) -> CheckpointIndex | None:

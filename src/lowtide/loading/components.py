@@ -1,4 +1,4 @@
-"""From a checkpoint's folder to its components, and back: every class that a component can be is in the tables here."""
+"""Load and save the components of a checkpoint's folder; the tables list every class that a component can have."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ TEXT_ENCODERS: dict[str, NameTable] = {"CLIPTextModel": CLIP_TEXT_NAMES, "T5Enco
 FLOAT32_BESIDE_FLOAT16: dict[str, tuple[str, ...]] = {"T5EncoderModel": ("*.DenseReluDense.wo.weight",)}
 """Patterns of weights that overflow in float16: they are float32 where the others are float16.
 
-Where they rest in 8 bits, they compute in float32. Both are for loading: `.to(torch.float16)` afterwards makes them
-float16 as well, as it does elsewhere.
+Where they rest in 8 bits, they compute in float32. This holds while loading: a later `.to(torch.float16)` makes them
+float16 as well, as it does in other libraries.
 """
 IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 
@@ -59,9 +59,9 @@ class ComponentSpec:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How weights are read: `dtype` None keeps the file's own; under an `offload` they are not read yet.
+    """How weights are loaded: `dtype` None keeps the file's own, with `casting` they rest in 8 bits.
 
-    With `casting` they rest in 8 bits.
+    Under an `offload` they are not read yet.
     """
 
     dtype: torch.dtype | None
@@ -74,9 +74,9 @@ def read_model_index(folder: Path) -> tuple[str, dict[str, ComponentSpec | None]
     """The pipeline's class name, its components (None where the entry is null), and its other settings."""
     file = folder / MODEL_INDEX
     if not file.is_file():
-        found = sorted(path.name for path in folder.iterdir())[:20]
+        names = sorted(path.name for path in folder.iterdir())[:20]
         raise FileNotFoundError(
-            f"{folder} has no {MODEL_INDEX}, so it is not a pipeline's folder; it holds {found or 'nothing'}. "
+            f"{folder} has no {MODEL_INDEX}, so it is not a pipeline's folder; it holds {names or 'nothing'}. "
             "A single model is loaded with its own class, such as UNet2DConditionModel.from_pretrained."
         )
     content = read_json(file)
@@ -107,11 +107,10 @@ def load_components(
     options: LoadOptions,
     own_options: Mapping[str, LoadOptions] | None = None,
 ) -> dict[str, Any]:
-    """Load every component that has a spec; weights are built on meta and filled from the mapped files.
+    """Load every component that has a spec; networks are built on meta and filled from the mapped files.
 
-    `own_options` are those of some components, by name.
-    Raises `ValueError` for a class that we do not have, before anything is read; otherwise as
-    `ModelMixin.from_pretrained`.
+    `own_options` replaces `options` for some components, by name. Raises `ValueError` for a class that Lowtide does not
+    have, before anything is read; otherwise raises as `ModelMixin.from_pretrained` does.
     """
     loaders = {name: None if spec is None else _loader(spec) for name, spec in specs.items()}
     folder = source.fetch(component_patterns(specs, options.variant))
@@ -123,7 +122,7 @@ def load_components(
 
 
 def save_component(component: Any, folder: Path, *, variant: str | None, max_shard_size: int | str | None) -> None:
-    """Write one component's files into `folder`, which is made."""
+    """Create `folder` and write one component's files into it."""
     folder.mkdir(parents=True)
     if isinstance(component, (ModelMixin, StableDiffusionSafetyChecker)):
         component.write_to(folder, variant=variant, max_shard_size=max_shard_size)
@@ -197,7 +196,7 @@ def _loader(spec: ComponentSpec) -> Callable[[Path, LoadOptions], Any]:
 
 
 def load_image_processor(folder: Path) -> Any:
-    """CLIP's image processor, the one on Pillow: the other needs torchvision, which we do not."""
+    """CLIP's image processor that uses Pillow: the other one needs torchvision, which Lowtide does without."""
     cls = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     file = folder / "preprocessor_config.json"
     if not file.is_file():

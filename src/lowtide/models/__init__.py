@@ -1,1 +1,1 @@
-"""The networks: state-dict names are the published checkpoints' own; no tiers and no devices in here."""
+"""The networks. Their state-dict names are those of published checkpoints; they know neither tiers nor devices."""

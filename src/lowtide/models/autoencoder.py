@@ -1,4 +1,4 @@
-"""What the autoencoders share: slices of a batch, blended tiles, and exact rows."""
+"""The base of the autoencoders: encode and decode whole, in slices of a batch, in blended tiles, or exactly by rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TILING_MODES = ("blended", "exact")
 class AutoencoderMixin(ModelMixin):
     """Base of the autoencoders: an `encoder` and a `decoder`, and how much of the work is done at once."""
 
-    config: Any  # has `scale`, the pixels a latent is wide and high
+    config: Any  # has `scale`: a latent is that many pixels wide and high
     encoder: nn.Module
     decoder: nn.Module
     use_slicing = False
@@ -33,11 +33,11 @@ class AutoencoderMixin(ModelMixin):
         raise NotImplementedError
 
     def moments(self, x: torch.Tensor) -> torch.Tensor:
-        """Mean and log variance of the latents of pictures or clips, whole."""
+        """Mean and log variance of the latents of whole pictures or clips."""
         raise NotImplementedError
 
     def pixels(self, z: torch.Tensor) -> torch.Tensor:
-        """Pictures or clips of latents, whole."""
+        """The pictures or clips of latents, decoded whole."""
         raise NotImplementedError
 
     def encode(
@@ -68,7 +68,7 @@ class AutoencoderMixin(ModelMixin):
         sides, steps = self.tiles.in_latents(scale)
         in_pixels = (sides[0] * scale, sides[1] * scale), (steps[0] * scale, steps[1] * scale)
         rows, columns = x.shape[-2] // scale, x.shape[-1] // scale
-        x = x[..., : rows * scale, : columns * scale]  # less than a latent is none, and no tile either
+        x = x[..., : rows * scale, : columns * scale]  # pixels that do not fill a latent are left out
         return gathered(lambda write: blended(self.moments, x, *in_pixels, steps, write), rows)
 
     def _decoded(self, z: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ class AutoencoderMixin(ModelMixin):
         return gathered(lambda write: self.write_tiles(z, write), z.shape[-2] * self.config.scale)
 
     def check_decoding(self, shape: tuple[int, ...]) -> None:
-        """Raise now what decoding latents of this shape row by row would raise: `ValueError`, or `OSError`."""
+        """Raise the `ValueError` or `OSError` that decoding latents of this shape row by row would raise."""
         streaming = row_streaming_of(self.decoder)
         if streaming is not None:
             streaming.check(shape)
@@ -109,11 +109,11 @@ class AutoencoderMixin(ModelMixin):
     ) -> None:
         """Encode and decode large pictures in little memory.
 
-        "blended": in tiles of `tile_size` pixels (height and width, or one number; default: the model's own size), of
-        which a share `overlap` (default 0.25) fades into the next; pictures up to one tile are done whole. The tone
-        may vary from tile to tile. "exact": row by row, with the result of the whole picture up to rounding; see
-        `lowtide.apply_row_streaming` for `rows`, `budget`, `work` and `folder`. Either one replaces the other.
-        Raises `ValueError` for what is not possible.
+        "blended": in tiles of `tile_size` pixels (height and width, or one number for both), of which a share `overlap`
+        fades into the next tile; the defaults are those of `usual_tiles`. Pictures up to one tile are done whole. The
+        tone may vary from tile to tile. "exact": row by row, with the result of the whole picture up to rounding; see
+        `lowtide.apply_row_streaming` for `rows`, `budget`, `work` and `folder`. Each mode replaces the other.
+        Raises `ValueError` for arguments that are not possible.
         """
         if mode not in TILING_MODES:
             raise ValueError(f"mode={mode!r} is not possible: it is one of {', '.join(TILING_MODES)}.")
@@ -121,12 +121,9 @@ class AutoencoderMixin(ModelMixin):
         if mode == "blended":
             stray = _given(rows=rows, budget=budget, work=work, folder=folder)
         if stray:
-            raise ValueError(f"{', '.join(stray)} cannot be set for mode={mode!r}: the other mode has it.")
+            raise ValueError(f"{', '.join(stray)} cannot be set for mode={mode!r}, only for the other mode.")
         if mode == "blended":
-            usual = self.usual_tiles()
-            height, width = (usual.height, usual.width) if tile_size is None else both(tile_size)
-            shares = (usual.overlap_height, usual.overlap_width) if overlap is None else both(overlap)
-            tiles = Tiles(height, width, *shares)
+            tiles = self._tiles_of(tile_size, overlap)
             self.disable_tiling()
             self.tiles = tiles
             return
@@ -134,6 +131,12 @@ class AutoencoderMixin(ModelMixin):
         self.disable_tiling()
         for part in (self.encoder, self.decoder):
             apply_row_streaming(part, **vars(settings))
+
+    def _tiles_of(self, tile_size: int | tuple[int, int] | None, overlap: float | tuple[float, float] | None) -> Tiles:
+        usual = self.usual_tiles()
+        height, width = (usual.height, usual.width) if tile_size is None else both(tile_size)
+        shares = (usual.overlap_height, usual.overlap_width) if overlap is None else both(overlap)
+        return Tiles(height, width, *shares)
 
     def disable_tiling(self) -> None:
         """Encode and decode pictures whole."""

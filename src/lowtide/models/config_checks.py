@@ -1,4 +1,4 @@
-"""Checks of configurations from files, which may hold anything."""
+"""Checks of the configurations of models, since files may hold anything."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lowtide.configs import Config
 
-LARGEST = 2**20  # of any size in a configuration
+LARGEST = 2**20
+"""The largest whole number that a configuration may hold."""
 
 
 def check_types(config: Config, kind: str) -> None:
@@ -18,30 +19,32 @@ def check_types(config: Config, kind: str) -> None:
     for name in (field.name for field in dataclasses.fields(config) if field.name != "unused"):
         value = getattr(config, name)
         if not _fits(value, hints[name]):
-            raise ValueError(f"{kind} config: {name}={value!r:.80} is not possible; it must be {_told(hints[name])}.")
+            raise ValueError(
+                f"{kind} config: {name}={value!r:.80} is not possible; it must be {_type_in_words(hints[name])}."
+            )
 
 
 def check_supported(config: Config, kind: str, supported: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise `ValueError` for an entry that no field holds, where it has a value that the network is not built for."""
+    """Raise `ValueError` for an entry without a field whose value is not among the `supported` ones."""
     for key, possible in supported.items():
         if key in config.unused and config.unused[key] not in possible:
             raise ValueError(f"{kind} config: {key}={config.unused[key]!r} is not supported; possible: {possible}.")
 
 
 def check_blocks(widths: tuple[int, ...], kind: str, blocks: Mapping[str, tuple[str, ...]]) -> None:
-    """Raise `ValueError` unless there is a block for each of `widths`, and all are of the one kind that names them."""
+    """Raise `ValueError` unless each list in `blocks` has an entry for every width, and every entry is the list's key."""
     for possible, kinds in blocks.items():
         if len(kinds) != len(widths):
             raise ValueError(f"{kind} config: {len(kinds)} blocks for {len(widths)} channel widths.")
-        for found in set(kinds) - {possible}:
-            raise ValueError(f"{kind} config: block type {found!r} is not supported; possible: {possible!r}.")
+        for other in set(kinds) - {possible}:
+            raise ValueError(f"{kind} config: block type {other!r} is not supported; possible: {possible!r}.")
 
 
 def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, one) for one in get_args(hint))
+        return any(_fits(value, option) for option in get_args(hint))
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and len(value) > 0 and all(_fits(one, get_args(hint)[0]) for one in value)
+        return isinstance(value, tuple) and len(value) > 0 and all(_fits(item, get_args(hint)[0]) for item in value)
     if hint is int:
         return type(value) is int and 1 <= value <= LARGEST
     if hint is float:
@@ -49,10 +52,10 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _told(hint: Any) -> str:
+def _type_in_words(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_told(one) for one in get_args(hint))
+        return " or ".join(_type_in_words(option) for option in get_args(hint))
     if get_origin(hint) is tuple:
-        return f"a list, each {_told(get_args(hint)[0])}"
+        return f"a list, each {_type_in_words(get_args(hint)[0])}"
     names = {int: f"a whole number from 1 to {LARGEST}", float: "a number", str: "text", bool: "true or false"}
     return "null" if hint is NoneType else names[hint]

@@ -1,4 +1,4 @@
-"""Classes of `transformers`, built from files that may hold anything."""
+"""Build classes of `transformers` from files that may hold anything: whatever fails is a `CheckpointError`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every model of ours can do besides computing: load, save, say where it is."""
+"""The base of the models: loading and saving, offload and casting, and the dtype and device they compute in."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lowtide.weights.save import atomic_folder, save_tensors
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model"
 PEER_VERSION = "0.42.1"
-"""Version of the layout we write, as its `_diffusers_version` entries say it."""
+"""The version of diffusers whose layout we write, for the entry `_diffusers_version`."""
 
 
 class ModelMixin(nn.Module):
@@ -79,7 +79,7 @@ class ModelMixin(nn.Module):
         With `offload` ("model", "block", "leaf" or "sequential") no weights are read now: they rest where they are,
         and come to `offload_device` (a GPU if there is one, else the CPU) when they are called.
         With `casting` ("fp8", "int8" or a `lowtide.Casting`) they rest in 8 bits, cast one by one as they are read.
-        A checkpoint that was saved so is loaded so.
+        A checkpoint that was saved in 8 bits is loaded in 8 bits.
         Raises `FileNotFoundError` for a missing model or variant, `CheckpointError` for files that are malformed or do
         not match the model, `ValueError` for configurations that are not supported.
         """
@@ -193,7 +193,7 @@ class ModelMixin(nn.Module):
         """Let the weights rest in 8 bits; see `lowtide.hooks.apply_layerwise_casting`.
 
         `compute_dtype` is the model's dtype if None. The model's own patterns of modules that are never cast are added
-        to `skip_modules_pattern`, which is the usual one if None.
+        to `skip_modules_pattern`, which is `NEVER_CAST` if None.
         """
         asked = NEVER_CAST if skip_modules_pattern in (None, "auto") else skip_modules_pattern
         patterns = (asked,) if isinstance(asked, str) else tuple(asked or ())
@@ -225,15 +225,15 @@ class ModelMixin(nn.Module):
         xformers_or_sdpa([self], attention_op)
 
     def disable_xformers_memory_efficient_attention(self) -> None:
-        """Back to PyTorch's own choice of a kernel."""
+        """Let PyTorch choose the kernel of attention again."""
         set_attention_backend([self], "sdpa")
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
-        """Compute some heads at a time: half of them ("auto"), one ("max"), or a number; None computes all."""
+        """Compute attention for some heads at a time: half of them ("auto"), one ("max"), a number, or all (None)."""
         set_attention_slicing([self], slice_size)
 
     def disable_attention_slicing(self) -> None:
-        """Compute all heads at once."""
+        """Compute attention for all heads at once."""
         set_attention_slicing([self], None)
 
     @property
@@ -248,10 +248,10 @@ class ModelMixin(nn.Module):
 
 
 def chosen_dtype(torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The one dtype asked for under either name: float32 where none is, None ("keep the file's") for "auto"."""
+    """The dtype asked for under either name: float32 if neither is given, None for "auto" (keep the file's)."""
     if torch_dtype is None and dtype is None:
         return torch.float32
-    asked = {_floating_dtype(one) for one in (torch_dtype, dtype) if one is not None}
+    asked = {_floating_dtype(value) for value in (torch_dtype, dtype) if value is not None}
     if len(asked) > 1:
         raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} differ; give one of them.")
     return asked.pop()
@@ -260,12 +260,12 @@ def chosen_dtype(torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str
 def _floating_dtype(asked: torch.dtype | str) -> torch.dtype | None:
     if asked == "auto":
         return None
-    found = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    chosen = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
         raise ValueError(
             f"dtype={asked!r} is not possible: give torch.float32, torch.bfloat16, torch.float16 or 'auto'."
         )
-    return found
+    return chosen
 
 
 def _path(path: str | os.PathLike[str] | None) -> Path | None:

@@ -1,4 +1,4 @@
-"""What the models return."""
+"""What the models return: predictions, decoded pictures, and distributions over latents."""
 
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class DiagonalGaussianDistribution:
         self.std = torch.exp(0.5 * self.logvar)
 
     def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Draw `[B, C, H, W]`; the noise is drawn on the generator's device, so a seed means one picture anywhere."""
+        """Draw `[B, C, H, W]`, with noise from the generator's device: a seed gives the same picture everywhere."""
         device = self.mean.device if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + self.std * noise.to(self.mean.device)

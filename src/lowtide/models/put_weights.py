@@ -1,4 +1,4 @@
-"""Weights for a module that was built on meta: read now, or left where they are until they are called."""
+"""Give a module on meta its weights: read them now, or leave them at rest until they are called."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def put_weights(
     float32_beside_float16: Collection[str] = (),
     buffers: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Give a module on meta the weights of `index`: as `fill` does, or at rest under a rule, with nothing read.
+    """Give a module on meta the weights of `index`: read as `fill` reads them or, under an `offload`, left at rest.
 
-    Weights that are in 8 bits there stay so. With `casting` the others are cast one by one, from the file, but for
-    modules that match a pattern of `never_cast`, and all compute in one dtype. Where that is float16, weights matching
-    a pattern (`fnmatch`) of `float32_beside_float16` are float32, or compute in it where they rest in 8 bits.
+    Weights that are in 8 bits in the file stay so. With `casting` the others are cast one by one from the file, except
+    in modules that match a pattern of `never_cast`; all compute in one dtype. If that is float16, weights that match a
+    pattern (`fnmatch`) of `float32_beside_float16` are float32, or compute in float32 where they rest in 8 bits.
     Raises as `fill`, `attach` and `cast` do.
     """
     saved, others = saved_weights(module, index)
@@ -67,14 +67,14 @@ def put_weights(
         attach(module, offload.rule, offload.stream, index=index)
         return
     compute = dtype or (in_file if saved else None)
-    named = [slot.name for one in saved for slot in one.slots]
-    keep = () if casting is None else ("*",)  # views of the file: what is cast is converted on the way
-    fill(module, others, dtype=compute, buffers=buffers, keep_dtype=keep, own_dtypes=own, leave=named)
+    placed = [slot.name for weight in saved for slot in weight.slots]
+    keep = () if casting is None else ("*",)  # they stay views of the file: casting converts them
+    fill(module, others, dtype=compute, buffers=buffers, keep_dtype=keep, own_dtypes=own, leave=placed)
     if saved:
         place(module, saved, compute or torch.float32, own)
     if casting is not None:
         target = casting.compute or (None if compute is None else dtype_name(compute))
-        as_saved = (f"^{re.escape(name.rpartition('.')[0])}$" for name in named)  # these stay as they are
+        as_saved = (f"^{re.escape(name.rpartition('.')[0])}$" for name in placed)  # already in 8 bits
         patterns = (*casting.skip_patterns, *never_cast, *as_saved)
         apply_casting(module, replace(casting, compute=target, skip_patterns=patterns), own)
     if offload is not None:

@@ -1,4 +1,4 @@
-"""Tokenizers of `transformers`, from files that must be there: the classes themselves would do without."""
+"""Load tokenizers of `transformers`, with an error where files are missing that the classes would do without."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ TOKENIZERS: dict[str, tuple[str, ...]] = {
 """The classes, and the files that each can be read from where there is no `tokenizer.json`."""
 JSON_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
 PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
-"""What `spiece.model` is read with: the packages, and their modules."""
+"""The packages that read `spiece.model`, and their modules."""
 MOST_TOKENS = 100_000
 
 
 def load_tokenizer(folder: Path, class_name: str) -> Any:
     """Read a tokenizer from `tokenizer.json`, or else from the older files of its class.
 
-    Raises `FileNotFoundError` if there is no vocabulary, `CheckpointError` for files that are malformed, and
-    `ImportError` if a package is missing that they are read with.
+    Raises `FileNotFoundError` if there is no vocabulary, `CheckpointError` for malformed files, and
+    `ImportError` if a package that reads them is missing.
     """
     older = TOKENIZERS[class_name]
     has_older = all((folder / name).is_file() for name in older)
@@ -49,7 +49,7 @@ def load_tokenizer(folder: Path, class_name: str) -> Any:
 
 
 def _check_pieces(file: Path) -> None:
-    """Raise unless SentencePiece can read the file: `transformers` would try another format, and say only that."""
+    """Raise unless SentencePiece can read the file: `transformers` would try another format and report that alone."""
     missing = [package for package, module in PACKAGES.items() if not _is_installed(module)]
     if missing:
         raise ImportError(
@@ -69,7 +69,7 @@ def _is_installed(module: str) -> bool:
 
 
 def _check_length(folder: Path, tokenizer: Any, *, bounded: bool) -> None:
-    """CLIP's position embeddings end somewhere, and the file must say where; T5 has none."""
+    """Raise unless the files give a length: CLIP's position embeddings end there (`bounded`), T5 has none."""
     length = tokenizer.model_max_length
     if not isinstance(length, int) or length <= 2 or (bounded and length >= MOST_TOKENS):
         raise CheckpointError(f"{folder}/tokenizer_config.json: model_max_length={length!r:.80} is not possible.")

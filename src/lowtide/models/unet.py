@@ -72,7 +72,7 @@ class UNet2DConditionModel(ModelMixin):
     ) -> torch.Tensor:
         """The time embedding `[B, T]` in the dtype of `sample`, with SDXL's additions where the model has them."""
         if not isinstance(timestep, torch.Tensor) or timestep.device != sample.device:
-            timestep = torch.as_tensor(timestep, device=sample.device)  # a trace would fix its dtype here
+            timestep = torch.as_tensor(timestep, device=sample.device)  # only if it must: a trace would fix the dtype
         timesteps_B = timestep.reshape(-1).expand(sample.shape[0])
         time_BT = self.time_embedding(self._sinusoid(timesteps_B, self.config.block_out_channels[0]).to(sample.dtype))
         if self.add_embedding is None:

@@ -1,4 +1,4 @@
-"""The U-Net's stages: down, middle, up. Shapes as in `layers`; skips are the maps kept for the way up."""
+"""The blocks of the U-Net: down, middle, up. Shapes are those of `layers`; skips are maps kept for the up blocks."""
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ def _resnet(config: UNet2DConditionConfig, in_channels: int, out_channels: int) 
 
 
 class DownBlock2D(nn.Module):
-    """Residual blocks, each with attention in the cross-attention kind, then a downsampling but at the last level."""
+    """Residual blocks, each with attention in the cross-attention kind; then a downsampling, not at the last level."""
 
     def __init__(self, config: UNet2DConditionConfig, level: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class UNetMidBlock2DCrossAttn(nn.Module):
 
 
 class UpBlock2D(nn.Module):
-    """Residual blocks over the map joined with a skip, attention as on the way down, then an upsampling."""
+    """Residual blocks over the map joined with a skip, attention as in down blocks, an upsampling above level 0."""
 
     def __init__(self, config: UNet2DConditionConfig, index: int) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from lowtide.models.config_checks import check_supported, check_types
 CROSS_ATTENTION_BLOCKS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 PLAIN_BLOCKS = ("DownBlock2D", "UpBlock2D")
 
-# Entries of published configurations that change the network and of which we build one kind only.
+# Entries that would change the network, with the values that we build.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "attention_type": ("default",),
@@ -47,8 +47,8 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 class UNet2DConditionConfig(Config):
     """Shape of a `UNet2DConditionModel`.
 
-    `attention_head_dim` is, as in the published files, the number of heads (of each block, or one for all), unless
-    `num_attention_heads` gives it. `sample_size` is the side of the latents the model was trained on,
+    As in the published files, `attention_head_dim` is the number of heads (one for each block, or one for all), unless
+    `num_attention_heads` gives that number. `sample_size` is the side of the latents the model was trained on,
     or their height and width.
     """
 
@@ -74,13 +74,13 @@ class UNet2DConditionConfig(Config):
     projection_class_embeddings_input_dim: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse, by name, what we cannot build: it must never be built wrongly in silence."""
+        """Raise `ValueError`, naming the entry, for a network that we do not build."""
         check_types(self, "U-Net")
         check_supported(self, "U-Net", SUPPORTED)
-        known = (*CROSS_ATTENTION_BLOCKS, *PLAIN_BLOCKS)
+        possible = (*CROSS_ATTENTION_BLOCKS, *PLAIN_BLOCKS)
         for kind in (*self.down_block_types, *self.up_block_types):
-            if kind not in known:
-                raise ValueError(f"U-Net config: block type {kind!r} is not supported; possible: {known}.")
+            if kind not in possible:
+                raise ValueError(f"U-Net config: block type {kind!r} is not supported; possible: {possible}.")
         if isinstance(self.sample_size, tuple) and len(self.sample_size) != 2:
             raise ValueError(
                 f"U-Net config: sample_size={list(self.sample_size)} must be one side, or height and width."
@@ -92,12 +92,14 @@ class UNet2DConditionConfig(Config):
         if not len(self.down_block_types) == len(self.up_block_types) == levels:
             raise ValueError(
                 f"U-Net config: {len(self.down_block_types)} down blocks, {len(self.up_block_types)} up blocks and "
-                f"{levels} block_out_channels; the three must be as many."
+                f"{levels} block_out_channels; the three numbers must be equal."
             )
         for key in ("attention_head_dim", "num_attention_heads", "transformer_layers_per_block"):
             value = getattr(self, key)
             if isinstance(value, tuple) and len(value) != levels:
-                raise ValueError(f"U-Net config: {key}={list(value)} must be one number, or {levels}, one a block.")
+                raise ValueError(
+                    f"U-Net config: {key}={list(value)} must be one number, or {levels}, one for each block."
+                )
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(f"U-Net config: {channels} channels do not split into {self.norm_num_groups} groups.")

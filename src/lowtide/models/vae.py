@@ -15,7 +15,7 @@ from lowtide.ops.attention import DEFAULT, AttentionBackend, attention
 from lowtide.ops.convolution import in_faster_layout
 from lowtide.weights.names import VAE_NAMES
 
-EPS = 1e-6  # of every norm in the published autoencoders
+EPS = 1e-6  # for every norm in the published autoencoders
 
 
 def _resnet(config: AutoencoderKLConfig, in_channels: int, out_channels: int) -> ResnetBlock2D:
@@ -179,10 +179,10 @@ class AutoencoderKL(AutoencoderMixin):
             write(0, self.pixels(z))
 
     def moments(self, x: torch.Tensor) -> torch.Tensor:
-        """Mean and log variance `[B, 8, H/8, W/8]` of pictures, whole."""
+        """Mean and log variance `[B, 8, H/8, W/8]` of whole pictures."""
         moments = self.encoder(x)
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
     def pixels(self, z: torch.Tensor) -> torch.Tensor:
-        """Pictures of latents, whole."""
+        """The pictures of latents, decoded whole."""
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))

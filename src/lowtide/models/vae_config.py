@@ -8,13 +8,13 @@ from typing import Any
 from lowtide.configs import Config
 from lowtide.models.config_checks import check_blocks, check_supported, check_types
 
-# Entries of published configurations that change the network and of which we build one kind only.
+# Entries that would change the network, with the values that we build.
 SUPPORTED: dict[str, tuple[Any, ...]] = {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLConfig(Config):
-    """Shape of an `AutoencoderKL`; older files have no `scaling_factor`, which then is 0.18215 (SD 1.x)."""
+    """Shape of an `AutoencoderKL`; where an older file has no `scaling_factor`, it is 0.18215 (SD 1.x)."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -33,7 +33,7 @@ class AutoencoderKLConfig(Config):
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse, by name, what we cannot build: it must never be built wrongly in silence."""
+        """Raise `ValueError`, naming the entry, for a network that we do not build."""
         check_types(self, "VAE")
         check_supported(self, "VAE", SUPPORTED)
         blocks = {"DownEncoderBlock2D": self.down_block_types, "UpDecoderBlock2D": self.up_block_types}
@@ -41,5 +41,5 @@ class AutoencoderKLConfig(Config):
 
     @property
     def scale(self) -> int:
-        """Pixels a latent is wide and high: 8 for Stable Diffusion."""
+        """How many pixels wide and high a latent is: 8 for Stable Diffusion."""
         return 2 ** (len(self.block_out_channels) - 1)

@@ -1,4 +1,4 @@
-"""Where a token lies in a video: rotary embeddings of queries and keys, or sines and cosines added to the tokens.
+"""Positions of tokens in a video: rotary embeddings of queries and keys, or sines and cosines added to the tokens.
 
 Shapes: `F h w` frames, rows and columns of tokens (of patches, not of latents).
 """
@@ -11,7 +11,7 @@ from lowtide.models.video_transformer_config import CogVideoXTransformer3DConfig
 
 THETA = 10000.0
 SLAB = 1024
-"""Tokens that are turned at once: their copies in float32 are all that a rotation takes."""
+"""How many tokens are rotated at once: a rotation takes memory for their float32 copies alone."""
 
 
 def token_grid(config: CogVideoXTransformer3DConfig, frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -35,12 +35,12 @@ def rotary_embedding(
     frames: int,
     device: torch.device | str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines for latents of so many rows, columns and frames: two `[F·h·w, head_dim]` in float32.
+    """Cosines and sines for latents of this height, width and number of frames: two `[F·h·w, head_dim]` in float32.
 
     A quarter of the head turns with the frame, three eighths each with the row and the column; neighbours in the head
-    form a pair that turns together (Su et al. 2021, sec. 3.2; Yang et al. 2024, sec. 2.2). Other sizes than the
-    configured are scaled to fit into those, their aspect kept, and centred; version 1.5 counts from the corner.
-    Raises `ValueError` for sizes that do not split into patches, or in version 1.5 exceed the configured ones.
+    form a pair that turns together (Su et al. 2021, sec. 3.2; Yang et al. 2024, sec. 2.2). A size other than the
+    configured one is scaled to fit into it, keeping its aspect, and centred; version 1.5 counts from the corner.
+    Raises `ValueError` for sizes that do not split into patches, or, in version 1.5, exceed the configured one.
     """
     grid_t, grid_h, grid_w = token_grid(config, frames, height, width)
     if config.patch_size_t is None:
@@ -50,11 +50,11 @@ def rotary_embedding(
     times = torch.arange(grid_t, dtype=torch.float32, device=device)
     head, eighths = config.attention_head_dim, config.attention_head_dim // 8
     angles = [_angles(times, head // 4), _angles(rows, 3 * eighths), _angles(columns, 3 * eighths)]
-    return _combined([one.cos() for one in angles]), _combined([one.sin() for one in angles])
+    return _combined([angle.cos() for angle in angles]), _combined([angle.sin() for angle in angles])
 
 
 def _angles(positions: torch.Tensor, dim: int) -> torch.Tensor:
-    """`[positions, dim]`, each angle twice."""
+    """The angles `[positions, dim]`, each twice in a row."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
     return torch.outer(positions, 1.0 / THETA**exponents).repeat_interleave(2, dim=1)
 
@@ -75,7 +75,7 @@ def _counted(
 def _fitted(
     config: CogVideoXTransformer3DConfig, rows: int, columns: int, device: torch.device | str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions of rows and columns in the configured grid, into which the asked one is scaled and centred."""
+    """Positions of rows and columns in the configured grid, into which their grid is scaled and centred."""
     full_h, full_w = config.sample_height // config.patch_size, config.sample_width // config.patch_size
     if rows / columns > full_h / full_w:
         high, wide = full_h, round(full_h / rows * columns)
@@ -100,9 +100,7 @@ def _combined(axes: list[torch.Tensor]) -> torch.Tensor:
 def rotate(x_BLNH: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Turn queries or keys `[B, L, N, H]` in place by cosines and sines `[L, H]`, in float32, some tokens at a time.
 
-    float64 stays float64.
-
-    Raises `ValueError` for tables of other sizes.
+    float64 stays float64. Raises `ValueError` for tables of other sizes.
     """
     cos_LH, sin_LH = (table.to(x_BLNH.device) for table in rotary)
     if not cos_LH.shape == sin_LH.shape == (x_BLNH.shape[1], x_BLNH.shape[3]):
@@ -151,7 +149,7 @@ def sincos_table(config: CogVideoXTransformer3DConfig, grid: tuple[int, int, int
 
 
 def add_sincos(x_BFhwC: torch.Tensor, config: CogVideoXTransformer3DConfig) -> None:
-    """Add to fresh tokens `[B, F, h, w, C]`, in place, their positions; the table itself is never made."""
+    """Add positions to tokens `[B, F, h, w, C]` in place, without making the table of all positions."""
     _, frames, rows, columns, dim = x_BFhwC.shape
     times, across, down = sincos_axes(config, (frames, rows, columns))
     first, second = dim // 4, dim // 4 + 3 * dim // 8

@@ -54,7 +54,7 @@ class CogVideoXTransformer3DModel(ModelMixin):
 
         `image_rotary_emb` is that of `lowtide.models.video_positions.rotary_embedding`, for models that have
         `use_rotary_positional_embeddings`. `ofs` is the second time of models with `ofs_embed_dim`. `timestep_cond`
-        and `attention_kwargs` must be None, for there is nothing in these models that they could change.
+        and `attention_kwargs` must be None: these models do not use them.
         Returns an output with `.sample` `[B, F, out_channels, H, W]`, or a tuple of it where `return_dict` is false.
         Raises `ValueError` for latents that do not split into patches, and for arguments that do not fit the model.
         """
@@ -69,23 +69,23 @@ class CogVideoXTransformer3DModel(ModelMixin):
         return Transformer3DModelOutput(sample=sample) if return_dict else (sample,)
 
     def enable_forward_chunking(self, chunk_size: int | None = None, dim: int = 1) -> None:
-        """Have the feed-forwards widen `chunk_size` tokens at a time, 2048 if None; so it is from the beginning.
+        """Compute the feed-forwards for `chunk_size` tokens at a time; None means 2048, the default.
 
         The tokens of all videos count together. The results are the same for every size, bit for bit.
-        Raises `ValueError` for sizes that are no multiple of 2048, and for other axes than the tokens' (`dim=1`).
+        Raises `ValueError` for sizes that are not a multiple of 2048, and for axes other than the tokens' (`dim=1`).
         """
         if dim != 1:
             raise ValueError(f"dim={dim!r} is not possible: chunks are made of tokens, dim=1.")
         size = GROUP if chunk_size is None else chunk_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % GROUP:
             raise ValueError(
-                f"chunk_size={chunk_size!r} is not possible: it is a multiple of {GROUP}, or None. So many tokens are "
-                "multiplied at a time in any case, so that results do not depend on the size."
+                f"chunk_size={chunk_size!r} is not possible: it is a multiple of {GROUP}, or None. Tokens are always "
+                "multiplied in groups of that many, so that results do not depend on the chunk size."
             )
         self._chunk(size)
 
     def disable_forward_chunking(self) -> None:
-        """Have the feed-forwards widen all tokens at once: the same results, in four times the tokens' memory."""
+        """Compute the feed-forwards for all tokens at once: the same results, for four times the tokens' memory."""
         self._chunk(None)
 
     def _chunk(self, size: int | None) -> None:
@@ -105,7 +105,7 @@ class CogVideoXTransformer3DModel(ModelMixin):
 
     def _sinusoid(self, like: torch.Tensor, value: torch.Tensor | float, dim: int) -> torch.Tensor:
         if not isinstance(value, torch.Tensor) or value.device != like.device:
-            value = torch.as_tensor(value, device=like.device)  # a trace would fix its dtype here
+            value = torch.as_tensor(value, device=like.device)  # only if it must: a trace would fix the dtype
         values_B = value.reshape(-1).expand(like.shape[0])
         config = self.config
         embedding = timestep_embedding(
@@ -136,7 +136,7 @@ class CogVideoXTransformer3DModel(ModelMixin):
                 f"{list(latents.shape)}."
             )
         if timestep_cond is not None or attention_kwargs:
-            raise ValueError("timestep_cond and attention_kwargs are not possible: these models have no use for them.")
+            raise ValueError("timestep_cond and attention_kwargs are not possible: these models do not use them.")
         if config.use_rotary_positional_embeddings != (rotary is not None):
             needs = "needs" if rotary is None else "has no rotary positions, so it takes no"
             raise ValueError(f"This transformer {needs} image_rotary_emb; see lowtide.models.video_positions.")

@@ -8,7 +8,7 @@ from typing import Any
 from lowtide.configs import Config
 from lowtide.models.config_checks import check_supported, check_types
 
-# Entries of published configurations that change the network and of which we build one kind only.
+# Entries that would change the network, with the values that we build.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "activation_fn": ("gelu-approximate",),
     "dropout": (0, 0.0),
@@ -22,8 +22,8 @@ class CogVideoXTransformer3DConfig(Config):
     """Shape of a `CogVideoXTransformer3DModel`.
 
     `sample_height` and `sample_width` are those of the latents the model was trained on, `sample_frames` the frames of
-    the video they stand for. `patch_size_t` latent frames make one token (version 1.5); None means each its own.
-    `use_learned_positional_embeddings` and `ofs_embed_dim` are of the models that begin with a picture.
+    the video they stand for. `patch_size_t` latent frames make one token (version 1.5); None: each makes its own.
+    Models that start from a picture have `use_learned_positional_embeddings` and `ofs_embed_dim`.
     """
 
     num_attention_heads: int = 30
@@ -52,7 +52,7 @@ class CogVideoXTransformer3DConfig(Config):
     patch_bias: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse, by name, what we cannot build: it must never be built wrongly in silence."""
+        """Raise `ValueError`, naming the entry, for a network that we do not build."""
         check_types(self, "Video transformer")
         check_supported(self, "Video transformer", SUPPORTED)
         if self.use_learned_positional_embeddings and not self.use_rotary_positional_embeddings:

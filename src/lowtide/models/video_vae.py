@@ -32,7 +32,7 @@ from lowtide.models.video_vae_layers import (
 from lowtide.ops.convolution import in_faster_layout
 
 FrameSink = Callable[[int, torch.Tensor], None]
-"""Takes finished frames: the number of the first, and a clip `[B, 3, frames, H, W]`; in order, none twice."""
+"""Called with the number of the first frame and finished frames `[B, 3, frames, H, W]`; in order, each frame once."""
 
 
 def _resnets(config: AutoencoderKLCogVideoXConfig, widths: list[int], latents: int | None) -> nn.ModuleList:
@@ -107,7 +107,7 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(channels[-1], 2 * config.latent_channels, 3)
 
     def forward(self, x: torch.Tensor, cache: FrameCache | None = None) -> torch.Tensor:
-        """Encode one batch of frames; `cache` has what came before it."""
+        """Encode one batch of frames; `cache` remembers the frames before it."""
         cache = cache or only_batch()
         x = self.conv_in(in_faster_layout(x), cache)
         for block in self.down_blocks:
@@ -129,7 +129,7 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(channels[0], config.out_channels, 3)
 
     def forward(self, z: torch.Tensor, cache: FrameCache | None = None) -> torch.Tensor:
-        """Decode one batch of latent frames; `cache` has what came before it."""
+        """Decode one batch of latent frames; `cache` remembers the frames before it."""
         cache = cache or only_batch()
         z = in_faster_layout(z)
         x = self.mid_block(self.conv_in(z, cache), z, cache)
@@ -143,8 +143,9 @@ class AutoencoderKLCogVideoX(AutoencoderMixin):
 
     Shapes: clips `[B, 3, F, H, W]` with H and W multiples of `config.scale` (8), latents `[B, 16, (F-1)/4 + 1, H/8,
     W/8]`, not yet multiplied by `config.scaling_factor`. As published, a clip is decoded `num_latent_frames_batch_size`
-    latent frames at a time and encoded `num_sample_frames_batch_size` frames at a time: the statistics of the norms are
-    those of a batch, so another number gives another clip. A batch as large as the clip has the statistics of it all.
+    latent frames at a time and encoded `num_sample_frames_batch_size` frames at a time: the norms take
+    their statistics from one batch, so another batch size gives a different clip. A batch as large as the clip has the
+    statistics of the whole clip.
     """
 
     config_class = AutoencoderKLCogVideoXConfig
@@ -173,7 +174,7 @@ class AutoencoderKLCogVideoX(AutoencoderMixin):
             _by_frames(self.decoder, z, self.num_latent_frames_batch_size, write)
 
     def check_decoding(self, shape: tuple[int, ...]) -> None:
-        """Raise now what decoding latents `[1, 16, f, h, w]` row by row would raise: `ValueError`, or `OSError`."""
+        """Raise the `ValueError` or `OSError` that decoding latents `[1, 16, f, h, w]` row by row would raise."""
         streaming, cache, checked = row_streaming_of(self.decoder), FrameCache(), set()
         for batch in cache.batches(shape[2], self.num_latent_frames_batch_size):
             form = (batch.stop - batch.start, cache.has_before, cache.is_last)
@@ -187,7 +188,7 @@ class AutoencoderKLCogVideoX(AutoencoderMixin):
         return _joined(self.encoder, x, size, latent_frames_made(x.shape[2], size, ratio))
 
     def pixels(self, z: torch.Tensor) -> torch.Tensor:
-        """Clips of latents, a batch of frames at a time."""
+        """The clips of latents, a batch of frames at a time."""
         size, ratio = self.num_latent_frames_batch_size, int(self.config.temporal_compression_ratio)
         return _joined(self.decoder, z, size, frames_made(z.shape[2], size, ratio))
 
@@ -195,7 +196,7 @@ class AutoencoderKLCogVideoX(AutoencoderMixin):
 def _joined(network: nn.Module, x: torch.Tensor, size: int, total: int) -> torch.Tensor:
     """The whole clip of `total` frames that `network` makes of batches of frames."""
     if len(x) > 1 and row_streaming_of(network) is not None:
-        return sliced(lambda one: _joined(network, one, size, total), x)
+        return sliced(lambda clip: _joined(network, clip, size, total), x)
     out: list[torch.Tensor] = []
 
     def put(first: int, frames: torch.Tensor) -> None:
@@ -210,7 +211,7 @@ def _joined(network: nn.Module, x: torch.Tensor, size: int, total: int) -> torch
 
 
 def _by_frames(network: nn.Module, x: torch.Tensor, size: int, write: FrameSink) -> None:
-    """Compute batches of `size` frames in order, each with what the convolutions remember of those before."""
+    """Compute batches of `size` frames in order, each with the frames before it that the convolutions remember."""
     cache, first = FrameCache(size), 0
     for batch in batches_gone_through(x, cache.batches(x.shape[2], size)):
         frames = network(x[:, :, batch], cache)

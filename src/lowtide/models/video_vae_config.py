@@ -8,7 +8,7 @@ from typing import Any
 from lowtide.configs import Config
 from lowtide.models.config_checks import check_blocks, check_supported, check_types
 
-# Entries of published configurations that change the network and of which we build one kind only.
+# Entries that would change the network, with the values that we build.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
     "latents_mean": (None,),
@@ -40,7 +40,7 @@ class AutoencoderKLCogVideoXConfig(Config):
     invert_scale_latents: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse, by name, what we cannot build: it must never be built wrongly in silence."""
+        """Raise `ValueError`, naming the entry, for a network that we do not build."""
         check_types(self, "Video VAE")
         check_supported(self, "Video VAE", SUPPORTED)
         blocks = {"CogVideoXDownBlock3D": self.down_block_types, "CogVideoXUpBlock3D": self.up_block_types}
@@ -54,7 +54,7 @@ class AutoencoderKLCogVideoXConfig(Config):
 
     @property
     def scale(self) -> int:
-        """Pixels a latent is wide and high: 8 in the published models."""
+        """How many pixels wide and high a latent is: 8 in the published models."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @property

@@ -1,8 +1,8 @@
 """Layers of the video autoencoder of CogVideoX (Yang et al. 2024, sec. 2.1): causal in time.
 
 Shapes: `B` clips, `C` channels, `F` frames, `H W` rows and columns; z `[B, latents, f, h, w]` is the clip of latents
-that a decoder's norms are conditioned on. A clip is computed in batches of frames; a `FrameCache` has what the causal
-convolutions remember between them. Attribute names are the published checkpoints' own.
+that a decoder's norms are conditioned on. A clip is computed in batches of frames; between them a `FrameCache` keeps
+what the causal convolutions remember. Attribute names are the published checkpoints' own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 from lowtide.activations.frame_cache import FrameCache
 from lowtide.models.layers import silu_of_fresh
 
-EPS = 1e-6  # of the norms whose eps no configuration tells
+EPS = 1e-6  # for the norms whose eps is in no configuration
 
 
 class CausalConv3d(nn.Module):
@@ -43,9 +43,10 @@ class FrameConv2d(nn.Conv2d):
 
 
 class SpatialNorm3D(nn.Module):
-    """Group norm whose scale and shift are made of the latents at the same place (Zheng et al. 2022, eq. 5).
+    """Group norm whose scale and shift depend on the latents at the same place (Zheng et al. 2022, eq. 5).
 
-    They are made at the latents' size and then enlarged: the same as the other way round, for pixels do not mix.
+    Scale and shift are computed at the latents' size and then enlarged. The other order gives the same numbers, since
+    pixels do not mix.
     """
 
     def __init__(self, channels: int, latents: int, groups: int) -> None:
@@ -77,7 +78,7 @@ def _enlarged(z: torch.Tensor, size: torch.Size) -> torch.Tensor:
 class ResnetBlock3D(nn.Module):
     """Two causal 3x3x3 convolutions with norm and SiLU, and a shortcut around them.
 
-    With `latents` channels of latents its norms are conditioned on them (the decoder's); None: group norms.
+    The decoder's norms are conditioned on latents of `latents` channels; with None they are group norms.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, groups: int, eps: float, latents: int | None) -> None:
@@ -97,7 +98,7 @@ class ResnetBlock3D(nn.Module):
     def forward(self, x_BCFHW: torch.Tensor, z: torch.Tensor | None, cache: FrameCache) -> torch.Tensor:
         """`[B, in_channels, F, H, W]` to `[B, out_channels, F, H, W]`."""
         h = self.conv1(silu_of_fresh(normed(self.norm1, x_BCFHW, z, cache)), cache)
-        h = normed(self.norm2, h, z, cache)  # the map before the norm is free from here on
+        h = normed(self.norm2, h, z, cache)  # frees the map before the norm
         h = self.conv2(silu_of_fresh(h), cache)
         return h + (x_BCFHW if self.conv_shortcut is None else self.conv_shortcut(x_BCFHW))
 
@@ -108,7 +109,7 @@ def normed(norm: nn.Module, x_BCFHW: torch.Tensor, z: torch.Tensor | None, cache
 
 
 class Downsample3D(nn.Module):
-    """Halve rows and columns with a strided convolution; with `compress_time` frames too, by averages of two."""
+    """Halve rows and columns with a strided convolution; with `compress_time` also frames, by averages of two."""
 
     def __init__(self, channels: int, *, compress_time: bool) -> None:
         super().__init__()
@@ -116,7 +117,7 @@ class Downsample3D(nn.Module):
         self.conv = FrameConv2d(channels, stride=2, padding=0)
 
     def forward(self, x_BCFHW: torch.Tensor) -> torch.Tensor:
-        """`[B, C, F, H, W]` to `[B, C, ⌈F/2⌉ or F, ⌊H/2⌋, ⌊W/2⌋]`; of an odd number the first frame stays."""
+        """`[B, C, F, H, W]` to `[B, C, ⌈F/2⌉ or F, ⌊H/2⌋, ⌊W/2⌋]`; of an odd number of frames the first stays."""
         if self.compress_time and x_BCFHW.shape[2] > 1:
             x_BCFHW = _halved(x_BCFHW)
         return self.conv(F.pad(x_BCFHW, (0, 1, 0, 1)))
@@ -137,7 +138,7 @@ class Upsample3D(nn.Module):
         self.conv = FrameConv2d(channels, stride=1, padding=1)
 
     def forward(self, x_BCFHW: torch.Tensor) -> torch.Tensor:
-        """`[B, C, F, H, W]` to `[B, C, 2F or F, 2H, 2W]`; of an odd number the first frame is not doubled."""
+        """`[B, C, F, H, W]` to `[B, C, 2F or F, 2H, 2W]`; of an odd number of frames the first is not doubled."""
         frames, rows, columns = x_BCFHW.shape[2:]
         if self.compress_time:
             frames = 2 * frames - frames % 2

@@ -1,10 +1,8 @@
-"""Checks of what a caller asks for, before any work is done."""
+"""Checks of a call's arguments, before any work is done; those of plain numbers are in `number_checks`."""
 
 from __future__ import annotations
 
 import inspect
-import math
-import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -12,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lowtide.pipelines.number_checks import check_counts
 from lowtide.pipelines.pipeline_outputs import OUTPUT_TYPES
 from lowtide.planning.run_size import RunSize
 from lowtide.schedulers import Generators
@@ -26,15 +25,15 @@ def check_size(height: int, width: int, multiple: int) -> None:
 
 
 LARGEST_SIDE = 32768
-"""Pixels: what plans are made for."""
+"""Pixels; plans are made for sides up to this length."""
 
 
 def run_size(height: int, width: int, **asked: Any) -> RunSize:
-    """The size of a run; raises `ValueError` for names that are no part of it, and for counts that are not possible."""
-    known = [field.name for field in fields(RunSize)]
-    unknown = sorted(set(asked) - set(known))
+    """The size of a run; raises `ValueError` for names that `RunSize` does not have, and for impossible values."""
+    possible = [field.name for field in fields(RunSize)]
+    unknown = sorted(set(asked) - set(possible))
     if unknown:
-        raise ValueError(f"A run's size has no {', '.join(unknown)}; it has {', '.join(known)}.")
+        raise ValueError(f"A run's size has no {', '.join(unknown)}; it has {', '.join(possible)}.")
     given = {name: value for name, value in asked.items() if value is not None}
     if max(height, width) > LARGEST_SIDE:
         raise ValueError(f"{width}x{height} is not possible: a side is at most {LARGEST_SIDE} pixels.")
@@ -44,15 +43,8 @@ def run_size(height: int, width: int, **asked: Any) -> RunSize:
         raise ValueError(f"guided={given['guided']!r} is not possible: it is True or False.")
     check_counts(**{name: given[name] for name in ("pictures", "prompts", "steps", "frames") if name in given})
     if given.get("prompts", 1) > given.get("pictures", 1):
-        raise ValueError("A run makes a picture of each prompt, or more: prompts is at most pictures.")
+        raise ValueError("A run makes at least one picture of each prompt: prompts is at most pictures.")
     return RunSize(height, width, **given)
-
-
-def check_counts(**counts: int) -> None:
-    """Raise `ValueError` unless all are whole and at least 1; they are given by the caller's names for them."""
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} is not possible: it must be a whole number, at least 1.")
 
 
 def check_output_type(output_type: str, output_path: object = None, possible: Sequence[str] = OUTPUT_TYPES) -> None:
@@ -76,7 +68,7 @@ def check_prompt(
         raise ValueError(f"{text} and {embeds} are both given; give one of them.")
     if needed and prompt is None and prompt_embeds is None:
         raise ValueError(f"Neither {text} nor {embeds} is given; give one of them.")
-    listed = isinstance(prompt, (list, tuple)) and len(prompt) > 0 and all(isinstance(one, str) for one in prompt)
+    listed = isinstance(prompt, (list, tuple)) and len(prompt) > 0 and all(isinstance(text, str) for text in prompt)
     if prompt is not None and not isinstance(prompt, str) and not listed:
         raise ValueError(f"{text} must be a text or a list of texts (at least one), not {prompt!s:.200}.")
     if prompt_embeds is not None and (not isinstance(prompt_embeds, torch.Tensor) or prompt_embeds.ndim != 3):
@@ -129,36 +121,29 @@ def check_negatives(prompts: Sequence[int], negatives: Sequence[int]) -> None:
         )
 
 
-def check_guidance(guidance_scale: float) -> None:
-    """Raise `ValueError` unless it is a finite number."""
-    is_number = isinstance(guidance_scale, numbers.Real) and not isinstance(guidance_scale, bool)
-    if not is_number or not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale={guidance_scale!r:.80} is not possible: it must be a finite number.")
-
-
 def check_generator(generator: Generators) -> None:
     """Raise `ValueError` unless it is None, a generator, or a list of them."""
     listed = list(generator) if isinstance(generator, (list, tuple)) else [generator]
-    if generator is not None and not all(isinstance(one, torch.Generator) for one in listed):
+    if generator is not None and not all(isinstance(item, torch.Generator) for item in listed):
         raise ValueError(f"generator must be a torch.Generator or a list of them, not {generator!r:.80}.")
 
 
 def check_noise(shape: tuple[int, ...], latents: torch.Tensor | None, generator: Generators) -> None:
-    """Raise `ValueError` for latents of another shape, or generators that are not one for each item."""
+    """Raise `ValueError` for latents of another shape, and unless a list has one generator for each item."""
     if isinstance(latents, torch.Tensor) and tuple(latents.shape) != shape:
         raise ValueError(f"latents {list(latents.shape)} do not fit: these clips need {list(shape)}.")
     if latents is not None and not isinstance(latents, torch.Tensor):
         raise ValueError(f"latents must be a tensor {list(shape)}, not {type(latents).__name__}.")
     if isinstance(generator, Sequence) and len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} generators were given for a batch of {shape[0]}: give one an item.")
+        raise ValueError(f"{len(generator)} generators were given for a batch of {shape[0]}: give one for each item.")
 
 
 def check_timesteps(scheduler: Any, timesteps: Sequence[int] | None) -> None:
     """Raise `ValueError` for timesteps that a scheduler does not take."""
     if timesteps is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
         raise ValueError(
-            f"timesteps is not possible: a {type(scheduler).__name__} lays out its own. Give num_inference_steps, or "
-            "build the scheduler with another timestep_spacing."
+            f"timesteps is not possible: a {type(scheduler).__name__} lays out its own timesteps. Give "
+            "num_inference_steps, or build the scheduler with another timestep_spacing."
         )
 
 
@@ -166,22 +151,22 @@ def check_attention_kwargs(attention_kwargs: Mapping[str, Any] | None) -> None:
     """Raise `ValueError` if there are any: they would go to adapters."""
     if attention_kwargs:
         raise ValueError(
-            f"attention_kwargs={dict(attention_kwargs)!r:.80} is not possible: they are for adapters, and there are "
-            "none here. Leave it out; how attention is computed is chosen with set_attention_backend."
+            f"attention_kwargs={dict(attention_kwargs)!r:.80} is not possible: they are for adapters, which "
+            "Lowtide does not have. Leave it out; how attention is computed is chosen with set_attention_backend."
         )
 
 
-def warn_of_other_frames(asked: int, made: int) -> None:
+def warn_of_other_frames(asked: int, decoded: int) -> None:
     """Warn where a clip has another number of frames than was asked for."""
-    if asked != made:
+    if asked != decoded:
         warnings.warn(
-            f"num_frames={asked} is not possible: the frames are decoded in groups, and there will be {made}.",
+            f"num_frames={asked} is not possible: the frames are decoded in groups, and there will be {decoded}.",
             stacklevel=4,
         )
 
 
 def warn_of_long_prompts(tokenizer: Any, texts: Sequence[str], length: int, *, own_tokens: int) -> None:
-    """Warn of texts that are cut to `length` tokens, of which `own_tokens` are the tokenizer's own."""
+    """Warn of texts that are cut to `length` tokens, `own_tokens` of which the tokenizer adds itself."""
     for text in texts:
         excess = tokenizer(text, verbose=False).input_ids[length - 1 : -1]
         if excess:

@@ -1,4 +1,4 @@
-"""CogVideoX (Yang et al. 2024, arXiv 2408.06072): from text to clips, each step a method that can be called alone."""
+"""CogVideoX (Yang et al. 2024, arXiv 2408.06072): text to clips, in steps that can each be called alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lowtide.pipelines.decoding import check_decoding, decoding
 from lowtide.pipelines.frames import Frames
 from lowtide.pipelines.guidance import changed_by_callback, dynamic_guidance
 from lowtide.pipelines.latents import kept_safe, load_latents
+from lowtide.pipelines.number_checks import check_counts, check_guidance, check_steps
 from lowtide.pipelines.pipeline_outputs import VIDEO_OUTPUT_TYPES, CogVideoXPipelineOutput
 from lowtide.pipelines.traced_stages import clip_stages
 from lowtide.planning.run_size import RunSize
@@ -81,22 +82,20 @@ class CogVideoXPipeline(DiffusionPipeline):
         each clip its own. `latents`, of the shape that `latent_shape` gives, is noise to start from, of unit variance.
         `timesteps` replaces `num_inference_steps` for schedulers that take them. Prompts are padded and cut to
         `max_sequence_length` tokens. `callback_on_step_end(pipe, step, timestep, tensors)` may return changed tensors;
-        `prompt_embeds` halved, to those of the prompts, end the guidance.
-        Frames come as "pil", "np", "pt" or "latent" (see `CogVideoXPipelineOutput`); where the model cannot make so
-        many, a warning says how many there will be. Raises `ValueError` for what is not possible, before any work.
+        `prompt_embeds` cut to those of the prompts, half of them, end the guidance.
+        Frames come as "pil", "np", "pt" or "latent" (see `CogVideoXPipelineOutput`); where the model cannot make
+        `num_frames`, a warning says how many there will be. Raises `ValueError` for arguments that are not possible,
+        before any work is done.
         """
         height, width, num_frames = self.clip_size(height, width, num_frames)
         checks.check_attention_kwargs(attention_kwargs)
         checks.check_generator(generator)
-        checks.check_counts(
-            num_inference_steps=num_inference_steps,
-            num_videos_per_prompt=num_videos_per_prompt,
-            max_sequence_length=max_sequence_length,
-        )
+        check_steps(num_inference_steps)
+        check_counts(num_videos_per_prompt=num_videos_per_prompt, max_sequence_length=max_sequence_length)
         checks.check_timesteps(self.scheduler, timesteps)
         checks.check_output_type(output_type, possible=VIDEO_OUTPUT_TYPES)
         checks.check_callback_inputs(callback_on_step_end_tensor_inputs, CALLBACK_TENSORS)
-        checks.check_guidance(guidance_scale)
+        check_guidance(guidance_scale)
         guided = guidance_scale > 1
         self.check_prompts(prompt, negative_prompt, guided, prompt_embeds, negative_prompt_embeds, max_sequence_length)
         batch = checks.count_prompts(prompt, prompt_embeds) * num_videos_per_prompt
@@ -137,7 +136,7 @@ class CogVideoXPipeline(DiffusionPipeline):
         return CogVideoXPipelineOutput(frames) if return_dict else (frames,)
 
     def decode_saved(self, path: str | os.PathLike[str], output_type: str = "pil") -> CogVideoXPipelineOutput:
-        """The clips of latents that were kept in a file when decoding them failed; the file stays.
+        """Decode latents that were kept in a file when decoding them failed; the file stays.
 
         Raises `FileNotFoundError` and `ValueError` for files that hold no such latents.
         """
@@ -241,13 +240,13 @@ class CogVideoXPipeline(DiffusionPipeline):
         count = self._frames_of(latents.shape[1])
         frames = Frames(output_type, len(latents), count)
         with decoding(self.stages, self.vae, len(latents) * batches, len(latents) * count) as tell:
-            for clip, one in enumerate(latents.split(1)):
+            for clip, x in enumerate(latents.split(1)):
 
-                def take(first: int, some: torch.Tensor, clip: int = clip) -> None:
-                    frames.add(clip, first, some[0])
-                    tell(some.shape[2])
+                def take(first: int, decoded: torch.Tensor, clip: int = clip) -> None:
+                    frames.add(clip, first, decoded[0])
+                    tell(decoded.shape[2])
 
-                z_BCFHW = 1 / self.vae.config.scaling_factor * one.permute(0, 2, 1, 3, 4)
+                z_BCFHW = 1 / self.vae.config.scaling_factor * x.permute(0, 2, 1, 3, 4)
                 if hasattr(self.vae, "decode_frames"):
                     self.vae.decode_frames(z_BCFHW, take)
                 else:
@@ -264,7 +263,7 @@ class CogVideoXPipeline(DiffusionPipeline):
         columns: int = config.sample_width * scale if width is None else width
         frames: int = config.sample_frames if num_frames is None else num_frames
         checks.check_size(rows, columns, scale * config.patch_size)
-        checks.check_counts(num_frames=frames)
+        check_counts(num_frames=frames)
         checks.warn_of_other_frames(frames, self._frames_of(self._latent_frames(frames)))
         return rows, columns, frames
 
@@ -292,12 +291,12 @@ class CogVideoXPipeline(DiffusionPipeline):
                 checks.check_text_length(max_sequence_length, fixed)
         if guided:
             tokens = [max_sequence_length if embeds is None else embeds.shape[1] for embeds in given.values()]
-            is_told = negative_prompt is not None or negative_prompt_embeds is not None
-            negative = checks.count_prompts(negative_prompt, negative_prompt_embeds) if is_told else 1
+            is_given = negative_prompt is not None or negative_prompt_embeds is not None
+            negative = checks.count_prompts(negative_prompt, negative_prompt_embeds) if is_given else 1
             checks.check_negatives((checks.count_prompts(prompt, prompt_embeds), tokens[0]), (negative, tokens[1]))
 
     def check_clip(self, num_frames: int, height: int, width: int) -> None:
-        """Raise now what decoding such a clip would raise after all the steps."""
+        """Raise before any step what decoding a clip of this size would raise after all steps."""
         _, frames, channels, rows, columns = self.latent_shape(1, num_frames, height, width)
         check_decoding(self.vae, (1, channels, frames - self.padding(num_frames), rows, columns))
 
@@ -307,7 +306,7 @@ class CogVideoXPipeline(DiffusionPipeline):
         return batch, frames, self.transformer_config.in_channels, height // scale, width // scale
 
     def padding(self, num_frames: int) -> int:
-        """Latent frames in front that are denoised and dropped: 1.5 takes `patch_size_t` frames at once."""
+        """Latent frames at the front that are denoised and dropped: version 1.5 takes `patch_size_t` frames at once."""
         at_once = getattr(self.transformer_config, "patch_size_t", None) or 1
         return -self._latent_frames(num_frames) % at_once
 
@@ -322,7 +321,7 @@ class CogVideoXPipeline(DiffusionPipeline):
         return self.vae.num_latent_frames_batch_size
 
     def usual_size(self, **asked: Any) -> RunSize:
-        """The size of a run where nothing else is said; raises `ValueError` for what is no part of a size."""
+        """The size of a run, the model's own where nothing is asked; raises `ValueError` as `checks.run_size` does."""
         sides = asked.pop("height", None), asked.pop("width", None), asked.pop("frames", None)
         height, width, frames = self.clip_size(*sides)
         return checks.run_size(height, width, frames=frames, **asked)

@@ -1,4 +1,4 @@
-"""Guidance that changes from step to step, and what a callback makes of a clip's tensors between two steps."""
+"""Guidance that changes from step to step, and the tensors of clips after a callback has changed some of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 def dynamic_guidance(guidance_scale: float, timestep: torch.Tensor, num_steps: int) -> float:
     """The guidance of one step: 1 + scale · (1 - cos(π · x⁵)) / 2 with x = (steps - timestep) / steps.
 
-    The timestep is the training schedule's own, as the ecosystem has it: x runs from far below 0 to nearly 1.
+    The timestep is that of the training schedule, as in other libraries: x runs from far below 0 to nearly 1.
     """
     x = (num_steps - timestep.item()) / num_steps
     return 1 + guidance_scale * ((1 - math.cos(math.pi * x**5.0)) / 2)
@@ -23,9 +23,10 @@ def changed_by_callback(
     negative: torch.Tensor | None,
     returned: Mapping[str, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Latents and embeddings after a callback; negative ones that it changed replace those among all embeddings.
+    """Latents, all embeddings and negative embeddings after a callback; changed negative ones replace the old ones.
 
-    Embeddings of the prompts alone end the guidance: there are no negative ones from then on, whatever it returned.
+    Embeddings of the prompts alone end the guidance: from then on there are no negative ones, whatever the callback
+    returned. Raises `ValueError` for any other number of embeddings.
     """
     x, embeds = returned.get("latents", x), returned.get("prompt_embeds", embeds)
     if len(embeds) not in (len(x), 2 * len(x)):

@@ -1,4 +1,4 @@
-"""What pipelines return, and the step from decoded tensors to pictures."""
+"""What pipelines return, and how decoded tensors become pictures."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class CogVideoXPipelineOutput:
     """Clips, as the `output_type` asked for; `output[0]` is `output.frames`.
 
     `frames`: a list of PIL images for each clip ("pil"), float32 `[B, F, H, W, 3]` in [0, 1] ("np"), `[B, F, 3, H, W]`
-    in [0, 1] ("pt"), or latents `[B, f, C, H/8, W/8]` ("latent"). For 1.5 these are all that were denoised: where
-    `pipe.padding(num_frames)` is not 0, so many frames of padding are in front, to be left out before they are decoded.
+    in [0, 1] ("pt"), or latents `[B, f, C, H/8, W/8]` ("latent"). Latents of version 1.5 begin with
+    `pipe.padding(num_frames)` frames of padding, which must be left out before decoding.
     """
 
     frames: Any
 
     def __getitem__(self, key: int | str) -> Any:
-        """The frames, as the only entry of a tuple, or by their name."""
+        """The frames: entry 0, or the entry called "frames"."""
         return vars(self)[key] if isinstance(key, str) else (self.frames,)[key]
 
 

@@ -21,6 +21,7 @@ from lowtide.pipelines import checks
 from lowtide.pipelines.base import DiffusionPipeline, StepCallback
 from lowtide.pipelines.decoding import check_decoding, decoding
 from lowtide.pipelines.latents import kept_safe, load_latents
+from lowtide.pipelines.number_checks import check_counts, check_guidance, check_steps
 from lowtide.pipelines.picture_files import OutputPath, picture_files, write_picture
 from lowtide.pipelines.pipeline_outputs import StableDiffusionPipelineOutput, to_output, to_pil, to_unit_range
 from lowtide.pipelines.traced_stages import picture_stages
@@ -93,7 +94,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         from, of unit variance. `callback_on_step_end(pipe, step, timestep, tensors)` may return changed tensors.
         `output_type="file"` writes PNG files as rows are decoded, so a picture may be larger than memory (with
         `enable_vae_tiling`): to `output_path`, numbered where there are several, or to new names in the current folder.
-        Raises `ValueError` for what is not possible, before any work is done.
+        Raises `ValueError` for arguments that are not possible, before any work is done.
         """
         height, width = self.image_size(height, width)
         checks.check_prompt(prompt, prompt_embeds, ("prompt", "prompt_embeds"))
@@ -102,8 +103,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
         for embeds, name in ((prompt_embeds, "prompt_embeds"), (negative_prompt_embeds, "negative_prompt_embeds")):
             checks.check_width(embeds, name, self.unet_config.cross_attention_dim)
         checks.check_generator(generator)
-        checks.check_counts(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
-        checks.check_guidance(guidance_scale)
+        check_steps(num_inference_steps)
+        check_counts(num_images_per_prompt=num_images_per_prompt)
+        check_guidance(guidance_scale)
         checks.check_output_type(output_type, output_path)
         checks.check_callback_inputs(callback_on_step_end_tensor_inputs, CALLBACK_TENSORS)
         if output_type != "latent":
@@ -139,9 +141,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
     def finish(
         self, latents: torch.Tensor, output_type: str, files: Sequence[PictureFile] = (), saved: Path | None = None
     ) -> tuple[Any, list[bool] | None]:
-        """From latents to what was asked for, and whether pictures were found unsafe.
+        """Latents as the output type, and which pictures were unsafe.
 
-        The latents are kept until then; those of the file `saved` are there already.
+        If decoding fails, latents are kept in a file; those of the file `saved` are there already.
         """
         if output_type == "latent":
             return latents, None
@@ -156,7 +158,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
     def decode_saved(
         self, path: str | os.PathLike[str], output_type: str = "pil", output_path: OutputPath | None = None
     ) -> StableDiffusionPipelineOutput:
-        """The pictures of latents that were kept in a file when decoding them failed; the file stays.
+        """Latents as the output type, and which pictures were unsafe.
+
+        If decoding fails, latents are kept in a file; those of the file `saved` are there already.
+        """
 
         Raises `FileNotFoundError` and `ValueError` for files that hold no such latents.
         """
@@ -190,8 +195,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
             texts = negative_prompt or ""
             negative_prompt_embeds = self.embed([texts] if isinstance(texts, str) else list(texts))
         checks.check_negatives(prompt_embeds.shape[:2], negative_prompt_embeds.shape[:2])
-        one_each = negative_prompt_embeds.to(positive).expand(batch, -1, -1)
-        return torch.cat([one_each.repeat_interleave(num_images_per_prompt, dim=0), positive])
+        negative = negative_prompt_embeds.to(positive).expand(batch, -1, -1)
+        return torch.cat([negative.repeat_interleave(num_images_per_prompt, dim=0), positive])
 
     def embed(self, texts: list[str]) -> torch.Tensor:
         """The text encoder's last hidden states `[B, S, C]`, of texts padded and cut to the tokenizer's length."""
@@ -211,7 +216,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         generator: Generators = None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The noise to start from `[batch, 4, height/8, width/8]`, of the scheduler's first deviation."""
+        """The noise to start from, `[batch, 4, height/8, width/8]`, with the scheduler's first standard deviation."""
         shape = self.latent_shape(batch, height, width)
         if latents is None:
             latents = draw_noise(shape, generator=generator, device=embeds.device, dtype=embeds.dtype)
@@ -253,8 +258,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         is_unsafe = None if self.safety_checker is None else lambda small: self.run_safety_checker(small)[1] == [True]
         unsafe: list[bool] = []
         with decoding(self.stages, self.vae, len(latents)):
-            for one, file in zip((latents / self.vae.config.scaling_factor).split(1), files, strict=True):
-                produce = functools.partial(self.vae.decode_rows, one)
+            for z, file in zip((latents / self.vae.config.scaling_factor).split(1), files, strict=True):
+                produce = functools.partial(self.vae.decode_rows, z)
                 unsafe.append(write_picture(file, width, height, produce, is_unsafe))
         return [file.path for file in files], None if self.safety_checker is None else unsafe
 
@@ -269,7 +274,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             unsafe = self.safety_checker(clip_input.to(self.device, self.dtype))
         if any(unsafe):
             warnings.warn("The safety checker blackened a picture; try another prompt or seed.", stacklevel=5)
-        keep = torch.tensor([not one for one in unsafe], device=pixels.device)
+        keep = torch.tensor([not flagged for flagged in unsafe], device=pixels.device)
         return pixels * keep[:, None, None, None], unsafe
 
     def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
@@ -282,7 +287,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         return height, width
 
     def usual_size(self, **asked: Any) -> RunSize:
-        """The size of a run where nothing else is said; raises `ValueError` for what is no part of a size."""
+        """The size of a run, the model's own where nothing is asked; raises `ValueError` as `checks.run_size` does."""
         height, width = self.image_size(asked.pop("height", None), asked.pop("width", None))
         return checks.run_size(height, width, **asked)
 
@@ -297,7 +302,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
 
 def _with_current_entries(scheduler: Scheduler) -> Scheduler:
-    """Early checkpoints hold two entries that Stable Diffusion was not trained with; everyone corrects them."""
+    """The scheduler without two entries of early checkpoints that Stable Diffusion was not trained with."""
     entries = scheduler.config.to_dict()
     corrections = {}
     if entries.get("clip_sample"):
@@ -309,7 +314,7 @@ def _with_current_entries(scheduler: Scheduler) -> Scheduler:
     changes = ", ".join(f"{key}={entries[key]} to {value}" for key, value in corrections.items())
     warnings.warn(
         f"The scheduler's configuration is outdated: it is changed from {changes}, as Stable Diffusion was trained. "
-        "Correct its scheduler_config.json, or assign pipe.scheduler to have it otherwise.",
+        "Correct its scheduler_config.json, or assign pipe.scheduler to keep it unchanged.",
         stacklevel=3,
     )
     return type(scheduler).from_config(scheduler.config.changed(corrections))

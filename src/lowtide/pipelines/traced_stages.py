@@ -1,4 +1,4 @@
-"""The stages of each pipeline as they are traced on meta: one call of each, and what is alive around it."""
+"""The stages of each pipeline as they are traced on meta: one call of each stage, and the tensors alive around it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowtide.fitting.subject import TracedStage
 from lowtide.planning.run_size import RunSize
 
 HISTORY = 8
-"""Latents in float32 that a scheduler, guidance and noise have alive at once, at most."""
+"""How many float32 copies of the latents the scheduler, guidance and noise have alive at once, at most."""
 GUIDANCE = 7.5
 """Any scale at which guidance is on."""
 _FLOAT32 = 4
@@ -85,12 +85,12 @@ def clip_stages(pipe: Any, size: RunSize) -> Iterator[TracedStage]:
 
 
 def clip_bytes(output: str, dtype: torch.dtype) -> int:
-    """Bytes for each value of a finished clip, in the form that is asked for."""
+    """Bytes for each value of a finished clip, by the output type."""
     return {"pil": 1, "np": _FLOAT32}.get(output, int(dtype.itemsize))
 
 
 def picture_bytes(output: str, dtype: torch.dtype) -> int:
-    """Bytes alive at once for each value of decoded pictures on their way to what is asked for, at most."""
+    """The most bytes alive at once for each value of decoded pictures while they become the output type."""
     in_unit_range = 2 * dtype.itemsize  # the decoder's, and what `to_unit_range` makes of it
     if output == "pt":
         return in_unit_range

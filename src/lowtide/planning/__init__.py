@@ -1,1 +1,1 @@
-"""Pure arithmetic: a workload, rates and budgets in, a plan and its reasons out."""
+"""Choose a plan by arithmetic alone: a workload, rates and budgets go in, a plan and its reasons come out."""

@@ -1,4 +1,4 @@
-"""What `lowtide plan` finds: the chosen plan, others beside it, the minimum, and what more memory would buy."""
+"""The answer of `lowtide plan`: the chosen plan, other plans to compare, the least memory, what more memory buys."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from lowtide.planning.workload import Workload
 
 LEAST_GAIN = 0.002
-"""The share of a run's time that makes a faster plan one that is shown."""
+"""A faster plan is shown only if it saves at least this share of the run's time."""
 
 
 @dataclass(frozen=True)
 class More:
-    """What a gigabyte more of one budget would buy: the `plan` that it allows."""
+    """The `plan` that is fastest once the budget called `name` is a gigabyte larger: `budget` bytes."""
 
     name: str
     budget: int
@@ -31,7 +31,7 @@ class More:
 
 @dataclass(frozen=True)
 class Outlook:
-    """Plans for one run on one machine; `plan` is None where no plan keeps the budgets, and `refusal` says why."""
+    """Plans for one run on one machine; `plan` is None where no plan fits the budgets, and `refusal` says why."""
 
     device: str
     budgets: Budgets
@@ -43,24 +43,24 @@ class Outlook:
     assumed: bool
     refusal: str | None = None
     minimum_if_changed: Budgets | None = None
-    """The minimum if the result may change."""
+    """The least budgets if every lossy form is allowed; None where a plan fits."""
 
     def plans(self) -> list[tuple[str, Plan]]:
-        """The chosen plan first, then those beside it by their names; each once."""
-        beside = [(name, plan) for name, plan in self.alternatives.items() if name != "chosen"]
-        found = [*([] if self.plan is None else [("chosen", self.plan)]), *beside]
-        return list({identity(plan): (name, plan) for name, plan in reversed(found)}.values())[::-1]
+        """The chosen plan and the alternatives by name; of plans that do the same, the first name."""
+        others = [(name, plan) for name, plan in self.alternatives.items() if name != "chosen"]
+        named = [*([] if self.plan is None else [("chosen", self.plan)]), *others]
+        return list({identity(plan): (name, plan) for name, plan in reversed(named)}.values())[::-1]
 
     def fits(self, plan: Plan) -> bool:
-        """Whether a plan keeps the budgets."""
-        taken = {"ram": plan.host_peak, "disk": plan.disk}
+        """Whether a plan fits the budgets."""
+        sizes = {"ram": plan.host_peak, "disk": plan.disk}
         if self.device != "cpu":
-            taken["vram"] = plan.peak
-        limits = ((getattr(self.budgets, name), size) for name, size in taken.items())
+            sizes["vram"] = plan.peak
+        limits = ((getattr(self.budgets, name), size) for name, size in sizes.items())
         return all(limit is None or size <= limit for limit, size in limits)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON can hold it: sizes in bytes, times in seconds."""
+        """The outlook as a JSON object: sizes in bytes, times in seconds."""
         return {
             "device": self.device,
             "assumed_rates": self.assumed,
@@ -73,8 +73,8 @@ class Outlook:
             ],
             "minimum": asdict(self.minimum),
             "next_gigabyte": [
-                {"budget": one.name, "bytes": one.budget, **summary(one.plan), "saves_seconds": self.saved(one)}
-                for one in self.more
+                {"budget": more.name, "bytes": more.budget, **summary(more.plan), "saves_seconds": self.saved(more)}
+                for more in self.more
             ],
             "curve": [{"budget": budget, **summary(plan)} for budget, plan in self.curve],
             "minimum_if_changed": None if self.minimum_if_changed is None else asdict(self.minimum_if_changed),
@@ -82,15 +82,15 @@ class Outlook:
         }
 
     def saved(self, more: More) -> float | None:
-        """Seconds that a run would be shorter with more memory; None where nothing fits without."""
+        """Seconds that more memory would save; None where no plan fits the budgets as they are."""
         return None if self.plan is None else self.plan.seconds - more.plan.seconds
 
 
 def look(workload: Workload, rates: Rates, budgets: Budgets, allow: tuple[str, ...]) -> Outlook:
-    """Plan a run, and what is beside the plan; a refusal is part of the answer."""
+    """Plan a run and find plans to compare; where nothing fits, the outlook holds the refusal and nothing is raised."""
     from lowtide.planning.planner import Planner
 
-    planner = Planner(workload, rates, allow)  # one for all questions: what it has found it keeps
+    planner = Planner(workload, rates, allow)  # one planner for all questions: it keeps the trades that it has computed
     plan, refusal = None, None
     try:
         plan = planner.choose(budgets)
@@ -111,7 +111,7 @@ def look(workload: Workload, rates: Rates, budgets: Budgets, allow: tuple[str, .
 
 
 def thinned(curve: Sequence[tuple[int, Plan]]) -> list[tuple[int, Plan]]:
-    """The ends of a curve, and of what is between them the plans that are noticeably faster than the one before."""
+    """The first and last point of a curve, and points between them that are noticeably faster than the last kept."""
     kept = list(curve[:1])
     for point in curve[1:]:
         if point[1].seconds < kept[-1][1].seconds * (1 - LEAST_GAIN) or point is curve[-1]:
@@ -120,27 +120,27 @@ def thinned(curve: Sequence[tuple[int, Plan]]) -> list[tuple[int, Plan]]:
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
-    """A plan as `Plan.to_dict` has it, and what follows from it."""
+    """The entries of `Plan.to_dict`, and those of `summary`."""
     return {**summary(plan), **plan.to_dict()}
 
 
 def summary(plan: Plan) -> dict[str, Any]:
-    """What a plan comes to, its parts left out."""
-    sums = ("peak", "host_peak", "disk", "seconds", "exactness")
-    return {"words": in_words(plan), **{name: getattr(plan, name) for name in sums}}
+    """A plan in words, and its totals: peaks, disk, time and exactness."""
+    totals = ("peak", "host_peak", "disk", "seconds", "exactness")
+    return {"words": in_words(plan), **{name: getattr(plan, name) for name in totals}}
 
 
 def what_to_try(outlook: Outlook) -> str:
-    """What would help where no plan fits, as options."""
+    """What to try where no plan fits, in options of the command."""
     tries = [f"Try {_as_options(outlook.minimum, outlook.device)}", "a smaller --size or --batch"]
     changed = outlook.minimum_if_changed
     if changed is not None and changed != outlook.minimum:
-        tries += [f"--allow int8 --allow blended_tiling, with which {_as_options(changed, outlook.device)} would do"]
+        tries += [f"--allow int8 --allow blended_tiling, which needs only {_as_options(changed, outlook.device)}"]
     return ", ".join(tries[:-1]) + f", or {tries[-1]}."
 
 
 def rounded_up(size: int) -> str:
-    """A size with two decimals that is not below it, as options take it: "1.24GB"."""
+    """A size rounded up to two decimals, as options take it: "1.24GB"."""
     return f"{-(-size // 10**7) / 100:.2f}GB"
 
 
@@ -151,7 +151,7 @@ def _as_options(budgets: Budgets, device: str) -> str:
 
 
 def minimum_in_words(minimum: Budgets, device: str) -> str:
-    """The least that would do, such as "1.21 GB of GPU memory, with 16.00 GB of host memory"."""
+    """The least budgets in words, such as "1.21 GB of GPU memory, with 16.00 GB of host memory"."""
     if device == "cpu":
         return f"{at_least(minimum.ram or 0)} of memory"
     host = "" if minimum.ram is None else f", with {format_decimal(minimum.ram)} of host memory"
@@ -168,5 +168,5 @@ def _more(planner: Planner, budgets: Budgets) -> Iterator[More]:
 
 
 def identity(plan: Plan) -> str:
-    """What a plan does: equal for plans that do the same."""
+    """A text that is equal for plans that do the same."""
     return repr((plan.components, [(stage.name, stage.way) for stage in plan.stages]))

@@ -1,10 +1,11 @@
 """The best trades of memory for time over all plans of a workload.
 
-While a stage's component c works, the device holds what all others keep, Σ R − R_c, what c takes in its calls, W_c, and
-the activations A: at most (Σ R) + max over the components of (W − R + A), the `over` of each. So for each limit E on
-`over`, the choices within it are merged component by component, and of sums of R only those are kept that are not both
-larger and slower than another: exact, and with E + Σ R as the device's bytes all plans that matter are found. A second
-sum is kept beside R: bytes in a GPU's host memory, or, on a CPU, weights spilled to disk.
+R is what a component keeps on the device between calls, W what it takes during its calls, and A the activations of its
+stages. While component c works, the device holds Σ R − R_c + W_c + A_c. The peak is therefore Σ R plus the largest
+`over` of any component, where over = W − R + A. For each limit E on `over`, the choices within the limit are merged
+component by component; a sum of R that is both larger and slower than another sum is dropped. This is exact: with
+E + Σ R as the device's bytes, all plans that matter are found. A second sum is kept beside R: on a GPU bytes in host
+memory, on a CPU bytes of weights spilled to disk.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from itertools import product
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from lowtide.planning.options import Option, options
+from lowtide.planning.options import Option, component_options
 from lowtide.planning.pace import Pace, Timing, exceeds_cache, shares_of
 from lowtide.planning.plan import LOSSY
 from lowtide.planning.rates import Rates
@@ -24,7 +25,7 @@ from lowtide.planning.workload import BLENDED, WAYS, Call, Stage, Workload
 
 BLENDED_TILING = "blended_tiling"
 PRECISION = 1e-3
-"""Of the seconds that computing takes: plans count as equally fast where each component's differ by less."""
+"""Share of a run's computing time. Plans count as equally fast if no component's time differs by more."""
 _TICK = 1 << 24
 """A cost is ticks of time, and below them, for plans that are equally fast, how many choices lose and how simple."""
 _LOSS = 1 << 16
@@ -33,8 +34,10 @@ _ORDER = itemgetter(0, 1, 2)
 
 @dataclass(frozen=True)
 class Choice:
-    """One component's option and the way of each of its stages; `over` bytes are in use while it works, beyond what is
-    kept of all components. `beside` is the second sum, `stored` bytes of rows lie in a file.
+    """An option of one component, with a way for each of its stages.
+
+    `over` bytes are in use while the component works, beyond what all components keep. `beside` is its part of the
+    second sum. `stored` bytes of rows lie in a file. Among choices that take no more, the one of least `cost` is best.
     """
 
     option: Option
@@ -46,7 +49,7 @@ class Choice:
 
 
 class Point(NamedTuple):
-    """A plan: bytes on the device (while merging: those kept), the second sum, its cost, and its choices as a chain."""
+    """A plan: bytes on the device (while merging: bytes kept), the second sum, the cost, choices as nested pairs."""
 
     nbytes: int
     beside: int
@@ -56,17 +59,17 @@ class Point(NamedTuple):
 
     @property
     def choices(self) -> list[Choice]:
-        """A choice a component."""
-        found, chain = [], self.chain
+        """The choices, one for each component."""
+        choices, chain = [], self.chain
         while chain is not None:
             chain, choice = chain
-            found.append(choice)
-        return found
+            choices.append(choice)
+        return choices
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What else is limited: a GPU's host memory, None where it is not; temporary files."""
+    """Bytes beside the device's memory: a GPU's `host` memory, temporary files on `disk`; None for no limit."""
 
     host: int | None = None
     disk: int | None = None
@@ -75,26 +78,26 @@ class Limits:
 def best_trades(
     workload: Workload, rates: Rates, allow: Iterable[str] = (), limits: Limits | None = None
 ) -> list[Point]:
-    """The plans that none beats in both bytes on the device and time, from the smallest to the fastest."""
-    known, tick = limits or Limits(), tick_of(workload, rates)
-    held = held_by(workload, rates, allow, known)
-    found: list[Point] = []
-    for one in (rates, rates.frugal):
-        if one is not None:
-            found += _all_trades([choices(each, workload, one, allow, known, tick) for each in held], one, known)
-    return staircase(found)
+    """The plans that no other plan beats in both bytes on the device and time, from the smallest to the fastest."""
+    limits, tick = limits or Limits(), tick_of(workload, rates)
+    per_component = options_by_component(workload, rates, allow, limits)
+    points: list[Point] = []
+    for heap_rates in filter(None, (rates, rates.frugal)):
+        groups = [choices(options, workload, heap_rates, allow, limits, tick) for options in per_component]
+        points += _all_trades(groups, heap_rates, limits)
+    return staircase(points)
 
 
 def _all_trades(groups: list[list[Choice]], rates: Rates, limits: Limits) -> Iterator[Point]:
     for stored, beside in _further_limits(groups, rates, limits):
-        fitting = [[one for one in group if one.stored <= stored] for group in groups]
+        fitting = [[choice for choice in group if choice.stored <= stored] for group in groups]
         for point in _trades(fitting, beside):
             yield Point(point.nbytes, 0, point.cost, point.chain, rates.is_frugal)
 
 
 def _further_limits(groups: list[list[Choice]], rates: Rates, limits: Limits) -> Iterator[tuple[int, int | None]]:
-    """Limits of rows stored on disk, each with that of the second sum which it leaves."""
-    stored = sorted({one.stored for group in groups for one in group})
+    """Pairs of limits: the bytes of rows on disk, and what they leave for the second sum."""
+    stored = sorted({choice.stored for group in groups for choice in group})
     if not rates.on_cpu or limits.disk is None:
         yield max(stored, default=0) if limits.disk is None else limits.disk, limits.host
         return
@@ -104,18 +107,19 @@ def _further_limits(groups: list[list[Choice]], rates: Rates, limits: Limits) ->
 
 
 def _trades(groups: list[list[Choice]], limit: int | None) -> Iterator[Point]:
-    ordered = sorted(groups, key=len)  # the last merge has no second sum to look at any more, so it may be large
-    most = [max((one.beside for one in group), default=0) for group in ordered]
-    for over in sorted({one.over for group in groups for one in group}):
+    ordered = sorted(groups, key=len)  # the largest goes last: after the last merge second sums need no comparing
+    most = [max((choice.beside for choice in group), default=0) for group in ordered]
+    for over in sorted({choice.over for group in groups for choice in group}):
         sums = [Point(0, 0, 0)]
         for place, group in enumerate(ordered):
-            within = (Point(one.option.kept.total, one.beside, one.cost, one) for one in group if one.over <= over)
+            fitting = (choice for choice in group if choice.over <= over)
+            within = (Point(choice.option.kept.total, choice.beside, choice.cost, choice) for choice in fitting)
             sums = _merged(sums, staircase(within), limit, sum(most[place + 1 :]))
-        yield from (Point(one.nbytes + over, one.beside, one.cost, one.chain) for one in sums)
+        yield from (Point(point.nbytes + over, point.beside, point.cost, point.chain) for point in sums)
 
 
 def _merged(sums: list[Point], group: list[Point], limit: int | None, to_come: int) -> list[Point]:
-    """Sums with one more choice each; a second sum that no longer matters, whatever is to come, counts as any other."""
+    """Sums with one more choice each. Second sums that stay within the limit whatever is `to_come` count as equal."""
     enough = 0 if limit is None else limit - to_come
     return staircase(
         Point(a.nbytes + b.nbytes, max(enough, a.beside + b.beside), a.cost + b.cost, (a.chain, b.chain))
@@ -126,7 +130,7 @@ def _merged(sums: list[Point], group: list[Point], limit: int | None, to_come: i
 
 
 def staircase(points: Iterable[Point]) -> list[Point]:
-    """Those that no other one equals or beats in everything, by bytes."""
+    """The points that no other point equals or beats in bytes, second sum and cost; sorted by bytes."""
     kept: list[Point] = []
     besides: list[int] = []
     costs: list[int] = []
@@ -142,41 +146,45 @@ def staircase(points: Iterable[Point]) -> list[Point]:
     return kept
 
 
-def held_by(workload: Workload, rates: Rates, allow: Iterable[str], limits: Limits) -> list[list[Option]]:
-    """For each component its options."""
+def options_by_component(workload: Workload, rates: Rates, allow: Iterable[str], limits: Limits) -> list[list[Option]]:
+    """The options of each component."""
     castings, scarce = [name for name in LOSSY if name in set(allow)], limits.host is not None
-    return [options(component, rates, castings, scarce_host=scarce) for component in workload.components.values()]
+    return [
+        component_options(component, rates, castings, scarce_host=scarce) for component in workload.components.values()
+    ]
 
 
 def choices(
-    held: list[Option], workload: Workload, rates: Rates, allow: Iterable[str], limits: Limits, tick: float
+    options: list[Option], workload: Workload, rates: Rates, allow: Iterable[str], limits: Limits, tick: float
 ) -> list[Choice]:
     """Every option of a component with every way through its stages."""
     allowed = set(allow)
-    stages = [stage for stage in workload.stages if stage.component == held[0].component.name]
+    stages = [stage for stage in workload.stages if stage.component == options[0].component.name]
     ways_of = [(stage, _ways(stage, rates, allowed)) for stage in stages]
     cold = exceeds_cache(workload, rates)
     shares: dict[int, list[float]] = {}
-    found: list[Choice] = []
-    for option in held:
+    all_choices: list[Choice] = []
+    for option in options:
         if id(option.units) not in shares:  # options of one level have the same units
             shares[id(option.units)] = shares_of(option.units, rates)
         timing = Timing(option, rates, shares[id(option.units)], cold=cold)
-        per_stage = [[(one, way, timing.stage(one.calls, took)) for way, took in ways] for one, ways in ways_of]
-        found += [_choice(option, ways, rates, limits, tick) for ways in product(*per_stage)]
-    return found
+        per_stage = [
+            [(stage, way, timing.stage(stage.calls, seconds)) for way, seconds in ways] for stage, ways in ways_of
+        ]
+        all_choices += [_choice(option, ways, rates, limits, tick) for ways in product(*per_stage)]
+    return all_choices
 
 
 def _ways(stage: Stage, rates: Rates, allowed: Collection[str]) -> list[tuple[str, float]]:
-    """The ways that a stage may go, and what a call computes in each, in seconds."""
-    there = rates.in_stage(stage)
+    """The ways that a stage may go, each with the seconds that one call computes."""
+    stage_rates = rates.in_stage(stage)
     allowed_ways = {name: call for name, call in stage.ways.items() if name != BLENDED or BLENDED_TILING in allowed}
-    return [(name, there.seconds(call.work)) for name, call in allowed_ways.items()]
+    return [(name, stage_rates.seconds(call.work)) for name, call in allowed_ways.items()]
 
 
 def tick_of(workload: Workload, rates: Rates) -> float:
-    """The seconds that count as none."""
-    fastest = (one.calls * min(took for _, took in _ways(one, rates, LOSSY)) for one in workload.stages)
+    """Seconds to which times are rounded: smaller differences do not count."""
+    fastest = (stage.calls * min(seconds for _, seconds in _ways(stage, rates, LOSSY)) for stage in workload.stages)
     return max(PRECISION * sum(fastest), 1e-9)
 
 
@@ -204,11 +212,11 @@ def base(rates: Rates) -> int:
 
 
 def slack(stage: Stage, call: Call, rates: Rates) -> int:
-    """What the allocator takes on top of activations."""
-    there = rates.in_stage(stage)
-    return int(min(there.slack_most, there.slack * (call.peak - call.paged + stage.carried)))
+    """Bytes that the allocator takes on top of activations."""
+    stage_rates = rates.in_stage(stage)
+    return int(min(stage_rates.slack_most, stage_rates.slack * (call.peak - call.paged + stage.carried)))
 
 
 def beside_weights(stage: Stage, call: Call, rates: Rates) -> int:
-    """Bytes on the device during a stage that are no weights."""
+    """Bytes on the device during a stage besides weights."""
     return base(rates) + call.peak + stage.carried + slack(stage, call, rates)

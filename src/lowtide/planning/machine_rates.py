@@ -1,4 +1,4 @@
-"""What this machine does in a second: measured once, then kept in a file in the user's cache folder."""
+"""How fast this machine computes, reads and copies: measured once, then kept in a file in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from lowtide.weights.fill import dtype_name
 
 _FORMAT = 11
 USUAL_DISK = 5e8
-"""Bytes a second, where no folder can be written to."""
+"""Bytes a second, assumed where the disk cannot be measured."""
 _USUAL_MAPPED, _USUAL_AGAIN = 2e9, 3e9
 
 SLACK_ON_CPU = 48 * 2**20
-"""What glibc's heap keeps at most beside the bytes in use; measured were up to 37 MiB, in a U-Net."""
+"""Bytes that glibc's heap keeps at most beside those in use; up to 37 MiB were measured, in a U-Net."""
 REACHED = 0.85
-"""Of the rates that kernels reach alone, what they reach in a network: 0.6 to 1.2 in runs of three pipelines."""
+"""Share of its rate alone that a kernel reaches inside a network: 0.6 to 1.2 in runs of three pipelines."""
 MODULE = 6e-5
-"""Seconds that Python takes from one kernel to the next inside a network, beside the kernel's own beginning."""
+"""Seconds that Python takes from one kernel to the next inside a network, besides the start of the kernel itself."""
 USUAL_RENEWING = 2e-10
-"""Seconds that every byte touched takes longer where its page is made anew each time: 1.3e-10 on an AMD EPYC."""
+"""Extra seconds for each byte touched where the system makes its page anew each time; 1.3e-10 on an AMD EPYC."""
 
 ROOM_TO_MEASURE = 1200 * 2**20
-"""Bytes that the processes which measure a CPU take together, with some room."""
+"""Bytes that the processes that measure a CPU take together, with a margin."""
 
 _MEASURED_IN = 120.0
 """Seconds that measuring may take; it takes five on an idle machine."""
@@ -48,27 +48,28 @@ _MEASURED_IN = 120.0
 def machine_rates(
     device: torch.device | str, dtype: torch.dtype, folder: Path | None = None, *, refresh: bool = False
 ) -> Rates:
-    """The rates of a device in a dtype, with nothing taken by a process; the disk is measured in `folder`, the models'.
+    """The rates of a device in a dtype; `base` and `device_base` are 0. The disk is measured in `folder`, the models'.
 
-    Measured in a few seconds the first time, or to `refresh`, and then read from the user's cache folder; but `cache`
-    is always what the system's memory could hold now. Usual figures are assumed, and measured another time, where there
-    is no room for the process that measures, or where it fails: a warning says why.
+    The first call, and any with `refresh`, measures for a few seconds. Later calls read the rates from the user's cache
+    folder, except for `cache`, which is always what the system's memory could hold now. If there is no room for the
+    process that measures, or if it fails, usual figures are assumed and the next call tries again; of a failure a
+    warning gives the reason.
     """
-    on = torch.device(device)
-    place = folder or _usual_folder()
-    key = _key(on, dtype, place)
+    device = torch.device(device)
+    folder = folder or _usual_folder()
+    key = _key(device, dtype, folder)
     figures = None if refresh else recall("rates", key)
-    known = Rates(**figures) if figures is not None and _is_whole(figures) else None
-    if known is None and on.type == "cpu" and host_memory().available < ROOM_TO_MEASURE:
+    rates = Rates(**figures) if figures is not None and _is_complete(figures) else None
+    if rates is None and device.type == "cpu" and host_memory().available < ROOM_TO_MEASURE:
         return _usual_on_cpu()
-    if known is None:
+    if rates is None:
         try:
-            known = _measured_elsewhere(on, dtype, place)
+            rates = _measured_elsewhere(device, dtype, folder)
         except ChildError as error:
             warnings.warn(f"This machine could not be measured, so plans assume usual figures: {error}", stacklevel=3)
-            return _usual_on_cpu() if on.type == "cpu" else assumed_rates(dtype_name(dtype))
-        keep("rates", key, asdict(known))
-    return replace(known, cache=host_memory().available)
+            return _usual_on_cpu() if device.type == "cpu" else assumed_rates(dtype_name(dtype))
+        keep("rates", key, asdict(rates))
+    return replace(rates, cache=host_memory().available)
 
 
 def _usual_on_cpu() -> Rates:
@@ -97,7 +98,7 @@ def _usual_on_cpu() -> Rates:
 
 
 def assumed_rates(dtype: str = "float16") -> Rates:
-    """Usual figures of a consumer GPU (8 to 24 GB, PCIe 4) and its host, for a GPU that is not here.
+    """Usual figures of a consumer GPU (8 to 24 GB, PCIe 4) and its host, for plans for a GPU that is not here.
 
     About half of what data sheets of such cards promise: 40 TFLOP/s of half-precision products, 400 GB/s of memory.
     """
@@ -122,10 +123,10 @@ def assumed_rates(dtype: str = "float16") -> Rates:
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Rates:
-    """Measure now."""
+    """Measure the rates now, in this process."""
     disk, computing = _disk(folder), Computing(device, dtype)
     on_cpu, touched = device.type == "cpu", REACHED * computing.touched()
-    found = Rates(
+    rates = Rates(
         device=device.type,
         convolution=REACHED * computing.convolution(),
         product=REACHED * computing.product(),
@@ -143,17 +144,17 @@ def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Ra
         contention=_contention() if on_cpu else 0.0,
         channels_last=REACHED * computing.channels_last(),
     )
-    return replace(found, frugal_touched=1 / (1 / touched + computing.renewing())) if on_cpu else found
+    return replace(rates, frugal_touched=1 / (1 / touched + computing.renewing())) if on_cpu else rates
 
 
 def _measured_elsewhere(device: torch.device, dtype: torch.dtype, folder: Path) -> Rates:
-    """Measure in a process of its own: what that leaves in memory would stay in this one."""
+    """Measure in a child process, so that what measuring leaves in memory does not stay in this one."""
     arguments = (str(device), dtype_name(dtype), str(folder), str(torch.get_num_threads()))
     return Rates(**json.loads(run_module(__name__, *arguments, seconds=_MEASURED_IN).splitlines()[-1]))
 
 
 def _contention() -> float:
-    """A reader beside as many computing threads as there are processors takes its share of them."""
+    """The share of computing that a reader takes: one processor, if every processor has a computing thread."""
     cpus = usable_cpus()
     return 1 / cpus if torch.get_num_threads() >= cpus else 0.0
 
@@ -166,9 +167,9 @@ def _usual_folder() -> Path:
 
 
 def _disk(folder: Path) -> DiskRate:
-    for place in (folder, Path(tempfile.gettempdir())):
+    for candidate in (folder, Path(tempfile.gettempdir())):
         with suppress(OSError):
-            return disk_read_rate(place, seconds=0.5)
+            return disk_read_rate(candidate, seconds=0.5)
     warnings.warn(f"The disk cannot be measured in {folder}: plans assume {USUAL_DISK / 1e9:.1f} GB/s.", stacklevel=4)
     return DiskRate(None)
 
@@ -181,8 +182,8 @@ def _key(device: torch.device, dtype: torch.dtype, folder: Path) -> list[Any]:
     return [_FORMAT, lowtide.__version__, torch.__version__, device.type, name, str(dtype), *numbers]
 
 
-def _is_whole(rates: Mapping[str, Any]) -> bool:
-    """Whether these are rates that can be computed with."""
+def _is_complete(rates: Mapping[str, Any]) -> bool:
+    """Whether figures from a file are all there, and are rates that can be computed with."""
     if set(rates) != {field.name for field in fields(Rates)} or rates["device"] not in ("cpu", "cuda"):
         return False
     positive = (
@@ -198,7 +199,7 @@ def _is_whole(rates: Mapping[str, Any]) -> bool:
         "channels_last",
     )
     numbers = [value for name, value in rates.items() if name not in ("device", "assumed")]
-    are_numbers = all(isinstance(one, int | float) and 0 <= one < float("inf") for one in numbers)
+    are_numbers = all(isinstance(number, int | float) and 0 <= number < float("inf") for number in numbers)
     return are_numbers and all(rates[name] > 0 for name in positive)
 
 

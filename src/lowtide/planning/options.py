@@ -1,8 +1,9 @@
-"""What can be done with one component's weights: each option with the bytes it takes, between calls and in them.
+"""The options for holding one component's weights, each with the bytes that it takes between calls and during them.
 
-Resident; whole for a stage (model offload); block by block, each number of blocks that `spread` would keep staying on
-the device; leaf by leaf; with one unit loaded ahead or none. On a CPU weights rest in their files, on a GPU in host
-memory or, where that is limited, partly or all in files. 8-bit weights are in no file: on a CPU they stay in memory.
+Weights can be resident; come as a whole for a stage (model offload); come block by block, with some blocks resident, in
+every number that `spread` can choose; or come leaf by leaf. Blocks and leaves come with one unit loaded ahead, or with
+none. On a CPU weights rest in their files. On a GPU they rest in host memory or, where that is limited, partly or
+wholly in files. 8-bit weights are in no file, so on a CPU they stay in memory.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from lowtide.planning.rates import Rates
 from lowtide.planning.workload import Component, UnitSize
 
 HOST_SHARES = (1.0, 0.5, 0.0)
-"""Of a component's streamed weights, those that rest in a GPU's host memory: all, or less where it is scarce."""
+"""Shares of a component's streamed weights that rest in a GPU's host memory: all, or less where it is scarce."""
 STEPS = 2
-"""Sizes of `resident_bytes` that are looked at for each unit."""
+"""How many values of `resident_bytes` are tried for each unit."""
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """One unit on its way: how many bytes are `copied`, not mapped as they lie, and whether it comes from a file
-    (`on_disk`).
+    """A unit that streams: its `place` among the units, how many of its bytes are `copied` rather than mapped, and
+    whether it comes from a file (`on_disk`).
     """
 
     place: int
@@ -35,10 +36,11 @@ class Streamed:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to hold a component.
+    """An option for holding a component's weights.
 
-    `kept` bytes stay between calls, `working` are the most in calls, `leaf` of which one layer's dequantized numbers.
-    `host` bytes rest in host memory of a GPU, `spilled` in a temporary file. `streams` come and go.
+    `kept` bytes stay on the device between calls; `working` bytes are there during calls, at most, of which `leaf` are
+    one layer's dequantized weights. `host` bytes rest in a GPU's host memory, `spilled` bytes in a temporary file.
+    `streams` are the units that come and go.
     """
 
     component: Component
@@ -53,25 +55,32 @@ class Option:
 
     @property
     def complexity(self) -> int:
-        """How far it is from simply resident: of equally fast options the simplest is best."""
+        """How far the option is from resident, which is 0: of equally fast options the simplest is best."""
         rule = self.plan.rule
         if rule is None:
             return 0
-        return 1 + 2 * list(Level).index(rule.level) + (rule.prefetch == 0) + any(one.on_disk for one in self.streams)
+        return (
+            1
+            + 2 * list(Level).index(rule.level)
+            + (rule.prefetch == 0)
+            + any(stream.on_disk for stream in self.streams)
+        )
 
 
-def options(component: Component, rates: Rates, castings: Sequence[str], *, scarce_host: bool) -> list[Option]:
-    """All options for a component; `scarce_host` adds those that take less of a GPU's host memory."""
-    found: list[Option] = []
-    for casting in (None, *[one for one in castings if one in component.castings]):
-        found.append(_resident(component, rates, casting))
+def component_options(
+    component: Component, rates: Rates, castings: Sequence[str], *, scarce_host: bool
+) -> list[Option]:
+    """All options for a component; `scarce_host` adds options that take less of a GPU's host memory."""
+    options: list[Option] = []
+    for casting in (None, *[name for name in castings if name in component.castings]):
+        options.append(_resident(component, rates, casting))
         if not (rates.on_cpu and casting):
-            found += _offloaded(component, rates, casting, scarce_host=scarce_host)
-    return found
+            options += _offloaded(component, rates, casting, scarce_host=scarce_host)
+    return options
 
 
 def units_of(component: Component, level: Level, casting: str | None) -> tuple[UnitSize, ...]:
-    """The units of a component at a level, its weights in the form named."""
+    """The units of a component at a level, with weights in the 8-bit form called `casting`, or in their own (None)."""
     return (component.units if casting is None else component.castings[casting])[level]
 
 
@@ -100,17 +109,17 @@ def _offloaded(component: Component, rates: Rates, casting: str | None, *, scarc
 
 
 def _resident_sizes(sizes: list[int]) -> list[int]:
-    """Values of `resident_bytes` with which other units stay, the first of them none."""
+    """Values of `resident_bytes` that each keep a different set of units; the first keeps none."""
     total, count = sum(sizes), STEPS * len(sizes)
-    found: dict[tuple[int, ...], int] = {}
+    budgets: dict[tuple[int, ...], int] = {}
     for step in range(count):
         budget = -(-total * step // count)
-        found.setdefault(tuple(spread(sizes, budget)), budget)
-    return list(found.values())
+        budgets.setdefault(tuple(spread(sizes, budget)), budget)
+    return list(budgets.values())
 
 
 def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | None) -> Option:
-    """What a rule makes of a component."""
+    """The option that a rule makes of a component."""
     units = units_of(component, rule.level, casting)
     staying = set(spread([unit.nbytes for unit in units], rule.resident_bytes))
     places = [place for place in range(len(units)) if place not in staying]
@@ -121,30 +130,30 @@ def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | No
         )
         for number, place in enumerate(places)
     )
-    streams = tuple(one for one in streamed if units[one.place].called)
+    streams = tuple(stream for stream in streamed if units[stream.place].called)
     kept = summed(_size(units[place], _copied_to_stay(component, units[place], rates)) for place in staying)
-    ring = [_size(units[one.place], one.copied) for one in streamed if not units[one.place].aside]
-    aside = [_size(units[one.place], one.copied) for one in streamed if units[one.place].aside]
-    several = any(units[one.place].modules > 1 for one in streamed if not units[one.place].aside)
+    ring = [_size(units[stream.place], stream.copied) for stream in streamed if not units[stream.place].aside]
+    aside = [_size(units[stream.place], stream.copied) for stream in streamed if units[stream.place].aside]
+    several = any(units[stream.place].modules > 1 for stream in streamed if not units[stream.place].aside)
     leaf = _leaf(units, casting)
     working = bound([kept], ring, aside, depth(rule.prefetch, several=several)) + Sizes(leaf)
-    resting = sum(units[one.place].nbytes for one in streamed if not one.on_disk)
-    staging = 2 * STAGE_BYTES if not rates.on_cpu and (staying or any(one.on_disk for one in streamed)) else 0
-    spilled = sum(units[one.place].nbytes for one in streamed) if rule.spill else 0
+    resting = sum(units[stream.place].nbytes for stream in streamed if not stream.on_disk)
+    staging = 2 * STAGE_BYTES if not rates.on_cpu and (staying or any(stream.on_disk for stream in streamed)) else 0
+    spilled = sum(units[stream.place].nbytes for stream in streamed) if rule.spill else 0
     nbytes = sum(unit.nbytes for unit in units)
     plan = ComponentPlan(rule, casting, nbytes, kept.total, len(units), len(staying))
     return Option(component, plan, units, streams, kept, working, leaf, resting + staging, spilled)
 
 
 def _copied_each_time(component: Component, unit: UnitSize, rates: Rates) -> int:
-    """Bytes that are copied whenever a unit comes; what is in no checkpoint lies in a temporary file as it works."""
+    """Bytes copied whenever a unit comes; on a CPU weights of no checkpoint are mapped from a temporary file."""
     if not rates.on_cpu:
         return unit.nbytes
     return unit.copied if component.in_file else 0
 
 
 def _copied_to_stay(component: Component, unit: UnitSize, rates: Rates) -> int:
-    """Bytes of a unit that stays which are in memory and not mapped."""
+    """Bytes of a resident unit that are in memory and not mapped from a file."""
     return unit.copied if rates.on_cpu and component.in_file else unit.nbytes
 
 
@@ -153,7 +162,7 @@ def _size(unit: UnitSize, copied: int) -> Sizes:
 
 
 def _resident_size(unit: UnitSize, copied: int) -> Sizes:
-    """Of a unit that is simply there: pages of a file come when they are read."""
+    """The size of a unit where all units are resident: pages of a file take memory only once they are read."""
     return Sizes(copied) if unit.by_rows or not unit.called else _size(unit, copied)
 
 

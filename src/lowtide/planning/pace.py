@@ -1,10 +1,11 @@
-"""How long a stage takes: computing, and what it waits for weights on their way.
+"""How long a stage takes: the time to compute, and the time to wait for weights.
 
-With a unit loaded ahead, the load of the next unit that streams goes on while the present one and the residents after
-it compute; without, loads and computing add up. In the first call of a stage the order of units is not known yet, so
-nothing is loaded ahead. Every plan reads every weight once, so loading a pipeline is left out, and with it the load
-of what stays on the device. Files are taken to be in the system's memory, unless the run's weights together exceed what
-it holds: then the first call reads from the disk, and later ones too where what streams in each exceeds it.
+With a unit loaded ahead, the next unit that streams is loaded while the present one, and the resident units after it,
+compute. With nothing loaded ahead, loads and computing add up. In the first call of a stage the order of units is not
+known yet, so nothing is loaded ahead. Every plan reads every weight once, so the time to load a pipeline is left out,
+and with it the load of resident units. Files are assumed to be in the system's memory, unless the run's weights
+together exceed it: then the first call reads from the disk, and so do later calls if the weights that stream in each
+call exceed the system's memory too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lowtide.planning.workload import Component, UnitSize, Workload
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of a stage, and how long each part alone would take."""
+    """Seconds of a stage, and how long computing, the link and the disk alone would take."""
 
     seconds: float
     compute: float
@@ -39,7 +40,7 @@ class _Load:
 
 
 def exceeds_cache(workload: Workload, rates: Rates) -> bool:
-    """Whether the system's memory cannot hold the files of all weights."""
+    """Whether the files of all weights are larger than what the system's memory can hold."""
     return sum(_file_bytes(component) for component in workload.components.values()) > rates.cache
 
 
@@ -48,28 +49,27 @@ def _file_bytes(component: Component) -> int:
 
 
 class Timing:
-    """The loads of one option, from which the time of any stage follows; `shares` are those of its units."""
+    """The loads of one option, from which the time of a stage follows; `shares` are its units' shares of computing."""
 
     def __init__(self, option: Option, rates: Rates, shares: list[float], *, cold: bool) -> None:
         self.option, self.rates = option, rates
         self._shares = shares
-        resting = sum(option.units[one.place].resting for one in option.streams if one.on_disk)
+        resting = sum(option.units[stream.place].resting for stream in option.streams if stream.on_disk)
         still_cold = resting > rates.cache
-        self._first = [self._load(one, cold=cold) for one in option.streams]
-        self._later = (
-            self._first if still_cold == cold else [self._load(one, cold=still_cold) for one in option.streams]
-        )
+        self._first = self._later = [self._load(stream, cold=cold) for stream in option.streams]
+        if still_cold != cold:
+            self._later = [self._load(stream, cold=still_cold) for stream in option.streams]
         rule = option.plan.rule
-        ring = [number for number, one in enumerate(option.streams) if not option.units[one.place].aside]
+        ring = [number for number, stream in enumerate(option.streams) if not option.units[stream.place].aside]
         self._ring = ring if rule is not None and rule.prefetch > 0 and len(ring) > 1 else []
-        self._lingers = rule is not None and rule.level is Level.WHOLE
+        self._stays_for_stage = rule is not None and rule.level is Level.WHOLE
 
     def stage(self, calls: int, computing: float) -> Pace:
-        """What `calls` calls take that compute so many seconds each."""
+        """The pace of `calls` calls, each with `computing` seconds of computing."""
         compute = computing + self._dequantizing()
-        later = 0 if self._lingers else calls - 1
+        later = 0 if self._stays_for_stage else calls - 1
         first = compute + sum(load.seconds for load in self._first)
-        following = compute if self._lingers else self._pipelined(compute)
+        following = compute if self._stays_for_stage else self._pipelined(compute)
         return Pace(
             first + (calls - 1) * following,
             calls * compute,
@@ -92,7 +92,7 @@ class Timing:
         return 0.0 if option.plan.casting is None else option.component.nbytes / self.rates.dequantized
 
     def _pipelined(self, compute: float) -> float:
-        """Seconds of one call that knows the order: each load beside the computing since the load before it."""
+        """Seconds of a call in which the order of units is known: the next unit loads while those before it compute."""
         alone = sum(load.seconds for number, load in enumerate(self._later) if number not in set(self._ring))
         if not self._ring:
             return compute + alone
@@ -105,20 +105,20 @@ class Timing:
         return alone + sum(max(compute * part + lost * load, load) for part, load in pairs)
 
     def _between(self, places: list[int]) -> list[float]:
-        """Shares of computing from each of these units up to the next one, around the circle."""
+        """The share of computing from each of these units up to the next one; the first follows the last."""
         parts = [0.0] * len(places)
-        bounds = dict(zip(places, range(len(places)), strict=True))
+        numbers = dict(zip(places, range(len(places)), strict=True))
         present = len(places) - 1
         for place, share in enumerate(self._shares):
-            present = bounds.get(place, present)
+            present = numbers.get(place, present)
             parts[present] += share
         return parts
 
 
 def shares_of(units: Sequence[UnitSize], rates: Rates) -> list[float]:
-    """Of a call's computing, the part that each unit's weights have; by bytes where that is unknown."""
+    """Each unit's share of a call's computing, or of its bytes where the work of units is not known."""
     seconds = [rates.seconds(unit.work) for unit in units]
     if sum(seconds) <= 0:
         seconds = [float(unit.nbytes) for unit in units]
     total = sum(seconds) or 1.0
-    return [one / total for one in seconds]
+    return [share / total for share in seconds]

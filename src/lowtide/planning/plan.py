@@ -1,6 +1,6 @@
-"""A plan: how a pipeline will use memory, what that is predicted to take, and the budgets it keeps to.
+"""A plan: how a pipeline will use memory, what that is predicted to take, and the budgets it fits.
 
-Sizes in bytes, times in seconds. Everything is frozen and free of torch; a plan is saved as JSON and put to work again.
+Sizes in bytes, times in seconds. Everything is frozen and free of torch. A plan can be saved as JSON and applied again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOSSY = ("fp8", "int8", "blended_tiling")
 
 
 def check_allowed(allow: Collection[str]) -> None:
-    """Raise `ValueError` for anything that is no lossy form or way."""
+    """Raise `ValueError` for names that are not in `LOSSY`."""
     unknown = sorted(set(allow) - set(LOSSY))
     if isinstance(allow, str) or unknown:
         raise ValueError(f"allow={allow!r} is not possible: it may hold {', '.join(LOSSY)}, as in allow=('fp8',).")
@@ -29,7 +29,7 @@ def check_allowed(allow: Collection[str]) -> None:
 
 @dataclass(frozen=True)
 class Budgets:
-    """Bytes that may be in use at once, at most; None for no limit. On a CPU `ram` is all there is."""
+    """The most bytes that may be in use at once; None for no limit. On a CPU all memory is `ram`."""
 
     vram: int | None = None
     ram: int | None = None
@@ -37,19 +37,19 @@ class Budgets:
 
     def __str__(self) -> str:
         given = [
-            f"{one.name} {format_decimal(size)}"
-            for one in fields(self)
-            if (size := getattr(self, one.name)) is not None
+            f"{field.name} {format_decimal(size)}"
+            for field in fields(self)
+            if (size := getattr(self, field.name)) is not None
         ]
         return ", ".join(given) or "no limit"
 
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """How a component's weights rest and come to work: without a `rule` all of them are on the device.
+    """How a component's weights rest and come to work: without a `rule` all of them stay on the device.
 
-    `casting` names an 8-bit form that they rest in. Of `nbytes` in all, `kept` stay on the device between calls, and
-    `kept_units` of the `units` that the rule makes.
+    `casting` names the 8-bit form in which weights rest. Of the component's `nbytes`, `kept` bytes stay on the device
+    between calls: `kept_units` of the `units` into which the rule splits the weights.
     """
 
     rule: Rule | None = None
@@ -64,12 +64,13 @@ class ComponentPlan:
 class StagePlan:
     """What a stage will take under a plan.
 
-    On the device at its peak: `weights` bytes of all components, of which `mapped` are pages of files, `activations`,
-    `workspace`, `carried`, and `base` of the process and `slack` of the allocator. In host memory (the same memory on
-    a CPU): `host`, everything. On disk: `disk`, rows and spilled weights. Seconds for all of the stage: `seconds`,
-    and how long each part alone would take: computing, the link, the disk.
-    In a `frugal` stage freed memory goes back to the system at once, at the cost of time, unless it fits into holes
-    that an earlier stage left in the heap; elsewhere a CPU's heap keeps some of it at hand.
+    Bytes on the device at the peak: `weights` of all components, of which `mapped` are pages of files; `activations`;
+    `workspace` of kernels; `carried`, tensors kept between calls; `base` of the process; `slack` of the allocator.
+    `host` is the peak of host memory, on a CPU the same peak. `disk` bytes of rows and spilled weights lie in temporary
+    files. `seconds` is the time of the whole stage; `compute_seconds`, `link_seconds` and `disk_seconds` are what each
+    part alone would take.
+    In a `frugal` stage freed memory goes back to the system at once, which costs time, unless it fits into holes that
+    an earlier stage left in the heap. In other stages a CPU's heap keeps some freed memory at hand.
     """
 
     name: str
@@ -98,7 +99,7 @@ class StagePlan:
 
     @property
     def allocated_beside_weights(self) -> int:
-        """Bytes of tensors that are no weights."""
+        """Bytes of tensors other than weights."""
         return self.activations + self.workspace + self.carried
 
     @property
@@ -114,16 +115,15 @@ class StagePlan:
 
     @property
     def least_seconds(self) -> float:
-        """The physical limit: the slowest of computing, link and disk, all at once."""
+        """The physical limit: the longest of computing, link and disk, if all three run at the same time."""
         return max(self.compute_seconds, self.link_seconds, self.disk_seconds)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a pipeline will use memory: a rule a component, a way a stage, and what that is predicted to take.
+    """How a pipeline will use memory: a rule for each component, a way for each stage, and what they will take.
 
-    `why` says in words what each choice spared. Print it, save it with `to_json`, put it to work again
-    with `pipe.apply_plan`.
+    `why` gives the reasons in words. A plan can be printed, saved with `to_json`, and applied with `pipe.apply_plan`.
     """
 
     device: str
@@ -161,8 +161,8 @@ class Plan:
 
     @property
     def exactness(self) -> str:
-        """How the result compares with the plain run's: equal bits, up to rounding, or changed by what was allowed."""
-        lossy = sorted({one.casting for one in self.components.values() if one.casting is not None})
+        """How the result compares with that of a run without a plan: equal bits, exact up to rounding, or changed."""
+        lossy = sorted({part.casting for part in self.components.values() if part.casting is not None})
         ways = {stage.way for stage in self.stages}
         if BLENDED in ways:
             lossy.append("blended tiles")
@@ -171,19 +171,23 @@ class Plan:
         return "exact up to rounding" if ways & {EXACT, EXACT_ON_DISK} else "equal bits"
 
     def way(self, stage: str) -> str:
-        """How the stage called so is gone through; "whole" for one that the plan does not know."""
+        """The way of the stage with this name; "whole" for a stage that the plan does not have."""
         planned = self.stage(stage)
         return WHOLE if planned is None else planned.way
 
     def stage(self, name: str) -> StagePlan | None:
-        """What the stage called so will take; None for one that the plan does not know."""
-        return next((one for one in self.stages if one.name == name), None)
+        """The plan of the stage with this name; None for a stage that the plan does not have."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    def stages_of(self, component: str) -> list[StagePlan]:
+        """The plans of the stages that call a component, in order."""
+        return [stage for stage in self.stages if stage.component == component]
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON can hold it."""
+        """The plan as a JSON object."""
         components = {
-            name: {**asdict(one), "rule": None if one.rule is None else one.rule.to_dict()}
-            for name, one in self.components.items()
+            name: {**asdict(part), "rule": None if part.rule is None else part.rule.to_dict()}
+            for name, part in self.components.items()
         }
         content = {**asdict(self), "components": components, "stages": [asdict(stage) for stage in self.stages]}
         return {**content, "allow": list(self.allow), "why": list(self.why), "made_for": dict(self.made_for)}
@@ -193,8 +197,8 @@ class Plan:
         """The plan that `to_dict` wrote; raises `ValueError` for anything else."""
         try:
             components = {
-                name: ComponentPlan(**{**one, "rule": None if one["rule"] is None else Rule.from_dict(one["rule"])})
-                for name, one in content["components"].items()
+                name: ComponentPlan(**{**part, "rule": None if part["rule"] is None else Rule.from_dict(part["rule"])})
+                for name, part in content["components"].items()
             }
             stages = tuple(StagePlan(**stage) for stage in content["stages"])
             given = {**content, "components": components, "stages": stages, "budgets": Budgets(**content["budgets"])}
@@ -202,16 +206,22 @@ class Plan:
             plan.check()
             return plan
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"This is no plan that Lowtide wrote: {error}.") from error
+            raise ValueError(f"This is not a plan that Lowtide wrote: {error}.") from error
 
     def check(self) -> None:
-        """Raise `ValueError` for what no planner makes."""
+        """Raise `ValueError` for values that the planner never writes."""
         check_allowed(self.allow)
         sizes = [getattr(self.budgets, name) for name in ("vram", "ram", "disk")]
-        right = self.device in ("cpu", "cuda") and all(one is None or type(one) is int for one in sizes)
-        right &= all(one.casting in (None, *NAMED_CASTINGS) for one in self.components.values())
-        if not right or not all(stage.way in WAYS for stage in self.stages):
-            raise ValueError("This is no plan that Lowtide wrote: its device, budgets, castings or ways are unknown.")
+        is_sound = (
+            self.device in ("cpu", "cuda")
+            and all(size is None or type(size) is int for size in sizes)
+            and all(part.casting in (None, *NAMED_CASTINGS) for part in self.components.values())
+            and all(stage.way in WAYS for stage in self.stages)
+        )
+        if not is_sound:
+            raise ValueError(
+                "This is not a plan that Lowtide wrote: its device, budgets, castings or ways are unknown."
+            )
 
     def to_json(self) -> str:
         """The plan as text."""
@@ -222,12 +232,12 @@ class Plan:
         """The plan that `to_json` wrote; raises `ValueError` for anything else."""
         content = json.loads(text)
         if not isinstance(content, Mapping):
-            raise ValueError(f"This is no plan that Lowtide wrote: {text[:60]!r}.")
+            raise ValueError(f"This is not a plan that Lowtide wrote: {text[:60]!r}.")
         return cls.from_dict(content)
 
 
 class BudgetError(ValueError):
-    """No plan fits the budgets; `minimum` would. `reason` is the message without its last part, what to try."""
+    """No plan fits the budgets; one fits `minimum`. `reason` is the message without the advice at its end."""
 
     def __init__(self, reason: str, advice: str, minimum: Budgets) -> None:
         super().__init__(f"{reason} {advice}")

@@ -1,4 +1,4 @@
-"""What a machine does in a second: one of the two things that plans are made from."""
+"""How fast a machine computes, reads and copies: with the workload, what plans are made from."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from functools import cached_property
 from lowtide.planning.workload import Stage, Work, Workload
 
 HOLES, HOLES_MOST = 0.1, 24 * 2**20
-"""What a CPU's heap takes beside the bytes in use where freed memory goes back at once: holes between blocks, up to
-16 MiB in a decoder."""
+"""Holes between blocks in a CPU's heap that gives freed memory back at once: a share of the bytes in use, and the most
+bytes. Up to 16 MiB were measured, in a decoder."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second, for one device and dtype.
+    """The speed of one device for one dtype, and the memory that a process takes there.
 
-    Operations of `convolution`, `product` and `attention`; bytes `touched`; seconds a `kernel` takes to begin. Bytes
-    that come to the device a second: over the `link` from host memory (on a CPU: by mapping pages that are in memory),
-    `converted` where the dtype changes or bytes are copied, and from the `disk`. `cache` bytes of files stay in the
-    system's memory, so that they are read from the disk once. `base` bytes are taken by the process itself on the host,
-    `device_base` on the device, before anything is loaded; `slack` is the share of activations that an allocator takes
-    on top, at most `slack_most` bytes. `frugal_touched` are bytes touched a second where freed memory goes back to the
-    system at once, with hardly any slack; 0 where that cannot be chosen. `dequantized` bytes of working numbers a
-    second are made of 8-bit ones. For each second of loading beside computing, computing loses `contention` of a
-    second: a CPU's reader takes time from it. `channels_last` are operations of convolutions of such maps, 0 where they
-    are as fast as others. `assumed` where these are usual figures, not measured ones.
+    Operations a second: `convolution`, `product` and `attention`; `channels_last` for convolutions of maps in that
+    layout, 0 where they are as fast as others. Bytes a second: `touched` by all other kernels; `frugal_touched`, the
+    same where freed memory goes back to the system at once with hardly any slack, 0 where that cannot be chosen;
+    `dequantized`, bytes in the computing dtype that are made of 8-bit weights. Bytes that reach the device a second:
+    over the `link` from host memory (on a CPU: by mapping pages that are in memory), `converted` where the dtype
+    changes or bytes are copied, and from the `disk`. A `kernel` takes so many seconds to begin.
+    Files of up to `cache` bytes stay in the system's memory, so that they are read from the disk once. The process
+    itself takes `base` bytes on the host and `device_base` bytes on the device before anything is loaded. An allocator
+    takes `slack`, a share of activations, on top of them, at most `slack_most` bytes. Each second of loading beside
+    computing costs computing `contention` seconds: on a CPU the reader takes processor time. `assumed` marks usual
+    figures, which were not measured.
     """
 
     device: str
@@ -54,18 +55,19 @@ class Rates:
         return self.device == "cpu"
 
     def in_workload(self, workload: Workload) -> Rates:
-        """The rates for a run: a CPU's heap keeps no more than the stages that fill it have in use."""
+        """The rates for a run: a CPU's heap keeps at most what the stages that keep a heap have in use."""
         if self.frugal is None:
             return self
-        filling = (call.peak + one.carried for one in workload.stages if one.keeps_heap for call in one.ways.values())
-        return replace(self, slack_most=min(self.slack_most, int(self.slack * max(filling, default=0))))
+        keeping = (stage for stage in workload.stages if stage.keeps_heap)
+        in_use = (call.peak + stage.carried for stage in keeping for call in stage.ways.values())
+        return replace(self, slack_most=min(self.slack_most, int(self.slack * max(in_use, default=0))))
 
     def gives_back(self, stage: Stage) -> bool:
-        """Whether freed memory goes back to the system at once in a stage: wherever keeping it is not worth it."""
+        """Whether freed memory goes back to the system at once in a stage, as it does where keeping it does not pay."""
         return self.is_frugal or (self.frugal is not None and not stage.keeps_heap)
 
     def in_stage(self, stage: Stage) -> Rates:
-        """The rates in a stage."""
+        """The rates that hold in a stage."""
         return self.frugal or self if self.gives_back(stage) else self
 
     @property
@@ -81,7 +83,7 @@ class Rates:
         return replace(self, slack=min(self.slack, HOLES), slack_most=HOLES_MOST, touched=self.frugal_touched)
 
     def seconds(self, work: Work) -> float:
-        """How long computing takes, with the weights at hand; reading them may be what takes longest."""
+        """Seconds of computing with the weights on the device; reading them may take longer than multiplying."""
         weighted = (
             work.convolution / self.convolution
             + work.channels_last / (self.channels_last or self.convolution)

@@ -1,4 +1,4 @@
-"""How much a run is asked to make: what its memory and time depend on."""
+"""The size of a run: pixels, pictures, frames and steps, on which its memory and time depend."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunSize:
-    """`pictures` pictures or clips of `height` x `width` pixels, of `prompts` prompts, in `steps` steps.
+    """`pictures` pictures or clips of `height` x `width` pixels, made from `prompts` prompts in `steps` steps.
 
     `frames` is None for pictures. With `guided` the network sees every picture twice. `output` is the run's
     `output_type`.

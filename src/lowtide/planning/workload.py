@@ -1,4 +1,4 @@
-"""What a run takes, and what a machine does in a second: the nouns that plans are made from.
+"""What a run takes on any machine: its stages, the calls in them, and its weights unit by unit.
 
 Sizes in bytes, times in seconds, work in floating-point operations. Everything is frozen and free of torch.
 """
@@ -13,17 +13,17 @@ from lowtide.memory.rule import Level
 
 WHOLE, SLICED, EXACT, EXACT_ON_DISK, BLENDED = "whole", "sliced", "exact", "exact on disk", "blended"
 WAYS = (WHOLE, SLICED, EXACT, EXACT_ON_DISK, BLENDED)
-"""The ways to go through a stage: at once, one picture of a batch at a time, row by row with the finished rows in
-memory or in a file, in blended tiles."""
+"""The ways to go through a stage: the whole batch at once, one picture at a time, row by row with the finished rows in
+memory, row by row with them in a file, in blended tiles."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed: operations of convolutions, matrix products and attention; bytes that all the rest reads and
-    writes, and `weights`, bytes that convolutions and products read of them.
+    """The work of a call: operations of `convolution`, matrix `product` and `attention`; bytes `touched` by the rest.
 
-    A multiplication and an addition are two operations. `kernels` counts the calls of kernels of every kind.
-    `channels_last` are convolutions of maps laid out so, which `convolution` leaves out: a CPU is faster at them.
+    A multiplication and an addition are two operations. `weights` are bytes of weights that convolutions and products
+    read. `kernels` counts the calls of kernels of every kind. `channels_last` are operations of convolutions of maps in
+    that layout, which a CPU is faster at; `convolution` leaves them out.
     """
 
     convolution: float = 0.0
@@ -46,7 +46,7 @@ class Work:
         )
 
     def times(self, count: float) -> Work:
-        """So much of it."""
+        """The work of `count` such calls."""
         return Work(
             self.convolution * count,
             self.product * count,
@@ -60,10 +60,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a component on one shape of input, its weights left out.
+    """What one call of a component takes for one shape of input, its weights left out.
 
-    `peak` bytes of tensors are alive at once, at most: inputs and outputs, and `workspace` bytes of kernels' own
-    memory among them. `result` bytes are left when it ends; `stored` bytes of rows lie in a file in between. `paged`
+    At most `peak` bytes of tensors are alive at once: inputs, outputs, and `workspace` bytes of the kernels' own memory
+    are counted in. `result` bytes are left after the call. During it `stored` bytes of rows lie in a file. `paged`
     bytes of the peak are pages of rows, which leave no holes in a heap.
     """
 
@@ -77,13 +77,13 @@ class Call:
 
 @dataclass(frozen=True)
 class UnitSize:
-    """What comes to the device at once: `nbytes` aligned bytes of weights as they are computed with.
+    """The size of a unit: `nbytes` aligned bytes of weights in the form in which they work.
 
-    `resting` bytes of them lie in the file, and `copied` ones are copied from there on a CPU too: the others are
-    computed with where they lie. Units of several `modules` and those that stand `aside` count as
-    `lowtide.memory.stream.Stream` counts them. `work` is what one call of the component computes with these weights,
-    `leaf` its largest single layer's bytes. A unit that is not `called`, such as an encoder's where only decoding is
-    done, is never read; of one read `by_rows`, such as an embedding, next to nothing.
+    `resting` bytes lie in the file. Even on a CPU `copied` bytes are copied from there; the others work where they lie.
+    `modules` are those in the unit, and a unit `aside` is outside the ring of buffers: see
+    `lowtide.memory.stream.Stream`. `work` is what one call of the component computes with these weights, `leaf` the
+    bytes of the unit's largest layer. A unit that is not `called`, such as an encoder's in a run that only decodes, is
+    never read. Of a unit read `by_rows`, such as an embedding, next to nothing is read.
     """
 
     name: str
@@ -100,10 +100,10 @@ class UnitSize:
 
 @dataclass(frozen=True)
 class Component:
-    """A network's weights, split in units for each level, in the order in which they are called.
+    """A network's weights, split into units at each level, in the order in which they are called.
 
-    `castings` holds the same for weights that rest in 8 bits, by the casting's name. `in_file` tells whether the
-    weights lie in files that they can be read from again.
+    `castings` holds the units of weights that rest in 8 bits, by the casting's name. `in_file` tells whether the
+    weights can be read again from files.
     """
 
     name: str
@@ -121,9 +121,9 @@ class Component:
 class Stage:
     """A named stretch of a run, in which one component is called `calls` times.
 
-    `ways` are the calls that it can be made of, by the names in `WAYS`. `carried` bytes are alive during all of it and
-    in no call's peak: latents, embeddings, the scheduler's history, pictures made so far. `withheld` bytes of the
-    device's memory this stage may not take, since it ran out there.
+    `ways` holds what one call takes in each possible way, by the names in `WAYS`. `carried` bytes are alive during the
+    whole stage and in no call's peak: latents, embeddings, the scheduler's history, finished pictures. `withheld` bytes
+    of the device's memory are kept from this stage, because memory ran out in it before.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""Fill a module built on meta from a checkpoint: an exact match, or one error that lists both sides.
+"""Fill a module on meta from a checkpoint that matches it exactly; if it does not, one error lists all differences.
 
-Where the dtype matches, on the CPU, a tensor is a view of the file's memory mapping: no bytes are copied, pages come in
-as they are touched, and a write stays private to the process. Numbers that would give another result where they lie are
-copied; see `lowtide.weights.files.InFile.at`.
+On the CPU, where the dtype matches, a tensor is a view of the file's memory mapping: no bytes are copied, pages are
+read as they are touched, and a write stays private to the process. A tensor with which kernels would give another
+result at its place in the file is copied; see `lowtide.weights.files.InFile.at`.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def fill(
 ) -> None:
     """Put the tensors of `index` into `module`, all or none; no parameter requires a gradient afterwards.
 
-    Floating-point tensors become `dtype` (None: that of the file), but for names matching a pattern (`fnmatch`) of
-    `keep_dtype`; `own_dtypes` gives those matching a pattern another one. A tied parameter needs one of its names in
-    the file and stays one storage. `buffers` are the non-persistent ones, which no file holds: each that is on meta
-    must be given. Peak memory: the new tensors that are not views of the file, plus `CHUNK_BYTES`. On the device
-    "meta" nothing is read: everything is checked, and the module gets the dtypes that it would have; `buffers` are put
-    in as they are. Places named in `leave` are left alone.
-    Raises `WeightsMismatchError` if any name, shape or kind of number differs, `ValueError` if `buffers` do not suit,
+    Floating-point tensors become `dtype` (None: the file's), except those whose names match a pattern (`fnmatch`) of
+    `keep_dtype`; `own_dtypes` gives other dtypes by pattern. A tied parameter needs one of its names in the file and
+    stays one storage. `buffers` are the non-persistent buffers, which no file holds: each one on meta must be given.
+    Peak memory: the new tensors that are not views of the file, plus `CHUNK_BYTES`. On the device "meta" nothing is
+    read: everything is checked, and the module gets the dtypes that it would have; `buffers` are put in as they are.
+    Slots named in `leave` are left alone.
+    Raises `WeightsMismatchError` if any name, shape or kind of number differs, `ValueError` if `buffers` do not fit,
     `CheckpointError` if a file has changed since it was indexed.
     """
     is_dry = torch.device(device).type == "meta"
@@ -96,14 +96,14 @@ def load_tensors(
 def dtype_by_name(
     names: Iterable[str], own_dtypes: abc.Mapping[str, torch.dtype], otherwise: Otherwise
 ) -> torch.dtype | Otherwise:
-    """The dtype of the first pattern (`fnmatch`) of `own_dtypes` that one of a tensor's names matches."""
-    known = list(names)
-    matching = (dtype for pattern, dtype in own_dtypes.items() if any(fnmatchcase(name, pattern) for name in known))
+    """The dtype of the first pattern (`fnmatch`) in `own_dtypes` that matches a name of the tensor, or `otherwise`."""
+    names = list(names)
+    matching = (dtype for pattern, dtype in own_dtypes.items() if any(fnmatchcase(name, pattern) for name in names))
     return next(matching, otherwise)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """How plans, castings and files of ours write a dtype: "bfloat16"."""
+    """A dtype as plans, castings and our files write it: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -120,7 +120,7 @@ class _Reader:
         self._files: dict[Path, WeightFile] = {}
 
     def origin(self, entry: TensorEntry) -> Origin:
-        """Where the bytes lie, in a file that is open and long enough."""
+        """Where the bytes of an entry lie, in a file that is open and long enough."""
         if entry.file not in self._files:
             self._files[entry.file] = WeightFile(entry.file)
         file = self._files[entry.file]
@@ -152,13 +152,13 @@ class _Reader:
             done += piece.numel()
         return target
 
-    def same_bytes(self, one: TensorEntry, other: TensorEntry) -> bool:
+    def same_bytes(self, entry: TensorEntry, other: TensorEntry) -> bool:
         """Whether two entries hold the same bytes."""
-        if one == other:
+        if entry == other:
             return True
-        if (one.dtype, one.shape) != (other.dtype, other.shape):
+        if (entry.dtype, entry.shape) != (other.dtype, other.shape):
             return False
-        pairs = zip(pieces(self.origin(one)), pieces(self.origin(other)), strict=True)
+        pairs = zip(pieces(self.origin(entry)), pieces(self.origin(other)), strict=True)
         return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
@@ -181,16 +181,16 @@ def _place(group: Iterable[Slot], tensor: torch.Tensor) -> torch.Tensor:
 def _match_buffers(
     module: nn.Module, places: list[Slot], given: abc.Mapping[str, torch.Tensor]
 ) -> list[tuple[Slot, torch.Tensor]]:
-    known = {slot.name: slot for slot in places}
-    unknown = sorted(given.keys() - known.keys())
-    needed = sorted(name for name, slot in known.items() if slot.tensor.is_meta and name not in given)
-    wrong = sorted(name for name in given.keys() & known.keys() if given[name].shape != known[name].tensor.shape)
+    by_name = {slot.name: slot for slot in places}
+    unknown = sorted(given.keys() - by_name.keys())
+    needed = sorted(name for name, slot in by_name.items() if slot.tensor.is_meta and name not in given)
+    wrong = sorted(name for name in given.keys() & by_name.keys() if given[name].shape != by_name[name].tensor.shape)
     if unknown or needed or wrong:
         raise ValueError(
             f"Non-persistent buffers of {type(module).__name__} are in no checkpoint and must be passed as `buffers`. "
             f"On meta and not given: {needed}; given but not there: {unknown}; of another shape: {wrong}."
         )
-    return [(known[name], tensor) for name, tensor in given.items()]
+    return [(by_name[name], tensor) for name, tensor in given.items()]
 
 
 def _check_match(module: nn.Module, index: CheckpointIndex, groups: list[list[Slot]]) -> None:
@@ -227,7 +227,7 @@ def _number_kind(dtype: torch.dtype) -> str:
 
 
 def _tie_fault(names: list[str], index: CheckpointIndex) -> str | None:
-    """A file may hold a tied parameter under several names, if all of them say the same."""
+    """A file may hold a tied parameter under several names, if the tensors of all are equal."""
     reader = _Reader(torch.device("cpu"))
     if all(reader.same_bytes(index[names[0]], index[name]) for name in names[1:]):
         return None

@@ -114,7 +114,7 @@ def parse_weights_name(name: str) -> WeightsName | None:
 def read_index(file: Path) -> CheckpointIndex:
     """Read the header of one safetensors file.
 
-    Raises `FileNotFoundError` if there is no such file, `CheckpointError` if it is not a sound safetensors file.
+    Raises `FileNotFoundError` if there is no such file, `CheckpointError` if it is not a valid safetensors file.
     """
     file = file.absolute()  # the data is read later, perhaps from another working directory
     header, data_start, size = _read_header(file)
@@ -130,14 +130,14 @@ def find_weights(folder: Path, base_name: str, variant: str | None = None) -> Ch
     Published names: `model.safetensors`, `model.fp16.safetensors`, `model-00001-of-00002.safetensors` with
     `model.safetensors.index.json`, `model.fp16-00001-of-00002.safetensors` with `model.safetensors.index.fp16.json`,
     and the two older spellings of the last pair. Raises `FileNotFoundError` if there are none (it lists the variants,
-    or what else there is), `UnsafeWeightsError` if there are only pickled ones, `CheckpointError` if they are damaged.
+    or the other files), `UnsafeWeightsError` if there are only pickled ones, `CheckpointError` if they are damaged.
     """
     folder = folder.absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder, so {base_name!r} weights cannot be looked for in it.")
     names = sorted(entry.name for entry in folder.iterdir())
-    found = _published(names, base_name)
-    singles, indexes, shards = (found.get((variant, kind), []) for kind in ("single", "index", "shard"))
+    published = _published(names, base_name)
+    singles, indexes, shards = (published.get((variant, kind), []) for kind in ("single", "index", "shard"))
     if singles and indexes:
         raise CheckpointError(
             f"{folder}: both {singles[0]} and {indexes[0]} are there, and they may differ. Remove one of them."
@@ -149,7 +149,7 @@ def find_weights(folder: Path, base_name: str, variant: str | None = None) -> Ch
     if shards:
         raise CheckpointError(
             f"{folder}: {len(shards)} shards such as {shards[0]} are there, but not their index "
-            f"({base_name}.safetensors.index.json). A download or a save was cut short; do it again."
+            f"({base_name}.safetensors.index.json). A download or a save was cut short: repeat it."
         )
     raise _no_weights(folder, base_name, variant, names)
 
@@ -163,8 +163,8 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
         length = int.from_bytes(stream.read(8), "little")
         if length > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(
-                f"{file}: the header claims {length} bytes; the file has {size} and {MAX_HEADER_BYTES} are allowed. "
-                "It is truncated, or not a safetensors file."
+                f"{file}: the header claims {length} bytes; the file has {size}, and {MAX_HEADER_BYTES} are allowed "
+                "at most. It is truncated, or not a safetensors file."
             )
         content = stream.read(length)
     if not content.startswith(b"{"):
@@ -173,7 +173,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _regular_size(file: Path) -> int:
-    """Size of a regular file in bytes. Asks before opening, since opening a FIFO would wait for ever."""
+    """Size of a regular file in bytes, without opening it: opening a FIFO would wait for ever."""
     status = file.stat()
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{file}: not a regular file.")
@@ -210,7 +210,7 @@ def _checked_metadata(file: Path, metadata: Any) -> dict[str, str]:
 
 
 def _checked_entry(file: Path, name: str, claim: Any, data_start: int) -> TensorEntry:
-    """Check what the header claims of one tensor, as far as it can be checked alone."""
+    """Check what the header claims of one tensor, as far as that does not depend on the other tensors."""
     where = f"{file}: tensor {name[:200]!r}"
     if not isinstance(claim, dict) or not {"dtype", "shape", "data_offsets"} <= claim.keys():
         raise CheckpointError(f"{where} must have dtype, shape and data_offsets.")
@@ -239,7 +239,7 @@ def _checked_shape(where: str, shape: Any) -> tuple[int, ...]:
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise CheckpointError(f"{where}: shape must be a list of whole numbers, none negative.")
     if len(shape) > MAX_DIMENSIONS:
-        raise CheckpointError(f"{where}: {len(shape)} dimensions, and {MAX_DIMENSIONS} are possible.")
+        raise CheckpointError(f"{where}: {len(shape)} dimensions; at most {MAX_DIMENSIONS} are possible.")
     extent = 1  # of the non-empty dimensions: strides are computed from it even where the tensor is empty
     for size in shape:
         extent *= max(size, 1)
@@ -263,12 +263,12 @@ def _check_layout(file: Path, entries: Mapping[str, TensorEntry], data_start: in
 
 def _published(names: list[str], base_name: str) -> dict[tuple[str | None, str], list[str]]:
     """File names of the weights called `base_name`, by (variant, kind)."""
-    found: dict[tuple[str | None, str], list[str]] = {}
+    by_kind: dict[tuple[str | None, str], list[str]] = {}
     for name in names:
         parsed = parse_weights_name(name)
         if parsed is not None and parsed.base == base_name:
-            found.setdefault((parsed.variant, parsed.kind), []).append(name)
-    return found
+            by_kind.setdefault((parsed.variant, parsed.kind), []).append(name)
+    return by_kind
 
 
 def _read_shards(folder: Path, index_name: str, names: list[str]) -> CheckpointIndex:
@@ -280,7 +280,7 @@ def _read_shards(folder: Path, index_name: str, names: list[str]) -> CheckpointI
     indexes = {shard: read_index(folder / shard) for shard in shards}
     for name, shard in weight_map.items():
         if name not in indexes[shard]:
-            raise CheckpointError(f"{index_file}: tensor {name!r} should be in {shard}, and is not.")
+            raise CheckpointError(f"{index_file}: tensor {name!r} should be in {shard}, but is not.")
     for shard, index in indexes.items():
         if stray := next((name for name in index if weight_map.get(name) != shard), None):
             raise CheckpointError(
@@ -294,7 +294,7 @@ def _read_shards(folder: Path, index_name: str, names: list[str]) -> CheckpointI
 def _read_weight_map(index_file: Path) -> dict[str, str]:
     size = _regular_size(index_file)
     if size > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{index_file}: {size} bytes, and {MAX_HEADER_BYTES} are allowed.")
+        raise CheckpointError(f"{index_file}: {size} bytes; at most {MAX_HEADER_BYTES} are allowed.")
     weight_map = _parse_object(index_file, index_file.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index_file}: weight_map must map tensor names to file names.")
@@ -302,23 +302,25 @@ def _read_weight_map(index_file: Path) -> dict[str, str]:
 
 
 def _check_shard_name(index_file: Path, shard: str, names: list[str]) -> None:
-    """A shard must be named as a file of the index's own folder is listed, so no name can lead elsewhere.
+    """Raise unless a shard has the name of a file in the index's own folder, so that no name can lead elsewhere.
 
-    What the folder's owner put there may be a link, as in the Hub's cache.
+    That file may be a link, as in the Hub's cache: the folder's owner put it there.
     """
     if "/" in shard or "\\" in shard or shard in (".", ".."):
         raise CheckpointError(f"{index_file}: shard {shard!r} is not a plain file name.")
     if not shard.endswith(".safetensors"):
         raise CheckpointError(f"{index_file}: shard {shard!r} is not a .safetensors file.")
     if shard not in names:
-        raise CheckpointError(f"{index_file}: shard {shard!r} is missing. A download or a save was cut short.")
+        raise CheckpointError(
+            f"{index_file}: shard {shard!r} is missing. A download or a save was cut short: repeat it."
+        )
 
 
 def _no_weights(folder: Path, base_name: str, variant: str | None, names: list[str]) -> Exception:
     asked = f"{folder} has no {base_name!r} weights" + (f" of variant {variant!r}" if variant else "")
-    variants = {found for found, kind in _published(names, base_name) if kind != "shard"}
+    variants = {published for published, kind in _published(names, base_name) if kind != "shard"}
     if variants:
-        possible = [f"variant={found!r}" for found in sorted(variants, key=lambda found: found or "")]
+        possible = [f"variant={published!r}" for published in sorted(variants, key=lambda published: published or "")]
         return FileNotFoundError(f"{asked} in safetensors form. There are: {', '.join(possible)}.")
     pickled = [name for name in names if name.endswith(PICKLED_SUFFIXES)]
     if pickled:

@@ -13,9 +13,9 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def same_order(shape: Sequence[int], one: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether two strides mean the same order of numbers: those of dimensions of size 1 mean nothing."""
-    return all(size == 1 or a == b for size, a, b in zip(shape, one, other, strict=True))
+def same_order(shape: Sequence[int], stride: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two strides mean the same order of numbers; those of dimensions of size 1 do not count."""
+    return all(size == 1 or a == b for size, a, b in zip(shape, stride, other, strict=True))
 
 
 def is_reordered(shape: Sequence[int], stride: Sequence[int]) -> bool:
@@ -24,7 +24,7 @@ def is_reordered(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def is_by_rows(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether each entry of the first dimension is a run of numbers, one after another without gaps."""
+    """Whether the entries of the first dimension follow one another without gaps, each a run of numbers."""
     row = 1
     for size in shape[1:]:
         row *= size

@@ -1,6 +1,6 @@
-"""Older published key names, as tables: how a file's names become the names of the class at hand.
+"""Tables of published key names, and how they turn the names in a file into those of the class at hand.
 
-T5 needs no renames: `shared.weight` and `encoder.embed_tokens.weight` are one tied parameter, which `fill` knows.
+T5 needs no renames: `shared.weight` and `encoder.embed_tokens.weight` are one tied parameter, which `fill` handles.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from lowtide.weights.index import CheckpointIndex, TensorEntry
 
 SCALE_SUFFIX = "_scale"
-"""What the name of a weight's scale has behind the name of the weight."""
+"""The name of a weight's scale is the name of the weight with this at its end."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ CLIP_TEXT_NAMES = NameTable(
     stray=("*embeddings.position_ids",),
 )
 
-# A whole T5 serves as a text encoder, too.
+# The file of a whole T5 can be loaded as a text encoder too.
 T5_NAMES = NameTable(stray=("decoder.*", "lm_head.weight"))
 
-# Likewise the vision tower inside the safety checker, which was wrapped twice.
+# The vision tower inside the safety checker changed in the same way; it was wrapped twice.
 SAFETY_CHECKER_NAMES = NameTable(
     renames=(
         Rename(r"^vision_model\.vision_model\.", "vision_model."),
@@ -67,9 +67,9 @@ SAFETY_CHECKER_NAMES = NameTable(
 def apply_names(index: CheckpointIndex, table: NameTable, expected: Collection[str]) -> CheckpointIndex:
     """Rename the keys of `index` by `table`, towards the `expected` names of a module (see `fill.state_names`).
 
-    A key is renamed only if the module lacks it, has the result, and the file has no other key for that; one table
-    thus serves old and new files and old and new classes. All else is left as it is, for `fill` to complain about.
-    The scales of weights in 8 bits go with them.
+    A key is renamed only if the module lacks it but has the new name, and the file has no other key for the new name.
+    One table thus serves old and new files, and old and new classes. Other keys stay as they are, and `fill` reports
+    them. The scale of an 8-bit weight is renamed as its weight is.
     """
     expected = {*expected, *(name + SCALE_SUFFIX for name in expected)}
     entries = {name: entry for name, entry in index.items() if name in expected}

@@ -1,13 +1,13 @@
-"""Write checkpoints so that a save cut short never leaves one that loads as half old and half new.
+"""Write checkpoints so that a save that is cut short never leaves a checkpoint that is half old and half new.
 
 `save_tensors` writes the published layout; `atomic_folder` moves a finished folder into place. While the new files are
 being written the target is untouched. They are then moved in three steps, each on disk before the next begins:
 1. every old file that a new one replaces or supersedes is moved aside, entry points (`ENTRY_POINTS`) first;
 2. the new files are moved in; 3. the new entry points follow, the outermost last.
-So at any moment the target holds a part of the old save or a part of the new one, never of both, and a part has no
-entry point: loading it fails and says what is missing. An exception undoes the steps. A process killed in the middle of
-them (milliseconds) leaves the rest in a hidden folder `.NAME.saving-*`, old files under `old`, new ones under `new`.
-Files that are not part of the new save stay as they are.
+So at any moment the target holds files of the old save or of the new one, never of both, and an incomplete save has no
+entry point: loading it fails and says what is missing. An exception undoes the steps. A process killed during them
+(they take milliseconds) leaves other files in a hidden folder `.NAME.saving-*`, old ones under `old`, new ones under
+`new`. Files that are not part of the new save stay as they are.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def save_tensors(
     """Write `tensors` to `folder` as `base_name[.variant].safetensors`, or as shards with an index; return the files.
 
     `max_shard_size` is in bytes or text such as "5GB" (None: one file); a larger tensor has a shard for itself. Tied
-    tensors are stored once, under the first name. Each file appears under its name when it is complete, so the very
-    file that a live tensor maps can be replaced; to replace a whole checkpoint, write inside `atomic_folder`. Peak
+    tensors are stored once, under the first name. Each file appears under its name when it is complete, so even a file
+    that a live tensor maps can be replaced; to replace a whole checkpoint, write inside `atomic_folder`. Peak
     memory: copies of those tensors of one shard that are not contiguous, not on the CPU, or views of one storage.
     Raises `ValueError` for tensors that safetensors cannot hold.
     """
@@ -71,7 +71,7 @@ def save_tensors(
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder to write in; when the block ends well, its files become those of `target`.
 
-    A new `target` appears by one rename. In an existing one the steps are those described on top of this module, and
+    A new `target` appears by one rename. In an existing one the steps are those at the top of this module, and
     weights of the same base name and variant that the new ones supersede (say, shards by one file) are removed. If the
     block or a step raises, `target` is as it was. Raises `NotADirectoryError` if `target` is a file.
     """
@@ -135,7 +135,7 @@ def _write_shard(file: Path, shard: Mapping[str, torch.Tensor]) -> Path:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
     partial = file.with_name(f".{file.name}.partial")
     partial.touch()
-    mode = partial.stat().st_mode  # as the process creates files; the library makes its own unreadable to others
+    mode = partial.stat().st_mode  # the mode of new files here; the library makes its files unreadable to others
     save_file(_apart(plain), partial, metadata={"format": "pt"})
     partial.chmod(mode & 0o777)
     os.replace(partial, file)
@@ -143,7 +143,7 @@ def _write_shard(file: Path, shard: Mapping[str, torch.Tensor]) -> Path:
 
 
 def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Views of one storage, each copied: the library refuses tensors that share memory."""
+    """The tensors, with views of one storage copied: the library refuses tensors that share memory."""
     pointers = {name: tensor.untyped_storage().data_ptr() for name, tensor in tensors.items()}
     uses = Counter(pointers.values())
     return {name: tensor.clone() if uses[pointers[name]] > 1 else tensor for name, tensor in tensors.items()}
@@ -186,7 +186,7 @@ def _make_folder(folder: Path, undo: ExitStack) -> None:
 
 
 def _move_back(moved: Path, origin: Path) -> None:
-    if os.path.lexists(moved) and not os.path.lexists(origin):  # an interrupt may come before the move itself
+    if os.path.lexists(moved) and not os.path.lexists(origin):  # an interrupt may come before the move
         moved.rename(origin)
 
 
@@ -215,7 +215,7 @@ def _is_entry_point(path: Path) -> bool:
 
 
 def _entry_rank(path: Path) -> tuple[bool, int, str]:
-    """Order of moving in: plain files, then entry points, the outermost last."""
+    """The order in which files are moved in: plain files, then entry points, the outermost last."""
     is_entry = _is_entry_point(path)
     return is_entry, -len(path.parts) if is_entry else 0, str(path)
 
@@ -225,7 +225,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(paths: Iterable[Path]) -> None:
-    """Make what was written or renamed last through a power cut. Windows cannot do so with a file open for reading."""
+    """Make writes and renames survive a power cut. Windows cannot do that with a file that is open for reading."""
     for path in paths if os.name == "posix" else ():
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -277,16 +277,17 @@ def autoencoders(less=1):
         yield Case(f"CogVideoX decode exact{name}", video_vae(wide), decode, clip, prepare=exact("device", work))
 
 
-def unets():
+def unets(less=1):
     for batch, side in ((1, 16), (2, 16), (1, 32), (2, 32)):
-        yield Case(f"seascapes U-Net {batch} of {side}", UNET, call_unet, unet_inputs(batch, side))
+        yield Case(f"seascapes U-Net {batch} of {side}", UNET, call_unet, unet_inputs(batch, side // less))
 
 
 def quick_cases():
-    """Those of the default run; smaller autoencoders where half precision takes sixty times as long."""
-    less = 4 if Multiplier.of(torch.bfloat16) is Multiplier.LOOPS else 1
-    for dtype, maps in (("float32", autoencoders()), ("bfloat16", autoencoders(less))):
-        for case in (*unets(), *maps, *transformers()):
+    """Those of the default run; of smaller maps where half precision takes sixty times as long."""
+    is_slow = Multiplier.of(torch.bfloat16) is Multiplier.LOOPS
+    in_half = (*unets(2), *autoencoders(4)) if is_slow else (*unets(), *autoencoders())
+    for dtype, maps in (("float32", (*unets(), *autoencoders())), ("bfloat16", in_half)):
+        for case in (*maps, *transformers()):
             yield replace(case, dtype=dtype)
             is_streamed = case.name in ("seascapes U-Net 2 of 16", "seascapes decode 16", "Flux", "Wan")
             for level in ("block", "leaf") if is_streamed else ():
@@ -294,10 +295,10 @@ def quick_cases():
 
 
 def half_cases():
-    """The autoencoders in half precision, at the sizes that they have in float32."""
-    for case in autoencoders():
+    """U-Nets and autoencoders in half precision, at the sizes that they have in float32."""
+    for case in (*unets(), *autoencoders()):
         yield replace(case, dtype="bfloat16")
-        if case.name == "seascapes decode 16":
+        if case.name in ("seascapes U-Net 2 of 16", "seascapes decode 16"):
             yield from (replace(case, dtype="bfloat16", level=level) for level in ("block", "leaf"))
 
 

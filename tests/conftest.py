@@ -24,3 +24,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """Runs scripts in processes of their own, without importing torch each time."""
+    from tests.document.processes import Warm
+
+    runner = Warm()
+    yield runner
+    runner.close()

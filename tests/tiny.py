@@ -5,6 +5,7 @@ The weights are uniform numbers hashed from each tensor's name, so ours, the pee
 
 from __future__ import annotations
 
+import functools
 import json
 import zlib
 from pathlib import Path
@@ -24,6 +25,8 @@ from lowtide.models.video_transformer import CogVideoXTransformer3DModel
 from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
 from lowtide.schedulers import SCHEDULERS as ALL_SCHEDULERS
 
+CACHED = 2**16
+"""Numbers of the largest tensors that are kept once they were made."""
 MAX_TOKENS = 16
 START, END = "<|startoftext|>", "<|endoftext|>"
 SCHEDULE = {
@@ -170,8 +173,14 @@ def set_weights(module: nn.Module, seed=0):
 def _weight(name, tensor, seed):
     if not tensor.is_floating_point():
         return tensor
+    of_shape = _weight_of if tensor.numel() <= CACHED else _weight_of.__wrapped__
+    return of_shape(name, tuple(tensor.shape), seed)
+
+
+@functools.cache
+def _weight_of(name, shape, seed):
     name = name.removeprefix("text_model.").replace("vision_model.vision_model.", "vision_model.")
-    values = numbers(tensor.shape, zlib.crc32(name.encode()) % 2**20 + seed)
+    values = numbers(shape, zlib.crc32(name.encode()) % 2**20 + seed)
     if "embedding.weight" in name or name in ("concept_embeds", "special_care_embeds"):
         return values
     if values.ndim > 1:

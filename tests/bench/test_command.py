@@ -216,6 +216,7 @@ def test_two_rows_of_a_real_model_each_in_a_fresh_process(model, tmp_path):
 
 
 @pytest.mark.parity
+@pytest.mark.slow
 def test_the_peer_in_a_process_of_its_own(model, tmp_path):
     pytest.importorskip("diffusers")
     options = samples.options(("model-offload",), model=model, peer="diffusers", out=tmp_path)

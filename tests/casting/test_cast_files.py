@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.casting.test_casting import CASTINGS, round_offline
 from tests.memory.cases import RULES, put
+from tests.thinned import thinned
 from transformers import CLIPTextModel
 
 from lowtide import Casting, StableDiffusionPipeline, UNet2DConditionModel
@@ -19,10 +22,12 @@ from lowtide.weights.fill import WeightsMismatchError
 STORED = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8": torch.int8}
 
 
-@pytest.fixture
-def folder(tmp_path):
-    tiny.unet().save_pretrained(tmp_path / "unet")
-    return tmp_path / "unet"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint that is read alone."""
+    folder = tmp_path_factory.mktemp("saved") / "unet"
+    tiny.unet().save_pretrained(folder)
+    return folder
 
 
 def run(module):
@@ -34,6 +39,7 @@ def run(module):
         return module(**inputs).sample
 
 
+@functools.cache
 def expected(dtype, how):
     return run(round_offline(tiny.unet().to(dtype), CASTINGS[how]))
 
@@ -58,9 +64,7 @@ def test_cast_while_loading_under_an_offload(folder, offload):
     assert torch.equal(run(model), expected(torch.float32, "int8"))
 
 
-@pytest.mark.parametrize("variant", [None, "small"])
-@pytest.mark.parametrize("shards", [None, 2000])
-@pytest.mark.parametrize("how", CASTINGS)
+@pytest.mark.parametrize(("how", "shards", "variant"), thinned(CASTINGS, [None, 2000], [None, "small"]))
 def test_saved_in_8_bits_and_loaded_again(folder, tmp_path, how, shards, variant):
     model = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.bfloat16, casting=CASTINGS[how])
     model.save_pretrained(tmp_path / "saved", max_shard_size=shards, variant=variant)

@@ -15,6 +15,7 @@ import weakref
 import pytest
 import torch
 from tests.memory.cases import CASES, DTYPES, RULES, plain, put
+from tests.thinned import thinned
 from torch import nn
 
 from lowtide.casting.apply_casting import apply_casting, remove_casting
@@ -85,9 +86,7 @@ def reference(name: str, dtype: str, how: str, known: dict[tuple[str, str, str],
     return known[key]
 
 
-@pytest.mark.parametrize("how", CASTINGS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "how", "dtype"), thinned(CASES, CASTINGS, DTYPES))
 def test_cast_equals_weights_rounded_beforehand(name, dtype, how, expected):
     case = CASES[name](DTYPES[dtype])
     apply_casting(case.module, CASTINGS[how])
@@ -98,9 +97,7 @@ def test_cast_equals_weights_rounded_beforehand(name, dtype, how, expected):
     )
 
 
-@pytest.mark.parametrize("zero_copy", [True, False], ids=["mapped", "ring"])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "rule", "zero_copy"), thinned(CASES, RULES, [True, False]))
 def test_cast_under_every_rule(name, rule, zero_copy, expected):
     how = "int8" if name in ("toy", "vae", "t5") else "e4m3"
     case = CASES[name](torch.bfloat16)

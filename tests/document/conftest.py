@@ -3,15 +3,7 @@
 import pytest
 from tests import tiny_video
 from tests.document import checkpoints
-from tests.document.processes import Fresh, Warm
-
-
-@pytest.fixture(scope="session")
-def warm():
-    """Runs scripts without importing torch each time."""
-    runner = Warm()
-    yield runner
-    runner.close()
+from tests.document.processes import Fresh
 
 
 @pytest.fixture(scope="session")

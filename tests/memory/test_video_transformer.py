@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.memory.cases import RULES, put
+from tests.thinned import thinned
 
 from lowtide.casting.apply_casting import apply_casting, named_casting
 from lowtide.casting.casting import Casting
@@ -50,9 +51,7 @@ def run(model, kind, dtype):
     return model(**inputs_of(kind, dtype)).sample
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("casting", CASTINGS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "casting", "dtype"), thinned(KINDS, CASTINGS, DTYPES))
 def test_loaded_under_every_plan(folders, kind, casting, dtype):
     whole = tiny.video_transformer(kind).to(dtype)
     plain = run(whole, kind, dtype)

@@ -29,8 +29,18 @@ def inputs(seed: int = 0):
     return sample, torch.rand(1, generator=draw) * 999, torch.randn(2, 6, 24, generator=draw)
 
 
-def unet(**changes):
-    module = tiny.unet(**changes)
+HEADS = {"sd1": 2, "sd2": [1, 2]}
+
+
+def small_unet(kind="sd1"):
+    """Two levels of one layer, with every kind of block: tracing takes its time for each module."""
+    blocks = ["CrossAttnDownBlock2D", "DownBlock2D"], ["UpBlock2D", "CrossAttnUpBlock2D"]
+    levels = {"block_out_channels": [8, 16], "down_block_types": blocks[0], "up_block_types": blocks[1]}
+    return tiny.unet(kind, **levels, layers_per_block=1, attention_head_dim=HEADS[kind])
+
+
+def unet(kind="sd1"):
+    module = small_unet(kind)
     module.forward = functools.partial(module.forward, return_dict=False)
     return module
 
@@ -38,7 +48,7 @@ def unet(**changes):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_a_trace_saved_and_loaded_equals_the_network(tmp_path, kind, layout):
-    module = unet(kind=kind).to(memory_format=layout)
+    module = unet(kind).to(memory_format=layout)
     traced = torch.jit.trace(module, inputs())
     traced.save(tmp_path / "unet.pt")
     loaded = torch.jit.load(tmp_path / "unet.pt")
@@ -50,7 +60,7 @@ def test_a_trace_saved_and_loaded_equals_the_network(tmp_path, kind, layout):
 
 
 def test_a_traced_network_in_the_pipeline(tmp_path):
-    pipe = tiny.pipeline(tmp_path)
+    pipe = tiny.pipeline(tmp_path, unet=small_unet())
     draw = functools.partial(pipe, "a cat", num_inference_steps=3, output_type="pt", height=32, width=32)
     expected = draw(generator=torch.Generator().manual_seed(0)).images
 

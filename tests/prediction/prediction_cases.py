@@ -22,6 +22,7 @@ from lowtide.models.video_transformer import CogVideoXTransformer3DModel
 from lowtide.models.video_vae import AutoencoderKLCogVideoX
 from lowtide.planning.workload import Call
 from lowtide.prediction.component import trace_call
+from lowtide.prediction.workspace import Multiplier
 
 SEASCAPES = Path(lowtide.__file__).parent / "assets" / "seascapes"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -124,8 +125,8 @@ def tokens(batch, count):
     return lambda: (torch.zeros(batch, count, dtype=torch.long),)
 
 
-def exact(rows):
-    return lambda vae: vae.enable_tiling("exact", rows=rows)
+def exact(rows, work=None):
+    return lambda vae: vae.enable_tiling("exact", rows=rows, work=work)
 
 
 def blended(size):
@@ -151,6 +152,7 @@ T5 = T5Config(
     vocab_size=1000, d_model=256, d_kv=64, d_ff=512, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu"
 )
 WIDE_VAE = {**tiny_video.VAE, "block_out_channels": [64, 128, 128, 256], "norm_num_groups": 32}
+NARROWER_VAE = {**tiny_video.VAE, "block_out_channels": [16, 32, 32, 64], "norm_num_groups": 8}
 
 
 def video_vae(config):
@@ -245,41 +247,59 @@ def transformers():
     yield Case("T5", lambda: T5EncoderModel(T5), call_encoder, tokens(1, 100))
 
 
-def autoencoders():
+def autoencoders(less=1):
+    """`less` divides the sides of pictures and of tiles; clips have a third of theirs then, and fewer channels.
+
+    Bands have less work then, so that there are as many.
+    """
+    work = 2**19 if less > 1 else None
     latents = {"16": (1, 4, 16, 16), "32": (1, 4, 32, 32), "2 of 16": (2, 4, 16, 16), "16x24": (1, 4, 16, 24)}
-    for name, shape in latents.items():
-        yield Case(f"seascapes decode {name}", VAE, decode, zeros(shape))
-    yield Case("seascapes encode 128", VAE, encode, zeros((1, 3, 128, 128)))
-    yield Case("seascapes decode 2 of 16 sliced", VAE, decode, zeros((2, 4, 16, 16)), prepare=in_slices)
-    yield Case("seascapes decode 32 blended", VAE, decode, zeros((1, 4, 32, 32)), prepare=blended(128))
+    z = {name: zeros((*shape[:2], *(side // less for side in shape[2:]))) for name, shape in latents.items()}
+    for name, shape in z.items():
+        yield Case(f"seascapes decode {name}", VAE, decode, shape)
+    yield Case("seascapes encode 128", VAE, encode, zeros((1, 3, 128 // less, 128 // less)))
+    yield Case("seascapes decode 2 of 16 sliced", VAE, decode, z["2 of 16"], prepare=in_slices)
+    yield Case("seascapes decode 32 blended", VAE, decode, z["32"], prepare=blended(128 // less))
     for rows in ("device", "disk"):
-        yield Case(f"seascapes decode 16 exact on {rows}", VAE, decode, zeros((1, 4, 16, 16)), prepare=exact(rows))
-        yield Case(f"seascapes decode 32 exact on {rows}", VAE, decode, zeros((1, 4, 32, 32)), prepare=exact(rows))
-    for name, config, shape in (
-        ("tiny", tiny_video.VAE, (1, 4, 3, 4, 6)),
-        ("tiny batches", tiny_video.VAE, (1, 4, 5, 8, 12)),
-        ("tiny four batches", tiny_video.VAE, (1, 4, 9, 8, 12)),
-        ("wide", WIDE_VAE, (1, 4, 3, 6, 8)),
+        yield Case(f"seascapes decode 16 exact on {rows}", VAE, decode, z["16"], prepare=exact(rows, work))
+        yield Case(f"seascapes decode 32 exact on {rows}", VAE, decode, z["32"], prepare=exact(rows, work))
+    wide, fewer = (NARROWER_VAE, 3) if less > 1 else (WIDE_VAE, 1)
+    for name, config, (frames, *sides) in (
+        ("tiny", tiny_video.VAE, (3, 4, 6)),
+        ("tiny batches", tiny_video.VAE, (5, 8, 12)),
+        ("tiny four batches", tiny_video.VAE, (9, 8, 12)),
+        ("wide", wide, (3, 6, 8)),
     ):
+        shape = (1, 4, frames, *(max(2, side // fewer) for side in sides))
         yield Case(f"CogVideoX decode {name}", video_vae(config), decode, zeros(shape))
     for name, frames in (("", 3), (" four batches", 9)):
-        z = zeros((1, 4, frames, 6, 8))
-        yield Case(f"CogVideoX decode exact{name}", video_vae(WIDE_VAE), decode, z, prepare=exact("device"))
+        clip = zeros((1, 4, frames, 6 // fewer, 8 // fewer))
+        yield Case(f"CogVideoX decode exact{name}", video_vae(wide), decode, clip, prepare=exact("device", work))
 
 
-def unets():
+def unets(less=1):
     for batch, side in ((1, 16), (2, 16), (1, 32), (2, 32)):
-        yield Case(f"seascapes U-Net {batch} of {side}", UNET, call_unet, unet_inputs(batch, side))
+        yield Case(f"seascapes U-Net {batch} of {side}", UNET, call_unet, unet_inputs(batch, side // less))
 
 
 def quick_cases():
-    """Those of the default run."""
-    for case in (*unets(), *autoencoders(), *transformers()):
-        for dtype in DTYPES:
+    """Those of the default run; of smaller maps where half precision takes sixty times as long."""
+    is_slow = Multiplier.of(torch.bfloat16) is Multiplier.LOOPS
+    in_half = (*unets(2), *autoencoders(4)) if is_slow else (*unets(), *autoencoders())
+    for dtype, maps in (("float32", (*unets(), *autoencoders())), ("bfloat16", in_half)):
+        for case in (*maps, *transformers()):
             yield replace(case, dtype=dtype)
             is_streamed = case.name in ("seascapes U-Net 2 of 16", "seascapes decode 16", "Flux", "Wan")
             for level in ("block", "leaf") if is_streamed else ():
                 yield replace(case, dtype=dtype, level=level)
+
+
+def half_cases():
+    """U-Nets and autoencoders in half precision, at the sizes that they have in float32."""
+    for case in (*unets(), *autoencoders()):
+        yield replace(case, dtype="bfloat16")
+        if case.name in ("seascapes U-Net 2 of 16", "seascapes decode 16"):
+            yield from (replace(case, dtype="bfloat16", level=level) for level in ("block", "leaf"))
 
 
 SD15_UNET = {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.prediction.prediction_cases import large_cases, quick_cases
+from tests.prediction.prediction_cases import half_cases, large_cases, quick_cases
 
 from lowtide.prediction import tracing
 
@@ -26,6 +26,12 @@ def check(case):
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
 def test_the_peak_is_the_measured_one(case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(half_cases()), ids=str)
+def test_the_peak_is_the_measured_one_in_half_precision(case):
     check(case)
 
 

@@ -153,10 +153,13 @@ def _of_convolution(conv: Convolution) -> int:
 
 
 def _native(conv: Convolution) -> int:
-    """The columns of every entry, and both tensors in one order."""
+    """The columns of every entry, and both tensors in one order and without gaps; a clip's order is the usual one."""
     columns = 0 if conv.is_pointwise and not conv.is_strided else _columns(conv)
+    if conv.out.ndim == 5:
+        return columns + sum(_nbytes(one) for one in (conv.x, conv.weight) if not one.is_contiguous())
     reordered = _nbytes(conv.weight) if not conv.is_pointwise and not _same_order(conv) else 0
-    return columns + reordered
+    is_whole = conv.x.is_contiguous() or is_channels_last(conv.x)
+    return columns + reordered + (0 if is_whole else _nbytes(conv.x))
 
 
 def _columns(conv: Convolution) -> int:

@@ -32,7 +32,7 @@ def check_supported(config: Config, kind: str, supported: Mapping[str, tuple[Any
 
 
 def check_blocks(widths: tuple[int, ...], kind: str, blocks: Mapping[str, tuple[str, ...]]) -> None:
-    """Raise `ValueError` unless each list in `blocks` has an entry for every width, and every entry is the list's key."""
+    """Raise `ValueError` unless each list in `blocks` has an entry for every width, each entry being the list's key."""
     for possible, kinds in blocks.items():
         if len(kinds) != len(widths):
             raise ValueError(f"{kind} config: {len(kinds)} blocks for {len(widths)} channel widths.")

@@ -158,10 +158,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
     def decode_saved(
         self, path: str | os.PathLike[str], output_type: str = "pil", output_path: OutputPath | None = None
     ) -> StableDiffusionPipelineOutput:
-        """Latents as the output type, and which pictures were unsafe.
-
-        If decoding fails, latents are kept in a file; those of the file `saved` are there already.
-        """
+        """Decode latents that were kept in a file when decoding them failed; the file stays.
 
         Raises `FileNotFoundError` and `ValueError` for files that hold no such latents.
         """

@@ -77,7 +77,7 @@ def apply_layerwise_casting(
     Relative errors of a product, whatever the size of the weights: e4m3fn scaled 2.6 %, int8 0.8 %; a plain e4m3fn
     cast has 2.7 % for weights of deviation 0.05, 11 % for 0.005, 56 % for 0.001.
     Modules whose name matches a pattern (`re.search`) of `skip_modules_pattern`, or that are of `skip_modules_classes`,
-    stay as they are, with all inside them; "auto" means `lowtide.memory.rule.NEVER_CAST`. If both are None, every
+    stay as they are, with all inside them; "auto" means `lowtide.casting.casting.NEVER_CAST`. If both are None, every
     module is cast. Weights that are not cast get the `compute_dtype`. `non_blocking` is accepted and has no effect.
     `fp8_matmul` has linear layers multiply in fp8, their inputs rounded as well (3.7 % in all): for GPUs that do
     (compute capability 8.9 or more), with e4m3fn and bfloat16.

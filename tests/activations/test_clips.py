@@ -166,7 +166,7 @@ def test_the_forecast_holds_and_is_near(batch, work, rows):
 def test_a_budget_that_is_too_small_is_told_before_the_work():
     model = clips.vae()
     model.enable_tiling("exact", budget=1000)
-    with pytest.raises(ValueError, match=r"budget=1000 B is too small .* one row of it at work takes"):
+    with pytest.raises(ValueError, match=r"budget=1.0 kB is too small .* one row of it at work takes"):
         model.check_decoding((1, 4, 5, 6, 8))
 
 

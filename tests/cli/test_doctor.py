@@ -20,6 +20,7 @@ def small_probes(monkeypatch):
     monkeypatch.setattr(disk_and_link, "_FILE_BYTES", 2**20)
     monkeypatch.setattr(disk_and_link, "_CHUNK", 2**18)
     monkeypatch.setattr(disk_and_link, "matmul_rate", lambda dtype, size: 1e11)
+    monkeypatch.setattr("lowtide.fitting.process.alone", lambda *_: (380_000_000, 0))
     monkeypatch.setattr(
         machine_rates, "machine_rates", lambda *_, refresh: replace(machine_rates.assumed_rates(), assumed=not refresh)
     )

@@ -82,7 +82,7 @@ def apply_casting(module: nn.Module, casting: Casting, own_dtypes: Mapping[str, 
 
 
 def _set_dtypes(module: nn.Module, dtype: torch.dtype | None, own_dtypes: Mapping[str, torch.dtype]) -> None:
-    """As `module.to(dtype)`, layer by layer, and never by way of `dtype` where a layer has its own."""
+    """Like `module.to(dtype)`, layer by layer; a layer with a dtype of its own goes to that directly."""
     names: dict[nn.Module, list[str]] = {}
     for slot in slots(module):
         names.setdefault(slot.owner, []).append(slot.name)

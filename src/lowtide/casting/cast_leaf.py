@@ -24,7 +24,7 @@ _MARK = "_lowtide_leaf"
 
 
 class Call:
-    """One call of a leaf. An interrupt may keep it from taking leave; it is forgotten with its frame then."""
+    """One call of a leaf, held weakly: if an interrupt keeps it from leaving, it is forgotten with its frame."""
 
 
 class Leaf:
@@ -65,7 +65,7 @@ class Leaf:
         return {view.slot.owner for weight in self.weights for view in weight.views}
 
     def undo(self) -> None:
-        """Leave placeholders in the slots and the modules as they were otherwise."""
+        """Put placeholders into the slots, and put everything else of the modules back."""
         self._overrides.put_back()
         self._disown_replaced()
 
@@ -145,7 +145,7 @@ class Leaf:
         return dequantized_call
 
     def _applied(self, module: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
-        """`_apply` (`.to`, `.half` and so on) for a module: its 8-bit weights follow, without a way through numbers."""
+        """`_apply` (`.to`, `.half` and so on) for a module: its 8-bit weights follow without being dequantized."""
 
         def apply(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
             self._disown_replaced()

@@ -1,7 +1,7 @@
 """Layerwise casting: weights rest in 8 bits, and are dequantized around the calls of the layer that they belong to.
 
 A leaf (one layer, or several that share a weight) gets a `_call_impl` of its own, as units do in `attach.py`, but
-inside of theirs: whatever rule moves the weights moves 8-bit bytes, and the leaf turns into numbers what has come.
+inside theirs: a rule moves the 8-bit bytes, and the leaf dequantizes the bytes that have come.
 Between calls a slot holds a placeholder, which is dequantized for one operation if somebody reads it. Embeddings are
 never dequantized whole: their placeholder gives the rows that are asked for.
 """
@@ -56,7 +56,7 @@ def cast(
 
 
 def uncast(module: nn.Module, *, at_rest: bool = False) -> None:
-    """Have the weights as they were before they were cast: those of a checkpoint as its file has them.
+    """Undo a cast: weights of a checkpoint are as its file has them again.
 
     With `at_rest` another rule takes them over. Others keep the values that their 8 bits hold, in the dtype they
     compute in; a warning says so.

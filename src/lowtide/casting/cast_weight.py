@@ -244,7 +244,7 @@ class CastWeight(Weight):
 
 
 class Carried(Weight):
-    """The 8-bit bytes of a weight, as another rule moves them: what it says of their place, it says to the weight."""
+    """The 8-bit bytes of a weight as a rule sees them: where they rest and work is stored in the weight itself."""
 
     def __init__(self, views: Sequence[View], whole: CastWeight) -> None:
         self.whole = whole
@@ -331,7 +331,7 @@ def in_fp8(layer: nn.Linear, weight: CastWeight) -> Callable[[torch.Tensor], tor
 
 
 def can_multiply(weight: CastWeight) -> bool:
-    """Whether the hardware's product takes a weight, and its layers do nothing else with it."""
+    """Whether hardware can multiply by a weight in fp8, and its layers do nothing else with it."""
     layers = [view.slot.owner for view in weight.views]
     plain = all(type(layer).forward is nn.Linear.forward and "forward" not in vars(layer) for layer in layers)
     return plain and len(layers) == 1 and all(size % 16 == 0 for size in weight.views[0].shape)

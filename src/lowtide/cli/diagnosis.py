@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -175,14 +175,17 @@ def _disk(folder: Path) -> Disk:
 def _planning(processor: Processor, gpus: tuple[Gpu, ...], *, refresh: bool) -> Planning:
     import torch
 
+    from lowtide.fitting.process import alone
     from lowtide.machine.figure_cache import cache_folder
     from lowtide.planning.machine_rates import machine_rates
 
     on_cpu = "bfloat16" if processor.matmul["bfloat16"] >= processor.matmul["float32"] else "float32"
     device, dtype = ("cuda:0", "float16") if gpus else ("cpu", on_cpu)
     rates = machine_rates(device, getattr(torch, dtype), refresh=refresh)
+    base, on_device = alone(torch.device(device), getattr(torch, dtype))
     folder = cache_folder()
-    return Planning(dtype, rates, None if folder is None else str(folder))
+    taken = replace(rates, base=base, device_base=on_device)
+    return Planning(dtype, taken, None if folder is None else str(folder))
 
 
 def _dtype_advice(processor: Processor, gpus: tuple[Gpu, ...]) -> str:

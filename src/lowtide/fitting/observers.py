@@ -1,4 +1,4 @@
-"""What a stage leaves behind is given back before the next one begins."""
+"""Stage observers under a plan: give memory back after each stage, and set how the heap keeps freed memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lowtide.planning.plan import Plan
 
 
 class Tidy:
-    """A stage observer: what does not outlive its stage is given back at its end.
+    """A stage observer: gives memory back at the end of each stage.
 
-    That are weights that linger on the device and the buffers they came in, the memory of dequantized weights, and the
-    holes in the heap; these with `every_step`, since they grow from step to step. `streams` gives the streams that are
-    in use then.
+    It drops weights that stayed on the device and their buffers, frees the buffer for dequantized weights, and returns
+    the heap's holes to the system; the holes after every step, too, with `every_step`, since they grow. `streams` gives
+    the streams that are in use.
     """
 
     def __init__(self, streams: Callable[[], Iterable[Stream]] = tuple, *, every_step: bool = False) -> None:
@@ -44,10 +44,10 @@ their pages anew took a U-Net half as long again."""
 
 
 class Heap:
-    """A stage observer: wishes how the heap deals with freed memory (glibc only), as the plan at work says.
+    """A stage observer: says how much freed memory the heap may keep (glibc only), as the plan at work has it.
 
-    In the first step of a stage it keeps none: what is made then and stays, such as compiled kernels, would lie
-    scattered among what is freed, and a U-Net under leaf offload took 300 MiB more.
+    The heap keeps none in the first step of a stage. Compiled kernels and other memory that stays is allocated in that
+    step. With freed blocks kept between them, a U-Net under leaf offload took 0.3 GB more.
     """
 
     def __init__(self, plan: Callable[[], Plan]) -> None:

@@ -261,7 +261,7 @@ def attach(
     index: CheckpointIndex | None = None,
     exclude_kwargs: Collection[str] = (),
 ) -> Attachment:
-    """Put `root` under `rule`, whatever rule it, a part of it or the whole around it was under before.
+    """Put `root` under `rule`. Rules that were at work on it, on its parts or on a module around it end.
 
     `index` is needed for weights on meta. Raises `ValueError` for modules that cannot be moved as bytes, `OSError` and
     `CheckpointError` if files cannot be read or written; the module is as it was before then, without a rule.
@@ -285,7 +285,7 @@ def attach(
 
 
 def detach(module: nn.Module) -> None:
-    """Undo the offload of `module` and its parts: the weights are back where they were given, on meta now on the host.
+    """Undo the offload of `module` and its parts: each weight goes back to its first device, from meta to the host.
 
     Does nothing where there is none. Raises `RuntimeError` while the module is being called.
     """
@@ -297,10 +297,10 @@ def detach(module: nn.Module) -> None:
 
 @contextmanager
 def set_aside(module: nn.Module) -> Generator[bool]:
-    """While this lasts, no rule is at work on `module`, its parts and what is around it; afterwards each one is again.
+    """End all rules on `module`, its parts and what is around it; attach them again after the `with` block.
 
-    Gives whether a rule was at work on all of it: then its weights may be left at rest. Raises `RuntimeError` while one
-    of the modules is being called.
+    Yields whether a rule was at work on the whole module; its weights may be left at rest then. Raises `RuntimeError`
+    while one of the modules is being called.
     """
     keepers = (keeper for inner in module.modules() if (keeper := inner.__dict__.get(_KEEPER)) is not None)
     found = list(dict.fromkeys(keepers))
@@ -325,7 +325,7 @@ def _inside(module: nn.Module) -> list[Attachment]:
 
 
 def _free_from_others(root: nn.Module) -> None:
-    """End other rules on `root`: those on it and its parts hand over, one on a module around it is undone."""
+    """End other rules on `root`: rules on it and its parts hand their weights over, a rule around it is undone."""
     for attachment in _inside(root):
         _check_idle(attachment)
         attachment.hand_over()

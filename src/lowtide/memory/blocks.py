@@ -28,8 +28,8 @@ Nor can modules with an attribute `works_as_one`, which call those inside them m
 class Part:
     """Weights that come and go together, around the calls of `modules`.
 
-    `blocks` parts stay from the first of their modules' calls to the last one's. An `aside` part works while others
-    come and go, or belongs to several of them.
+    The part of several `modules` stays from the call of the first to the end of the last. An `aside` part works while
+    other parts come and go, or belongs to several of them.
     """
 
     modules: tuple[nn.Module, ...]

@@ -1,13 +1,9 @@
-"""What streaming takes, in numbers alone: the same for the engine that does it and the planner that promises it."""
+"""How many bytes streaming takes: the arithmetic that the engine and the planner share."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 STAGE_BYTES = 32 * 2**20
 """Of each of the two pinned buffers through which bytes go that are not pinned themselves, on their way to a GPU."""
@@ -40,7 +36,7 @@ def largest(sizes: Collection[Sizes]) -> Sizes:
 
 
 def depth(prefetch: int, *, several: bool) -> int:
-    """Units that may be on the device at once; one more where a unit of `several` modules stays while others pass."""
+    """Units that may be on the device at once. A unit of `several` modules stays while others pass: one more then."""
     return prefetch + 1 + several
 
 

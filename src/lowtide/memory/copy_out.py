@@ -1,4 +1,4 @@
-"""Results that lie in memory which is soon used for something else, such as a weight itself, are copied out of it."""
+"""Copy results out of memory that is about to be used again, such as the buffer of a weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowtide.memory.unit import Unit
 
 
 def out_of_buffers(result: Any, units: Iterable[Unit]) -> Any:
-    """A result that does not lie in buffers which these units leave: neither those that stay, nor bytes that do."""
+    """`result`, copied where it lies in a buffer that one of `units` is about to leave."""
     for unit in units:
         if unit.load is not None and unit.load.buffer is not None and not unit.stays:
             result = copied_out(result, unit.load.buffer.flat)

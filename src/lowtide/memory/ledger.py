@@ -1,4 +1,4 @@
-"""The books of the engine: which bytes work, which were moved, and how long computing waited for them."""
+"""The ledger counts weight bytes in use and bytes moved, and the time that computing waited for them."""
 
 from __future__ import annotations
 

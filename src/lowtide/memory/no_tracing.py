@@ -1,19 +1,19 @@
-"""Tracing while weights come and go is refused: a trace would keep for ever what is in the slots at that moment."""
+"""Refuse tracing while weights come and go: a trace would keep the weights of that moment for ever."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 
 def refuse_tracing(module: nn.Module) -> None:
     """Raise `RuntimeError` if this call is being traced, exported or compiled.
 
-    `torch.compile` without `fullgraph` goes on, and compiles what is inside the layers that weights come to.
+    `torch.compile` without `fullgraph` goes on: it compiles the code inside each layer.
     """
     tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     if tracing or torch.compiler.is_compiling():
@@ -25,9 +25,7 @@ def refuse_tracing(module: nn.Module) -> None:
 
 
 class Uncompiled:
-    """A function that `torch.compile` leaves alone. Where nothing is being compiled that costs next to nothing: the
-    compiler is asked to only inside of a compiled call.
-    """
+    """A function that `torch.compile` leaves alone. The compiler is not imported for that: it takes a second."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -35,9 +33,6 @@ class Uncompiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
-        is_compiled = torch.compiler.is_compiling() or get_eval_frame_callback() is not None  # traced itself, or run
-        if not is_compiled:
-            return self._function(*args, **kwargs)
-        if self._left_alone is None:
+        if self._left_alone is None and "torch._dynamo" in sys.modules:
             self._left_alone = torch.compiler.disable(self._function)
-        return self._left_alone(*args, **kwargs)
+        return (self._left_alone or self._function)(*args, **kwargs)

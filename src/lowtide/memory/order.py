@@ -10,8 +10,8 @@ U = TypeVar("U")
 class Order(Generic[U]):
     """What was entered in the last whole run, and how far the present one has come.
 
-    The order is circular: after the last unit comes the first one of the next step. A run that goes another way only
-    loses the hint: whoever asks gets units that may not be needed, never wrong ones.
+    The order is circular: after the last unit comes the first one of the next step. A run in another order costs
+    time, not correctness: it loads units ahead that it does not need.
     """
 
     def __init__(self) -> None:

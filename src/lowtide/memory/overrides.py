@@ -1,4 +1,4 @@
-"""Methods that one module is given in place of its class's, and gives back again. Copies of the module lack them."""
+"""Replace methods of one module instance and put them back. Copies of the module do not have the replacements."""
 
 from __future__ import annotations
 

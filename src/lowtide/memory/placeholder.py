@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class AtRest(torch.Tensor):
     """What a slot holds while its weight rests: shape, strides, working dtype and device of the weight, no bytes.
 
-    An operation on it loads the weight for this operation alone: right, and slow; a write to it is an error. `detach`,
-    and so `state_dict`, gives the resting bytes as an ordinary tensor in host memory; so does a deep copy.
+    An operation on it loads the weight for that operation alone: correct, but slow. A write to it is an error.
+    `detach`, and so `state_dict`, gives the resting bytes as an ordinary tensor in host memory; so does a deep copy.
     """
 
     weight: Weight

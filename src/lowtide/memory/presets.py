@@ -1,4 +1,4 @@
-"""The named plans: sequential, model and group offload, and partial residency, each as the rule that it is."""
+"""The named offloads (sequential, model, group, partial residency), each written as a rule."""
 
 from __future__ import annotations
 

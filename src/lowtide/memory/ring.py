@@ -1,4 +1,4 @@
-"""The buffers that units are copied to on the device: a ring of equal ones, used over and over, and others."""
+"""The device buffers that units are copied into: a ring of equal buffers used over and over, and single ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Give every weight of a module the resting place that a rule says."""
+"""Move every weight of a module to the resting place that a rule gives it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The stream: brings the weights of units to the device, a few ahead of computing, in a fixed number of buffers.
 
-The only place that knows copy streams, events, reader threads and mapped pages. On a CPU whose weights lie in a file
-as they are computed with, nothing is copied: pages of a mapping are brought in ahead and dropped behind. Everything
-else goes through a ring of `depth` flat buffers, made when first needed and used over and over.
+The only place that knows copy streams, events, reader threads and mapped pages. On a CPU, a weight whose file has the
+dtype that is computed in is not copied: pages of the mapped file are read ahead and dropped behind. All other weights
+go through a ring of `depth` flat buffers, which are made when first needed and used over and over.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class Stream:
         self.changed(unit)
 
     def keep(self, unit: Unit) -> None:
-        """A loaded unit stays: where its bytes were copied to another device, they rest there and nowhere else."""
+        """Keep a loaded unit for good: if its bytes were copied to another device, they rest there and nowhere else."""
         load = self._live[unit]
         if self.device.type == "cpu" or load.buffer is None:
             return

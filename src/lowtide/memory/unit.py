@@ -14,8 +14,9 @@ from lowtide.memory.blocks import Part
 class Unit:
     """Weights that are loaded together, around the calls of some modules; see `Stream.enter` and `Stream.leave`.
 
-    `count` calls need it now. `load` is what it was loaded by while its weights are in their slots, `placed` what was
-    put there, with the versions it had. One that `stays` is never dropped, one that `lingers` not after every call.
+    `count` is the number of calls that need it now. While its weights are in their slots, `load` is the load that
+    brought them, and `placed` the tensors put there with their versions. A unit that `stays` is never dropped; a unit
+    that `lingers` is not dropped after every call.
     """
 
     def __init__(self, name: str, part: Part) -> None:

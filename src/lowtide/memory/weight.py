@@ -111,7 +111,7 @@ class Weight:
         self.lay_down()
 
     def disown_replaced(self) -> bool:
-        """While it rests: slots that were given another tensor are the module's own from now on; whether any were."""
+        """Leave slots that were given another tensor to the module; returns whether there were any. Call it at rest."""
         kept = [view for view in self.views if self._holds(view)]
         if len(kept) == len(self.views):
             return False
@@ -124,11 +124,11 @@ class Weight:
         return isinstance(now, AtRest) and (now.weight is self or now is view.slot.tensor)
 
     def forget_given(self) -> None:
-        """Hold on to the tensors that were given no longer. Placeholders laid down before would keep them."""
+        """Let go of the tensors that were given. Call it before placeholders are made, which would keep them."""
         self.views = [view.without_given() for view in self.views]
 
     def leave_placeholders(self) -> None:
-        """Hold on to the placeholders no longer: the slots alone do, so the weight is gone when they are."""
+        """Let go of the placeholders: only the slots keep them then, and the weight goes with them."""
         self._placeholders = {}
 
     def lay_down(self) -> None:
@@ -153,7 +153,7 @@ class Weight:
                 remember_origin(tensor, self.origin)
 
     def adopt(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Keep what the module made of its own weights: written in place, they rest as they are now.
+        """Keep what the module wrote into its own weights: they rest with the new values.
 
         A slot that was given another tensor is the module's own from now on.
         """

@@ -40,7 +40,7 @@ class ModelMixin(nn.Module):
     config_class: ClassVar[type[Config]]
     names: ClassVar[NameTable] = NameTable()
     never_cast: ClassVar[tuple[str, ...]] = ()
-    """Patterns of the names of modules that are not cast, besides `lowtide.memory.rule.NEVER_CAST`."""
+    """Patterns of the names of modules that are not cast, besides `lowtide.casting.casting.NEVER_CAST`."""
     config: Config
 
     def __init__(self, config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Modules and operators called again with inputs of the same form: what came the first time comes again."""
+"""Reuse a trace for a module or operator that is called again with inputs of the same shapes, dtypes and strides."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def keep(name: str, key: list[Any], figures: Mapping[str, Any]) -> None:
         warnings.warn(
             f"What was measured of this machine cannot be kept ({error.strerror or error}), so it is measured again "
             "next time. Set XDG_CACHE_HOME to a folder that can be written to.",
-            stacklevel=4,
+            stacklevel=1,  # one place for all figures: it is said once
         )
 
 

@@ -10,6 +10,7 @@ from tests import tiny
 from tests.activations import clips
 from tests.activations.quality import psnr, worst
 from tests.memory.cases import RULES, all_at_rest, put
+from tests.thinned import thinned
 from torch import nn
 
 from lowtide import apply_row_streaming
@@ -95,8 +96,7 @@ def resident():
         return z, x, *whole_and_exact(model, z, x)
 
 
-@pytest.mark.parametrize("zero_copy", [True, False])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "zero_copy"), thinned(RULES, [True, False]))
 def test_equal_under_every_residency(resident, rule, zero_copy):
     model, (z, x, plain, streamed) = clips.vae(), resident
     model.enable_tiling("exact", work=WORK)
@@ -142,9 +142,9 @@ def test_finished_frames_come_in_order_and_none_twice(mode):
     assert torch.equal(torch.cat([part for _, part in seen], dim=2), whole)
 
 
-@pytest.mark.parametrize("rows", ["device", "disk"])
-@pytest.mark.parametrize("work", [10_000, 100_000])
-@pytest.mark.parametrize("batch", ["first", "middle", "last", "only"])
+@pytest.mark.parametrize(
+    ("batch", "work", "rows"), thinned(["first", "middle", "last", "only"], [10_000, 100_000], ["device", "disk"])
+)
 def test_the_forecast_holds_and_is_near(batch, work, rows):
     model = clips.vae()
     streaming = apply_row_streaming(model.decoder, rows=rows, work=work)

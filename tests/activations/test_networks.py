@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import tiny
 from tests.activations.quality import psnr, worst
+from tests.thinned import thinned
 from torch import nn
 
 from lowtide import apply_row_streaming, remove_row_streaming
@@ -340,9 +341,7 @@ PEERS = {
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("size", [(12, 20), (17, 8)], ids=str)
-@pytest.mark.parametrize("part", ["encoder", "decoder"])
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize(("name", "part", "size"), thinned(PEERS, ["encoder", "decoder"], [(12, 20), (17, 8)]))
 def test_the_peers_autoencoders(name, part, size):
     diffusers = pytest.importorskip("diffusers")
     module = getattr(getattr(diffusers, name)(**PEERS[name]).eval(), part)

@@ -128,8 +128,7 @@ def streamed_resident():
         return z, resident, model.encode(resident).latent_dist.mean
 
 
-@pytest.mark.parametrize("zero_copy", [True, False])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "zero_copy"), thinned(RULES, [True, False]))
 def test_equal_under_every_residency(streamed_resident, rule, zero_copy):
     """The two rivers meet in the slots alone: where weights rest changes no bit of what is streamed."""
     model, (z, resident, encoded) = tiny.vae("four levels"), streamed_resident
@@ -147,10 +146,10 @@ def test_equal_under_every_residency(streamed_resident, rule, zero_copy):
     assert torch.equal(model.decode(z).sample, resident)
 
 
-@pytest.mark.parametrize("rows", ["device", "disk"])
-@pytest.mark.parametrize("work", [5_000, 50_000, 10**7])
-@pytest.mark.parametrize("part", ["encoder", "decoder"])
-@pytest.mark.parametrize("kind", ["sd1", "four levels"])
+@pytest.mark.parametrize(
+    ("kind", "part", "work", "rows"),
+    thinned(["sd1", "four levels"], ["encoder", "decoder"], [5_000, 50_000, 10**7], ["device", "disk"]),
+)
 def test_the_forecast_holds_and_is_near(kind, part, work, rows):
     module, x = part_and_input(kind, part, (24, 20))
     streaming = apply_row_streaming(module, rows=rows, work=work)

@@ -14,6 +14,8 @@ from tests.thinned import thinned
 from lowtide.memory import Rule, apply_residency, attachment_of, detach
 from lowtide.memory.rule import Level, Tier
 
+ALIKE = dict.fromkeys(["pairs of blocks ahead", "leaves three ahead", "blocks", "blocks on the host"], pytest.mark.slow)
+"""Rules of which others differ in little."""
 OF_THE_RING = ["sequential", "model", "blocks ahead", "pairs of blocks ahead", "leaves three ahead"]
 
 
@@ -37,9 +39,7 @@ def test_equal_through_the_ring(name: str, dtype: str, rule: str) -> None:
     check(CASES[name](DTYPES[dtype]), name, dtype, RULES[rule], zero_copy=False)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 1.0])
-@pytest.mark.parametrize("zero_copy", [True, False])
+@pytest.mark.parametrize(("name", "share", "zero_copy"), thinned(CASES, [0.25, 0.5, 0.75, 1.0], [True, False]))
 def test_partial_residency(name: str, share: float, *, zero_copy: bool) -> None:
     case = CASES[name](torch.float32)
     rule = Rule(Level.BLOCK, Tier.DISK, resident_bytes=int(share * total(case.module)), spill=True)
@@ -143,7 +143,7 @@ def test_state_copies_and_conversions_under_a_plan(name: str, rule: str) -> None
     assert torch.equal(case.run(), expected)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [pytest.param(rule, marks=ALIKE.get(rule, ())) for rule in RULES])
 def test_other_dtypes_and_layouts_under_a_plan(rule: str) -> None:
     case = CASES["unet"](torch.float32)
     put(case.module, RULES[rule])

@@ -10,9 +10,9 @@ import transformers
 from tests import tiny
 
 import lowtide
-from lowtide import loading
+from lowtide.loading import components as loading
 from lowtide.loading.components import LoadOptions, load_text_encoder, read_model_index, spec_of
-from lowtide.pipelines import base
+from lowtide.pipelines import load
 from lowtide.pipelines.base import DiffusionPipeline
 from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
 from lowtide.weights.fill import WeightsMismatchError
@@ -274,14 +274,14 @@ def test_a_pipeline_can_be_saved_over_itself(whole, folder):
 @pytest.mark.parametrize("broken_part", ["vae", "scheduler", "feature_extractor"])
 def test_a_save_that_fails_leaves_what_was_there(whole, folder, monkeypatch, broken_part):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    save = base.save_component
+    save = load.save_component
 
     def save_until(component, target, **options):
         if target.name == broken_part:
             raise OSError("no space left")
         save(component, target, **options)
 
-    monkeypatch.setattr(base, "save_component", save_until)
+    monkeypatch.setattr(load, "save_component", save_until)
     pipe = DiffusionPipeline.from_pretrained(folder).to(torch.float16)
     with pytest.raises(OSError, match="no space left"):
         pipe.save_pretrained(folder)

@@ -44,7 +44,7 @@ class Ledger:
             self.in_use -= nbytes
         assert self.in_use >= 0, "more bytes given back than taken"
 
-    def loaded(self, name: str, nbytes: int, taken: int) -> None:
+    def loaded(self, name: str, nbytes: int, taken: int = 0) -> None:
         """Note that a unit was loaded, and that `taken` bytes more are in use for it."""
         with self._lock:
             account = self.by_unit.get(name)

@@ -63,12 +63,12 @@ class DiffusionPipeline(Components):
         self._progress_disabled = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: all but the lock, as of a pipeline that is not being called and has no plan."""
-        return {**self.__dict__, "stages": Stages(), "call_lock": None, "applied": None}
+        """For copies and pickles: all but observers, lock and plan."""
+        return {**self.__dict__, "stages": None, "call_lock": None, "applied": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what `__getstate__` gave, with a lock of its own."""
-        self.__dict__.update({**state, "call_lock": CallLock()})
+        """Take what `__getstate__` gave, with stages and a lock of its own."""
+        self.__dict__.update({**state, "stages": Stages(), "call_lock": CallLock()})
 
     # ---- loading
 

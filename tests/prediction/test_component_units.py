@@ -127,7 +127,7 @@ def test_weights_that_stay_in_another_order_are_known_to_be_in_their_file(tmp_pa
 
 def test_what_is_called_again_is_replayed_with_the_same_peak_and_work(monkeypatch):
     _, replayed = profiled()
-    for place in ("traced", "repeats"):  # of modules, of operators
-        monkeypatch.setattr(f"lowtide.memory.{place}.form_of_call", lambda args, kwargs: None)
+    for place in ("tracing", "repeats"):  # of modules, of operators
+        monkeypatch.setattr(f"lowtide.prediction.{place}.form_of_call", lambda args, kwargs: None)
     _, followed = profiled()
     assert replayed.call == followed.call

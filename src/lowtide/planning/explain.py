@@ -187,7 +187,7 @@ WAY_WORDS = {
 
 
 def in_words(plan: Plan) -> str:
-    """The plan as one line, such as "unet by blocks from disk; vae resident; decode row by row"."""
+    """The plan as one line, such as "denoiser by blocks from disk; decoder resident; decode row by row"."""
     return "; ".join([*_weights(plan), *_stages(plan)])
 
 

@@ -200,8 +200,10 @@ class _Mappings:
 
     def holding(self, address: int) -> tuple[Mapping, int] | None:
         """The mapping that an address is in, and the offset in it."""
-        with self._lock:
-            starts = sorted(self._by_address.keys())
+        with (
+            self._lock
+        ):  # `valuerefs` is a copy: threads that drop mappings change the dictionary while it is gone through
+            starts = sorted(reference.key for reference in self._by_address.valuerefs())  # type: ignore[attr-defined]
         place = bisect_right(starts, address) - 1
         mapping = self._by_address.get(starts[place]) if place >= 0 else None
         if mapping is None or address - starts[place] >= len(mapping):

@@ -108,7 +108,7 @@ def test_a_link_stays_one(pipe):
 def test_a_decode_that_cannot_be_is_told_before_any_step(pipe, output_type, monkeypatch):
     monkeypatch.setattr(pipe, "encode_prompt", lambda *_: 1 / 0)
     pipe.enable_vae_tiling("exact", budget=100)
-    with pytest.raises(ValueError, match="budget=0.1 kB is too small"):
+    with pytest.raises(ValueError, match=r"budget=0\.1 kB is too small"):
         draw(pipe, output_type=output_type)
     pipe.enable_vae_tiling("exact", rows="disk")
     monkeypatch.setattr("lowtide.activations.row_streaming.shutil.disk_usage", lambda _: SimpleNamespace(free=10))

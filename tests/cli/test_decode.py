@@ -161,7 +161,7 @@ def test_files_that_are_no_such_latents(model, tmp_path):
 
 PROGRAM = """
     import os, signal, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     from lowtide.models.vae import AutoencoderKL
     decode_rows = AutoencoderKL.decode_rows
     def slow(self, latents, write):

@@ -100,11 +100,12 @@ def process_rates(rates: Rates, subject: Subject, device: torch.device, loaded: 
     """
     host, on_device = alone(device, subject.dtype)
     usual = host + objects(subject.vocabulary)
-    own = resident_memory() - weights_in_memory(loaded.values())
+    weights = weights_in_memory(loaded.values())
+    own = resident_memory() - weights
     if own > usual:
         gc.collect()
         trim_heap()
-        own = resident_memory() - weights_in_memory(loaded.values())
+        own = resident_memory() - weights
     whole = nbytes(*(weight for module in subject.modules().values() for weight in module.parameters()))
     steady = _steady((device.type, subject.dtype, subject.vocabulary), max(usual, own))
     return replace(rates, base=steady + compiled(subject.dtype, whole), device_base=on_device)

@@ -38,7 +38,7 @@ def hub_cache(name: str = "") -> Path:
 
 
 def _can_be_made(folder: Path) -> bool:
-    nearest = next(one for one in (folder, *folder.parents) if one.exists())
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
     return os.access(nearest, os.W_OK)
 
 

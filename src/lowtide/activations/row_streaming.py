@@ -155,7 +155,7 @@ class RowStreaming:
         Those of the forms last used are kept.
         """
         _check_input(x)
-        if any(isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())):
+        if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
             raise ValueError(f"Row streaming of {type(self.module).__name__} takes one map and no other tensors.")
         told = tree_map_only(FrameCache, lambda cache: (cache.has_before, cache.is_last), (args, kwargs))
         key = (tuple(x.shape[1:]), x.dtype, repr(told), _form(self.module))

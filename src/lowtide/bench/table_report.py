@@ -172,15 +172,15 @@ def how(report: Report) -> str:
 
 def notes(report: Report) -> list[str]:
     """What else a reader must know: equal pictures, the command, the machine, the versions."""
-    found = report.summaries()
-    equal = same_pictures(found, Job("half", OURS))
+    summaries = report.summaries()
+    equal = same_pictures(summaries, Job("half", OURS))
     lines = (
         [f"the same pictures as `half`, byte for byte: {', '.join(job.technique for job in equal)}"] if equal else []
     )
-    if any(not summary.failure and len(summary.readings) < report.options.rounds for summary in found.values()):
+    if any(not summary.failure and len(summary.readings) < report.options.rounds for summary in summaries.values()):
         lines.append(f"stopped early: not every technique has {report.options.rounds} runs")
-    lost = [job for job, summary in found.items() if summary.failure and summary.readings]
-    lines += [f"{job.technique} ({job.library}) failed in a later round: {found[job].failure}" for job in lost]
+    lost = [job for job, summary in summaries.items() if summary.failure and summary.readings]
+    lines += [f"{job.technique} ({job.library}) failed in a later round: {summaries[job].failure}" for job in lost]
     machine, reading = report.machine, report.a_reading()
     gpu = f" ({reading.gpu})" if reading is not None and reading.gpu is not None else ""
     lines += [

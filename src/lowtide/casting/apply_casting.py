@@ -86,10 +86,12 @@ def _set_dtypes(module: nn.Module, dtype: torch.dtype | None, own_dtypes: Mappin
     names: dict[nn.Module, list[str]] = {}
     for slot in slots(module):
         names.setdefault(slot.owner, []).append(slot.name)
-    for layer, known in names.items():
-        wanted = dtype_by_name(known, own_dtypes, dtype)
+    for layer, paths in names.items():
+        wanted = dtype_by_name(paths, own_dtypes, dtype)
         if wanted is not None:
-            layer._apply(lambda one, to=wanted: one.to(to) if one.is_floating_point() else one, recurse=False)
+            layer._apply(
+                lambda tensor, to=wanted: tensor.to(to) if tensor.is_floating_point() else tensor, recurse=False
+            )
 
 
 def remove_casting(module: nn.Module) -> None:

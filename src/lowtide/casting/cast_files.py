@@ -58,19 +58,19 @@ def saved_weights(module: nn.Module, index: CheckpointIndex) -> tuple[list[Saved
     for slot in slots(module):
         if slot.kind == "parameter" and slot.tensor.is_floating_point():
             groups.setdefault(id(slot.tensor), []).append(slot)
-    found: list[SavedWeight] = []
+    saved: list[SavedWeight] = []
     used: set[str] = set()
     for group in groups.values():
         names = [slot.name for slot in group]
-        name = next((one for one in names if one in index), None)
+        name = next((candidate for candidate in names if candidate in index), None)
         if name is None or index[name].dtype not in STORAGE.values():
             continue
-        scale = next((index[one + SCALE_SUFFIX] for one in names if one + SCALE_SUFFIX in index), None)
+        scale = next((index[name + SCALE_SUFFIX] for name in names if name + SCALE_SUFFIX in index), None)
         _check(name, group[0], index[name], scale)
-        found.append(SavedWeight(tuple(group), index[name], scale))
-        used.update(names, (one + SCALE_SUFFIX for one in names))
+        saved.append(SavedWeight(tuple(group), index[name], scale))
+        used.update(names, (name + SCALE_SUFFIX for name in names))
     entries = {name: entry for name, entry in index.items() if name not in used}
-    return found, CheckpointIndex(entries, index.files, index.metadata)
+    return saved, CheckpointIndex(entries, index.files, index.metadata)
 
 
 def place(
@@ -82,18 +82,18 @@ def place(
     """
     files: dict[object, WeightFile] = {}
     made: list[CastWeight] = []
-    for one in saved:
-        entry = one.values
+    for stored in saved:
+        entry = stored.values
         if entry.file not in files:
             files[entry.file] = WeightFile(entry.file)
         origin = Origin(files[entry.file], entry.offset, entry.nbytes, entry.dtype)
         stride = contiguous_stride(entry.shape)
-        wanted = dtype_by_name((slot.name for slot in one.slots), own_dtypes, dtype)
-        views = [View(slot, 0, entry.shape, stride, wanted, requires_grad=False) for slot in one.slots]
+        wanted = dtype_by_name((slot.name for slot in stored.slots), own_dtypes, dtype)
+        views = [View(slot, 0, entry.shape, stride, wanted, requires_grad=False) for slot in stored.slots]
         weight = CastWeight(views, DiskRest(origin, entry.dtype), torch.device("cpu"), entry.dtype)
         weight.forget_given()
-        if one.scale is not None:
-            weight.set_scale(_read(one.scale))
+        if stored.scale is not None:
+            weight.set_scale(_read(stored.scale))
         made.append(weight)
     install(module, made)
 

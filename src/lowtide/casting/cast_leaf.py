@@ -170,9 +170,9 @@ class Leaf:
             try:
                 method(*args, **kwargs)
             finally:
-                for (weight, tensors), known in zip(before, versions, strict=True):
+                for (weight, tensors), version in zip(before, versions, strict=True):
                     loaded = weight.views[0].slot.now()
-                    if weight.is_changed(tensors, known) and loaded is not None:
+                    if weight.is_changed(tensors, version) and loaded is not None:
                         weight.take(loaded)
                     weight.lay_down()
 
@@ -186,11 +186,12 @@ def install(module: nn.Module, weights: Iterable[CastWeight]) -> None:
     for weight in weights:
         triggers = [homes[id(view.slot.owner)] for view in weight.views]
         merged: tuple[list[nn.Module], list[CastWeight]] = ([], [weight])
-        for found in {id(groups[id(one)]): groups[id(one)] for one in triggers if id(one) in groups}.values():
-            merged = (merged[0] + found[0], merged[1] + found[1])
-        merged = (list({id(one): one for one in [*merged[0], *triggers]}.values()), merged[1])
-        groups.update({id(one): merged for one in merged[0]})
-    made = [Leaf(triggers, group) for triggers, group in {id(one): one for one in groups.values()}.values()]
+        touched = (groups[id(trigger)] for trigger in triggers if id(trigger) in groups)
+        for group in {id(group): group for group in touched}.values():
+            merged = (merged[0] + group[0], merged[1] + group[1])
+        merged = (list(dict.fromkeys([*merged[0], *triggers])), merged[1])
+        groups.update({id(trigger): merged for trigger in merged[0]})
+    made = [Leaf(triggers, group) for triggers, group in {id(group): group for group in groups.values()}.values()]
     room = max((leaf.working_bytes for leaf in made), default=0)
     for leaf in made:
         leaf.room = room
@@ -199,5 +200,5 @@ def install(module: nn.Module, weights: Iterable[CastWeight]) -> None:
 
 def leaves(module: nn.Module) -> list[Leaf]:
     """The leaves inside `module` whose weights are cast."""
-    found = (inner.__dict__.get(_MARK) for inner in module.modules())
-    return list({id(leaf): leaf for leaf in found if leaf is not None}.values())
+    marks = (inner.__dict__.get(_MARK) for inner in module.modules())
+    return list(dict.fromkeys(leaf for leaf in marks if leaf is not None))

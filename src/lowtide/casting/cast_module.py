@@ -124,7 +124,10 @@ def _is_meant(weight: Weight, chosen: set[nn.Module], casting: Casting) -> bool:
     """Whether a weight is one floating-point parameter of chosen layers alone, and, with scales, a matrix or more."""
     view = weight.views[0]
     return (
-        all(one.slot.owner in chosen and one.slot.kind == "parameter" and one.key == view.key for one in weight.views)
+        all(
+            other.slot.owner in chosen and other.slot.kind == "parameter" and other.key == view.key
+            for other in weight.views
+        )
         and view.dtype in FLOATING
         and len(view.shape) > (1 if casting.scaled else 0)
         and weight.nbytes == view.dtype.itemsize * torch.Size(view.shape).numel()

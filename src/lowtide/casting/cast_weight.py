@@ -231,7 +231,7 @@ class CastWeight(Weight):
             with torch.inference_mode(mode=False):
                 ordered = torch.empty_strided(view.shape, now.stride, dtype=values.dtype, device=values.device)
             self.rest = _rest(ordered.copy_(values))
-        self.views = [replace(one, stride=now.stride, dtype=now.dtype) for one in self.views]
+        self.views = [replace(view, stride=now.stride, dtype=now.dtype) for view in self.views]
         self.form = replace(view, stride=now.stride, dtype=now.dtype)
         if now.device != self.device:
             self.rest = _rest(self.rest.on_host().to(now.device))

@@ -271,7 +271,7 @@ def _print(report: Report) -> None:
         return
     console.print(title(report), markup=False)
     tables, reasons = rich_tables(report, console.width)
-    for found in tables:
-        console.print(found)
+    for table in tables:
+        console.print(table)
     for reason in reasons:
         console.print(reason, markup=False, soft_wrap=True)

@@ -56,7 +56,7 @@ def budget_from(
             f"{given} with {own_choice[0]}: give either a budget or your own choice. A budget chooses where weights "
             "rest and how to decode by itself; --allow fp8, int8 or blended_tiling lets it change the result."
         )
-    return Budget(vram, ram, allow=tuple(dict.fromkeys(one.value for one in allow)))
+    return Budget(vram, ram, allow=tuple(dict.fromkeys(change.value for change in allow)))
 
 
 def _reason(error: ValueError) -> str:

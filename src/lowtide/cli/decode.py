@@ -80,7 +80,7 @@ def saved_request(latents: Path) -> Request:
 def under(request: Request, how: Decode | None, vram: str | None, ram: str | None, allow: Sequence[Allow]) -> Request:
     """The request with another budget or another way to decode; without either, weights are read as they are needed."""
     if vram is None and ram is None and allow and request.budget is not None:
-        budget: Budget | None = replace(request.budget, allow=tuple(dict.fromkeys(one.value for one in allow)))
+        budget: Budget | None = replace(request.budget, allow=tuple(dict.fromkeys(change.value for change in allow)))
     else:
         budget = budget_from(vram, ram, allow, [] if how is None else [f"--decode {how.value}"])
     if budget is not None:

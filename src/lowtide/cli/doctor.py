@@ -43,15 +43,15 @@ def doctor(
             _print(diagnosis)
 
 
-def _print(found: Diagnosis) -> None:
+def _print(diagnosis: Diagnosis) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    for title, rows in _sections(found).items():
+    for title, rows in _sections(diagnosis).items():
         console.print(title, style="bold")
         console.print(_grid([(f"  {name}", value) for name, value in rows], width=19))
     console.print("Advice", style="bold")
-    console.print(_grid([("  •", advice) for advice in found.advice], width=3))
+    console.print(_grid([("  •", advice) for advice in diagnosis.advice], width=3))
 
 
 def _grid(rows: Rows, *, width: int) -> Table:
@@ -66,16 +66,17 @@ def _grid(rows: Rows, *, width: int) -> Table:
     return table
 
 
-def _sections(found: Diagnosis) -> dict[str, Rows]:
-    software = [("lowtide", found.lowtide), ("Python", found.python), ("system", found.system)]
-    packages = {**found.packages, **found.optional}
+def _sections(diagnosis: Diagnosis) -> dict[str, Rows]:
+    software = [("lowtide", diagnosis.lowtide), ("Python", diagnosis.python), ("system", diagnosis.system)]
+    packages = {**diagnosis.packages, **diagnosis.optional}
     return {
         "Software": software + [(name, version or "not installed") for name, version in packages.items()],
-        "CPU": _processor_rows(found.processor),
-        "Memory": _memory_rows(found.memory),
-        "GPU": [row for gpu in found.gpus for row in _gpu_rows(gpu)] or [("CUDA", "no device that PyTorch can use")],
-        "Disk": _disk_rows(found.disk),
-        "Plans": _planning_rows(found.planning),
+        "CPU": _processor_rows(diagnosis.processor),
+        "Memory": _memory_rows(diagnosis.memory),
+        "GPU": [row for gpu in diagnosis.gpus for row in _gpu_rows(gpu)]
+        or [("CUDA", "no device that PyTorch can use")],
+        "Disk": _disk_rows(diagnosis.disk),
+        "Plans": _planning_rows(diagnosis.planning),
     }
 
 

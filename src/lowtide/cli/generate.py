@@ -272,10 +272,10 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if count else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
-        found = (
+        obstacle = (
             f"PyTorch sees {count} CUDA device{'s' if count != 1 else ''}" if count else "PyTorch sees no CUDA device"
         )
-        raise InputError(f"--device {name}: {found} here. Use --device cpu; `lowtide doctor` tells more.")
+        raise InputError(f"--device {name}: {obstacle} here. Use --device cpu; `lowtide doctor` tells more.")
     return device
 
 

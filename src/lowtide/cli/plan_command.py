@@ -101,7 +101,7 @@ def plan(
     No weights are read and nothing is computed; the GPU that --vram is a budget of need not be here.
     """
     with reported(debug=debug):
-        budget = Budget(vram, ram, disk, tuple(dict.fromkeys(one.value for one in allow or ())))
+        budget = Budget(vram, ram, disk, tuple(dict.fromkeys(change.value for change in allow or ())))
         folder = resolve_model(model)
         where = _device(device, budget)
         check_plot(plot)

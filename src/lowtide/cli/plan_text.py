@@ -81,9 +81,9 @@ def shown_plans(outlook: Outlook) -> list[tuple[str, Plan]]:
     """
     names = {id(plan): _name_of(outlook, name, plan) for name, plan in outlook.plans()}
     kept: list[Plan] = []
-    for _, plan in sorted(outlook.plans(), key=lambda one: (one[1].seconds, one[1].peak)):
-        as_exact = [one for one in kept if _inexactness(one) <= _inexactness(plan)]
-        if plan is outlook.plan or names[id(plan)] == "smallest" or all(_is_smaller(plan, one) for one in as_exact):
+    for _, plan in sorted(outlook.plans(), key=lambda named: (named[1].seconds, named[1].peak)):
+        as_exact = [other for other in kept if _inexactness(other) <= _inexactness(plan)]
+        if plan is outlook.plan or names[id(plan)] == "smallest" or all(_is_smaller(plan, other) for other in as_exact):
             kept.append(plan)
     return [(names[id(plan)], plan) for plan in sorted(kept, key=lambda plan: -plan.peak)]
 

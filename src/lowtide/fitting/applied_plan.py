@@ -42,7 +42,11 @@ class Before:
     def of(cls, subject: Subject) -> Before:
         """That of a subject as it is now."""
         attachments = {name: attachment_of(module) for name, module in subject.modules().items()}
-        rules = {name: (found.rule, found.device) for name, found in attachments.items() if found is not None}
+        rules = {
+            name: (attachment.rule, attachment.device)
+            for name, attachment in attachments.items()
+            if attachment is not None
+        }
         free = {name: module for name, module in subject.modules().items() if name not in rules}
         devices = {name: weight.device for name, module in free.items() if (weight := _a_weight(module)) is not None}
         return cls(rules, devices, {stage: ways.now() for stage, ways in subject.ways().items()})

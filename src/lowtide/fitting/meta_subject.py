@@ -145,11 +145,11 @@ def meta_subject(subject: Subject, device: torch.device, in_files: InFiles | Non
 
     `in_files` tells how weights of networks that are on meta lie in files; the others know it.
     """
-    known = dict(in_files or {})
+    files = dict(in_files or {})
     for name, module in subject.modules().items():
-        if name not in known:
-            known[name] = weights_in_files(module)
-    return MetaSubject(subject.on_meta(), known, device, Original.of(subject))
+        if name not in files:
+            files[name] = weights_in_files(module)
+    return MetaSubject(subject.on_meta(), files, device, Original.of(subject))
 
 
 def nbytes(*tensors: torch.Tensor) -> int:

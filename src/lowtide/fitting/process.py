@@ -114,8 +114,8 @@ def process_rates(rates: Rates, subject: Subject, device: torch.device, loaded: 
 def _steady(key: tuple[str, torch.dtype, int], base: int) -> int:
     """What the process takes by itself: the figure of before, unless it clearly changed, so that plans repeat."""
     with _bases_lock:
-        known = _bases.get(key)
-        if known is None or abs(base - known) > CREEP:
+        before = _bases.get(key)
+        if before is None or abs(base - before) > CREEP:
             _bases[key] = base
         return _bases[key]
 

@@ -118,7 +118,7 @@ class RunReport:
         with console.capture() as captured:
             console.print(self.table())
         lines = [line.rstrip() for line in captured.get().strip("\n").splitlines()]
-        return "\n".join([*lines, *(f"Not as planned: {one}" for one in self.degradations)])
+        return "\n".join([*lines, *(f"Not as planned: {degradation}" for degradation in self.degradations)])
 
 
 def run_report(
@@ -133,7 +133,11 @@ def run_report(
     Stages that took more than the budget are added to the `degradations`.
     """
     rows = [
-        _stage_report(stage, [one for one in readings if one.name == stage.name], (flows or {}).get(stage.name, Flow()))
+        _stage_report(
+            stage,
+            [reading for reading in readings if reading.name == stage.name],
+            (flows or {}).get(stage.name, Flow()),
+        )
         for stage in plan.stages
     ]
     on_cpu = plan.device == "cpu"
@@ -151,8 +155,8 @@ def _above(stage: StageReport, budget: int) -> str:
 
 
 def _stage_report(stage: StagePlan, readings: Sequence[StageReading], flow: Flow) -> StageReport:
-    on_gpu = any(one.peak_cuda is not None for one in readings)
-    peaks = [one.peak_cuda if on_gpu else one.peak_rss for one in readings]
+    on_gpu = any(reading.peak_cuda is not None for reading in readings)
+    peaks = [reading.peak_cuda if on_gpu else reading.peak_rss for reading in readings]
     times = len(readings)
     return StageReport(
         name=stage.name,
@@ -160,7 +164,7 @@ def _stage_report(stage: StagePlan, readings: Sequence[StageReading], flow: Flow
         predicted_peak=stage.allocated if on_gpu else stage.peak,
         peak=max((peak for peak in peaks if peak is not None), default=None),
         predicted_seconds=stage.seconds * times,
-        seconds=sum(one.seconds for one in readings),
+        seconds=sum(reading.seconds for reading in readings),
         bound_seconds=stage.least_seconds * times,
         bound=stage.bound,
         moved=flow.moved,

@@ -63,9 +63,9 @@ def link_rates(device: int) -> tuple[float, float]:
         target.copy_(source, non_blocking=True)
         torch.cuda.synchronize(device)
 
-    there = _usual_seconds(lambda: copy(remote, host), at_most=0.3)
+    forth = _usual_seconds(lambda: copy(remote, host), at_most=0.3)
     back = _usual_seconds(lambda: copy(host, remote), at_most=0.3)
-    return _COPY_BYTES / there, _COPY_BYTES / back
+    return _COPY_BYTES / forth, _COPY_BYTES / back
 
 
 def disk_read_rate(folder: Path, *, seconds: float = 1.0) -> DiskRate:

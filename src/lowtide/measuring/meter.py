@@ -89,8 +89,10 @@ class Meter:
         begin = self._samples.begin
         ended = [(stage, stage.end) for stage in self._begun if stage.end is not None]
         marks = (
-            StageMark(one.name, one.depth, one.start.host - begin, end.host - begin, one.peaks.rss, one.peaks.cuda)
-            for one, end in ended
+            StageMark(
+                stage.name, stage.depth, stage.start.host - begin, end.host - begin, stage.peaks.rss, stage.peaks.cuda
+            )
+            for stage, end in ended
         )
         return Timeline(self._samples.kept(), tuple(marks))
 

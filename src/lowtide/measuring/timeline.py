@@ -23,7 +23,7 @@ class Sample:
 
     def merged(self, later: Sample) -> Sample:
         """One sample for both: of each kind the larger, at the moment of the larger memory."""
-        when = max((self, later), key=lambda one: one.cuda if one.cuda is not None else one.rss).seconds
+        when = max((self, later), key=lambda sample: sample.cuda if sample.cuda is not None else sample.rss).seconds
         parts = (_larger(getattr(self, name), getattr(later, name)) for name in ("anonymous", "file", "cuda"))
         return Sample(when, max(self.rss, later.rss), *parts)
 

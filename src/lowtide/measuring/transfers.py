@@ -35,8 +35,8 @@ def ledgers_of(modules: Iterable[Any]) -> list[Ledger]:
     """The ledgers of the streams that serve these modules, each once; none for a module that is resident."""
     from lowtide.memory.attach import attachment_of
 
-    attachments = [attachment_of(module) for module in modules]
-    return list({id(one.stream): one.stream.ledger for one in attachments if one is not None}.values())
+    attachments = (attachment_of(module) for module in modules)
+    return list(dict.fromkeys(attachment.stream.ledger for attachment in attachments if attachment is not None))
 
 
 class FlowMeter:

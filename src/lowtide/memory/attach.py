@@ -303,16 +303,16 @@ def set_aside(module: nn.Module) -> Generator[bool]:
     while one of the modules is being called.
     """
     keepers = (keeper for inner in module.modules() if (keeper := inner.__dict__.get(_KEEPER)) is not None)
-    found = list(dict.fromkeys(keepers))
-    for attachment in found:
+    attachments = list(dict.fromkeys(keepers))
+    for attachment in attachments:
         _check_idle(attachment)
-    for attachment in found:
+    for attachment in attachments:
         attachment.hand_over()
     try:
-        yield any(module in set(one.root.modules()) for one in found)
+        yield any(module in set(attachment.root.modules()) for attachment in attachments)
     finally:
-        for one in found:
-            attach(one.root, one.rule, one.stream, exclude_kwargs=one.exclude_kwargs)
+        for attachment in attachments:
+            attach(attachment.root, attachment.rule, attachment.stream, exclude_kwargs=attachment.exclude_kwargs)
 
 
 def attachment_of(module: nn.Module) -> Attachment | None:
@@ -321,7 +321,7 @@ def attachment_of(module: nn.Module) -> Attachment | None:
 
 
 def _inside(module: nn.Module) -> list[Attachment]:
-    return [found for inner in module.modules() if (found := attachment_of(inner)) is not None]
+    return [attachment for inner in module.modules() if (attachment := attachment_of(inner)) is not None]
 
 
 def _free_from_others(root: nn.Module) -> None:

@@ -44,7 +44,7 @@ def split(root: nn.Module, weights: Iterable[Weight], rule: Rule) -> list[Part]:
     homes = _homes(root, rule)
     groups: dict[tuple[int, ...], tuple[tuple[nn.Module, ...], list[Weight]]] = {}
     for weight in weights:
-        owners = list({id(view.slot.owner): view.slot.owner for view in weight.views}.values())
+        owners = list(dict.fromkeys(view.slot.owner for view in weight.views))
         places = {tuple(id(m) for m in homes[id(owner)]): homes[id(owner)] for owner in owners}
         modules = next(iter(places.values())) if len(places) == 1 else _owners(root, owners)
         key = (len(places) > 1, *(id(m) for m in modules))
@@ -66,32 +66,32 @@ def blocks_of(root: nn.Module, names: Iterable[str] | None = None) -> list[list[
     """
     if names is not None:
         return [_named(root, name) for name in names]
-    found: list[list[nn.Module]] = []
-    _collect(root, found, set())
-    return found
+    lists: list[list[nn.Module]] = []
+    _collect(root, lists, set())
+    return lists
 
 
 def _named(root: nn.Module, name: str) -> list[nn.Module]:
-    known = dict(root.named_modules())
-    if name not in known or not name:
-        lists = [key for key, module in known.items() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    modules = dict(root.named_modules())
+    if name not in modules or not name:
+        lists = [key for key, module in modules.items() if isinstance(module, (nn.ModuleList, nn.Sequential))]
         raise ValueError(
             f"{type(root).__name__} has no module {name!r} to split in blocks; its lists are {lists[:30]}."
         )
-    module = known[name]
+    module = modules[name]
     return list(module) if isinstance(module, (nn.ModuleList, nn.Sequential)) else [module]
 
 
-def _collect(module: nn.Module, found: list[list[nn.Module]], seen: set[int]) -> bool:
+def _collect(module: nn.Module, lists: list[list[nn.Module]], seen: set[int]) -> bool:
     """Add the innermost lists inside `module`; whether there were any."""
     if _is_atomic(module) or id(module) in seen:
         return False
     seen.add(id(module))
-    inside = [_collect(child, found, seen) for child in module.children()]
+    inside = [_collect(child, lists, seen) for child in module.children()]
     if any(inside):
         return True
     if isinstance(module, (nn.ModuleList, nn.Sequential)) and _is_repeated(list(module)):
-        found.append(list(module))
+        lists.append(list(module))
         return True
     return False
 
@@ -134,7 +134,7 @@ def with_atomic(module: nn.Module, atomic: nn.Module | None) -> Iterator[tuple[n
 
 def _owners(root: nn.Module, owners: list[nn.Module]) -> tuple[nn.Module, ...]:
     homes = {id(module): atomic or module for module, atomic in with_atomic(root, None)}
-    return tuple({id(homes[id(owner)]): homes[id(owner)] for owner in owners}.values())
+    return tuple(dict.fromkeys(homes[id(owner)] for owner in owners))
 
 
 def _is_aside(root: nn.Module, modules: tuple[nn.Module, ...], triggers: set[int], *, shared: bool) -> bool:

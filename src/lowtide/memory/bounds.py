@@ -32,7 +32,7 @@ def summed(sizes: Iterable[Sizes]) -> Sizes:
 
 def largest(sizes: Collection[Sizes]) -> Sizes:
     """The most of either kind."""
-    return Sizes(max((one.copied for one in sizes), default=0), max((one.window for one in sizes), default=0))
+    return Sizes(max((unit.copied for unit in sizes), default=0), max((unit.window for unit in sizes), default=0))
 
 
 def depth(prefetch: int, *, several: bool) -> int:
@@ -64,12 +64,12 @@ def spread(sizes: Sequence[int], budget: int) -> list[int]:
 
 def within(sizes: Sequence[int], budget: int | None) -> list[bool]:
     """For each unit in order, whether it still finds room in `budget` bytes (None: no limit)."""
-    used, found = 0, []
+    used, fitting = 0, []
     for size in sizes:
         fits = budget is None or used + size <= budget
         used += size if fits else 0
-        found.append(fits)
-    return found
+        fitting.append(fits)
+    return fitting
 
 
 ALIGNMENT = 256

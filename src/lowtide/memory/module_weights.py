@@ -23,7 +23,7 @@ def gather(slots: Iterable[Slot]) -> list[Weight]:
 
     Raises `ValueError` for tensors that are more than strided numbers.
     """
-    found: list[Weight] = []
+    weights: list[Weight] = []
     by_old: dict[int, list[Slot]] = {}
     on_meta: dict[int, list[Slot]] = {}
     placed: list[tuple[str, int, int, Slot]] = []
@@ -39,9 +39,9 @@ def gather(slots: Iterable[Slot]) -> list[Weight]:
             start = tensor.data_ptr()
             end = start + span(tensor.shape, tensor.stride()) * tensor.itemsize
             placed.append((str(tensor.device), start, end, slot))
-    found += [_taken_over(group) for group in by_old.values()]
-    found += [_unfilled(group) for group in on_meta.values()]
-    return found + [_real(group) for group in _overlapping(placed)]
+    weights += [_taken_over(group) for group in by_old.values()]
+    weights += [_unfilled(group) for group in on_meta.values()]
+    return weights + [_real(group) for group in _overlapping(placed)]
 
 
 def _taken_over(group: list[Slot]) -> Weight:
@@ -57,7 +57,7 @@ def _unfilled(group: list[Slot]) -> Weight:
 
 
 def _real(group: list[tuple[int, int, Slot]]) -> Weight:
-    start, end = min(one[0] for one in group), max(one[1] for one in group)
+    start, end = min(span[0] for span in group), max(span[1] for span in group)
     lowest = next(slot.tensor for first, _, slot in group if first == start)
     views = [_view(slot, first - start, slot.tensor.requires_grad) for first, _, slot in group]
     with torch.inference_mode(mode=False):
@@ -79,7 +79,7 @@ def _overlapping(placed: list[tuple[str, int, int, Slot]]) -> list[list[tuple[in
     """Group ranges of bytes that touch the same bytes."""
     groups: list[list[tuple[int, int, Slot]]] = []
     reach, where = 0, ""
-    for device, start, end, slot in sorted(placed, key=lambda one: one[:3]):
+    for device, start, end, slot in sorted(placed, key=lambda span: span[:3]):
         if groups and device == where and start < reach:
             groups[-1].append((start, end, slot))
             reach = max(reach, end)

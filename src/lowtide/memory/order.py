@@ -31,14 +31,14 @@ class Order(Generic[U]):
 
     def upcoming(self, count: int) -> list[U]:
         """The next `count` different units, as far as is known."""
-        found: list[U] = []
+        units: list[U] = []
         for step in range(len(self._known)):
             unit = self._known[(self._next + step) % len(self._known)]
-            if len(found) == count:
+            if len(units) == count:
                 break
-            if all(unit is not other for other in found):
-                found.append(unit)
-        return found
+            if all(unit is not other for other in units):
+                units.append(unit)
+        return units
 
     def finished(self) -> None:
         """The run has ended well: it is what is known from now on."""

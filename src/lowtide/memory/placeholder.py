@@ -53,7 +53,7 @@ class AtRest(torch.Tensor):
             return args[0].weight.rows(args[0].view_, *args[1:])
         kwargs = kwargs or {}
         _refuse_writes(func, args, kwargs)
-        args, kwargs = tree_map_only(AtRest, lambda one: one.for_now(), (args, kwargs))
+        args, kwargs = tree_map_only(AtRest, lambda tensor: tensor.for_now(), (args, kwargs))
         return func(*args, **kwargs)
 
     @property
@@ -97,9 +97,9 @@ def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         given = args[index] if index < len(args) else kwargs.get(argument.name)
-        for one in given if isinstance(given, (list, tuple)) else [given]:  # type: ignore[union-attr]
-            if isinstance(one, AtRest):
-                raise _cannot_be_written_to(one, str(func))
+        for tensor in given if isinstance(given, (list, tuple)) else [given]:  # type: ignore[union-attr]
+            if isinstance(tensor, AtRest):
+                raise _cannot_be_written_to(tensor, str(func))
 
 
 def _cannot_be_written_to(tensor: AtRest, how: str) -> RuntimeError:

@@ -123,7 +123,7 @@ class _Source:
     def rest(self, weight: Weight) -> DiskRest:
         """The weight's place in the checkpoint; raises `ValueError` if it has none there."""
         names = [view.slot.name for view in weight.views]
-        name = next((one for one in names if self._index is not None and one in self._index), None)
+        name = next((candidate for candidate in names if self._index is not None and candidate in self._index), None)
         if self._index is None or name is None:
             raise ValueError(
                 f"{names[0]} is on meta, so its values must come from a checkpoint: pass its index, as in "

@@ -138,7 +138,7 @@ class Window:
     def __init__(self, rests: Iterable[DiskRest]) -> None:
         self._files: list[WeightFile] = []
         self._parts: list[tuple[int, int]] = []
-        for rest in sorted(rests, key=lambda one: one.window().data_ptr()):
+        for rest in sorted(rests, key=lambda resting: resting.window().data_ptr()):
             address, nbytes = rest.window().data_ptr(), rest.origin.nbytes
             if rest.origin.file not in self._files:
                 self._files.append(rest.origin.file)

@@ -253,8 +253,8 @@ class Stream:
         """Before `unit` is loaded: others leave, those loaded ahead first, then those that linger."""
         if unit.stays or unit.aside or self._total(unit) == 0:
             return
-        idle = [one for one in self._live if self._is_idle(one) and not one.aside]
-        for victim in sorted(idle, key=lambda one: one.load is not None):
+        idle = [live for live in self._live if self._is_idle(live) and not live.aside]
+        for victim in sorted(idle, key=lambda live: live.load is not None):
             if self._count() < self.depth:
                 return
             self.drop(victim)
@@ -314,8 +314,8 @@ class Stream:
 
     def _tensors(self, load: Load) -> list[list[torch.Tensor]]:
         """The tensors of a loaded unit, made once for each buffer that it comes to lie in."""
-        known = load.buffer.views if load.buffer is not None else self._aliases
-        if id(load.unit) not in known:
+        tensors = load.buffer.views if load.buffer is not None else self._aliases
+        if id(load.unit) not in tensors:
             flats: dict[Weight, torch.Tensor] = {}
             for weight, place in self._copies(load.unit):
                 assert load.buffer is not None
@@ -323,8 +323,8 @@ class Stream:
             for weight in load.unit.weights:
                 if weight not in flats:
                     flats[weight] = weight.rest.window() if self._has_window(weight) else weight.rest.on_host()
-            known[id(load.unit)] = [weight.tensors(flats[weight]) for weight in load.unit.weights]
-        return known[id(load.unit)]
+            tensors[id(load.unit)] = [weight.tensors(flats[weight]) for weight in load.unit.weights]
+        return tensors[id(load.unit)]
 
     # ---- buffers
 

@@ -105,7 +105,7 @@ class Weight:
         origin = numbers_in_file(self.rest, view)
         assert origin is not None
         self.rest = DiskRest(origin, now.dtype, (view.shape, now.stride))
-        self.views = [replace(one, dtype=now.dtype, stride=now.stride) for one in self.views]
+        self.views = [replace(view, dtype=now.dtype, stride=now.stride) for view in self.views]
         self.nbytes = torch.Size(view.shape).numel() * now.dtype.itemsize
         self._placeholders = {}
         self.lay_down()

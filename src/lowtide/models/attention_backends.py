@@ -86,8 +86,8 @@ def _check(name: str, device: torch.device) -> None:
     possible = available_backends(device)
     if name in possible:
         return
-    known = f"is not there on {device.type!r}" if name in BACKENDS else "is no attention backend"
-    raise ValueError(f"{name!r} {known}; available are {', '.join(possible)}.")
+    problem = f"is not there on {device.type!r}" if name in BACKENDS else "is no attention backend"
+    raise ValueError(f"{name!r} {problem}; available are {', '.join(possible)}.")
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -109,15 +109,15 @@ def _take_over(module: nn.Module) -> None:
     """Put our attention into foreign models, or give theirs back where ours would do nothing else."""
     for model in foreign_models(module):
         plain = all(getattr(part, "attention_backend", DEFAULT) == DEFAULT for part in attention_modules(model))
-        found: Any = model
+        switchable: Any = model
         if plain and _BEFORE in model.__dict__:
-            found.set_attn_implementation(model.__dict__.pop(_BEFORE))
+            switchable.set_attn_implementation(model.__dict__.pop(_BEFORE))
             for part in attention_modules(model):
                 part.__dict__.pop("attention_backend", None)
         elif not plain and _BEFORE not in model.__dict__:
             _register()
-            model.__dict__[_BEFORE] = found.config._attn_implementation
-            found.set_attn_implementation(FOREIGN_NAME)
+            model.__dict__[_BEFORE] = switchable.config._attn_implementation
+            switchable.set_attn_implementation(FOREIGN_NAME)
 
 
 def foreign_models(module: nn.Module) -> list[nn.Module]:

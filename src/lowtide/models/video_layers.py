@@ -151,7 +151,7 @@ class VideoAttention(nn.Module):
         if rotary is not None:
             rotate(q_BLNH[:, text:], rotary)
             rotate(k_BLNH[:, text:], rotary)
-        q_BNLH, k_BNLH, v_BNLH = (one.transpose(1, 2) for one in (q_BLNH, k_BLNH, v_BLNH))
+        q_BNLH, k_BNLH, v_BNLH = (tokens.transpose(1, 2) for tokens in (q_BLNH, k_BLNH, v_BLNH))
         del q_BLNH, k_BLNH, v_BLNH
         out_BNLH = attention(q_BNLH, k_BNLH, v_BNLH, None, self.attention_backend)
         del q_BNLH, k_BNLH, v_BNLH

@@ -70,7 +70,7 @@ class Inputs:
     @property
     def need_gradients(self) -> bool:
         """Whether a backward pass may come."""
-        return torch.is_grad_enabled() and any(one.requires_grad for one in (self.q, self.k, self.v))
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
 
     def output(self) -> torch.Tensor:
         """Room for the result."""
@@ -185,7 +185,7 @@ def _flash(inputs: Inputs) -> torch.Tensor:
         return cpu(inputs.q, inputs.k, inputs.v, attn_mask=_addend(inputs), scale=inputs.scale)[0]
     size = inputs.q.shape[-1]
     scale = size**-0.5 if inputs.scale is None else inputs.scale
-    filled = (F.pad(one, (0, -size % ALIGNED)) if size % ALIGNED else one for one in (inputs.q, inputs.k, inputs.v))
+    filled = (F.pad(x, (0, -size % ALIGNED)) if size % ALIGNED else x for x in (inputs.q, inputs.k, inputs.v))
     return aten._scaled_dot_product_flash_attention(*filled, scale=scale)[0][..., :size]
 
 
@@ -240,7 +240,7 @@ def _xformers(inputs: Inputs, backend: AttentionBackend) -> torch.Tensor:
     bias = inputs.whole_mask
     if bias is not None and bias.dtype == torch.bool:
         bias = torch.zeros_like(bias, dtype=inputs.q.dtype).masked_fill_(~bias, -torch.inf)
-    q_BLNH, k_BSNH, v_BSNH = (one.transpose(1, 2) for one in (inputs.q, inputs.k, inputs.v))
+    q_BLNH, k_BSNH, v_BSNH = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
     attend = xformers.ops.memory_efficient_attention
     return attend(q_BLNH, k_BSNH, v_BSNH, attn_bias=bias, op=backend.op, scale=inputs.scale).transpose(1, 2)
 

@@ -67,8 +67,8 @@ class Components:
 
     def streams(self) -> list[Stream]:
         """The streams that bring the networks' weights to work, each once."""
-        attachments = [attachment_of(module) for module in self.modules().values()]
-        return list({id(found.stream): found.stream for found in attachments if found is not None}.values())
+        attachments = (attachment_of(module) for module in self.modules().values())
+        return list(dict.fromkeys(attachment.stream for attachment in attachments if attachment is not None))
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, variant: str | None = None, max_shard_size: int | str | None = None

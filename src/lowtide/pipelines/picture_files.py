@@ -24,7 +24,7 @@ def picture_files(output_path: OutputPath | Sequence[OutputPath] | None, count: 
     Raises `ValueError` for names that do not fit, and `OSError` where no file can be made.
     """
     if isinstance(output_path, Sequence) and not isinstance(output_path, (str, bytes)):
-        files = [_file(one) for one in output_path]
+        files = [_file(path) for path in output_path]
         if len(files) != count:
             raise ValueError(f"{len(files)} output paths for {count} pictures: give one for each, or one for all.")
     else:

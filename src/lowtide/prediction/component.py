@@ -55,16 +55,16 @@ def component(
     `traced` call units are in the order of their calls and have their work. Modules whose names match a pattern of
     `never_cast` are not cast, besides those that never are. Raises `ValueError` for what cannot be moved as bytes.
     """
-    found = _Found(module, device, lying or {}, traced)
-    castings = _Castings(found, tuple(never_cast) or tuple(getattr(module, "never_cast", ())))
-    return Component(name, found.levels(None), castings, in_file)
+    survey = _Survey(module, device, lying or {}, traced)
+    castings = _Castings(survey, tuple(never_cast) or tuple(getattr(module, "never_cast", ())))
+    return Component(name, survey.levels(None), castings, in_file)
 
 
 class _Castings(Mapping[str, Mapping[Level, tuple[UnitSize, ...]]]):
     """The units under each casting by its name, made as they are asked for: most plans have none."""
 
-    def __init__(self, found: _Found, patterns: tuple[str, ...]) -> None:
-        self._found = found
+    def __init__(self, survey: _Survey, patterns: tuple[str, ...]) -> None:
+        self._survey = survey
         self._patterns = patterns
         self._known: dict[str, Mapping[Level, tuple[UnitSize, ...]]] = {}
 
@@ -72,7 +72,7 @@ class _Castings(Mapping[str, Mapping[Level, tuple[UnitSize, ...]]]):
         if name not in self._known:
             casting = NAMED_CASTINGS[name]
             patterns = (*casting.skip_patterns, *self._patterns)
-            self._known[name] = self._found.levels(replace(casting, skip_patterns=patterns))
+            self._known[name] = self._survey.levels(replace(casting, skip_patterns=patterns))
         return self._known[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -82,7 +82,7 @@ class _Castings(Mapping[str, Mapping[Level, tuple[UnitSize, ...]]]):
         return len(NAMED_CASTINGS)
 
 
-class _Found:
+class _Survey:
     """What is known of a module's weights."""
 
     def __init__(
@@ -96,7 +96,7 @@ class _Found:
         self.device = device
         self.lying = lying
         self.traced = traced
-        self.called = {id(one) for one in traced.order} if traced is not None else set()
+        self.called = {id(called) for called in traced.order} if traced is not None else set()
         self.weights = gather(slots(module))
         self.homes = {id(inner): id(atomic or inner) for inner, atomic in with_atomic(module, None)}
 
@@ -115,16 +115,18 @@ class _Found:
         return (*(sizes[id(part)] for part in ordered), *scales)
 
     def _cast(self, casting: Casting) -> set[int]:
-        return {id(one) for one in meant_by(casting, self.module, self.weights)}
+        return {id(weight) for weight in meant_by(casting, self.module, self.weights)}
 
     def _unit(self, part: Part, meant: set[int], casting: Casting | None, work: Work) -> UnitSize:
-        resting = sum(self._resting(one, id(one) in meant) for one in part.weights)
-        sizes = {id(one): aligned(_working(one, id(one) in meant)) for one in part.weights}
+        resting = sum(self._resting(weight, id(weight) in meant) for weight in part.weights)
+        sizes = {id(weight): aligned(_working(weight, id(weight) in meant)) for weight in part.weights}
         return UnitSize(
             f"{type(self.module).__name__}.{part.weights[0].name}",
             sum(sizes.values()),
             resting,
-            sum(sizes[id(one)] for one in part.weights if casting is not None or not self._works_in_place(one)),
+            sum(
+                sizes[id(weight)] for weight in part.weights if casting is not None or not self._works_in_place(weight)
+            ),
             len(part.modules),
             part.aside,
             work,
@@ -141,7 +143,7 @@ class _Found:
         """The scales of channels stay on the device whatever the weights do."""
         if casting is None or not casting.scaled or not meant:
             return []
-        nbytes = sum(4 * one.views[0].shape[0] for one in self.weights if id(one) in meant)
+        nbytes = sum(4 * weight.views[0].shape[0] for weight in self.weights if id(weight) in meant)
         return [UnitSize(f"{type(self.module).__name__}: scales", nbytes, 0, nbytes, aside=True)]
 
     def _largest_leaf(self, part: Part) -> int:
@@ -152,13 +154,13 @@ class _Found:
         return max(sums.values(), default=0)
 
     def _resting(self, weight: Weight, is_cast: bool) -> int:
-        own, there = weight.views[0].dtype, self._in_file(weight)
-        size = 1 if is_cast else (own if there is None else there.dtype).itemsize
+        own, entry = weight.views[0].dtype, self._in_file(weight)
+        size = 1 if is_cast else (own if entry is None else entry.dtype).itemsize
         return weight.nbytes // own.itemsize * size
 
     def _works_in_place(self, weight: Weight) -> bool:
-        view, there = weight.views[0], self._in_file(weight)
-        return there is None or there.works_as(view.dtype, view.shape, view.stride)
+        view, entry = weight.views[0], self._in_file(weight)
+        return entry is None or entry.works_as(view.dtype, view.shape, view.stride)
 
     def _in_file(self, weight: Weight) -> InFile | None:
         """How a weight lies in the file; None where it is as it works, or in none."""
@@ -172,13 +174,15 @@ def _working(weight: Weight, is_cast: bool) -> int:
 
 def _works(parts: list[Part], traced: Traced | None, root: nn.Module) -> dict[int, tuple[int, Work]]:
     """For each part the place of its first call, and the work done in it: what is in none belongs to the last one."""
-    found: dict[int, tuple[int, list[Work]]] = {id(part): (len(traced.segments) if traced else 0, []) for part in parts}
+    shares: dict[int, tuple[int, list[Work]]] = {
+        id(part): (len(traced.segments) if traced else 0, []) for part in parts
+    }
     homes = {id(module): part for part in reversed(parts) for module in part.modules}
     last = next((part for part in parts), None)
     for place, segment in enumerate(traced.segments if traced is not None else ()):
-        inner = next((homes[id(one)] for one in reversed(segment.inside) if id(one) in homes), last)
+        inner = next((homes[id(outer)] for outer in reversed(segment.inside) if id(outer) in homes), last)
         if inner is not None:
-            first, works = found[id(inner)]
-            found[id(inner)] = (min(first, place), [*works, segment.work])
+            first, works = shares[id(inner)]
+            shares[id(inner)] = (min(first, place), [*works, segment.work])
             last = inner
-    return {key: (first, sum(works, Work())) for key, (first, works) in found.items()}
+    return {key: (first, sum(works, Work())) for key, (first, works) in shares.items()}

@@ -43,8 +43,8 @@ def weights_in_files(module: nn.Module) -> dict[str, InFile]:
     attachment = attachment_of(module)
     views = [] if attachment is None else [(weight, view) for weight in attachment.weights for view in weight.views]
     moved = {(id(view.slot.owner), view.slot.leaf): weight for weight, view in views}
-    found = {slot.name: _in_file(slot, moved.get((id(slot.owner), slot.leaf))) for slot in slots(module)}
-    return {name: one for name, one in found.items() if one is not None}
+    entries = {slot.name: _in_file(slot, moved.get((id(slot.owner), slot.leaf))) for slot in slots(module)}
+    return {name: entry for name, entry in entries.items() if entry is not None}
 
 
 def _in_file(slot: Slot, moved: Weight | None) -> InFile | None:

@@ -49,7 +49,10 @@ def _convolved(x: torch.Tensor, weight: torch.Tensor, stride: Any, padding: Any,
     sizes = [
         (side + 2 * pad - step * (size - 1) - 1) // jump + 1
         for side, size, jump, pad, step in zip(
-            x.shape[2:], weight.shape[2:], *(_each(one, x.ndim - 2) for one in (stride, padding, dilation)), strict=True
+            x.shape[2:],
+            weight.shape[2:],
+            *(_each(setting, x.ndim - 2) for setting in (stride, padding, dilation)),
+            strict=True,
         )
     ]
     made = x.new_empty((len(x), len(weight), *sizes))
@@ -175,7 +178,9 @@ def chosen_kernel(
     if meant_device() == "cuda":
         return _chosen_on_cuda(query, attn_mask).value
     with standing_for(None):
-        q, k, v, mask = (None if one is None else _without_numbers(one) for one in (query, key, value, attn_mask))
+        q, k, v, mask = (
+            None if tensor is None else _without_numbers(tensor) for tensor in (query, key, value, attn_mask)
+        )
         choose: Any = torch._fused_sdp_choice  # type: ignore[attr-defined]
         return choose(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 

@@ -38,9 +38,11 @@ class Signatures:
             content = (
                 type(module),
                 tuple(
-                    _attribute(name, one) for name, one in vars(module).items() if name not in ("_modules", "training")
+                    _attribute(name, attribute)
+                    for name, attribute in vars(module).items()
+                    if name not in ("_modules", "training")
                 ),
-                tuple((name, None if one is None else self.of(one)) for name, one in module._modules.items()),
+                tuple((name, None if child is None else self.of(child)) for name, child in module._modules.items()),
             )
             self._known[id(module)] = (module, self._numbers.setdefault(content, len(self._numbers)))
         return self._known[id(module)][1]
@@ -48,7 +50,7 @@ class Signatures:
 
 def _attribute(name: str, value: Any) -> Any:
     if isinstance(value, dict):
-        return name, tuple((key, _tensor(one)) for key, one in value.items())
+        return name, tuple((key, _tensor(element)) for key, element in value.items())
     return name, _fixed(value)
 
 
@@ -63,7 +65,7 @@ def _fixed(value: Any) -> Any:
         return type(value), value
     if isinstance(value, (tuple, list)):
         return tuple(map(_fixed, value))
-    if isinstance(value, (set, frozenset)) and all(isinstance(one, str) for one in value):
+    if isinstance(value, (set, frozenset)) and all(isinstance(element, str) for element in value):
         return frozenset(value)
     return (type(value),) if not getattr(value, "__dict__", True) else id(value)
 
@@ -85,19 +87,19 @@ def _form(value: Any, tensors: list[torch.Tensor], memories: dict[int, int]) -> 
     if isinstance(value, PLAIN):
         return type(value), value
     if type(value) is tuple:  # a list may be emptied by the call
-        return tuple(_form(one, tensors, memories) for one in value)
+        return tuple(_form(element, tensors, memories) for element in value)
     raise TypeError(type(value))
 
 
 def forms_of_result(result: Any, inputs: list[torch.Tensor]) -> tuple[Any, int] | None:
     """How to make such a result again, and its new bytes; None for other objects than tensors."""
-    memories = {one.untyped_storage()._cdata: (place, True) for place, one in reversed(list(enumerate(inputs)))}
-    known, sizes = len(memories), {}
+    memories = {tensor.untyped_storage()._cdata: (place, True) for place, tensor in reversed(list(enumerate(inputs)))}
+    inherited, sizes = len(memories), {}
     try:
         forms = _forms(result, memories, sizes)
     except TypeError:
         return None
-    assert len(memories) == known + len(sizes)
+    assert len(memories) == inherited + len(sizes)
     return forms, sum(sizes.values())
 
 
@@ -106,7 +108,7 @@ def _forms(value: Any, memories: dict[int, tuple[int, bool]], sizes: dict[int, i
     if value is None:
         return None
     if type(value) in (tuple, list):
-        return type(value)(_forms(one, memories, sizes) for one in value)
+        return type(value)(_forms(element, memories, sizes) for element in value)
     if type(value) is not torch.Tensor:
         raise TypeError(type(value))
     storage = value.untyped_storage()
@@ -123,7 +125,7 @@ def made_again(form: Any, inputs: list[torch.Tensor], memories: dict[int, torch.
     if form is None:
         return None
     if not isinstance(form, Form):
-        return type(form)(made_again(one, inputs, memories) for one in form)
+        return type(form)(made_again(element, inputs, memories) for element in form)
     if not form.is_input:
         if form.place not in memories:
             memories[form.place] = torch.empty(form.nbytes, dtype=torch.uint8, device="meta")
@@ -143,9 +145,9 @@ class Operators:
 
     def result(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result of an operator."""
-        fixed = tuple(tuple(one) if type(one) is list else one for one in args)
+        fixed = tuple(tuple(arg) if type(arg) is list else arg for arg in args)
         form = None if func.is_view else form_of_call(fixed, kwargs)
-        if form is None or not form[1] or not all(one.is_meta for one in form[1]):
+        if form is None or not form[1] or not all(tensor.is_meta for tensor in form[1]):
             return self._make(func, args, kwargs)
         key, tensors = (func, form[0]), form[1]
         if key in self._forms:

@@ -97,19 +97,19 @@ def scratch_of_product(rows: int, inner: int, columns: int) -> int:
     whole = 2 * _up(inner) * _up(columns) + 5 * 2**10 + (2**10 if columns <= 64 else 64 * inner) * (inner % 32 > 0)
     if columns <= 64 or inner < INNER[0]:
         return whole
-    known = [
+    measured = [
         PRODUCTS[width][height][INNER.index(depth)]
         for width in _around(list(PRODUCTS), columns)
         for height in _around(list(PRODUCTS[128]), rows)
         for depth in _around(INNER, inner)
     ]
-    return max(known)
+    return max(measured)
 
 
-def _around(known: Sequence[int], asked: int) -> Sequence[int]:
+def _around(measured: Sequence[int], asked: int) -> Sequence[int]:
     """The number asked for, or its neighbours."""
-    place = min(bisect_left(known, asked), len(known) - 1)
-    return [known[place]] if known[place] <= asked else known[max(0, place - 1) : place + 1]
+    place = min(bisect_left(measured, asked), len(measured) - 1)
+    return [measured[place]] if measured[place] <= asked else measured[max(0, place - 1) : place + 1]
 
 
 def _up(number: int) -> int:

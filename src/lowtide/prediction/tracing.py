@@ -46,7 +46,7 @@ class Traced:
     @property
     def order(self) -> list[nn.Module]:
         """The modules that were called, in the order of their first calls."""
-        return list({id(one): one for segment in self.segments for one in segment.inside}.values())
+        return list(dict.fromkeys(module for segment in self.segments for module in segment.inside))
 
 
 @dataclass
@@ -105,7 +105,7 @@ def trace(
     left = memory.alive - before
     del result
     watch.close_segment()
-    done = sum((one.work for one in watch.segments), Work())
+    done = sum((segment.work for segment in watch.segments), Work())
     return Traced(Call(memory.peak, memory.workspace, left, done, taken_note()), tuple(watch.segments))
 
 
@@ -162,10 +162,10 @@ class _Watch(TorchDispatchMode):
         return result
 
     def _count(self, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
-        known = {one.untyped_storage()._cdata for one in given}
-        for one in made:
-            if one.untyped_storage()._cdata not in known:
-                self._memory.add(one)
+        inherited = {tensor.untyped_storage()._cdata for tensor in given}
+        for tensor in made:
+            if tensor.untyped_storage()._cdata not in inherited:
+                self._memory.add(tensor)
 
     @contextmanager
     def seeing(self, networks: Iterable[nn.Module]) -> Generator[None]:
@@ -199,13 +199,13 @@ class _Watch(TorchDispatchMode):
         self._memory.reached(0)
         result = self._followed(module, call, args, kwargs)
         peak, beside = self._memory.peak, self._memory.workspace
-        self._memory.peak, self._memory.workspace = max(outer, (peak, beside), key=lambda one: one[0])
+        self._memory.peak, self._memory.workspace = max(outer, (peak, beside), key=lambda marks: marks[0])
         forms = forms_of_result(result, form[1])
         if forms is not None and forms[1] == self._memory.alive - alive:  # else it keeps something, or lets go of it
             inside = tuple(
-                Segment(one.inside[len(self._inside) :], one.work)
-                for one in self.segments[begun:]
-                if len(one.inside) > len(self._inside)
+                Segment(segment.inside[len(self._inside) :], segment.work)
+                for segment in self.segments[begun:]
+                if len(segment.inside) > len(self._inside)
             )
             self._repeats[key] = _Repeat(module, peak - alive, beside, forms[0], inside)
         return result
@@ -223,8 +223,8 @@ class _Watch(TorchDispatchMode):
         self.close_segment()
         self._memory.reached(repeat.peak - repeat.workspace, repeat.workspace)
         twins = dict(zip(repeat.module.modules(), module.modules(), strict=True))
-        for one in repeat.segments:
-            self.segments.append(Segment((*self._inside, *(twins[part] for part in one.inside)), one.work))
+        for segment in repeat.segments:
+            self.segments.append(Segment((*self._inside, *(twins[part] for part in segment.inside)), segment.work))
         return made_again(repeat.result, inputs, {})
 
     def close_segment(self, *, even_if_empty: bool = False) -> None:

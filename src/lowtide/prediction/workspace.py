@@ -96,7 +96,7 @@ class Convolution:
         is_own = name == "mkldnn_convolution"
         strides, dilations = (args[4], args[5]) if is_own else (args[3], args[5])
         dims, groups = out.ndim - 2, args[6] if is_own else args[8]
-        strides, dilations = (tuple(one) * (dims if len(one) == 1 else 1) for one in (strides, dilations))
+        strides, dilations = (tuple(setting) * (dims if len(setting) == 1 else 1) for setting in (strides, dilations))
         is_padded = any(args[3 if is_own else 4])
         return cls(given[0], given[1], out, args[2] is not None, is_padded, strides, dilations, groups, is_own)
 
@@ -118,7 +118,7 @@ class Convolution:
     @property
     def is_channels_last(self) -> bool:
         """Whether the kernel takes its maps with channels last."""
-        return any(is_channels_last(one) for one in (self.x, self.weight))
+        return any(is_channels_last(tensor) for tensor in (self.x, self.weight))
 
     @property
     def by(self) -> Multiplier:
@@ -156,7 +156,7 @@ def _native(conv: Convolution) -> int:
     """The columns of every entry, and both tensors in one order and without gaps; a clip's order is the usual one."""
     columns = 0 if conv.is_pointwise and not conv.is_strided else _columns(conv)
     if conv.out.ndim == 5:
-        return columns + sum(_nbytes(one) for one in (conv.x, conv.weight) if not one.is_contiguous())
+        return columns + sum(_nbytes(tensor) for tensor in (conv.x, conv.weight) if not tensor.is_contiguous())
     reordered = _nbytes(conv.weight) if not conv.is_pointwise and not _same_order(conv) else 0
     is_whole = conv.x.is_contiguous() or is_channels_last(conv.x)
     return columns + reordered + (0 if is_whole else _nbytes(conv.x))
@@ -168,7 +168,7 @@ def _columns(conv: Convolution) -> int:
 
 def _channels_last(conv: Convolution) -> int:
     """oneDNN with channels last: the weight in blocks, a scratchpad, and what did not have its channels last."""
-    others = sum(_nbytes(one) for one in (conv.x, conv.weight) if not is_channels_last(one))
+    others = sum(_nbytes(tensor) for tensor in (conv.x, conv.weight) if not is_channels_last(tensor))
     return others + _weight_in_blocks(conv) + _scratchpad(conv)
 
 
@@ -207,7 +207,7 @@ def _weight_in_blocks(conv: Convolution) -> int:
     size, (channels_out, channels_in) = conv.weight.itemsize, conv.weight.shape[:2]
     if size == 4:
         blocks = (64, 32) if conv.is_pointwise else (64, 48, 32)
-        wide = _up(channels_out, BLOCK) if channels_out <= BLOCK else min(_up(channels_out, one) for one in blocks)
+        wide = _up(channels_out, BLOCK) if channels_out <= BLOCK else min(_up(channels_out, block) for block in blocks)
         if channels_out % BLOCK == 0:
             wide = channels_out
         return wide * channels_in * math.prod(conv.sizes) * size
@@ -230,9 +230,9 @@ def _scratchpad(conv: Convolution) -> int:
 
 def _of_mixed_dtypes(given: list[torch.Tensor]) -> int:
     """On a CPU operands of another dtype than that of the sum are converted first."""
-    tensors = [one for one in given if one.ndim > 0 and one.is_floating_point()]
-    size = max((one.itemsize for one in tensors), default=0)
-    return sum(one.numel() * size for one in tensors if one.itemsize < size)
+    tensors = [tensor for tensor in given if tensor.ndim > 0 and tensor.is_floating_point()]
+    size = max((tensor.itemsize for tensor in tensors), default=0)
+    return sum(tensor.numel() * size for tensor in tensors if tensor.itemsize < size)
 
 
 def _of_flash_attention(given: list[torch.Tensor]) -> int:

@@ -149,7 +149,7 @@ def _products_mind_places() -> bool:
         for start in (0, 1, 2):
             matrix = room[start : start + size * size].view(size, size).copy_(numbers.view(size, size))
             products.append(torch.nn.functional.linear(row, matrix))
-        if not all(torch.equal(one, products[0]) for one in products):
+        if not all(torch.equal(product, products[0]) for product in products):
             return True
     return False
 
@@ -293,9 +293,9 @@ def _write_at(descriptor: int, content: memoryview, offset: int) -> int:
 def _find_madvise() -> Callable[[int, int, int], int]:
     if sys.platform != "linux":
         return lambda *_: -1
-    found = ctypes.CDLL(None, use_errno=True).madvise
-    found.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return found
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return madvise
 
 
 _madvise = _find_madvise()

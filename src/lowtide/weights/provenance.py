@@ -42,9 +42,9 @@ def check_files(tensors: Iterable[torch.Tensor]) -> None:
     files: set[WeightFile] = set()
     for tensor in tensors:
         if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu":
-            found = _mappings.holding(tensor.data_ptr())
-            if found is not None:
-                files.add(found[0].file)
+            mapped = _mappings.holding(tensor.data_ptr())
+            if mapped is not None:
+                files.add(mapped[0].file)
     for file in files:
         file.check()
 
@@ -67,9 +67,9 @@ def noted_origin(tensor: torch.Tensor) -> Origin | None:
         return None
     nbytes = tensor.numel() * tensor.itemsize
     is_as_in_file = tensor.device.type == "cpu" and tensor.is_contiguous()
-    found = _mappings.holding(tensor.data_ptr()) if is_as_in_file else None
-    if found is not None and found[1] + nbytes <= found[0].file.size:
-        return Origin(found[0].file, found[1], nbytes, tensor.dtype)
+    mapped = _mappings.holding(tensor.data_ptr()) if is_as_in_file else None
+    if mapped is not None and mapped[1] + nbytes <= mapped[0].file.size:
+        return Origin(mapped[0].file, mapped[1], nbytes, tensor.dtype)
     note = _notes.get(id(tensor))
     return note.origin if note is not None and note.facts == _Facts.of(tensor, _version(tensor)) else None
 
@@ -78,8 +78,8 @@ def holds(tensor: torch.Tensor, origin: Origin) -> bool:
     """Whether a tensor holds what its file says, bit for bit: its pages are the file's, or its bytes equal."""
     nbytes = tensor.numel() * tensor.itemsize
     is_as_in_file = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype == origin.dtype
-    found = _mappings.holding(tensor.data_ptr()) if is_as_in_file else None
-    is_mapped = found is not None and found[0].file is origin.file and found[1] == origin.offset
+    mapped = _mappings.holding(tensor.data_ptr()) if is_as_in_file else None
+    is_mapped = mapped is not None and mapped[0].file is origin.file and mapped[1] == origin.offset
     return (is_mapped and _untouched(tensor.data_ptr(), nbytes)) or _still_equal(tensor, origin)
 
 
@@ -110,8 +110,8 @@ def let_go_of_file(tensor: torch.Tensor) -> None:
     address, nbytes = tensor.data_ptr(), tensor.numel() * tensor.itemsize
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or nbytes == 0:
         return
-    found = _mappings.holding(address)
-    if found is not None and found[1] + nbytes <= found[0].file.size and _untouched(address, nbytes):
+    mapped = _mappings.holding(address)
+    if mapped is not None and mapped[1] + nbytes <= mapped[0].file.size and _untouched(address, nbytes):
         let_go(address, nbytes)
 
 

@@ -134,6 +134,32 @@ def test_computing_is_measured(monkeypatch):
     assert 0 <= computing.renewing() < 1e-8
 
 
+def test_where_kernels_are_slow_the_smallest_shape_speaks_for_all(monkeypatch):
+    shapes = []
+    monkeypatch.setattr(kernel_rates, "PRODUCTS", ((16, 32, 8), (32, 32, 8)))
+    monkeypatch.setattr(kernel_rates.F, "linear", lambda x, _: shapes.append(len(x)))
+    computing = kernel_rates.Computing(torch.device("cpu"), torch.float32)
+    computing.product()
+    assert len(shapes) > 2
+    assert set(shapes) == {16, 32}
+    shapes.clear()
+    monkeypatch.setattr(kernel_rates, "_SLOW", 0.0)
+    assert computing.product() > 0
+    assert shapes == [16]
+
+
+def test_shapes_are_measured_from_the_smallest_on():
+    work = {
+        "CONVOLUTIONS": lambda count, channels, side: count * channels**2 * side**2,
+        "CHANNELS_LAST": lambda count, channels, side: count * channels**2 * side**2,
+        "PRODUCTS": lambda rows, before, after: rows * before * after,
+        "ATTENTIONS": lambda tokens, heads, features: tokens**2 * heads * features,
+    }
+    for name, amount in work.items():
+        amounts = [amount(*shape) for shape in getattr(kernel_rates, name)]
+        assert amounts == sorted(amounts), name
+
+
 def test_a_file_is_mapped_and_read_again(tmp_path, monkeypatch):
     from lowtide.machine import disk_and_link
 

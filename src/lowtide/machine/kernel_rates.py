@@ -1,9 +1,14 @@
-"""How fast a device computes what diffusion models are made of: one rate a kind of work, over shapes like theirs."""
+"""How fast a device computes what diffusion models are made of: one rate a kind of work, over shapes like theirs.
+
+Where a kind of work is slow, as half precision is on processors without instructions for it, the smallest shapes speak
+for the others.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +16,19 @@ import torch.nn.functional as F
 from lowtide.machine.heap import steady_malloc
 from lowtide.ops.quantization import dequantize, quantize
 
-CONVOLUTIONS = ((2, 320, 64), (2, 640, 32), (2, 1280, 16), (2, 1280, 8))
+CONVOLUTIONS = ((2, 640, 8), (2, 1280, 8), (2, 1280, 16), (2, 640, 32), (2, 320, 64))
 """Maps, channels in and out, and the side of a map: of a UNet's levels, with guidance."""
-CHANNELS_LAST = ((1, 512, 64), (1, 256, 128), (1, 128, 256))
+CHANNELS_LAST = ((1, 512, 16), (1, 512, 64), (1, 256, 128), (1, 128, 256))
 """The same of an image's decoder."""
-PRODUCTS = ((8192, 320, 2560), (2048, 640, 5120), (512, 1280, 10240), (128, 1280, 10240), (8192, 320, 320))
+PRODUCTS = ((8192, 320, 320), (128, 1280, 10240), (512, 1280, 10240), (2048, 640, 5120), (8192, 320, 2560))
 """Rows, and features in and out: of feed-forward and projection layers."""
-ATTENTIONS = ((4096, 8, 40), (1024, 8, 80))
+ATTENTIONS = ((1024, 8, 80), (4096, 8, 40))
 """Tokens, heads, and features of a head."""
 _REPEATS = 5
+_SLOW = 0.5
+"""Seconds of one kernel from which on it is not repeated, and no larger one is tried."""
+
+Action = Callable[[], object]
 
 
 class Computing:
@@ -37,36 +46,39 @@ class Computing:
         return self._convolved(CHANNELS_LAST, torch.channels_last)
 
     def _convolved(self, shapes: tuple[tuple[int, int, int], ...], layout: torch.memory_format) -> float:
-        pairs = []
-        for count, channels, side in shapes:
-            x = self._some(count, channels, side, side).contiguous(memory_format=layout)
-            weight = self._some(channels, channels, 3, 3)
-            seconds = self._seconds(lambda x=x, w=weight: F.conv2d(x, w, padding=1))
-            pairs.append((2 * 9 * count * channels**2 * side**2, seconds))
-        return _rate(pairs)
+        def cases() -> Iterator[tuple[int, Action]]:
+            for count, channels, side in shapes:
+                x = self._some(count, channels, side, side).contiguous(memory_format=layout)
+                weight = self._some(channels, channels, 3, 3)
+                yield 2 * 9 * count * channels**2 * side**2, partial(F.conv2d, x, weight, padding=1)
+
+        return self._rate(cases())
 
     def product(self) -> float:
         """Operations a second."""
-        pairs = []
-        for rows, before, after in PRODUCTS:
-            x, weight = self._some(rows, before), self._some(after, before)
-            pairs.append((2 * rows * before * after, self._seconds(lambda x=x, w=weight: F.linear(x, w))))
-        return _rate(pairs)
+
+        def cases() -> Iterator[tuple[int, Action]]:
+            for rows, before, after in PRODUCTS:
+                x, weight = self._some(rows, before), self._some(after, before)
+                yield 2 * rows * before * after, partial(F.linear, x, weight)
+
+        return self._rate(cases())
 
     def attention(self) -> float:
         """Operations a second."""
-        pairs = []
-        for tokens, heads, features in ATTENTIONS:
-            q = self._some(1, heads, tokens, features)
-            work = 4 * heads * tokens**2 * features
-            pairs.append((work, self._seconds(lambda q=q: F.scaled_dot_product_attention(q, q, q))))
-        return _rate(pairs)
+
+        def cases() -> Iterator[tuple[int, Action]]:
+            for tokens, heads, features in ATTENTIONS:
+                q = self._some(1, heads, tokens, features)
+                yield 4 * heads * tokens**2 * features, partial(F.scaled_dot_product_attention, q, q, q)
+
+        return self._rate(cases())
 
     def touched(self) -> float:
         """Bytes read and written a second by what is neither product nor convolution, also in another order."""
         x, wide = self._some(2, 320, 64, 64), self._some(2, 4096, 1280)
         rows = x.flatten(2).transpose(1, 2)
-        actions: list[tuple[int, Callable[[], object]]] = [
+        actions: list[tuple[int, Action]] = [
             (2, lambda: F.group_norm(x, 32)),
             (2, lambda: F.layer_norm(rows.contiguous(), (320,))),
             (2, rows.contiguous),
@@ -74,7 +86,7 @@ class Computing:
             (2 * wide.numel() // x.numel(), lambda: F.gelu(wide)),
         ]
         each = x.numel() * x.itemsize
-        return _rate([(times * each, self._seconds(action)) for times, action in actions])
+        return self._rate((times * each, action) for times, action in actions)
 
     def renewing(self) -> float:
         """Seconds that a byte touched takes longer where its page is made anew each time.
@@ -101,24 +113,34 @@ class Computing:
     def dequantized(self) -> float:
         """Bytes of working numbers a second made of 8-bit ones, the mean of fp8 and int8."""
         weight = self._some(1280, 1280)
-        pairs = []
-        for storage in (torch.float8_e4m3fn, torch.int8):
-            values, scale = quantize(weight, storage, scaled=True)
-            out = torch.empty_like(weight)
-            seconds = self._seconds(lambda v=values, s=scale, o=out: dequantize(v, s, o))
-            pairs.append((weight.numel() * weight.itemsize, seconds))
-        return _rate(pairs)
+
+        def cases() -> Iterator[tuple[int, Action]]:
+            for storage in (torch.float8_e4m3fn, torch.int8):
+                values, scale = quantize(weight, storage, scaled=True)
+                yield weight.nbytes, partial(dequantize, values, scale, torch.empty_like(weight))
+
+        return self._rate(cases())
 
     def _some(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, device=self.device).mul_(0.1).to(self.dtype)
 
-    def _seconds(self, action: Callable[[], object]) -> float:
+    def _rate(self, cases: Iterable[tuple[int, Action]]) -> float:
+        """Amounts of work a second, over all cases up to the first that is slow."""
+        amount, seconds = 0, 0.0
+        for work, action in cases:
+            taken = self._seconds(action)
+            amount, seconds = amount + work, seconds + taken
+            if taken > _SLOW:
+                break
+        return amount / seconds
+
+    def _seconds(self, action: Action) -> float:
         """The least seconds of some runs, after one to warm up: others may be at work beside us."""
         with torch.inference_mode():
-            action()
-            return min(self._once(action) for _ in range(_REPEATS))
+            first = self._once(action)
+            return first if first > _SLOW else min(self._once(action) for _ in range(_REPEATS))
 
-    def _once(self, action: Callable[[], object]) -> float:
+    def _once(self, action: Action) -> float:
         self._wait()
         start = time.perf_counter()
         action()
@@ -128,7 +150,3 @@ class Computing:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _rate(pairs: list[tuple[int, float]]) -> float:
-    return sum(amount for amount, _ in pairs) / sum(seconds for _, seconds in pairs)

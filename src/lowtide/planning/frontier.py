@@ -27,7 +27,8 @@ BLENDED_TILING = "blended_tiling"
 PRECISION = 1e-3
 """Share of a run's computing time. Plans count as equally fast if no component's time differs by more."""
 _TICK = 1 << 24
-"""A cost is ticks of time, and below them, for plans that are equally fast, how many choices lose and how simple."""
+"""A cost is one number, since sums of costs are compared very often: ticks of time from bit 24 on; for plans that are
+equally fast, the count of choices that lose exactness from bit 16 on; and below that how complex the plan is."""
 _LOSS = 1 << 16
 _ORDER = itemgetter(0, 1, 2)
 

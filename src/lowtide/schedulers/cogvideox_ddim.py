@@ -6,7 +6,6 @@ import dataclasses
 
 from torch import Tensor
 
-from lowtide.schedulers import noise_schedule
 from lowtide.schedulers.cogvideox_noise import CogVideoXConfig, CogVideoXScheduler
 from lowtide.schedulers.common import Generators, StepOutput, Timestep
 
@@ -51,10 +50,6 @@ class CogVideoXDDIMScheduler(CogVideoXScheduler[CogVideoXDDIMConfig]):
         Raises `ValueError` before `set_timesteps`, outside the training schedule, and where noise is predicted from
         pure noise.
         """
-        now, kind = int(timestep), self.config.prediction_type
-        target = self._target(now)
-        self._check_trained(now)
-        bar, bar_prev = self._alpha_bar(now), self._alpha_bar(target)
-        noise_schedule.check_predicts(kind, bar, now)
-        original = noise_schedule.predict_original(kind, model_output, sample, bar**0.5, (1 - bar) ** 0.5)
-        return StepOutput(cogvideox_ddim_step(sample, original, bar, bar_prev), original)
+        at = int(timestep)
+        bar_prev, original = self._alpha_bar(self._target(at)), self._original(model_output, sample, at)
+        return StepOutput(cogvideox_ddim_step(sample, original, self._alpha_bar(at), bar_prev), original)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowtide.schedulers import noise_schedule
 from lowtide.schedulers.cogvideox_noise import CogVideoXConfig, CogVideoXScheduler
 from lowtide.schedulers.common import Generators, StepOutput, Timestep, draw_noise
 
@@ -89,15 +88,12 @@ class CogVideoXDPMScheduler(CogVideoXScheduler[CogVideoXDPMConfig]):
         Raises `ValueError` before `set_timesteps`, for a timestep that is not next, for a sample of another shape than
         that of the last step, and where noise is predicted from pure noise.
         """
-        at, kind = int(timestep), self.config.prediction_type
-        target = self._target(at)
-        self._check_trained(at)
-        place = self._find(at)
+        at = int(timestep)
+        target, place = self._target(at), self._find(at)
         past = self._past if self._past is not None and place == self._past.place + 1 else None
         self._check_shape(sample, past)
         bar, bar_prev = self._alpha_bar(at), self._alpha_bar(target)
-        noise_schedule.check_predicts(kind, bar, at)
-        original = noise_schedule.predict_original(kind, model_output, sample, bar**0.5, (1 - bar) ** 0.5)
+        original = self._original(model_output, sample, at)
         fresh, denoised = self._draw(sample, generator), original
         if past is not None and target >= 0:
             # The published step draws again here and drops the first noise; so do we, for the same video from a seed.

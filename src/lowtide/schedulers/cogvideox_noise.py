@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor
 
+from lowtide.schedulers import noise_schedule
 from lowtide.schedulers.common import SchedulerBase, SchedulerConfig, shifted_alphas
 
 
@@ -67,16 +68,24 @@ class CogVideoXScheduler(SchedulerBase[CogVideoXConfigT]):
         return alpha * noise - sigma * sample
 
     def _target(self, timestep: int) -> int:
-        """The timestep to which a step from `timestep` leads, a fixed gap below; if negative, the end of the run."""
-        return timestep - self.config.num_train_timesteps // self._num_inference_steps()
+        """The timestep to which a step from `timestep` leads, a fixed gap below; if negative, the end of the run.
 
-    def _check_trained(self, timestep: int) -> None:
+        Raises `ValueError` before `set_timesteps` and for a timestep outside the training schedule.
+        """
+        target = timestep - self.config.num_train_timesteps // self._num_inference_steps()
         last = self.config.num_train_timesteps - 1
         if not 0 <= timestep <= last:
             raise ValueError(
                 f"Timestep {timestep} is not possible: the model was trained with 0…{last}. "
                 f"Take those of {type(self).__name__}.timesteps."
             )
+        return target
+
+    def _original(self, model_output: Tensor, sample: Tensor, timestep: int) -> Tensor:
+        """The clean sample that the model predicts. Raises `ValueError` where it predicts noise from pure noise."""
+        bar, kind = self._alpha_bar(timestep), self.config.prediction_type
+        noise_schedule.check_predicts(kind, bar, timestep)
+        return noise_schedule.predict_original(kind, model_output, sample, bar**0.5, (1 - bar) ** 0.5)
 
     def _alpha_bar(self, timestep: int) -> Tensor:
         """ᾱ at `timestep`, a scalar on the CPU."""

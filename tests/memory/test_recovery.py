@@ -473,7 +473,7 @@ def test_loading_under_a_plan_reads_no_weights(tmp_path: Path, name: str, monkey
     expected = draw(_quiet(StableDiffusionPipeline.from_pretrained(tmp_path / "pipe", torch_dtype=torch.bfloat16)))
     with monkeypatch.context() as patch:
         patch.setattr(files.WeightFile, "read_into", lambda *_: pytest.fail("weights were read"))
-        patch.setattr(files, "bring_in", lambda *_: pytest.fail("weights were read"))
+        patch.setattr("lowtide.memory.store.bring_in", lambda *_: pytest.fail("weights were read"))
         pipe = StableDiffusionPipeline.from_pretrained(
             tmp_path / "pipe", torch_dtype=torch.bfloat16, offload=name, offload_device="cpu"
         )

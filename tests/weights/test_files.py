@@ -16,7 +16,7 @@ import torch
 from tests.safetensors_at import save_at
 
 from lowtide.weights import provenance
-from lowtide.weights.files import Mapping, SpillFile, WeightFile, bring_in, let_go, read
+from lowtide.weights.files import Mapping, SpillFile, WeightFile, read
 from lowtide.weights.fill import load_tensors
 from lowtide.weights.index import CheckpointError, read_index
 from lowtide.weights.provenance import origin_of
@@ -61,29 +61,6 @@ def test_a_converted_parameter_knows_its_place_until_it_is_changed(file: Path) -
     assert origin.dtype == torch.float32
     module.a.data[0, 0] += 1
     assert origin_of(module.a) is None
-
-
-def test_writes_stay_private_and_windows_come_back_as_they_were(file: Path) -> None:
-    before = file.read_bytes()
-    weights = WeightFile(file)
-    window = torch.frombuffer(weights.mapping("window"), dtype=torch.uint8)
-    content = window.clone()
-    window[5000:9000] = 7
-    assert file.read_bytes() == before
-    assert not torch.equal(window, content)
-    let_go(window.data_ptr(), window.numel(), edges=True)
-    assert torch.equal(window, content)
-    bring_in(window.data_ptr(), window.numel())
-    assert torch.equal(window, content)
-
-
-def test_pages_at_the_edges_are_dropped_only_when_asked(file: Path) -> None:
-    window = torch.frombuffer(WeightFile(file).mapping("window"), dtype=torch.uint8)
-    window[:100] = 7
-    let_go(window.data_ptr() + 100, 300)
-    assert bool((window[:100] == 7).all())
-    let_go(window.data_ptr() + 100, 300, edges=True)
-    assert not bool((window[:100] == 7).all())
 
 
 def test_changed_files_are_refused(file: Path) -> None:

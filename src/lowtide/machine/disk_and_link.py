@@ -119,7 +119,8 @@ def _read_for(seconds: float, file: int) -> float:
 
 def _map_for(seconds: float, path: Path, size: int) -> float:
     """Map pages that are in memory and let them go, piece by piece, as the weights of blocks come and go."""
-    from lowtide.weights.files import WeightFile, bring_in, let_go
+    from lowtide.weights.files import WeightFile
+    from lowtide.weights.page_map import bring_in, let_go
 
     mapping = WeightFile(path).mapping("window")
     offset, start = 0, time.perf_counter()

@@ -13,8 +13,9 @@ import torch
 
 from lowtide.memory.rule import Tier
 from lowtide.sizes import format_decimal
-from lowtide.weights.files import CHUNK_BYTES, Mapping, Origin, SpillFile, WeightFile, bring_in, let_go, read
+from lowtide.weights.files import CHUNK_BYTES, Mapping, Origin, SpillFile, WeightFile, read
 from lowtide.weights.layout import is_reordered
+from lowtide.weights.page_map import bring_in, let_go
 
 
 class Rest(Protocol):

@@ -7,8 +7,6 @@ mapping behind the end of its file would kill the process.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import mmap
 import os
 import sys
@@ -16,7 +14,7 @@ import tempfile
 import threading
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,8 +31,6 @@ CHUNK_BYTES = 2 * 2**20
 # Without this flag Linux refuses to map more than the RAM there is, although a private page costs nothing until it is
 # written. Python names the flag from 3.13 on; the number is that of x86 and ARM.
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
-_DONTNEED, _WILLNEED, _POPULATE_READ = 4, 3, 22  # Linux, <asm-generic/mman-common.h>
-_PAGE = mmap.PAGESIZE
 _ALIGNMENT = 256
 
 
@@ -225,35 +221,6 @@ def read(origin: Origin, target: torch.Tensor) -> None:
         done += piece.numel()
 
 
-def bring_in(address: int, nbytes: int) -> bool:
-    """Read the mapped pages of a range from the disk now; False where the system cannot, and they come when touched.
-
-    Raises `OSError` if they cannot be read: the file does not reach so far any more, or the disk fails.
-    """
-    start, length = _pages(address, nbytes)
-    _madvise(start, length, _WILLNEED)
-    if _madvise(start, length, _POPULATE_READ) == 0:
-        return True
-    fault = ctypes.get_errno()
-    if fault in (errno.EFAULT, errno.EIO):
-        raise OSError(fault, "the mapped pages cannot be read")
-    return False
-
-
-def let_go(address: int, nbytes: int, *, edges: bool = False) -> None:
-    """Drop the mapped pages of a range from this process; they come again when touched, as they are in the file.
-
-    A page at either end may hold other bytes, perhaps written to: it is dropped with `edges` only.
-    """
-    start, length = _pages(address, nbytes)
-    if not edges:
-        end = (address + nbytes) // _PAGE * _PAGE
-        start = -(-address // _PAGE) * _PAGE
-        length = end - start
-    if length > 0:
-        _madvise(start, length, _DONTNEED)
-
-
 def pieces(origin: Origin) -> Iterator[torch.Tensor]:
     """The numbers as they are in the file, in order, in one reused buffer of at most `CHUNK_BYTES`."""
     size = CHUNK_BYTES // origin.dtype.itemsize * origin.dtype.itemsize
@@ -262,11 +229,6 @@ def pieces(origin: Origin) -> Iterator[torch.Tensor]:
         raw = scratch[: min(size, origin.nbytes - start)]
         origin.file.read_into(_bytes(raw), origin.offset + start)
         yield raw.view(origin.dtype)
-
-
-def _pages(address: int, nbytes: int) -> tuple[int, int]:
-    start = address - address % _PAGE
-    return start, -(-(address + nbytes - start) // _PAGE) * _PAGE
 
 
 def _bytes(flat: torch.Tensor) -> memoryview:
@@ -288,14 +250,3 @@ def _write_at(descriptor: int, content: memoryview, offset: int) -> int:
         return os.pwrite(descriptor, content, offset)
     os.lseek(descriptor, offset, os.SEEK_SET)
     return os.write(descriptor, content)
-
-
-def _find_madvise() -> Callable[[int, int, int], int]:
-    if sys.platform != "linux":
-        return lambda *_: -1
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return madvise
-
-
-_madvise = _find_madvise()

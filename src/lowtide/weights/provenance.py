@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 
-from lowtide.weights.files import _PAGE, InFile, Origin, WeightFile, _mappings, _pages, let_go, pieces
-
-_SWAPPED, _PRESENT, _OF_A_FILE = 1 << 62, 1 << 63, 1 << 61  # Linux, Documentation/admin-guide/mm/pagemap.rst
+from lowtide.weights.files import InFile, Origin, WeightFile, _mappings, pieces
+from lowtide.weights.page_map import is_untouched, let_go
 
 
 class _Facts(NamedTuple):
@@ -80,7 +78,7 @@ def holds(tensor: torch.Tensor, origin: Origin) -> bool:
     is_as_in_file = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype == origin.dtype
     mapped = _mappings.holding(tensor.data_ptr()) if is_as_in_file else None
     is_mapped = mapped is not None and mapped[0].file is origin.file and mapped[1] == origin.offset
-    return (is_mapped and _untouched(tensor.data_ptr(), nbytes)) or _still_equal(tensor, origin)
+    return (is_mapped and is_untouched(tensor.data_ptr(), nbytes)) or _still_equal(tensor, origin)
 
 
 def origin_of(tensor: torch.Tensor) -> Origin | None:
@@ -111,7 +109,7 @@ def let_go_of_file(tensor: torch.Tensor) -> None:
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or nbytes == 0:
         return
     mapped = _mappings.holding(address)
-    if mapped is not None and mapped[1] + nbytes <= mapped[0].file.size and _untouched(address, nbytes):
+    if mapped is not None and mapped[1] + nbytes <= mapped[0].file.size and is_untouched(address, nbytes):
         let_go(address, nbytes)
 
 
@@ -126,22 +124,6 @@ def _still_equal(tensor: torch.Tensor, origin: Origin) -> bool:
             return False
         done += piece.numel()
     return True
-
-
-def _untouched(address: int, nbytes: int) -> bool:
-    """Whether no page of a range in a private mapping was written, as far as the system says."""
-    start, length = _pages(address, nbytes)
-    try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-            content = os.pread(pagemap.fileno(), length // _PAGE * 8, start // _PAGE * 8)
-    except OSError:
-        return False
-    if len(content) != length // _PAGE * 8:
-        return False
-    written = (
-        entry & _SWAPPED or (entry & _PRESENT and not entry & _OF_A_FILE) for entry in memoryview(content).cast("Q")
-    )
-    return not any(written)
 
 
 def keeping_origins(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -3,10 +3,7 @@
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import tempfile
-import textwrap
 
 import pytest
 from PIL import Image
@@ -159,46 +156,47 @@ def test_files_that_are_no_such_latents(model, tmp_path):
     assert "pipe.decode_saved" in result.stderr
 
 
-PROGRAM = """
-    import os, signal, time
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    from lowtide.models.vae import AutoencoderKL
-    decode_rows = AutoencoderKL.decode_rows
-    def slow(self, latents, write):
-        def first_rows(*rows):
-            write(*rows)
-            if latents.is_meta:  # the run is being planned
-                return
-            os.kill(os.getpid(), {number})
-            time.sleep(20)
-        decode_rows(self, latents, first_rows)
-    AutoencoderKL.decode_rows = slow
-    from lowtide.cli.app import main
-    main()
+SCRIPT = """
+import os, signal, sys, tempfile, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+tempfile.tempdir = {temporary!r}
+os.chdir({here!r})
+from lowtide.models.vae import AutoencoderKL
+decode_rows = AutoencoderKL.decode_rows
+def slow(self, latents, write):
+    def first_rows(*rows):
+        write(*rows)
+        if latents.is_meta:  # the run is being planned
+            return
+        os.kill(os.getpid(), {number})
+        time.sleep(20)
+    decode_rows(self, latents, first_rows)
+AutoencoderKL.decode_rows = slow
+from lowtide.cli.app import main
+sys.argv[1:] = {arguments!r}
+main()
 """
 
 
-def run_until(number, folders, arguments):
+def run_until(warm, number, folders, arguments):
     """The command in a process of its own, to which a signal comes when the first rows of a picture were written."""
-    program = textwrap.dedent(PROGRAM).format(number=int(number))
-    environment = {**os.environ, "TMPDIR": str(folders / "temporary")}
-    command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    places = {"temporary": str(folders / "temporary"), "here": str(folders / "here")}
+    return warm.run(SCRIPT.format(number=int(number), arguments=arguments, **places), folders, 120)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_leave_the_latents_alone(model, number, code, folders):
-    result = run_until(number, folders, [*PICTURE, "--model", model, "--out", "x.png"])
-    assert result.returncode == code, result.stderr
+def test_signals_leave_the_latents_alone(warm, model, number, code, folders):
+    result = run_until(warm, number, folders, [*PICTURE, "--model", model, "--out", "x.png"])
+    assert result.status == code, result.output
     (name,) = os.listdir(folders / "temporary")
-    assert f"lowtide decode {folders / 'temporary' / name}" in result.stderr
+    assert f"lowtide decode {folders / 'temporary' / name}" in result.output
     assert os.listdir() == []
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in result.output
 
 
-def test_what_a_killed_run_left_is_gone_after_the_next(model, folders):
+def test_what_a_killed_run_left_is_gone_after_the_next(warm, model, folders):
     options = [*PICTURE, "--model", model, "--ram", "64GB", "--out", "x.png"]
-    assert run_until(signal.SIGKILL, folders, options).returncode == -signal.SIGKILL
+    assert run_until(warm, signal.SIGKILL, folders, options).status == -signal.SIGKILL
     assert len(os.listdir()) == len(os.listdir(folders / "temporary")) == 1
     assert lowtide(*options).exit_code == 0
     assert os.listdir() == ["x.png"]

@@ -2,23 +2,24 @@
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from tests import tiny
+from tests.document.processes import Warm
 
 UNKNOWN = 54321
-PROGRAM = """
+SCRIPT = """
+import sys
 from tests.fitting.fits import RATES
 from lowtide.fitting import process
 from lowtide.planning import machine_rates
 machine_rates._measured_elsewhere = lambda *_: RATES  # what takes long
 process.run_module = lambda *_, **__: "400000000 0"
 from lowtide.cli.app import main
+sys.argv[1:] = {arguments!r}
 main()
 """
-HOMES = ({}, {"HOME": "/proc/nothing/here"})
+HOMES = {"none": {}, "unwritable": {"HOME": "/proc/nothing/here"}}
 
 
 @pytest.fixture(scope="module")
@@ -28,67 +29,77 @@ def model(tmp_path_factory):
     return str(folder / "model")
 
 
-@pytest.fixture
-def place(tmp_path):
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
     """A folder that everybody can write to."""
-    for folder in (*list(tmp_path.parents)[:2], tmp_path):
-        folder.chmod(0o777)
-    return tmp_path
+    folder = tmp_path_factory.mktemp("place")
+    for each in (*list(folder.parents)[:2], folder):
+        each.chmod(0o777)
+    return folder
 
 
-def lowtide(place, home, *arguments):
-    """The command, as an unknown user where we may become one, who may read everything."""
+@pytest.fixture(scope="module", params=list(HOMES))
+def lowtide(request, place):
+    """The command, of an unknown user where we may become one, who may read everything: its status and what it says."""
     become = []
-    if os.geteuid() == 0 and shutil.which("setpriv"):
+    if _is_another():
         ids = [f"--reuid={UNKNOWN}", f"--regid={UNKNOWN}", "--clear-groups"]
         become = ["setpriv", *ids, "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-    environment = {
+    variables = {
         "PATH": os.environ["PATH"],
-        "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), os.getcwd()]),
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
         "TMPDIR": str(place),
-        **home,
+        "COLUMNS": "500",
+        **HOMES[request.param],
     }
-    command = [*become, sys.executable, "-c", PROGRAM, *arguments]
-    return subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=300, check=False)
+    runner = Warm(become, variables)
+
+    def run(*arguments):
+        return runner.run(SCRIPT.format(arguments=arguments), place, 100)
+
+    yield run
+    runner.close()
+
+
+def _is_another():
+    return os.geteuid() == 0 and shutil.which("setpriv") is not None
 
 
 def warnings_of(result):
-    assert "Traceback" not in result.stderr
-    assert "home directory" not in result.stderr
-    return [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
+    assert "Traceback" not in result.output
+    assert "home directory" not in result.output
+    return [line for line in result.output.splitlines() if line.startswith("Warning: ")]
 
 
-@pytest.mark.parametrize("home", HOMES, ids=["none", "unwritable"])
 @pytest.mark.parametrize("command", ["plan", "generate", pytest.param("doctor", marks=pytest.mark.slow)])
-def test_every_command_goes_on_and_says_once_that_nothing_is_kept(command, home, model, place):
+def test_every_command_goes_on_and_says_once_that_nothing_is_kept(command, lowtide, model):
     arguments = {
         "plan": ["plan", model, "--ram", "64GB", "--device", "cpu"],
         "generate": [*f"generate sea --model {model} --steps 1 --ram 64GB --device cpu --out x.png".split()],
         "doctor": ["doctor"],
     }[command]
-    result = lowtide(place, home, *arguments)
-    assert result.returncode == 0, result.stderr
+    result = lowtide(*arguments)
+    assert result.status == 0, result.output
     (said,) = warnings_of(result)
     assert said.startswith("Warning: What was measured of this machine cannot be kept (")
     assert said.endswith("Set XDG_CACHE_HOME to a folder that can be written to.")
 
 
-@pytest.mark.parametrize("home", HOMES, ids=["none", "unwritable"])
-def test_a_model_of_the_hub_is_kept_in_the_folder_for_temporary_files(home, place):
-    result = lowtide(place, home, "plan", "owner/no-such-model")
-    assert "No model at 'owner/no-such-model'" in result.stderr
+def test_a_model_of_the_hub_is_kept_in_the_folder_for_temporary_files(lowtide, place):
+    result = lowtide("plan", "owner/no-such-model")
+    assert "No model at 'owner/no-such-model'" in result.output
     (said,) = warnings_of(result)
-    assert f"files from the Hub are kept in {place}/lowtide-hub-" in said
-    assert (next(place.glob("lowtide-hub-*")).stat().st_mode & 0o777) == 0o700
+    folder = next(folder for folder in place.glob("lowtide-hub-*") if str(folder) in said)
+    assert "files from the Hub are kept in" in said
+    assert (folder.stat().st_mode & 0o777) == 0o700
 
 
-def test_a_path_that_begins_with_a_home_that_is_not_there(place):
-    for arguments in (["plan", "~/model"], ["generate", "sea", "--model", "~/model"]):
-        result = lowtide(place, {}, *arguments)
-        if os.geteuid() == 0 and shutil.which("setpriv"):
-            assert result.returncode == 2
-            assert "~/model: there is no home folder here" in result.stderr
-        assert warnings_of(result) == []
+@pytest.mark.parametrize("lowtide", ["none"], indirect=True)
+@pytest.mark.parametrize("arguments", [["plan", "~/model"], ["generate", "sea", "--model", "~/model"]])
+def test_a_path_that_begins_with_a_home_that_is_not_there(arguments, lowtide):
+    result = lowtide(*arguments)
+    if _is_another():
+        assert result.status == 2
+        assert "~/model: there is no home folder here" in result.output
+    assert warnings_of(result) == []

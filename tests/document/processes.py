@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +51,14 @@ class Fresh:
 class Warm:
     """Every script in a process forked from one that has imported torch and lowtide: three seconds less a script."""
 
-    def __init__(self) -> None:
+    def __init__(self, become: Sequence[str] = (), variables: Mapping[str, str] | None = None) -> None:
+        """With `become` as the command in front, and with `variables` as the environment instead of this process's."""
         self._parent = subprocess.Popen(
-            [sys.executable, str(WARM)], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*become, sys.executable, str(WARM)],
+            env=environment(os.environ if variables is None else variables),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def run(self, script: str, folder: Path, limit: int) -> Result:
@@ -69,10 +75,10 @@ class Warm:
         self._parent.communicate()
 
 
-def environment() -> dict[str, str]:
-    """This process's environment, with the library and the tests of this very tree, and no network."""
-    paths = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+def environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """An environment, this process's if no other, with the library and the tests of this very tree, and no network."""
+    paths = [str(ROOT / "src"), str(ROOT), *filter(None, [variables.get("PYTHONPATH")])]
+    return {**variables, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
 
 
 def _result(folder: Path, status: int) -> Result:

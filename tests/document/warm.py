@@ -38,6 +38,8 @@ def _run(folder: str, limit: int) -> None:
     status = 0
     try:
         runpy.run_path(SCRIPT, run_name="__main__")
+    except SystemExit as end:
+        status = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
         status = 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from lowtide.fitting.meta_subject import MetaSubject
 from lowtide.fitting.process import process_rates, usual_base
 from lowtide.planning.machine_rates import assumed_rates, machine_rates
-from lowtide.planning.plan import BudgetError, Budgets, Plan
+from lowtide.planning.plan import Budgets, Plan
 from lowtide.planning.planner import Planner
 from lowtide.planning.rates import Rates
 from lowtide.planning.run_size import RunSize
@@ -41,14 +40,12 @@ class Fit:
 
     def choose(self) -> Plan:
         """The fastest plan within the budgets; raises `BudgetError`, naming the minimum, where there is none."""
-        return self._choose(self.workload, self.budgets)
+        return self._planner(self.workload).choose(self.budgets)
 
     def choose_within(self, lowered: Budgets | None) -> Plan:
         """The fastest plan within budgets that were lowered, or else within those that were given."""
-        if lowered is not None:
-            with suppress(BudgetError):
-                return self._choose(self.workload, lowered)
-        return self.choose()
+        plan = None if lowered is None else self._planner(self.workload).within(lowered)
+        return plan or self.choose()
 
     def smaller(self, plan: Plan, stage: str, left: Budgets, *, of_host: bool = False) -> Plan | None:
         """A plan under which a stage takes clearly less than under `plan`, within the budgets that are `left`.
@@ -66,16 +63,17 @@ class Fit:
             withheld = [_withheld(self.workload, stage, plan.peak - most) for most in (limit, planned.peak - 1)]
             tries = [(self.workload, limit), *((workload, plan.peak) for workload in withheld)]
         for workload, most in tries:
-            with suppress(BudgetError):
-                return self._choose(workload, self.limited(left, most, of_host=of_host))
+            smaller = self._planner(workload).within(self.limited(left, most, of_host=of_host))
+            if smaller is not None:
+                return smaller
         return None
 
     def limited(self, budgets: Budgets, nbytes: int, *, of_host: bool = False) -> Budgets:
         """Budgets with so many bytes of the device's memory, or `of_host`."""
         return replace(budgets, **{"ram" if of_host or self.device.type == "cpu" else "vram": nbytes})
 
-    def _choose(self, workload: Workload, budgets: Budgets) -> Plan:
-        return Planner(workload, self.rates, self.allow).choose(budgets)
+    def _planner(self, workload: Workload) -> Planner:
+        return Planner(workload, self.rates, self.allow)
 
 
 def prepare(

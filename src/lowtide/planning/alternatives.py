@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -162,8 +161,8 @@ def _more(planner: Planner, budgets: Budgets) -> Iterator[More]:
     for name in ("ram",) if planner.rates.on_cpu else ("vram", "ram"):
         if getattr(budgets, name) is None:
             continue
-        with suppress(BudgetError):
-            plan = planner.with_more(budgets, name)
+        plan = planner.with_more(budgets, name)
+        if plan is not None:
             yield More(name, getattr(plan.budgets, name), plan)
 
 

@@ -85,10 +85,15 @@ class Planner:
 
     def choose(self, budgets: Budgets) -> Plan:
         """See `choose`."""
-        best = self._best(budgets)
-        if best is None:
+        plan = self.within(budgets)
+        if plan is None:
             raise self._refusal(budgets)
-        return self._at(best, budgets)
+        return plan
+
+    def within(self, budgets: Budgets) -> Plan | None:
+        """The plan that `choose` gives, or None, where it raises an error that takes long to find words for."""
+        best = self._best(budgets)
+        return None if best is None else self._at(best, budgets)
 
     def minimum(self, budgets: Budgets) -> Budgets:
         """See `minimum`."""
@@ -104,11 +109,11 @@ class Planner:
             (point.nbytes, self._at(point, self._with_limit(budgets, point.nbytes))) for point in self._trades(budgets)
         ]
 
-    def with_more(self, budgets: Budgets, name: str | None = None) -> Plan:
-        """The plan with a gigabyte more of the budget called `name`; None means the device's memory."""
+    def with_more(self, budgets: Budgets, name: str | None = None) -> Plan | None:
+        """The plan with a gigabyte more of the budget called `name`, if one fits; no name means the device's memory."""
         name = name or self._device_budget
         limit = getattr(budgets, name)
-        return self.choose(budgets if limit is None else replace(budgets, **{name: limit + GIGABYTE}))
+        return self.within(budgets if limit is None else replace(budgets, **{name: limit + GIGABYTE}))
 
     def alternatives(self, budgets: Budgets) -> dict[str, Plan]:
         """See `alternatives`."""
@@ -122,9 +127,9 @@ class Planner:
                 plans[f"{name}, decode by rows"] = self._plan(rows, budgets)
         for point in self._trades(budgets)[:1]:
             plans["smallest"] = self._at(point, budgets)
-        best = self._best(budgets)
+        best = self.within(budgets)
         if best is not None:
-            plans["chosen"] = self._at(best, budgets)
+            plans["chosen"] = best
         return plans
 
     # ---- limits

@@ -1,5 +1,6 @@
 """Shared by all tests: no network, few threads, and `gpu` tests only where there is a GPU."""
 
+import gc
 import os
 import tempfile
 
@@ -24,6 +25,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    """What was imported until here stays: garbage collections in tests need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

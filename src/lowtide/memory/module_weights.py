@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lowtide.memory.placeholder import AtRest
+from lowtide.memory.read_only import ReadOnly
 from lowtide.memory.store import DeviceRest, HostRest
 from lowtide.memory.weight import View, Weight, span
 from lowtide.weights.provenance import noted_origin
@@ -27,7 +28,7 @@ def gather(slots: Iterable[Slot]) -> list[Weight]:
     by_old: dict[int, list[Slot]] = {}
     on_meta: dict[int, list[Slot]] = {}
     placed: list[tuple[str, int, int, Slot]] = []
-    for slot in slots:
+    for slot in map(_with_ordinary, slots):
         tensor = slot.tensor
         if isinstance(tensor, AtRest):
             by_old.setdefault(id(tensor.weight), []).append(slot)
@@ -42,6 +43,16 @@ def gather(slots: Iterable[Slot]) -> list[Weight]:
     weights += [_taken_over(group) for group in by_old.values()]
     weights += [_unfilled(group) for group in on_meta.values()]
     return weights + [_real(group) for group in _overlapping(placed)]
+
+
+def _with_ordinary(slot: Slot) -> Slot:
+    """The slot; what another module's `state_dict` gave to be read is the same bytes as an ordinary parameter there."""
+    if not isinstance(slot.tensor, ReadOnly):
+        return slot
+    plain = slot.tensor.plain
+    ordinary = nn.Parameter(plain, slot.tensor.requires_grad) if slot.kind == "parameter" else plain
+    slot.put(ordinary)
+    return replace(slot, tensor=ordinary)
 
 
 def _taken_over(group: list[Slot]) -> Weight:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from lowtide.memory.read_only import ReadOnly, written
+
 if TYPE_CHECKING:
     from lowtide.memory.weight import View, Weight
 
@@ -16,7 +18,8 @@ class AtRest(torch.Tensor):
     """What a slot holds while its weight rests: shape, strides, working dtype and device of the weight, no bytes.
 
     An operation on it loads the weight for that operation alone: correct, but slow. A write to it is an error.
-    `detach`, and so `state_dict`, gives the resting bytes as an ordinary tensor in host memory; so does a deep copy.
+    `detach`, and so `state_dict`, gives the resting bytes in host memory, to be read only; a deep copy is an ordinary
+    tensor.
     """
 
     weight: Weight
@@ -52,7 +55,9 @@ class AtRest(torch.Tensor):
         if func is torch.ops.aten.embedding.default and isinstance(args[0], AtRest):
             return args[0].weight.rows(args[0].view_, *args[1:])
         kwargs = kwargs or {}
-        _refuse_writes(func, args, kwargs)
+        for tensor in written(func, args, kwargs):
+            if isinstance(tensor, AtRest):
+                raise _cannot_be_written_to(tensor, str(func))
         args, kwargs = tree_map_only(AtRest, lambda tensor: tensor.for_now(), (args, kwargs))
         return func(*args, **kwargs)
 
@@ -66,8 +71,8 @@ class AtRest(torch.Tensor):
         raise _cannot_be_written_to(self, ".data = ...")
 
     def in_host(self) -> torch.Tensor:
-        """The weight in host memory, as an ordinary tensor."""
-        return self.view_.of(self.weight.flat_on_host()).detach()
+        """The weight in host memory, to be read."""
+        return ReadOnly(self.view_.of(self.weight.flat_on_host()).detach(), self.weight.name)
 
     def for_now(self) -> torch.Tensor:
         """The weight on its device, for one operation."""
@@ -90,16 +95,6 @@ def spoil(tensors: Iterable[torch.Tensor]) -> None:
     for tensor in tensors if torch.is_grad_enabled() else ():
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
-
-
-def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        given = args[index] if index < len(args) else kwargs.get(argument.name)
-        for tensor in given if isinstance(given, (list, tuple)) else [given]:  # type: ignore[union-attr]
-            if isinstance(tensor, AtRest):
-                raise _cannot_be_written_to(tensor, str(func))
 
 
 def _cannot_be_written_to(tensor: AtRest, how: str) -> RuntimeError:

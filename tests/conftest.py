@@ -27,10 +27,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def pytest_collection_finish():
-    """What was imported until here stays: garbage collections in tests need not look through it again."""
-    gc.collect()
-    gc.freeze()
+def pytest_runtest_setup(item, begun=[None]):  # noqa: B006
+    """What is there when a file of tests begins stays: garbage collections need not look through it again."""
+    if begun[0] != item.path:
+        begun[0] = item.path
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -83,8 +83,8 @@ class ReadOnly(torch.Tensor):
 
     def _refusal(self, how: str) -> RuntimeError:
         return RuntimeError(
-            f"{self.weight_name} is at rest, and these are its bytes: a write to them ({how}) would be lost. Write to "
-            "a copy (.clone()) and give it to load_state_dict; or undo the offload or casting first (disable_..., or "
+            f"{self.weight_name} is at rest, so it cannot be written to ({how}): that would be lost. Write to a copy "
+            "(.clone()) and give it to load_state_dict; or undo the offload or casting first (disable_..., or "
             "lowtide.memory.detach(module)), write, and enable it again."
         )
 

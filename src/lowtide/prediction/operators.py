@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend
 
 from lowtide.ops.meta_device import meant_device, standing_for
 from lowtide.planning.workload import Work
+from lowtide.prediction.elementwise import laid_out
 
 aten = torch.ops.aten
 NOTHING = Work()
@@ -29,7 +30,7 @@ def made_by(func: Any, args: Any, kwargs: Any) -> Any:
     result = func(*args, **kwargs)
     if func is aten.native_group_norm.default and is_channels_last(args[0]):
         return _with_channels_last(result[0]), *result[1:]
-    return result
+    return laid_out(func, args, kwargs, result)
 
 
 def is_channels_last(x: torch.Tensor) -> bool:

@@ -10,6 +10,8 @@ import torch
 from tests import tiny
 from tests.parity import pairs
 
+from lowtide.activations.rules import NotByRowsError
+
 diffusers = pytest.importorskip("diffusers")
 pytestmark = [
     pytest.mark.parity,
@@ -207,3 +209,22 @@ def test_comparison_sees_generators_in_another_order(ddim):
     call = {"prompt": PROMPTS, "num_images_per_prompt": 2}
     expected = picture(theirs, **call, seeds=(5, 6, 7, 8))
     assert worst(picture(ours, **call, seeds=(5, 7, 6, 8)), expected) > TOLERANCE
+
+
+def test_a_picture_without_seams(tmp_path):
+    """Scripts set `padding_mode` on every convolution; exact decoding by rows says that it cannot."""
+    ours, theirs = pair(tmp_path)
+    plain = picture(ours)
+    for pipe in (ours, theirs):
+        for network in (pipe.unet, pipe.vae):
+            for module in network.modules():
+                if isinstance(module, torch.nn.Conv2d):
+                    module.padding_mode = "circular"
+    seamless = picture(theirs)
+    assert np.abs(picture(ours) - seamless).max() <= TOLERANCE
+    assert np.abs(plain - seamless).max() > TOLERANCE
+    ours.enable_sequential_cpu_offload(device="cpu")
+    assert np.abs(picture(ours) - seamless).max() <= TOLERANCE
+    ours.enable_vae_tiling("exact")
+    with pytest.raises(NotByRowsError, match="circular"):
+        picture(ours)

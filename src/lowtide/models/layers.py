@@ -47,16 +47,15 @@ class TimestepEmbedding(nn.Module):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution of square kernel, stride and padding that takes the form best suited to the map's size."""
+    """A convolution `[B, in_channels, H, W]` to `[B, out_channels, h, w]` in the form best suited to the map's size."""
 
     def __init__(self, in_channels: int, out_channels: int, size: int, *, stride: int = 1, padding: int = 0) -> None:
         super().__init__(in_channels, out_channels, size, stride=stride, padding=padding)
-        self._geometry = {"stride": stride, "padding": padding}
 
-    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """`[B, in_channels, H, W]` to `[B, out_channels, h, w]`; see `lowtide.ops.convolution`."""
-        assert self.bias is not None
-        return conv2d(x_BCHW, self.weight, self.bias, **self._geometry)
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.padding_mode != "zeros":  # a script may set "circular", for pictures without seams
+            return super()._conv_forward(input, weight, bias)
+        return conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class ResnetBlock2D(nn.Module):

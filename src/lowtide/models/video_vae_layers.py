@@ -35,11 +35,15 @@ class FrameConv2d(nn.Conv2d):
 
     def __init__(self, channels: int, *, stride: int, padding: int) -> None:
         super().__init__(channels, channels, 3, stride=stride, padding=padding)
-        self._geometry = (1, stride, stride), (0, padding, padding)
 
-    def forward(self, x_BCFHW: torch.Tensor) -> torch.Tensor:
-        """`[B, in_channels, F, H, W]` to `[B, out_channels, F, h, w]`."""
-        return F.conv3d(x_BCFHW, self.weight[:, :, None], self.bias, *self._geometry)
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`[B, channels, F, H, W]` to `[B, channels, F, h, w]`."""
+        around = self._reversed_padding_repeated_twice
+        padding = (0, around[2], around[0])
+        if self.padding_mode != "zeros":
+            input, padding = F.pad(input, [*around, 0, 0], self.padding_mode), (0, 0, 0)
+        stride, dilation = (1, *self.stride), (1, *self.dilation)
+        return F.conv3d(input, weight[:, :, None], bias, stride, padding, dilation, self.groups)
 
 
 class SpatialNorm3D(nn.Module):

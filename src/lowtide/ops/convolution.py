@@ -12,10 +12,20 @@ FEW_PIXELS = 256
 """The most output pixels of all maps of a batch for which a bfloat16 convolution on a CPU is one matrix product."""
 
 
+_CONV2D, _CONV3D = F.conv2d, F.conv3d
+"""PyTorch's own: where a script has put others in their places, those convolve."""
+
+
 def conv2d(
-    x_BCHW: torch.Tensor, weight: torch.Tensor, bias_O: torch.Tensor, *, stride: int, padding: int
+    x_BCHW: torch.Tensor,
+    weight: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] | str = (0, 0),
+    dilation: tuple[int, ...] = (1, 1),
+    groups: int = 1,
 ) -> torch.Tensor:
-    """Convolve with `weight` `[O, C, K, K]`: `[B, C, H, W]` to `[B, O, h, w]`.
+    """Convolve with `weight` `[O, C / groups, K, K]`: `[B, C, H, W]` to `[B, O, h, w]`.
 
     On a CPU, PyTorch's bfloat16 kernel rearranges the whole weight on every call. If the map has few pixels, that takes
     longer than the arithmetic, and memory for a second weight. Such maps are convolved by a matrix product, which reads
@@ -23,16 +33,18 @@ def conv2d(
     another order, so results may differ from the kernel's by the rounding of bfloat16. Every other convolution is
     PyTorch's own.
     """
-    is_bfloat16_on_cpu = device_type(x_BCHW) == "cpu" and x_BCHW.dtype == torch.bfloat16
-    if is_bfloat16_on_cpu:
-        rows, columns = ((side + 2 * padding - weight.shape[-1]) // stride + 1 for side in x_BCHW.shape[2:])
+    is_bfloat16_on_cpu = device_type(x_BCHW) == "cpu" and x_BCHW.dtype == torch.bfloat16 and F.conv2d is _CONV2D
+    is_square = len({*stride}) == len({*weight.shape[2:]}) == 1 and {*dilation, groups} == {1}
+    if is_bfloat16_on_cpu and is_square and not isinstance(padding, str) and len({*padding}) == 1:
+        step, around = stride[0], padding[0]
+        rows, columns = ((side + 2 * around - weight.shape[-1]) // step + 1 for side in x_BCHW.shape[2:])
         if len(x_BCHW) * rows * columns <= FEW_PIXELS:
-            return conv2d_as_product(x_BCHW, weight, bias_O, stride=stride, padding=padding)
-    return F.conv2d(x_BCHW, weight, bias_O, stride, padding)
+            return conv2d_as_product(x_BCHW, weight, bias_O, stride=step, padding=around)
+    return F.conv2d(x_BCHW, weight, bias_O, stride, padding, dilation, groups)
 
 
 def conv2d_as_product(
-    x_BCHW: torch.Tensor, weight: torch.Tensor, bias_O: torch.Tensor, *, stride: int, padding: int
+    x_BCHW: torch.Tensor, weight: torch.Tensor, bias_O: torch.Tensor | None, *, stride: int, padding: int
 ) -> torch.Tensor:
     """Convolve as one product: the weight `[O, C·K·K]` times a column of `C·K·K` values for each output pixel.
 
@@ -47,7 +59,8 @@ def conv2d_as_product(
         patches, matrix = patches_BCHWKK.permute(1, 4, 5, 0, 2, 3), weight.flatten(1)
     else:
         patches, matrix = patches_BCHWKK.permute(4, 5, 1, 0, 2, 3), weight.permute(0, 2, 3, 1).flatten(1)
-    product = torch.addmm(bias_O[:, None], matrix, patches.reshape(matrix.shape[1], -1))
+    flat = patches.reshape(matrix.shape[1], -1)
+    product = matrix @ flat if bias_O is None else torch.addmm(bias_O[:, None], matrix, flat)
     layout = torch.contiguous_format if x_BCHW.is_contiguous() else torch.channels_last
     return product.view(-1, batch, rows, columns).transpose(0, 1).contiguous(memory_format=layout)
 
@@ -67,7 +80,8 @@ def conv3d(
     the kernel: 27 times the memory of the clip for a 3x3x3 kernel, and five times the time. Here oneDNN's kernel is
     called for clips of every size.
     """
-    if device_type(x_BCFHW) == "cpu" and x_BCFHW.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    has_kernel = device_type(x_BCFHW) == "cpu" and x_BCFHW.dtype == torch.float32 and F.conv3d is _CONV3D
+    if has_kernel and torch.backends.mkldnn.is_available():
         return torch.ops.aten.mkldnn_convolution(x_BCFHW, weight, bias_O, padding, stride, dilation, groups)
     return F.conv3d(x_BCFHW, weight, bias_O, stride, padding, dilation, groups)
 

@@ -20,6 +20,7 @@ from lowtide.pipelines.frames import Frames
 from lowtide.pipelines.guidance import changed_by_callback, dynamic_guidance
 from lowtide.pipelines.latents import kept_safe, load_latents
 from lowtide.pipelines.number_checks import check_counts, check_guidance, check_steps
+from lowtide.pipelines.parts import KINDS
 from lowtide.pipelines.pipeline_outputs import VIDEO_OUTPUT_TYPES, CogVideoXPipelineOutput
 from lowtide.pipelines.traced_stages import clip_stages
 from lowtide.planning.run_size import RunSize
@@ -40,7 +41,7 @@ class CogVideoXPipeline(DiffusionPipeline):
     calls need `prompt_embeds`, and with guidance `negative_prompt_embeds`.
     """
 
-    component_names: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+    component_names: ClassVar[tuple[str, ...]] = KINDS["CogVideoXPipeline"].components
 
     def __init__(self, *, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, scheduler: Scheduler) -> None:
         super().__init__()
@@ -50,6 +51,7 @@ class CogVideoXPipeline(DiffusionPipeline):
         self.transformer = transformer
         self.scheduler = scheduler
         self._transformer_config = transformer.config
+        self.check_parts()
 
     def __call__(
         self,

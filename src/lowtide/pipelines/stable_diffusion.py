@@ -22,6 +22,7 @@ from lowtide.pipelines.base import DiffusionPipeline, StepCallback
 from lowtide.pipelines.decoding import check_decoding, decoding
 from lowtide.pipelines.latents import kept_safe, load_latents
 from lowtide.pipelines.number_checks import check_counts, check_guidance, check_steps
+from lowtide.pipelines.parts import KINDS
 from lowtide.pipelines.picture_files import OutputPath, picture_files, write_picture
 from lowtide.pipelines.pipeline_outputs import StableDiffusionPipelineOutput, to_output, to_pil, to_unit_range
 from lowtide.pipelines.traced_stages import picture_stages
@@ -39,10 +40,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
     timestep and embeddings in this order and returns an object with `.sample`, or a tuple.
     """
 
-    component_names: ClassVar[tuple[str, ...]] = (
-        "vae", "text_encoder", "tokenizer", "unet", "scheduler", "safety_checker", "feature_extractor",
-    )  # fmt: skip
-    optional_components: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor")
+    component_names: ClassVar[tuple[str, ...]] = KINDS["StableDiffusionPipeline"].components
+    optional_components: ClassVar[tuple[str, ...]] = KINDS["StableDiffusionPipeline"].optional
 
     def __init__(
         self,
@@ -66,6 +65,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self.safety_checker = safety_checker
         self.feature_extractor = feature_extractor
         self._unet_config: UNet2DConditionConfig = unet.config
+        self.check_parts()
 
     def __call__(
         self,

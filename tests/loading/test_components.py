@@ -308,3 +308,24 @@ def test_names_of_image_processors_over_the_years(folder):
         eyes = DiffusionPipeline.from_pretrained(folder).feature_extractor
         assert isinstance(eyes, transformers.image_processing_utils.BaseImageProcessor)
         assert eyes.size["shortest_edge"] == 16
+
+
+def test_where_some_parts_have_no_such_variant_their_plain_weights_are_loaded(folder, tmp_path):
+    """A mixture, as other libraries load it too; which parts fall back is said."""
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    mixed = shutil.copytree(folder, tmp_path / "mixed")
+    for file in (mixed / "unet").glob("*.safetensors"):
+        file.unlink()
+    pipe.unet.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    shutil.copy(tmp_path / "half" / "diffusion_pytorch_model.fp16.safetensors", mixed / "unet")
+    with pytest.warns(UserWarning, match=r"has no variant 'fp16' of vae, text_encoder.*the plain weights are loaded"):
+        loaded = DiffusionPipeline.from_pretrained(mixed, variant="fp16", dtype="auto")
+    assert loaded.unet.dtype == torch.float16
+    assert loaded.vae.dtype == torch.float32
+    with pytest.warns(UserWarning, match="the plain weights are loaded"):
+        loaded = DiffusionPipeline.from_pretrained(mixed, variant="fp16", ram="64GB")
+    assert loaded.unet.dtype == torch.float32
+    with pytest.raises(FileNotFoundError, match=r"variant 'fp16'.*There are: variant=None"):
+        DiffusionPipeline.from_pretrained(folder, variant="fp16")  # negative control: none of the parts has it
+    with pytest.raises(FileNotFoundError, match=r"There are: variant='fp16'"):
+        DiffusionPipeline.from_pretrained(mixed)

@@ -16,11 +16,12 @@ from lowtide.loading.components import (
     TEXT_ENTRIES,
     LoadOptions,
     text_encoder_on_meta,
+    weights_name,
+    without_variant,
 )
 from lowtide.loading.model_index import ComponentSpec, component_folder
 from lowtide.models.foreign import read_foreign_config
 from lowtide.models.foreign_configs import SafetyCheckerEntries
-from lowtide.models.mixin import WEIGHTS_NAME
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker
 from lowtide.quiet import quiet
 from lowtide.schedulers import SCHEDULERS
@@ -46,12 +47,13 @@ def components_on_meta(
     """
     parts: dict[str, Any] = {}
     in_files: InFiles = {}
+    plain = without_variant(folder, specs, options.variant)
     for name, spec in specs.items():
         if spec is None:
             parts[name] = None
             continue
         own = component_folder(folder, name)
-        weights = _weights(own, spec.class_name, options.variant)
+        weights = _weights(own, spec.class_name, None if name in plain else options.variant)
         parts[name] = _part(own, spec, weights, options)
         if isinstance(parts[name], nn.Module):
             in_files[name] = _fit_dtypes(parts[name], weights, spec.class_name, options)
@@ -104,7 +106,7 @@ def _weights(folder: Path, class_name: str, variant: str | None) -> CheckpointIn
     if not any(folder.glob("*.safetensors*")):
         return None
     with quiet():
-        return find_weights(folder, WEIGHTS_NAME if class_name in MODELS else "model", variant)
+        return find_weights(folder, weights_name(class_name), variant)
 
 
 def _names(class_name: str) -> NameTable:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lowtide.models.video_vae import AutoencoderKLCogVideoX
 from lowtide.quiet import quiet
 from lowtide.schedulers import SCHEDULERS
 from lowtide.weights.fill import state_names
-from lowtide.weights.index import CheckpointIndex, find_weights
+from lowtide.weights.index import CheckpointIndex, find_weights, variants_in
 from lowtide.weights.names import CLIP_TEXT_NAMES, T5_NAMES, NameTable, apply_names
 from lowtide.weights.save import save_tensors
 
@@ -68,8 +69,30 @@ def component_patterns(specs: Mapping[str, ComponentSpec | None], variant: str |
     for name, spec in specs.items():
         if spec is not None:
             yield from (f"{name}/{pattern}" for pattern in ("*.json", "*.txt", "*.model"))
-            base = WEIGHTS_NAME if spec.class_name in MODELS else "model"
-            yield from (f"{name}/{pattern}" for pattern in weight_patterns(base, variant))
+            yield from (f"{name}/{pattern}" for pattern in weight_patterns(weights_name(spec.class_name), variant))
+
+
+def weights_name(class_name: str) -> str:
+    """What the weights of a network of this class are called."""
+    return WEIGHTS_NAME if class_name in MODELS else "model"
+
+
+def without_variant(folder: Path, specs: Mapping[str, ComponentSpec | None], variant: str | None) -> list[str]:
+    """The networks whose plain weights are loaded, since a folder has none of the `variant` asked for.
+
+    If no network has any, there is nothing to fall back from: the list is empty, and finding the weights raises.
+    """
+    networks = {name: spec for name, spec in specs.items() if spec is not None and _is_network(spec.class_name)}
+    names = [
+        name
+        for name, spec in networks.items()
+        if variant is not None and variant not in variants_in(folder / name, weights_name(spec.class_name))
+    ]
+    return names if len(names) < len(networks) else []
+
+
+def _is_network(class_name: str) -> bool:
+    return class_name in MODELS or class_name in TEXT_ENCODERS or class_name == "StableDiffusionSafetyChecker"
 
 
 def load_components(
@@ -88,6 +111,14 @@ def load_components(
     for name in (name for name, loader in loaders.items() if loader is not None):
         component_folder(folder, name)
     chosen = {name: (own_options or {}).get(name, options) for name in loaders}
+    plain = without_variant(folder, specs, options.variant)
+    if plain:
+        warnings.warn(
+            f"{source.name} has no variant {options.variant!r} of {', '.join(plain)}: the plain weights are loaded.",
+            stacklevel=4,
+        )
+        source.fetch(component_patterns({name: specs[name] for name in plain}, None))
+        chosen |= {name: replace(chosen[name], variant=None) for name in plain}
     return {name: None if load is None else load(folder / name, chosen[name]) for name, load in loaders.items()}
 
 

@@ -241,7 +241,7 @@ class SchedulerBase(Generic[ConfigT]):
 
     def _spaced(self, num_steps: int, least: int = 1) -> noise_schedule.FloatArray:
         c = self.config
-        noise_schedule.check_num_steps(num_steps, c.num_train_timesteps, least)
+        num_steps = noise_schedule.check_num_steps(num_steps, c.num_train_timesteps, least)
         spaced = noise_schedule.spaced_timesteps(c.timestep_spacing, num_steps, c.num_train_timesteps, c.steps_offset)
         noise_schedule.check_timesteps(spaced.round(), c.num_train_timesteps, c.timestep_spacing)
         return spaced

@@ -142,7 +142,7 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Lay out `num_inference_steps` timesteps. Raises `ValueError` if they do not fit the training schedule."""
         c = self.config
-        noise_schedule.check_num_steps(num_inference_steps, c.num_train_timesteps)
+        num_inference_steps = noise_schedule.check_num_steps(num_inference_steps, c.num_train_timesteps)
         smallest = float(self._training_sigmas[0])
         if c.use_karras_sigmas:
             high = float(self._training_sigmas[-1]) if c.sigma_max is None else c.sigma_max

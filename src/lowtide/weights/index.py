@@ -156,6 +156,13 @@ def find_weights(folder: Path, base_name: str, variant: str | None = None) -> Ch
     raise _no_weights(folder, base_name, variant, names)
 
 
+def variants_in(folder: Path, base_name: str) -> set[str | None]:
+    """The variants of the weights called `base_name` that a folder holds; None stands for the plain files."""
+    if not folder.is_dir():
+        return set()
+    return {variant for variant, _ in _published([entry.name for entry in folder.iterdir()], base_name)}
+
+
 def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
     """The header's JSON object, the offset of the data after it, and the file's size."""
     size = _regular_size(file)

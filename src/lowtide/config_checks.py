@@ -14,27 +14,29 @@ LARGEST = 2**20
 """The largest whole number that a configuration may hold."""
 MOST_LAYERS = 200
 """The most layers in a row, or in a block, that a configuration may ask for."""
+MOST_ITEMS = 32
+"""The longest list; published ones have an item for each level of a network."""
 MOST_SIDE = 4096
 """The largest side of the latents, or number of frames, that a model may have been trained on."""
 SMALLEST, LARGE = 1e-12, 1e6
 """What numbers that must be above 0 lie between."""
 
-NO_ENTRIES = ("unused", "given")
-"""The fields of configurations that are no entries of a file."""
+UNCHECKED = ("unused", "given", "trained_betas", "disable_corrector")
+"""The fields of configurations that are no entries of a file, or lists of any length that their class checks."""
 Range = tuple[float, float]
 
 
 def check_types(config: Config, kind: str, ranges: Mapping[str, Range] | None = None) -> None:
-    """Raise `ValueError`, naming the entry, unless every field holds its type, within its range.
+    """Raise `ValueError`, naming the entry, unless every field holds its type, within its range, or its default.
 
     Whole numbers without a range are from 1 to `LARGEST`, other numbers any finite ones.
     """
     hints = get_type_hints(type(config))
-    for name in (field.name for field in dataclasses.fields(config) if field.name in hints):
-        span = (ranges or {}).get(name)
-        if name not in NO_ENTRIES and not _fits(getattr(config, name), hints[name], span):
-            said = f"{kind} config: {name}={getattr(config, name)!r:.80} is not possible"
-            raise ValueError(f"{said}; it must be {_type_in_words(hints[name], span)}.")
+    for field in dataclasses.fields(config):
+        value, hint, span = getattr(config, field.name), hints[field.name], (ranges or {}).get(field.name)
+        if field.name not in UNCHECKED and value is not field.default and not _fits(value, hint, span):
+            said = f"{kind} config: {field.name}={value!r:.80} is not possible"
+            raise ValueError(f"{said}; it must be {_type_in_words(hint, span)}.")
 
 
 def check_supported(config: Config, kind: str, supported: Mapping[str, tuple[Any, ...]]) -> None:
@@ -57,11 +59,13 @@ def _fits(value: Any, hint: Any, span: Range | None) -> bool:
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, option, span) for option in get_args(hint))
     if get_origin(hint) is tuple:
-        several = isinstance(value, tuple) and 0 < len(value) <= LARGEST
+        several = isinstance(value, tuple) and 0 < len(value) <= MOST_ITEMS
         return several and all(_fits(item, get_args(hint)[0], span) for item in value)
     if hint is int:
         low, high = span or (1, LARGEST)
         return type(value) is int and low <= value <= high
+    if hint is Any:
+        return True
     if hint is float:
         low, high = span or (-LARGEST, LARGEST)
         return type(value) in (int, float) and not math.isnan(value) and low <= value <= high
@@ -72,7 +76,7 @@ def _type_in_words(hint: Any, span: Range | None) -> str:
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_type_in_words(option, span) for option in get_args(hint))
     if get_origin(hint) is tuple:
-        return f"a list, each {_type_in_words(get_args(hint)[0], span)}"
+        return f"a list of up to {MOST_ITEMS}, each {_type_in_words(get_args(hint)[0], span)}"
     low, high = span or (1, LARGEST)
     within = "" if span is None else f" from {low:g} to {high:g}"
     if hint not in (int, float, str, bool, NoneType):

@@ -13,12 +13,13 @@ import transformers
 from torch import nn
 
 from lowtide.casting.casting import Casting
-from lowtide.configs import read_json, write_json
+from lowtide.configs import write_json
 from lowtide.hub import Source, weight_patterns
 from lowtide.loading.model_index import ComponentSpec, check_class, component_folder
 from lowtide.models.bounded_build import build_on_meta
 from lowtide.models.foreign import read_foreign_config, reading
 from lowtide.models.foreign_configs import CLIPTextEntries, ForeignConfig, T5Entries
+from lowtide.models.image_processor_entries import ImageProcessorEntries
 from lowtide.models.mixin import WEIGHTS_NAME, ModelMixin
 from lowtide.models.put_weights import Offload, put_weights, resting_state
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker, position_ids
@@ -202,7 +203,7 @@ def load_image_processor(folder: Path) -> Any:
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no {file.name}.")
-    read_json(file)
+    ImageProcessorEntries.from_file(file)
     with reading(folder, cls.__name__), quiet(FutureWarning):
         return cls.from_pretrained(folder, local_files_only=True)
 

@@ -16,7 +16,7 @@ MOST_TENSORS = 8192
 """The most tensors of a network without weights; published ones have up to 2,000."""
 BESIDE = 64
 """Tensors beyond those of the weights that a network may make: buffers, and tied ones, which are made twice."""
-COUNTING = ("layers", "blocks", "channels", "patch_size_t")
+COUNTING = ("layers", "block_out_channels")
 """Parts of the names of entries that decide how many tensors there are."""
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

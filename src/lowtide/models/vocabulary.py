@@ -87,6 +87,8 @@ def _check_maps(file: Path, normalizer: Any, where: str, depth: int = 0) -> None
         what = f"{file}: {where}.precompiled_charsmap"
         if not isinstance(encoded, str):
             raise CheckpointError(f"{what} must be text, not a {type(encoded).__name__}.")
+        if not encoded:
+            raise CheckpointError(f"{what} is empty: leave the normalizer out where there is no map.")
         try:
             check_character_map(base64.b64decode(encoded, validate=True), what)
         except binascii.Error as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lowtide.configs import CheckpointError, Config, check_size, read_json
+from lowtide.configs import CheckpointError, Config, check_size
 from lowtide.hub import Source
 from lowtide.loading.model_index import (
     MODEL_INDEX,
@@ -21,6 +21,7 @@ from lowtide.loading.model_index import (
     read_model_index,
 )
 from lowtide.models.foreign_configs import CLIPTextEntries, SafetyCheckerEntries, T5Entries
+from lowtide.models.image_processor_entries import ImageProcessorEntries
 from lowtide.models.unet_config import UNet2DConditionConfig
 from lowtide.models.vae_config import AutoencoderKLConfig
 from lowtide.models.video_transformer_config import CogVideoXTransformer3DConfig
@@ -159,7 +160,9 @@ def _configuration(folder: Path, spec: ComponentSpec) -> Any:
         return CONFIGS[spec.class_name].from_file(config)
     if spec.name == "tokenizer":
         return {"largest_token": largest_token(folder)}
-    return read_json(processor) if spec.name == "feature_extractor" and processor.is_file() else None
+    if spec.name == "feature_extractor" and processor.is_file():
+        return ImageProcessorEntries.from_file(processor)
+    return None
 
 
 def _check_pictures(parts: Parts) -> None:

@@ -123,9 +123,13 @@ def _fields(file: Path, message: bytes, wanted: int) -> Iterator[bytes]:
         elif kind in (1, 5):
             size = 8 if kind == 1 else 4
         else:
-            raise CheckpointError(f"{file} is no SentencePiece model: a field of kind {kind} at byte {at}.")
+            raise CheckpointError(
+                f"{file}: no SentencePiece model can be read from it: a field of kind {kind} at byte {at}."
+            )
         if at + size > len(message):
-            raise CheckpointError(f"{file} is no SentencePiece model: it ends inside a field at byte {at}.")
+            raise CheckpointError(
+                f"{file}: no SentencePiece model can be read from it: it ends inside a field at byte {at}."
+            )
         if kind == 2 and key >> 3 == wanted:
             yield message[at : at + size]
         at += size
@@ -138,4 +142,4 @@ def _varint(file: Path, message: bytes, at: int) -> tuple[int, int]:
         number |= (byte & 127) << (7 * place)
         if byte < 128:
             return number, at + place + 1
-    raise CheckpointError(f"{file} is no SentencePiece model: a number at byte {at} does not end.")
+    raise CheckpointError(f"{file}: no SentencePiece model can be read from it: a number at byte {at} does not end.")

@@ -134,7 +134,7 @@ def test_where_and_as_whom_is_passed_on(hub, tmp_path):
     options = {"revision": "v1", "cache_dir": tmp_path, "token": "secret", "local_files_only": True}
     DiffusionPipeline.from_pretrained(ID, **options)
     UNet2DConditionModel.from_pretrained(ID, subfolder="unet", **options)
-    assert len(hub.asked) == 3
+    assert len(hub.asked) == 4  # the index, the configurations, the weights; the U-Net
     assert all({key: asked[key] for key in options} == options for asked in hub.asked)
 
 

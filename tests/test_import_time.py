@@ -27,6 +27,16 @@ def test_importing_the_command_imports_no_torch():
     assert not {"torch", "transformers", "numpy", "PIL"} & set(loaded_after("import lowtide.cli.app"))
 
 
+def test_a_model_is_refused_without_torch():
+    code = (
+        "from typer.testing import CliRunner; from lowtide.cli.app import app; "
+        "commands = (['plan', 'nothere'], ['generate', 'x', '--model', 'nothere']); "
+        "results = [CliRunner().invoke(app, words) for words in commands]; "
+        "assert [result.exit_code for result in results] == [2, 2], results"
+    )
+    assert not {"torch", "transformers", "numpy"} & set(loaded_after(code))
+
+
 def test_the_meter_needs_no_torch():
     code = (
         "from lowtide.memory import Meter; from lowtide.stages import Stages\nwith Stages([Meter()]).stage('x'): pass"

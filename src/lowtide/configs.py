@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
+
+MOST_CONFIG_BYTES = 2**20
+"""The largest file of configurations that is read; published ones have a few kilobytes."""
+MOST_DIGITS = 40
+MOST_NAME = 200
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is malformed, incomplete or unusable; the message names the file and the reason."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +38,15 @@ class Config:
         unused = {k: v for k, v in source.items() if k not in names and not k.startswith("_")}
         return cls(**values, unused=unused)
 
+    @classmethod
+    def from_file(cls, file: Path) -> Self:
+        """Read a file of JSON. Raises `CheckpointError`, which names the file and the entry that is not possible."""
+        content = read_json(file)
+        try:
+            return cls.from_dict(content)
+        except ValueError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: every field, then the unknown entries of the source."""
         own = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "unused"}
@@ -46,20 +66,89 @@ class Config:
         return key in self.to_dict()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file with one JSON object. Raises `ValueError`, naming the file, if it holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+def read_json(file: Path, most_bytes: int = MOST_CONFIG_BYTES) -> dict[str, Any]:
+    """Read a file with one JSON object; it may hold anything, so what it can make us do is bounded.
+
+    Raises `FileNotFoundError`, and `CheckpointError` that names the file (and the entry, where one is to blame) if it
+    is larger than `most_bytes`, is no JSON, or holds a number that is NaN or has too many digits.
+    """
+    content = parse_json(file, read_bounded(file, most_bytes))
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+        raise CheckpointError(f"{file} must hold a JSON object, not a {type(content).__name__}.")
     return content
+
+
+def read_bounded(file: Path, most_bytes: int) -> bytes:
+    """The bytes of a regular file. Raises `CheckpointError` if it is none, or is larger than `most_bytes`."""
+    check_size(file, most_bytes)
+    with file.open("rb") as stream:
+        return stream.read(most_bytes)
+
+
+def check_size(file: Path, most_bytes: int) -> int:
+    """The size of a file, which is not opened: opening a pipe would wait for ever.
+
+    Raises `CheckpointError` if it is no regular file, or is larger than `most_bytes`.
+    """
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{file}: not a regular file.")
+    if status.st_size > most_bytes:
+        raise CheckpointError(f"{file}: {status.st_size} bytes; at most {most_bytes} are allowed in such a file.")
+    return status.st_size
+
+
+def parse_json(file: Path, content: bytes) -> Any:
+    """What the JSON in a file says; raises `CheckpointError` that names the file."""
+    try:
+        return json.loads(
+            content.decode("utf-8"), parse_int=_whole, parse_constant=_constant, object_pairs_hook=_checked_object
+        )
+    except _EntryError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors too
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write one JSON object, sorted and indented as in published checkpoints."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class _EntryError(Exception):
+    """An entry of a JSON object is not possible; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refused:
+    """Stands for a value until the object around it, which knows the entry's name, is whole."""
+
+    reason: str
+
+
+def _whole(text: str) -> int | _Refused:
+    return int(text) if len(text) <= MOST_DIGITS else _Refused(f"a number of {len(text)} digits ({text[:8]}…)")
+
+
+def _constant(text: str) -> float | _Refused:
+    # published schedulers have an entry of -Infinity
+    return _Refused("NaN, which is no number") if text == "NaN" else float(text)
+
+
+def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for name, value in pairs:
+        refused = _refused_in(value)
+        if refused is not None:
+            raise _EntryError(f"{name[:MOST_NAME]} is {refused.reason}.")
+    return dict(pairs)
+
+
+def _refused_in(value: Any) -> _Refused | None:
+    if isinstance(value, list):
+        return next((refused for refused in map(_refused_in, value) if refused is not None), None)
+    if isinstance(value, float) and math.isnan(value):
+        return _Refused("NaN, which is no number")
+    return value if isinstance(value, _Refused) else None
 
 
 def _frozen(value: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from lowtide.whole_numbers import whole
+
 _DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _FACTORS = {"": 1, "B": 1, **_DECIMAL, **_BINARY}
@@ -15,8 +17,9 @@ def parse_bytes(size: str | int) -> int:
 
     GB is 10**9 bytes and GiB is 2**30; case does not matter. Raises `ValueError` for anything else.
     """
-    if isinstance(size, int) and not isinstance(size, bool):
-        return _not_negative(size)
+    number = whole(size)
+    if number is not None:
+        return _not_negative(number)
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     factor = _FACTORS.get(match[2].upper()) if match else None
     if match is None or factor is None:

@@ -60,6 +60,7 @@ def pipe(monkeypatch, tmp_path):
     """The stand-in, loaded whatever the model; the test runs in an empty folder."""
     fake = FakePipeline()
     monkeypatch.setattr(command, "load_pipeline", lambda request, device, dtype: fake)
+    monkeypatch.setattr(command, "check_kind", lambda model, *, video: None)
     monkeypatch.setattr(requests, "shipped_model", lambda: tmp_path)
     folder = tmp_path / "here"
     folder.mkdir()

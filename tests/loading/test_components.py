@@ -11,7 +11,8 @@ from tests import tiny
 
 import lowtide
 from lowtide.loading import components as loading
-from lowtide.loading.components import LoadOptions, load_text_encoder, read_model_index, spec_of
+from lowtide.loading.components import LoadOptions, load_text_encoder, spec_of
+from lowtide.loading.model_index import ComponentSpec, read_model_index
 from lowtide.pipelines import load
 from lowtide.pipelines.base import DiffusionPipeline
 from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
@@ -198,7 +199,9 @@ def test_an_entry_that_is_no_pair(folder, entry):
 @pytest.mark.parametrize("name", ["FluxPipeline", "", ..., 3, ["StableDiffusionPipeline"], "../x", "os.system"])
 def test_a_pipeline_that_we_have_not(folder, name):
     rewrite(folder / "model_index.json", _class_name=name)
-    with pytest.raises(ValueError, match=r"The checkpoint is a .*; Lowtide has StableDiffusionPipeline"):
+    with pytest.raises(
+        ValueError, match=r"is (a .*Lowtide makes pictures.*StableDiffusionPipeline|not possible; it is the name)"
+    ):
         DiffusionPipeline.from_pretrained(folder)
 
 
@@ -257,7 +260,7 @@ def test_lines_of_the_index(tmp_path):
     )
     name, components, settings = read_model_index(tmp_path)
     assert name == "X"
-    assert components == {"a": loading.ComponentSpec("a", "l", "C"), "b": None}
+    assert components == {"a": ComponentSpec("a", "l", "C"), "b": None}
     assert settings == {"requires_safety_checker": True}
     assert spec_of("text_encoder", tiny.text_encoder()).library == "transformers"
 
@@ -305,3 +308,24 @@ def test_names_of_image_processors_over_the_years(folder):
         eyes = DiffusionPipeline.from_pretrained(folder).feature_extractor
         assert isinstance(eyes, transformers.image_processing_utils.BaseImageProcessor)
         assert eyes.size["shortest_edge"] == 16
+
+
+def test_where_some_parts_have_no_such_variant_their_plain_weights_are_loaded(folder, tmp_path):
+    """A mixture, as other libraries load it too; which parts fall back is said."""
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    mixed = shutil.copytree(folder, tmp_path / "mixed")
+    for file in (mixed / "unet").glob("*.safetensors"):
+        file.unlink()
+    pipe.unet.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    shutil.copy(tmp_path / "half" / "diffusion_pytorch_model.fp16.safetensors", mixed / "unet")
+    with pytest.warns(UserWarning, match=r"has no variant 'fp16' of vae, text_encoder.*the plain weights are loaded"):
+        loaded = DiffusionPipeline.from_pretrained(mixed, variant="fp16", dtype="auto")
+    assert loaded.unet.dtype == torch.float16
+    assert loaded.vae.dtype == torch.float32
+    with pytest.warns(UserWarning, match="the plain weights are loaded"):
+        loaded = DiffusionPipeline.from_pretrained(mixed, variant="fp16", ram="64GB")
+    assert loaded.unet.dtype == torch.float32
+    with pytest.raises(FileNotFoundError, match=r"variant 'fp16'.*There are: variant=None"):
+        DiffusionPipeline.from_pretrained(folder, variant="fp16")  # negative control: none of the parts has it
+    with pytest.raises(FileNotFoundError, match=r"There are: variant='fp16'"):
+        DiffusionPipeline.from_pretrained(mixed)

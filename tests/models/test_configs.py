@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import tiny
 
-from lowtide.models.config_checks import LARGEST
+from lowtide.config_checks import LARGEST
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.unet_config import SUPPORTED, UNet2DConditionConfig
 from lowtide.models.vae import AutoencoderKL

@@ -82,7 +82,7 @@ def test_a_config_that_cannot_be_read(tmp_path):
     file = save(tiny.safety_checker(), tmp_path) / "config.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "projection_dim": "six"}))
-    with pytest.raises(CheckpointError, match=r"no StableDiffusionSafetyChecker can be read from it: .*projection_dim"):
+    with pytest.raises(CheckpointError, match=r"config.json: Safety checker config: projection_dim"):
         StableDiffusionSafetyChecker.from_folder(tmp_path, dtype=None)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"no config.json, so it is not a StableDiffusionSafetyChecker"):

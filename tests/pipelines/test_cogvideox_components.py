@@ -136,7 +136,8 @@ def test_files_are_fetched_that_are_published(folder):
             return folder
 
     source = Watching()
-    from lowtide.loading.components import LoadOptions, read_model_index
+    from lowtide.loading.components import LoadOptions
+    from lowtide.loading.model_index import read_model_index
 
     _, specs, _ = read_model_index(folder)
     load_components(source, specs, LoadOptions(None))

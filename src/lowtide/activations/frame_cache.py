@@ -11,6 +11,7 @@ import torch
 
 from lowtide.activations.pages import Pages, RowStore
 from lowtide.memory.rule import Tier
+from lowtide.whole_numbers import whole
 
 
 def frame_batches(frames: int, size: int) -> Iterator[slice]:
@@ -20,7 +21,7 @@ def frame_batches(frames: int, size: int) -> Iterator[slice]:
     than `size` is a single batch. Raises `ValueError` for a clip without frames, and for a size that is not a whole
     number of at least 1.
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if (whole(size) or 0) < 1:
         raise ValueError(
             f"Frames cannot be computed {size!r} at a time: give a whole number of at least 1. 2 is published."
         )

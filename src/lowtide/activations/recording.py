@@ -37,6 +37,16 @@ class Trace:
     kept: dict[int, Value]
 
 
+def check_no_autocast(module: nn.Module, device: torch.device) -> None:
+    """Raise `NotByRowsError` under `torch.autocast`, which changes dtypes from one operator to the next."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        raise NotByRowsError(
+            f"{type(module).__name__} cannot be computed row by row under torch.autocast, which gives each operator a "
+            "dtype of its own. Leave torch.autocast out and load the model in the dtype to compute in, such as "
+            "torch_dtype=torch.bfloat16, or decode whole: disable_vae_tiling()."
+        )
+
+
 @standing_for(None)
 def trace(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: Any = (), kwargs: Any = None) -> Trace:
     """Trace `module(x, *args, **kwargs)` for a map x `[1, C, H, W]` or a clip `[1, C, F, H, W]`.

@@ -22,7 +22,7 @@ from lowtide.activations.frame_cache import FrameCache
 from lowtide.activations.meta_run import DryRun
 from lowtide.activations.pages import FilePages, MemoryPages, NoPages, Pages, pages_in_block
 from lowtide.activations.passes import Schedule, plan
-from lowtide.activations.recording import trace
+from lowtide.activations.recording import check_no_autocast, trace
 from lowtide.activations.rules import NotByRowsError
 from lowtide.activations.run import Progress, RowSink, Run
 from lowtide.machine.host import host_memory
@@ -155,6 +155,7 @@ class RowStreaming:
         Those of the forms last used are kept.
         """
         _check_input(x)
+        check_no_autocast(self.module, x.device)
         if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
             raise ValueError(f"Row streaming of {type(self.module).__name__} takes one map and no other tensors.")
         told = tree_map_only(FrameCache, lambda cache: (cache.has_before, cache.is_last), (args, kwargs))

@@ -6,12 +6,14 @@ streaming (`lowtide.activations.row_streaming`) where the picture must be that o
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from lowtide.activations.run import RowSink
+from lowtide.whole_numbers import whole
 
 Network = Callable[[torch.Tensor], torch.Tensor]
 Sides = tuple[int, int]
@@ -31,10 +33,10 @@ class Tiles:
 
     def __post_init__(self) -> None:
         for side in (self.height, self.width):
-            if isinstance(side, bool) or not isinstance(side, int) or side < 1:
+            if (whole(side) or 0) < 1:
                 raise ValueError(f"tile_size={side!r} is not possible: give a whole number, at least one pixel.")
         for share in (self.overlap_height, self.overlap_width):
-            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+            if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 <= share < 1:
                 raise ValueError(f"overlap={share!r} is not possible: give a share of the tile, from 0 to below 1.")
 
     def in_latents(self, scale: int) -> tuple[Sides, Sides]:

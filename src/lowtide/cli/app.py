@@ -14,6 +14,7 @@ from lowtide.cli.doctor import doctor
 from lowtide.cli.errors import tell
 from lowtide.cli.generate import generate
 from lowtide.cli.plan_command import plan
+from lowtide.cli.terminal import make_readable
 
 app = typer.Typer(
     name="lowtide",
@@ -46,6 +47,7 @@ def _options(
 
 def main() -> None:
     """Run the command line."""
+    make_readable()
     warnings.showwarning = _show_warning
     app()
 

@@ -170,6 +170,7 @@ def generate(
 
 def run(request: Request) -> None:
     """Load the model and make the pictures or videos, each written as it is decoded; then say what it took."""
+    check_kind(request.model, video=request.video is not None)
     from lowtide.memory import Meter, steady_malloc
     from lowtide.progress import ProgressBar
 
@@ -212,7 +213,6 @@ def load_pipeline(request: Request, device: torch.device, dtype: torch.dtype) ->
     offload = None if request.offload is Offload.NONE else request.offload.value
     budget: dict[str, Any] = {} if request.budget is None else budget_options(request)
     is_video = request.video is not None
-    check_kind(request.model, video=is_video)
     pipeline = lowtide.CogVideoXPipeline if is_video else lowtide.StableDiffusionPipeline
     pipe = pipeline.from_pretrained(
         request.model,

@@ -103,9 +103,9 @@ def plan(
     with reported(debug=debug):
         budget = Budget(vram, ram, disk, tuple(dict.fromkeys(change.value for change in allow or ())))
         folder = resolve_model(model)
-        where = _device(device, budget)
         check_plot(plot)
         video = made_by(folder) == VIDEO_PIPELINE
+        where = _device(device, budget)
         asked = Asked(
             model=folder,
             is_video=video,

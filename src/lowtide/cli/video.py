@@ -15,7 +15,7 @@ from lowtide.media.png import fresh_path
 from lowtide.media.unfinished import whole_or_not
 from lowtide.stages import Stage
 
-VIDEO_PIPELINE = "CogVideoXPipeline"
+VIDEO_PIPELINE, PICTURE_PIPELINE = "CogVideoXPipeline", "StableDiffusionPipeline"
 WHOLE_CLIPS_UP_TO = 144 * 144
 """Pixels of a frame up to which a clip's frames are decoded whole where nothing else is asked for."""
 LONGEST_NAME = 200
@@ -99,21 +99,31 @@ def set_decoding(pipe: Any, decode: Decode, *, exact: bool) -> None:
         pipe.enable_vae_tiling()
 
 
-def made_by(model: str) -> str:
-    """The class of pipeline that a model's index names; only the index is fetched."""
-    from lowtide.hub import Source
-    from lowtide.loading.components import MODEL_INDEX, read_model_index
+def made_by(model: str, class_name: str | None = None) -> str:
+    """The class of pipeline that a model's index names, once its configurations were read and fit; free of torch.
 
-    return read_model_index(Source(model).fetch([MODEL_INDEX]))[0]
+    `class_name` is the class that it is to be loaded as, None for its own.
+    """
+    from lowtide.hub import Source
+    from lowtide.pipelines.parts import check_checkpoint
+
+    return check_checkpoint(Source(model), class_name)
 
 
 def check_kind(model: str, *, video: bool) -> None:
-    """Raise `InputError` for a model that makes the other kind of thing, before any of its weights are fetched."""
-    pipeline = made_by(model)
-    if pipeline == VIDEO_PIPELINE and not video:
+    """Raise for a model that cannot be loaded or makes the other kind of thing, before any of its weights are fetched.
+
+    Nothing heavy is imported for it.
+    """
+    from lowtide.hub import Source
+    from lowtide.loading.model_index import MODEL_INDEX, read_model_index
+
+    own = read_model_index(Source(model).fetch([MODEL_INDEX]))[0]
+    if own == VIDEO_PIPELINE and not video:
         raise InputError(f"--model {model} makes videos: add --video.")
-    if pipeline == "StableDiffusionPipeline" and video:
+    if own == PICTURE_PIPELINE and video:
         raise InputError(f"--model {model} makes pictures: leave out --video, or give a model such as CogVideoX.")
+    made_by(model, VIDEO_PIPELINE if video else PICTURE_PIPELINE)
 
 
 def _counted(frames: Iterable[Any], stage: Stage) -> Iterator[Any]:

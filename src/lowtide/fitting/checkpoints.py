@@ -17,8 +17,9 @@ from lowtide.fitting.fit import check_not_cast
 from lowtide.fitting.meta_subject import MetaSubject, Traces, meta_subject
 from lowtide.fitting.prepare import prepare
 from lowtide.hub import Source
-from lowtide.loading.blueprint import components_on_meta, config_patterns
-from lowtide.loading.components import ComponentSpec, LoadOptions, load_components
+from lowtide.loading.blueprint import components_on_meta
+from lowtide.loading.components import LoadOptions, load_components
+from lowtide.loading.model_index import ComponentSpec, config_patterns
 from lowtide.memory.presets import stream_for
 from lowtide.models.put_weights import Offload
 from lowtide.planning.plan import Budgets, Plan

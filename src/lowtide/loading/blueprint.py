@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,28 @@ from lowtide.loading.components import (
     FLOAT32_BESIDE_FLOAT16,
     MODELS,
     TEXT_ENCODERS,
-    ComponentSpec,
+    TEXT_ENTRIES,
     LoadOptions,
     text_encoder_on_meta,
+    weights_name,
+    without_variant,
 )
-from lowtide.models.mixin import WEIGHTS_NAME
+from lowtide.loading.model_index import ComponentSpec, component_folder
+from lowtide.models.foreign import read_foreign_config
+from lowtide.models.foreign_configs import SafetyCheckerEntries
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker
 from lowtide.quiet import quiet
 from lowtide.schedulers import SCHEDULERS
 from lowtide.weights.files import InFile
 from lowtide.weights.fill import dtype_by_name, state_names
 from lowtide.weights.index import CheckpointIndex, find_weights
-from lowtide.weights.names import SAFETY_CHECKER_NAMES, apply_names
+from lowtide.weights.names import SAFETY_CHECKER_NAMES, NameTable, apply_names
 from lowtide.weights.slots import slots
 
 _NAMES = {**TEXT_ENCODERS, "StableDiffusionSafetyChecker": SAFETY_CHECKER_NAMES}
 
 InFiles = dict[str, Mapping[str, InFile] | None]
 """For each network, by name, how its weights lie in files; None where there are no files."""
-
-
-def config_patterns(specs: Mapping[str, ComponentSpec | None]) -> Iterator[str]:
-    """Patterns of the files that `components_on_meta` reads, besides weights."""
-    yield from (f"{name}/*.json" for name, spec in specs.items() if spec is not None)
 
 
 def components_on_meta(
@@ -48,31 +47,39 @@ def components_on_meta(
     """
     parts: dict[str, Any] = {}
     in_files: InFiles = {}
+    plain = without_variant(folder, specs, options.variant)
     for name, spec in specs.items():
-        parts[name] = None if spec is None else _part(folder / name, spec, options)
-        if spec is not None and isinstance(parts[name], nn.Module):
-            in_files[name] = _fit_dtypes(parts[name], folder / name, spec.class_name, options)
+        if spec is None:
+            parts[name] = None
+            continue
+        own = component_folder(folder, name)
+        weights = _weights(own, spec.class_name, None if name in plain else options.variant)
+        parts[name] = _part(own, spec, weights, options)
+        if isinstance(parts[name], nn.Module):
+            in_files[name] = _fit_dtypes(parts[name], weights, spec.class_name, options)
     return parts, in_files
 
 
-def _part(folder: Path, spec: ComponentSpec, options: LoadOptions) -> Any:
+def _part(folder: Path, spec: ComponentSpec, weights: CheckpointIndex | None, options: LoadOptions) -> Any:
     name = spec.class_name
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder.parent} has no folder {folder.name!r}, which its model_index.json names.")
     if name in MODELS:
-        return MODELS[name].on_meta(folder)
+        return MODELS[name].on_meta(folder, MODELS[name].read_config(folder), weights)
     if name == "StableDiffusionSafetyChecker":
-        return StableDiffusionSafetyChecker.on_meta(folder)
+        entries = read_foreign_config(folder, SafetyCheckerEntries, name)
+        return StableDiffusionSafetyChecker.on_meta(folder, entries, weights)
     if name in TEXT_ENCODERS:
-        return text_encoder_on_meta(folder, name, options.dtype)
+        text = read_foreign_config(folder, TEXT_ENTRIES[name], name)
+        return text_encoder_on_meta(folder, name, text, options.dtype, weights)
     if name in SCHEDULERS:
         return SCHEDULERS[name].from_pretrained(folder)
     return object()
 
 
-def _fit_dtypes(module: nn.Module, folder: Path, class_name: str, options: LoadOptions) -> Mapping[str, InFile] | None:
+def _fit_dtypes(
+    module: nn.Module, weights: CheckpointIndex | None, class_name: str, options: LoadOptions
+) -> Mapping[str, InFile] | None:
     """Give a network on meta the dtypes that it would be loaded in, and return how its weights lie in files."""
-    index = _index(module, folder, class_name, options.variant)
+    index = None if weights is None else apply_names(weights, _names(class_name), state_names(module))
     in_file = None if index is None else {name: InFile.at(entry.offset, entry.dtype) for name, entry in index.items()}
     dtypes = [] if in_file is None else [weight.dtype for weight in in_file.values()]
     floating = next((dtype for dtype in dtypes if dtype.is_floating_point), None)
@@ -94,11 +101,13 @@ def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return nn.Parameter(converted, requires_grad=False) if isinstance(tensor, nn.Parameter) else converted
 
 
-def _index(module: nn.Module, folder: Path, class_name: str, variant: str | None) -> CheckpointIndex | None:
+def _weights(folder: Path, class_name: str, variant: str | None) -> CheckpointIndex | None:
     """The index of a network's weights; None where the folder holds none of any kind."""
     if not any(folder.glob("*.safetensors*")):
         return None
-    base = WEIGHTS_NAME if class_name in MODELS else "model"
-    names = MODELS[class_name].names if class_name in MODELS else _NAMES[class_name]
     with quiet():
-        return apply_names(find_weights(folder, base, variant), names, state_names(module))
+        return find_weights(folder, weights_name(class_name), variant)
+
+
+def _names(class_name: str) -> NameTable:
+    return MODELS[class_name].names if class_name in MODELS else _NAMES[class_name]

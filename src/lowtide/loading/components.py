@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import transformers
 from torch import nn
 
 from lowtide.casting.casting import Casting
-from lowtide.configs import read_json, write_json
+from lowtide.configs import write_json
 from lowtide.hub import Source, weight_patterns
+from lowtide.loading.model_index import ComponentSpec, check_class, component_folder
+from lowtide.models.bounded_build import build_on_meta
 from lowtide.models.foreign import read_foreign_config, reading
+from lowtide.models.foreign_configs import CLIPTextEntries, ForeignConfig, T5Entries
+from lowtide.models.image_processor_entries import ImageProcessorEntries
 from lowtide.models.mixin import WEIGHTS_NAME, ModelMixin
 from lowtide.models.put_weights import Offload, put_weights, resting_state
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker, position_ids
@@ -26,11 +31,9 @@ from lowtide.models.video_vae import AutoencoderKLCogVideoX
 from lowtide.quiet import quiet
 from lowtide.schedulers import SCHEDULERS
 from lowtide.weights.fill import state_names
-from lowtide.weights.index import CheckpointError, find_weights
+from lowtide.weights.index import CheckpointIndex, find_weights, variants_in
 from lowtide.weights.names import CLIP_TEXT_NAMES, T5_NAMES, NameTable, apply_names
 from lowtide.weights.save import save_tensors
-
-MODEL_INDEX = "model_index.json"
 
 MODELS: dict[str, type[ModelMixin]] = {
     "UNet2DConditionModel": UNet2DConditionModel,
@@ -39,6 +42,7 @@ MODELS: dict[str, type[ModelMixin]] = {
     "CogVideoXTransformer3DModel": CogVideoXTransformer3DModel,
 }
 TEXT_ENCODERS: dict[str, NameTable] = {"CLIPTextModel": CLIP_TEXT_NAMES, "T5EncoderModel": T5_NAMES}
+TEXT_ENTRIES: dict[str, type[ForeignConfig]] = {"CLIPTextModel": CLIPTextEntries, "T5EncoderModel": T5Entries}
 FLOAT32_BESIDE_FLOAT16: dict[str, tuple[str, ...]] = {"T5EncoderModel": ("*.DenseReluDense.wo.weight",)}
 """Patterns of weights that overflow in float16: they are float32 where the others are float16.
 
@@ -46,15 +50,6 @@ Where they rest in 8 bits, they compute in float32. This holds while loading: a 
 float16 as well, as it does in other libraries.
 """
 IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
-
-
-@dataclass(frozen=True)
-class ComponentSpec:
-    """One line of `model_index.json`: the component's name, the library that defines its class, and the class."""
-
-    name: str
-    library: str
-    class_name: str
 
 
 @dataclass(frozen=True)
@@ -70,35 +65,35 @@ class LoadOptions:
     casting: Casting | None = None
 
 
-def read_model_index(folder: Path) -> tuple[str, dict[str, ComponentSpec | None], dict[str, Any]]:
-    """The pipeline's class name, its components (None where the entry is null), and its other settings."""
-    file = folder / MODEL_INDEX
-    if not file.is_file():
-        names = sorted(path.name for path in folder.iterdir())[:20]
-        raise FileNotFoundError(
-            f"{folder} has no {MODEL_INDEX}, so it is not a pipeline's folder; it holds {names or 'nothing'}. "
-            "A single model is loaded with its own class, such as UNet2DConditionModel.from_pretrained."
-        )
-    content = read_json(file)
-    components: dict[str, ComponentSpec | None] = {}
-    settings: dict[str, Any] = {}
-    for name, entry in content.items():
-        if name.startswith("_"):
-            continue
-        if isinstance(entry, list):
-            components[name] = _component_spec(file, name, entry)
-        else:
-            settings[name] = entry
-    return str(content.get("_class_name", "")), components, settings
-
-
 def component_patterns(specs: Mapping[str, ComponentSpec | None], variant: str | None) -> Iterator[str]:
     """File patterns of the components to be loaded: configurations, vocabularies, and weights of one variant."""
     for name, spec in specs.items():
         if spec is not None:
             yield from (f"{name}/{pattern}" for pattern in ("*.json", "*.txt", "*.model"))
-            base = WEIGHTS_NAME if spec.class_name in MODELS else "model"
-            yield from (f"{name}/{pattern}" for pattern in weight_patterns(base, variant))
+            yield from (f"{name}/{pattern}" for pattern in weight_patterns(weights_name(spec.class_name), variant))
+
+
+def weights_name(class_name: str) -> str:
+    """What the weights of a network of this class are called."""
+    return WEIGHTS_NAME if class_name in MODELS else "model"
+
+
+def without_variant(folder: Path, specs: Mapping[str, ComponentSpec | None], variant: str | None) -> list[str]:
+    """The networks whose plain weights are loaded, since a folder has none of the `variant` asked for.
+
+    If no network has any, there is nothing to fall back from: the list is empty, and finding the weights raises.
+    """
+    networks = {name: spec for name, spec in specs.items() if spec is not None and _is_network(spec.class_name)}
+    names = [
+        name
+        for name, spec in networks.items()
+        if variant is not None and variant not in variants_in(folder / name, weights_name(spec.class_name))
+    ]
+    return names if len(names) < len(networks) else []
+
+
+def _is_network(class_name: str) -> bool:
+    return class_name in MODELS or class_name in TEXT_ENCODERS or class_name == "StableDiffusionSafetyChecker"
 
 
 def load_components(
@@ -114,10 +109,17 @@ def load_components(
     """
     loaders = {name: None if spec is None else _loader(spec) for name, spec in specs.items()}
     folder = source.fetch(component_patterns(specs, options.variant))
-    for name, loader in loaders.items():
-        if loader is not None and not (folder / name).is_dir():
-            raise FileNotFoundError(f"{folder} has no folder {name!r}, which its {MODEL_INDEX} names as a component.")
+    for name in (name for name, loader in loaders.items() if loader is not None):
+        component_folder(folder, name)
     chosen = {name: (own_options or {}).get(name, options) for name in loaders}
+    plain = without_variant(folder, specs, options.variant)
+    if plain:
+        warnings.warn(
+            f"{source.name} has no variant {options.variant!r} of {', '.join(plain)}: the plain weights are loaded.",
+            stacklevel=4,
+        )
+        source.fetch(component_patterns({name: specs[name] for name in plain}, None))
+        chosen |= {name: replace(chosen[name], variant=None) for name in plain}
     return {name: None if load is None else load(folder / name, chosen[name]) for name, load in loaders.items()}
 
 
@@ -150,8 +152,10 @@ def spec_of(name: str, component: Any) -> ComponentSpec:
 
 def load_text_encoder(folder: Path, class_name: str, options: LoadOptions) -> nn.Module:
     """Build a text encoder of `transformers` on meta and fill it from the mapped weights in `folder`."""
-    model = text_encoder_on_meta(folder, class_name, options.dtype)
-    index = apply_names(find_weights(folder, "model", options.variant), TEXT_ENCODERS[class_name], state_names(model))
+    entries = read_foreign_config(folder, TEXT_ENTRIES[class_name], class_name)
+    weights = find_weights(folder, "model", options.variant)
+    model = text_encoder_on_meta(folder, class_name, entries, options.dtype, weights)
+    index = apply_names(weights, TEXT_ENCODERS[class_name], state_names(model))
     put_weights(
         model,
         index,
@@ -164,17 +168,20 @@ def load_text_encoder(folder: Path, class_name: str, options: LoadOptions) -> nn
     return model.eval()
 
 
-def text_encoder_on_meta(folder: Path, class_name: str, dtype: torch.dtype | None) -> nn.Module:
+def text_encoder_on_meta(
+    folder: Path, class_name: str, entries: ForeignConfig, dtype: torch.dtype | None, weights: CheckpointIndex | None
+) -> nn.Module:
     """The text encoder of `transformers` that a folder's configuration describes, its weights on meta."""
     cls: Any = getattr(transformers, class_name)
-    config = read_foreign_config(folder, cls.config_class, class_name)
-    config.dtype = dtype
-    with reading(folder, class_name), torch.device("meta"):
-        return cls(config)
+    with reading(folder, class_name):
+        config = cls.config_class(**entries.entries())
+        config.dtype = dtype
+        return build_on_meta(lambda: cls(config), folder / "config.json", entries.entries(), weights)
 
 
 def _loader(spec: ComponentSpec) -> Callable[[Path, LoadOptions], Any]:
     """The function that loads a component's folder."""
+    check_class(spec)
     name = spec.class_name
     if name in MODELS:
         return lambda folder, options: MODELS[name].from_folder(folder, **vars(options))
@@ -186,13 +193,8 @@ def _loader(spec: ComponentSpec) -> Callable[[Path, LoadOptions], Any]:
         return lambda folder, options: load_text_encoder(folder, name, options)
     if name in TOKENIZERS:
         return lambda folder, _: load_tokenizer(folder, name)
-    if name in IMAGE_PROCESSORS:
-        return lambda folder, _: load_image_processor(folder)
-    possible = [*MODELS, *SCHEDULERS, *TEXT_ENCODERS, *TOKENIZERS, *IMAGE_PROCESSORS, "StableDiffusionSafetyChecker"]
-    raise ValueError(
-        f"Component {spec.name!r} is a {spec.class_name!r} of {spec.library!r}, which Lowtide does not have; it has "
-        f"{', '.join(possible)}. Load it yourself and pass it in: from_pretrained(..., {spec.name}=...)."
-    )
+    assert name in IMAGE_PROCESSORS, name
+    return lambda folder, _: load_image_processor(folder)
 
 
 def load_image_processor(folder: Path) -> Any:
@@ -201,7 +203,7 @@ def load_image_processor(folder: Path) -> Any:
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no {file.name}.")
-    read_json(file)
+    ImageProcessorEntries.from_file(file)
     with reading(folder, cls.__name__), quiet(FutureWarning):
         return cls.from_pretrained(folder, local_files_only=True)
 
@@ -210,12 +212,3 @@ def _published(component: nn.Module, name: str) -> str:
     """Checkpoints of CLIP's text model are published with a prefix that transformers 5 dropped from the class."""
     prefixed = type(component).__name__ == "CLIPTextModel" and not name.startswith("text_model.")
     return f"text_model.{name}" if prefixed else name
-
-
-def _component_spec(file: Path, name: str, entry: list[Any]) -> ComponentSpec | None:
-    if len(entry) != 2 or not all(part is None or isinstance(part, str) for part in entry):
-        raise CheckpointError(f"{file}: entry {name!r} must be [library, class], not {entry!r:.200}.")
-    if not name.isidentifier():
-        raise CheckpointError(f"{file}: {name[:80]!r} cannot be the name of a component.")
-    library, class_name = entry
-    return None if library is None or class_name is None else ComponentSpec(name, library, class_name)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lowtide.whole_numbers import whole
+
 Frames = Any
 """PIL images or arrays `[H, W, 3]` (uint8, or floats in [0, 1]) in any iterable, or one array `[F, H, W, 3]`."""
 
@@ -138,7 +140,7 @@ def _check_same_size(pixels_HW3: np.ndarray, first_HW3: np.ndarray, number: int)
 
 def _check_sheet(columns: int | None, count: int, fps: float | None, cell: int) -> None:
     for name, value, least in (("columns", columns, 1), ("count", count, 1), ("cell", cell, _SMALLEST_CELL)):
-        if value is not None and (not isinstance(value, int) or value < least):
+        if value is not None and (whole(value) or 0) < least:
             raise ValueError(f"{name}={value!r} is not possible: give a whole number from {least}.")
     if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"fps={fps!r} is not possible: give the frames a second, a number above 0.")

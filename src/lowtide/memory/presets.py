@@ -27,11 +27,11 @@ def execution_device(device: torch.device | str | int | None = None, gpu_id: int
     if asked is None and gpu_id is None:
         asked = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     elif asked is None:
-        asked = torch.device("cuda", gpu_id or 0)
+        asked = torch.device("cuda", int(gpu_id or 0))
     elif gpu_id is not None and asked.index not in (None, gpu_id):
         raise ValueError(f"gpu_id={gpu_id} and device={str(asked)!r} contradict each other: give one of them.")
     elif gpu_id is not None and asked.type != "cpu":
-        asked = torch.device(asked.type, gpu_id)
+        asked = torch.device(asked.type, int(gpu_id))
     if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device={str(asked)!r} is not possible: PyTorch sees {torch.cuda.device_count()} CUDA devices here. Leave "

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any, Self
 
+from lowtide.whole_numbers import whole
+
 
 class Tier(StrEnum):
     """Where weights can be."""
@@ -57,13 +59,12 @@ class Rule:
     block_modules: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.blocks_per_group < 1:
-            raise ValueError(f"blocks_per_group={self.blocks_per_group} is not possible: it is 1 or more.")
-        if self.prefetch < 0:
-            raise ValueError(f"prefetch={self.prefetch} is not possible: it is 0 or more.")
-        for name in ("resident_bytes", "host_bytes"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not possible: it is 0 or more.")
+        for name, least in (("blocks_per_group", 1), ("prefetch", 0), ("resident_bytes", 0), ("host_bytes", 0)):
+            given = getattr(self, name)
+            number = whole(given)
+            if given is not None and (number is None or number < least):
+                raise ValueError(f"{name}={given!r:.80} is not possible: it is {least} or more.")
+            object.__setattr__(self, name, number)
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON can hold it."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from lowtide.ops.attention import BACKENDS, DEFAULT, AttentionBackend, attention, available_backends
 from lowtide.sizes import parse_bytes
+from lowtide.whole_numbers import whole
 
 FOREIGN_NAME = "lowtide"
 """Under this name `transformers` knows our attention."""
@@ -46,8 +47,8 @@ def set_attention_slicing(modules: Iterable[nn.Module], slice_size: str | int | 
     networks = list(modules)
     parts = [part for module in networks for part in attention_modules(module)]
     most = max((_heads(part) for part in parts), default=1)
-    whole = isinstance(slice_size, int) and not isinstance(slice_size, bool) and 1 <= slice_size <= most
-    if slice_size not in ("auto", "max", None) and not whole:
+    named = slice_size is None or isinstance(slice_size, str)
+    if slice_size not in ("auto", "max", None) if named else not 1 <= (whole(slice_size) or 0) <= most:
         raise ValueError(
             f"slice_size={slice_size!r} is not possible: give 'auto' (half of the heads), 'max' (one at a time), or a "
             f"number of heads from 1 to {most}."

@@ -21,9 +21,10 @@ from lowtide.hooks import (
 )
 from lowtide.hub import Source, weight_patterns
 from lowtide.models.attention_backends import set_attention_backend, set_attention_slicing, xformers_or_sdpa
+from lowtide.models.bounded_build import build_on_meta
 from lowtide.models.put_weights import Offload, offload_named, put_weights, resting_state
 from lowtide.weights.fill import state_names
-from lowtide.weights.index import find_weights
+from lowtide.weights.index import CheckpointIndex, find_weights
 from lowtide.weights.names import NameTable, apply_names
 from lowtide.weights.provenance import keeping_origins
 from lowtide.weights.save import atomic_folder, save_tensors
@@ -109,22 +110,27 @@ class ModelMixin(nn.Module):
         casting: Casting | None = None,
     ) -> Self:
         """Load from a local folder; `dtype` None keeps the file's. Raises as `from_pretrained`."""
-        model = cls.on_meta(folder)
-        index = apply_names(find_weights(folder, WEIGHTS_NAME, variant), cls.names, state_names(model))
+        config = cls.read_config(folder)
+        weights = find_weights(folder, WEIGHTS_NAME, variant)
+        model = cls.on_meta(folder, config, weights)
+        index = apply_names(weights, cls.names, state_names(model))
         put_weights(model, index, dtype=dtype, offload=offload, casting=casting, never_cast=cls.never_cast)
         return model.eval()
 
     @classmethod
-    def on_meta(cls, folder: Path) -> Self:
-        """The model that a folder's configuration describes, its weights on meta. Raises as `from_pretrained`."""
+    def read_config(cls, folder: Path) -> Config:
+        """The configuration in a folder. Raises as `from_pretrained`."""
         if not (folder / CONFIG_NAME).is_file():
             raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}, so it is not a {cls.__name__} checkpoint.")
-        config = read_json(folder / CONFIG_NAME)
-        saved_as = config.get("_class_name", cls.__name__)
+        saved_as = read_json(folder / CONFIG_NAME).get("_class_name", cls.__name__)
         if saved_as != cls.__name__:
-            raise ValueError(f"{folder} holds a {saved_as}, not a {cls.__name__}: load it with that class.")
-        with torch.device("meta"):
-            return cls.from_config(config)
+            raise ValueError(f"{folder} holds a {saved_as!s:.80}, not a {cls.__name__}: load it with that class.")
+        return cls.config_class.from_file(folder / CONFIG_NAME)
+
+    @classmethod
+    def on_meta(cls, folder: Path, config: Config, weights: CheckpointIndex | None) -> Self:
+        """The model that the configuration in a folder describes, on meta, no larger than its `weights`."""
+        return build_on_meta(lambda: cls(config), folder / CONFIG_NAME, config.to_dict(), weights)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         return super()._apply(keeping_origins(fn), recurse)

@@ -11,10 +11,12 @@ from transformers import CLIPConfig, CLIPVisionModel
 
 from lowtide.casting.casting import Casting
 from lowtide.configs import write_json
+from lowtide.models.bounded_build import build_on_meta
 from lowtide.models.foreign import read_foreign_config, reading
+from lowtide.models.foreign_configs import SafetyCheckerEntries
 from lowtide.models.put_weights import Offload, put_weights, resting_state
 from lowtide.weights.fill import state_names
-from lowtide.weights.index import find_weights
+from lowtide.weights.index import CheckpointIndex, find_weights
 from lowtide.weights.names import SAFETY_CHECKER_NAMES, apply_names
 from lowtide.weights.save import save_tensors
 
@@ -52,17 +54,19 @@ class StableDiffusionSafetyChecker(nn.Module):
         casting: Casting | None = None,
     ) -> Self:
         """Load from a local folder; `dtype` None keeps the file's. Raises as `ModelMixin.from_pretrained`."""
-        model = cls.on_meta(folder)
-        index = apply_names(find_weights(folder, "model", variant), SAFETY_CHECKER_NAMES, state_names(model))
+        entries = read_foreign_config(folder, SafetyCheckerEntries, cls.__name__)
+        weights = find_weights(folder, "model", variant)
+        model = cls.on_meta(folder, entries, weights)
+        index = apply_names(weights, SAFETY_CHECKER_NAMES, state_names(model))
         put_weights(model, index, dtype=dtype, offload=offload, casting=casting, buffers=position_ids(model))
         return model.eval()
 
     @classmethod
-    def on_meta(cls, folder: Path) -> Self:
-        """The checker that a folder's configuration describes, its weights on meta."""
-        config = read_foreign_config(folder, CLIPConfig, cls.__name__)
-        with reading(folder, cls.__name__), torch.device("meta"):
-            return cls(config)
+    def on_meta(cls, folder: Path, entries: SafetyCheckerEntries, weights: CheckpointIndex | None) -> Self:
+        """The checker that the configuration in a folder describes, on meta, no larger than its `weights`."""
+        with reading(folder, cls.__name__):
+            config = CLIPConfig(**entries.entries())
+            return build_on_meta(lambda: cls(config), folder / "config.json", entries.vision_config.entries(), weights)
 
     def write_to(self, folder: Path, *, variant: str | None, max_shard_size: int | str | None) -> None:
         """Write configuration and weights into an existing folder, under the published names."""

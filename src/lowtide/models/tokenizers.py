@@ -8,9 +8,9 @@ from typing import Any
 
 import transformers
 
-from lowtide.configs import read_json
+from lowtide.configs import CheckpointError
 from lowtide.models.foreign import reading
-from lowtide.weights.index import CheckpointError
+from lowtide.models.vocabulary import check_vocabulary
 
 BYTE_PAIRS, PIECES = ("vocab.json", "merges.txt"), ("spiece.model",)
 TOKENIZERS: dict[str, tuple[str, ...]] = {
@@ -20,10 +20,11 @@ TOKENIZERS: dict[str, tuple[str, ...]] = {
     "T5TokenizerFast": PIECES,
 }
 """The classes, and the files that each can be read from where there is no `tokenizer.json`."""
-JSON_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
 PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 """The packages that read `spiece.model`, and their modules."""
 MOST_TOKENS = 100_000
+PROBE = "A sea, ½ of it \ufb01ne: 3 boats…"
+"""A text that every tokenizer must be able to read, with characters that are replaced by others."""
 
 
 def load_tokenizer(folder: Path, class_name: str) -> Any:
@@ -32,6 +33,7 @@ def load_tokenizer(folder: Path, class_name: str) -> Any:
     Raises `FileNotFoundError` if there is no vocabulary, `CheckpointError` for malformed files, and
     `ImportError` if a package that reads them is missing.
     """
+    check_vocabulary(folder)
     older = TOKENIZERS[class_name]
     has_older = all((folder / name).is_file() for name in older)
     if not (folder / "tokenizer.json").is_file():
@@ -39,11 +41,9 @@ def load_tokenizer(folder: Path, class_name: str) -> Any:
             raise FileNotFoundError(f"{folder} has neither tokenizer.json nor {' and '.join(older)}: no vocabulary.")
         if older == PIECES:
             _check_pieces(folder / older[0])
-    for name in JSON_FILES:
-        if (folder / name).is_file():
-            read_json(folder / name)
     with reading(folder, class_name):
         tokenizer = getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
+        tokenizer(PROBE, verbose=False)
     _check_length(folder, tokenizer, bounded=older == BYTE_PAIRS)
     return tokenizer
 

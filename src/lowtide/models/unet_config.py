@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lowtide.config_checks import LARGE, MOST_LAYERS, MOST_SIDE, SMALLEST, Range, check_supported, check_types
 from lowtide.configs import Config
-from lowtide.models.config_checks import check_supported, check_types
 
 CROSS_ATTENTION_BLOCKS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 PLAIN_BLOCKS = ("DownBlock2D", "UpBlock2D")
@@ -40,6 +40,13 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
+}
+RANGES: dict[str, Range] = {
+    "sample_size": (1, MOST_SIDE),
+    "layers_per_block": (1, MOST_LAYERS),
+    "transformer_layers_per_block": (1, MOST_LAYERS),
+    "norm_eps": (SMALLEST, 1),
+    "freq_shift": (-1, LARGE),
 }
 
 
@@ -75,12 +82,12 @@ class UNet2DConditionConfig(Config):
 
     def __post_init__(self) -> None:
         """Raise `ValueError`, naming the entry, for a network that we do not build."""
-        check_types(self, "U-Net")
+        check_types(self, "U-Net", RANGES)
         check_supported(self, "U-Net", SUPPORTED)
         possible = (*CROSS_ATTENTION_BLOCKS, *PLAIN_BLOCKS)
         for kind in (*self.down_block_types, *self.up_block_types):
             if kind not in possible:
-                raise ValueError(f"U-Net config: block type {kind!r} is not supported; possible: {possible}.")
+                raise ValueError(f"U-Net config: block type {kind[:80]!r} is not supported; possible: {possible}.")
         if isinstance(self.sample_size, tuple) and len(self.sample_size) != 2:
             raise ValueError(
                 f"U-Net config: sample_size={list(self.sample_size)} must be one side, or height and width."

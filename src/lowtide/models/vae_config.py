@@ -5,11 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lowtide.config_checks import (
+    LARGE,
+    MOST_LAYERS,
+    SMALLEST,
+    Range,
+    check_blocks,
+    check_supported,
+    check_types,
+)
 from lowtide.configs import Config
-from lowtide.models.config_checks import check_blocks, check_supported, check_types
 
 # Entries that would change the network, with the values that we build.
 SUPPORTED: dict[str, tuple[Any, ...]] = {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,)}
+RANGES: dict[str, Range] = {"layers_per_block": (1, MOST_LAYERS), "scaling_factor": (SMALLEST, LARGE)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +43,7 @@ class AutoencoderKLConfig(Config):
 
     def __post_init__(self) -> None:
         """Raise `ValueError`, naming the entry, for a network that we do not build."""
-        check_types(self, "VAE")
+        check_types(self, "VAE", RANGES)
         check_supported(self, "VAE", SUPPORTED)
         blocks = {"DownEncoderBlock2D": self.down_block_types, "UpDecoderBlock2D": self.up_block_types}
         check_blocks(self.block_out_channels, "VAE", blocks)

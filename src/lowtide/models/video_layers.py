@@ -7,6 +7,8 @@ thing there is.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -40,7 +42,9 @@ class PatchEmbed(nn.Module):
     def _first_positions(self) -> torch.Tensor:
         config = self.config
         grid = token_grid(config, config.sample_latent_frames, config.sample_height, config.sample_width)
-        table = sincos_table(config, grid).float()[None].to(torch.get_default_device())
+        if torch.get_default_device().type == "meta":
+            return torch.empty(1, config.max_text_seq_length + math.prod(grid), config.inner_dim)
+        table = sincos_table(config, grid).float()[None]
         return F.pad(table, (0, 0, config.max_text_seq_length, 0))
 
     def forward(self, text_BSC: torch.Tensor, latents_BFCHW: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from lowtide.models.model_outputs import Transformer3DModelOutput
 from lowtide.models.video_layers import GROUP, AdaLayerNorm, PatchEmbed, VideoBlock, VideoFeedForward
 from lowtide.models.video_positions import token_grid
 from lowtide.models.video_transformer_config import CogVideoXTransformer3DConfig
+from lowtide.whole_numbers import whole
 
 
 class CogVideoXTransformer3DModel(ModelMixin):
@@ -77,12 +78,12 @@ class CogVideoXTransformer3DModel(ModelMixin):
         if dim != 1:
             raise ValueError(f"dim={dim!r} is not possible: chunks are made of tokens, dim=1.")
         size = GROUP if chunk_size is None else chunk_size
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % GROUP:
+        if (whole(size) or 0) < 1 or size % GROUP:
             raise ValueError(
                 f"chunk_size={chunk_size!r} is not possible: it is a multiple of {GROUP}, or None. Tokens are always "
                 "multiplied in groups of that many, so that results do not depend on the chunk size."
             )
-        self._chunk(size)
+        self._chunk(int(size))
 
     def disable_forward_chunking(self) -> None:
         """Compute the feed-forwards for all tokens at once: the same results, for four times the tokens' memory."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lowtide.config_checks import LARGE, MOST_LAYERS, MOST_SIDE, SMALLEST, Range, check_supported, check_types
 from lowtide.configs import Config
-from lowtide.models.config_checks import check_supported, check_types
 
 # Entries that would change the network, with the values that we build.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -14,6 +14,16 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "dropout": (0, 0.0),
     "norm_elementwise_affine": (True,),
     "timestep_activation_fn": ("silu",),
+}
+RANGES: dict[str, Range] = {
+    "freq_shift": (-1, LARGE),
+    "num_layers": (1, MOST_LAYERS),
+    "sample_width": (1, MOST_SIDE),
+    "sample_height": (1, MOST_SIDE),
+    "sample_frames": (1, MOST_SIDE),
+    "norm_eps": (SMALLEST, 1),
+    "spatial_interpolation_scale": (SMALLEST, LARGE),
+    "temporal_interpolation_scale": (SMALLEST, LARGE),
 }
 
 
@@ -53,7 +63,7 @@ class CogVideoXTransformer3DConfig(Config):
 
     def __post_init__(self) -> None:
         """Raise `ValueError`, naming the entry, for a network that we do not build."""
-        check_types(self, "Video transformer")
+        check_types(self, "Video transformer", RANGES)
         check_supported(self, "Video transformer", SUPPORTED)
         if self.use_learned_positional_embeddings and not self.use_rotary_positional_embeddings:
             _refuse("use_learned_positional_embeddings without use_rotary_positional_embeddings is not supported.")
@@ -67,9 +77,6 @@ class CogVideoXTransformer3DConfig(Config):
         width = self.attention_head_dim if self.use_rotary_positional_embeddings else self.inner_dim
         if width % 16:
             _refuse(f"{size}={width} must be a multiple of 16: positions are split over it.")
-        for key in ("spatial_interpolation_scale", "temporal_interpolation_scale"):
-            if not getattr(self, key) > 0:
-                _refuse(f"{key}={getattr(self, key)} is not possible; it must be above 0.")
         for key in ("sample_height", "sample_width"):
             if getattr(self, key) < self.patch_size:
                 _refuse(f"{key}={getattr(self, key)} is smaller than patch_size={self.patch_size}.")

@@ -5,8 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lowtide.config_checks import (
+    LARGE,
+    MOST_LAYERS,
+    SMALLEST,
+    Range,
+    check_blocks,
+    check_supported,
+    check_types,
+)
 from lowtide.configs import Config
-from lowtide.models.config_checks import check_blocks, check_supported, check_types
 
 # Entries that would change the network, with the values that we build.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -15,6 +23,11 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "latents_std": (None,),
     "use_quant_conv": (False,),
     "use_post_quant_conv": (False,),
+}
+RANGES: dict[str, Range] = {
+    "layers_per_block": (1, MOST_LAYERS),
+    "norm_eps": (SMALLEST, 1),
+    "scaling_factor": (SMALLEST, LARGE),
 }
 
 
@@ -41,7 +54,7 @@ class AutoencoderKLCogVideoXConfig(Config):
 
     def __post_init__(self) -> None:
         """Raise `ValueError`, naming the entry, for a network that we do not build."""
-        check_types(self, "Video VAE")
+        check_types(self, "Video VAE", RANGES)
         check_supported(self, "Video VAE", SUPPORTED)
         blocks = {"CogVideoXDownBlock3D": self.down_block_types, "CogVideoXUpBlock3D": self.up_block_types}
         check_blocks(self.block_out_channels, "Video VAE", blocks)

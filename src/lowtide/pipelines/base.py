@@ -30,6 +30,7 @@ from lowtide.models.attention_backends import set_attention_backend, set_attenti
 from lowtide.models.mixin import chosen_dtype
 from lowtide.models.put_weights import offload_named
 from lowtide.pipelines.decode_ways import DecodeWays
+from lowtide.pipelines.decoding import check_streaming
 from lowtide.pipelines.load import open_checkpoint
 from lowtide.pipelines.named_components import Components
 from lowtide.pipelines.offloading import end_offload, offload
@@ -331,6 +332,7 @@ class DiffusionPipeline(Components):
         with self.call_lock.call(), claimed(self.scheduler), ExitStack() as stack:
             if size is not None:
                 fitting.before_call(self, size)
+            check_streaming(self.vae, self.device, size)
             check_files(tensor for module in self.modules().values() for tensor in module.parameters())
             for stream in self.streams():
                 stack.enter_context(stream.held())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -10,18 +12,25 @@ from typing import Any
 
 import torch
 
-from lowtide.pipelines.number_checks import check_counts
+from lowtide.pipelines.number_checks import check_count
 from lowtide.pipelines.pipeline_outputs import OUTPUT_TYPES
 from lowtide.planning.run_size import RunSize
 from lowtide.schedulers import Generators
+from lowtide.whole_numbers import whole
 
 
-def check_size(height: int, width: int, multiple: int) -> None:
-    """Raise `ValueError` unless both are positive multiples of `multiple` pixels."""
-    for name, value in (("height", height), ("width", width)):
-        if not isinstance(value, int) or value < multiple or value % multiple:
-            near = max(round(value / multiple), 1) * multiple if isinstance(value, (int, float)) else multiple
-            raise ValueError(f"{name}={value!r} is not possible: it must be a multiple of {multiple}; try {near}.")
+def check_size(height: Any, width: Any, multiple: int) -> tuple[int, int]:
+    """Height and width; raises `ValueError` unless both are positive multiples of `multiple` pixels."""
+    return _check_side("height", height, multiple), _check_side("width", width, multiple)
+
+
+def _check_side(name: str, side: Any, multiple: int) -> int:
+    number = whole(side)
+    if number is None or number < multiple or number % multiple:
+        is_number = isinstance(side, numbers.Real) and math.isfinite(side)
+        near = max(round(float(side) / multiple), 1) * multiple if is_number else multiple
+        raise ValueError(f"{name}={side!r:.80} is not possible: it must be a multiple of {multiple}; try {near}.")
+    return number
 
 
 LARGEST_SIDE = 32768
@@ -41,7 +50,9 @@ def run_size(height: int, width: int, **asked: Any) -> RunSize:
         raise ValueError(f"output={given['output']!r} is not possible; choose one of {', '.join(OUTPUT_TYPES)}.")
     if not isinstance(given.get("guided", True), bool):
         raise ValueError(f"guided={given['guided']!r} is not possible: it is True or False.")
-    check_counts(**{name: given[name] for name in ("pictures", "prompts", "steps", "frames") if name in given})
+    for name in ("pictures", "prompts", "steps", "frames"):
+        if name in given:
+            given[name] = check_count(name, given[name])
     if given.get("prompts", 1) > given.get("pictures", 1):
         raise ValueError("A run makes at least one picture of each prompt: prompts is at most pictures.")
     return RunSize(height, width, **given)

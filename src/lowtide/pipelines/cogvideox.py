@@ -19,7 +19,8 @@ from lowtide.pipelines.decoding import check_decoding, decoding
 from lowtide.pipelines.frames import Frames
 from lowtide.pipelines.guidance import changed_by_callback, dynamic_guidance
 from lowtide.pipelines.latents import kept_safe, load_latents
-from lowtide.pipelines.number_checks import check_counts, check_guidance, check_steps
+from lowtide.pipelines.number_checks import check_count, check_guidance, check_steps
+from lowtide.pipelines.parts import KINDS
 from lowtide.pipelines.pipeline_outputs import VIDEO_OUTPUT_TYPES, CogVideoXPipelineOutput
 from lowtide.pipelines.traced_stages import clip_stages
 from lowtide.planning.run_size import RunSize
@@ -40,7 +41,7 @@ class CogVideoXPipeline(DiffusionPipeline):
     calls need `prompt_embeds`, and with guidance `negative_prompt_embeds`.
     """
 
-    component_names: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+    component_names: ClassVar[tuple[str, ...]] = KINDS["CogVideoXPipeline"].components
 
     def __init__(self, *, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, scheduler: Scheduler) -> None:
         super().__init__()
@@ -50,6 +51,7 @@ class CogVideoXPipeline(DiffusionPipeline):
         self.transformer = transformer
         self.scheduler = scheduler
         self._transformer_config = transformer.config
+        self.check_parts()
 
     def __call__(
         self,
@@ -90,12 +92,13 @@ class CogVideoXPipeline(DiffusionPipeline):
         height, width, num_frames = self.clip_size(height, width, num_frames)
         checks.check_attention_kwargs(attention_kwargs)
         checks.check_generator(generator)
-        check_steps(num_inference_steps)
-        check_counts(num_videos_per_prompt=num_videos_per_prompt, max_sequence_length=max_sequence_length)
+        num_inference_steps = check_steps(num_inference_steps)
+        num_videos_per_prompt = check_count("num_videos_per_prompt", num_videos_per_prompt)
+        max_sequence_length = check_count("max_sequence_length", max_sequence_length)
         checks.check_timesteps(self.scheduler, timesteps)
         checks.check_output_type(output_type, possible=VIDEO_OUTPUT_TYPES)
         checks.check_callback_inputs(callback_on_step_end_tensor_inputs, CALLBACK_TENSORS)
-        check_guidance(guidance_scale)
+        guidance_scale = check_guidance(guidance_scale)
         guided = guidance_scale > 1
         self.check_prompts(prompt, negative_prompt, guided, prompt_embeds, negative_prompt_embeds, max_sequence_length)
         batch = checks.count_prompts(prompt, prompt_embeds) * num_videos_per_prompt
@@ -259,11 +262,10 @@ class CogVideoXPipeline(DiffusionPipeline):
         Warns where the decoder makes another number of frames than is asked for.
         """
         config, scale = self.transformer_config, self.vae_scale_factor
-        rows: int = config.sample_height * scale if height is None else height
-        columns: int = config.sample_width * scale if width is None else width
-        frames: int = config.sample_frames if num_frames is None else num_frames
-        checks.check_size(rows, columns, scale * config.patch_size)
-        check_counts(num_frames=frames)
+        rows = config.sample_height * scale if height is None else height
+        columns = config.sample_width * scale if width is None else width
+        rows, columns = checks.check_size(rows, columns, scale * config.patch_size)
+        frames = check_count("num_frames", config.sample_frames if num_frames is None else num_frames)
         checks.warn_of_other_frames(frames, self._frames_of(self._latent_frames(frames)))
         return rows, columns, frames
 

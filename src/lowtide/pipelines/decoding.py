@@ -6,10 +6,13 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
+from lowtide.activations.recording import check_no_autocast
 from lowtide.activations.row_streaming import RowStreaming, row_streaming_of
 from lowtide.activations.run import Progress
+from lowtide.planning.run_size import RunSize
 from lowtide.stages import Stage, Stages
 
 
@@ -18,6 +21,12 @@ def check_decoding(vae: Any, shape: tuple[int, ...]) -> None:
     streaming = _streaming(vae)
     if streaming is not None:
         getattr(vae, "check_decoding", streaming.check)(shape)
+
+
+def check_streaming(vae: Any, device: torch.device, size: RunSize | None) -> None:
+    """Raise `NotByRowsError` before any step where the way to decode that is set cannot be gone now."""
+    if _streaming(vae) is not None and (size is None or size.output != "latent"):
+        check_no_autocast(vae.decoder, device)
 
 
 @contextmanager

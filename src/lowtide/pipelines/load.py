@@ -14,23 +14,12 @@ from lowtide.configs import write_json
 from lowtide.fitting.checkpoints import Checkpoint
 from lowtide.fitting.prepare import Fit, prepare
 from lowtide.hub import Source
-from lowtide.loading.components import (
-    MODEL_INDEX,
-    ComponentSpec,
-    LoadOptions,
-    read_model_index,
-    save_component,
-    spec_of,
-)
+from lowtide.loading.components import LoadOptions, save_component, spec_of
+from lowtide.loading.model_index import MODEL_INDEX, read_model_index
 from lowtide.models.mixin import PEER_VERSION
+from lowtide.pipelines.parts import KINDS, check_folder, class_to_load, specs_to_load
 from lowtide.planning.plan import Budgets
 from lowtide.weights.save import atomic_folder
-
-PIPELINES = {
-    "StableDiffusionPipeline": "lowtide.pipelines.stable_diffusion",
-    "CogVideoXPipeline": "lowtide.pipelines.cogvideox",
-}
-"""The classes of pipelines by the names that checkpoints use, and where they are."""
 
 
 def open_checkpoint(
@@ -44,14 +33,21 @@ def open_checkpoint(
     Raises `FileNotFoundError` where there is none, and `ValueError` for another class than the checkpoint's, for
     components that the class does not have, and for missing ones.
     """
-    class_name, specs, _ = read_model_index(source.fetch([MODEL_INDEX]))
-    chosen = pipeline_class or _class_called(class_name)
-    if class_name in PIPELINES and not issubclass(chosen, _class_called(class_name)):
-        raise ValueError(
-            f"{source.name} holds a {class_name}, not a {chosen.__name__}: load it with that class, or with "
-            "DiffusionPipeline, which takes the checkpoint's own."
-        )
-    return Checkpoint(chosen, source, _to_load(chosen, specs, given or {}), options, given or {})
+    own, specs, _ = read_model_index(source.fetch([MODEL_INDEX]))
+    given = given or {}
+    asked = None if pipeline_class is None else _kind_of(pipeline_class)
+    class_name = class_to_load(source.name, own, asked)
+    chosen = pipeline_class or getattr(importlib.import_module(KINDS[class_name].module), class_name)
+    possible = chosen.component_names
+    unknown = sorted(set(given) - set(possible))
+    if unknown:
+        raise ValueError(f"{chosen.__name__} takes no {unknown}; its components are {', '.join(possible)}.")
+    unused = [name for name, spec in specs.items() if spec is not None and name not in possible]
+    to_load = specs_to_load(own, possible, chosen.optional_components, specs, given)
+    check_folder(class_name, source, to_load, given)
+    if unused:
+        warnings.warn(f"{chosen.__name__} has no use for the checkpoint's {', '.join(unused)}.", stacklevel=3)
+    return Checkpoint(chosen, source, to_load, options, given)
 
 
 def prepare_checkpoint(
@@ -73,32 +69,9 @@ def prepare_checkpoint(
     return prepare(meta, budgets, meta.subject.usual_size(**size), allow=allow)
 
 
-def _class_called(name: str) -> type[Any]:
-    if name not in PIPELINES:
-        raise ValueError(
-            f"The checkpoint is a {name or 'pipeline without a name'}; Lowtide has {', '.join(PIPELINES)}."
-        )
-    return getattr(importlib.import_module(PIPELINES[name]), name)
-
-
-def _to_load(
-    pipeline_class: type[Any], specs: Mapping[str, ComponentSpec | None], given: Mapping[str, Any]
-) -> dict[str, ComponentSpec | None]:
-    """The components to load: those of the class that are not given."""
-    possible, optional = pipeline_class.component_names, pipeline_class.optional_components
-    unknown = sorted(set(given) - set(possible))
-    if unknown:
-        raise ValueError(f"{pipeline_class.__name__} takes no {unknown}; its components are {', '.join(possible)}.")
-    chosen = {name: specs.get(name) for name in possible if name not in given}
-    unused = [name for name, spec in specs.items() if spec is not None and name not in possible]
-    if unused:
-        warnings.warn(f"{pipeline_class.__name__} has no use for the checkpoint's {', '.join(unused)}.", stacklevel=4)
-    missing = [name for name, spec in chosen.items() if spec is None and name not in optional]
-    if missing:
-        raise ValueError(
-            f"The checkpoint has no {', '.join(missing)}: pass it in, as in from_pretrained(..., {missing[0]}=...)."
-        )
-    return chosen
+def _kind_of(pipeline_class: type[Any]) -> str:
+    """The name of the pipeline of ours that a class is, or is derived from."""
+    return next(cls.__name__ for cls in pipeline_class.__mro__ if cls.__name__ in KINDS)
 
 
 def save_pipeline(

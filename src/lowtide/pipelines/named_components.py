@@ -12,6 +12,7 @@ from torch import nn
 from lowtide.memory.attach import attachment_of, detach
 from lowtide.memory.stream import Stream
 from lowtide.pipelines.load import save_pipeline
+from lowtide.pipelines.parts import KINDS, check_parts
 
 
 class Components:
@@ -24,6 +25,12 @@ class Components:
     def components(self) -> dict[str, Any]:
         """Every component by name; optional ones may be None."""
         return {name: getattr(self, name) for name in self.component_names}
+
+    def check_parts(self) -> None:
+        """Raise `UnfitPartsError` unless the configurations of the components fit each other."""
+        kind = next((cls.__name__ for cls in type(self).__mro__ if cls.__name__ in KINDS), None)
+        if kind is not None:
+            check_parts(kind, {name: getattr(part, "config", None) for name, part in self.components.items()})
 
     def modules(self) -> dict[str, nn.Module]:
         """The components that are networks."""

@@ -21,7 +21,8 @@ from lowtide.pipelines import checks
 from lowtide.pipelines.base import DiffusionPipeline, StepCallback
 from lowtide.pipelines.decoding import check_decoding, decoding
 from lowtide.pipelines.latents import kept_safe, load_latents
-from lowtide.pipelines.number_checks import check_counts, check_guidance, check_steps
+from lowtide.pipelines.number_checks import check_count, check_guidance, check_steps
+from lowtide.pipelines.parts import KINDS
 from lowtide.pipelines.picture_files import OutputPath, picture_files, write_picture
 from lowtide.pipelines.pipeline_outputs import StableDiffusionPipelineOutput, to_output, to_pil, to_unit_range
 from lowtide.pipelines.traced_stages import picture_stages
@@ -39,10 +40,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
     timestep and embeddings in this order and returns an object with `.sample`, or a tuple.
     """
 
-    component_names: ClassVar[tuple[str, ...]] = (
-        "vae", "text_encoder", "tokenizer", "unet", "scheduler", "safety_checker", "feature_extractor",
-    )  # fmt: skip
-    optional_components: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor")
+    component_names: ClassVar[tuple[str, ...]] = KINDS["StableDiffusionPipeline"].components
+    optional_components: ClassVar[tuple[str, ...]] = KINDS["StableDiffusionPipeline"].optional
 
     def __init__(
         self,
@@ -66,6 +65,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self.safety_checker = safety_checker
         self.feature_extractor = feature_extractor
         self._unet_config: UNet2DConditionConfig = unet.config
+        self.check_parts()
 
     def __call__(
         self,
@@ -103,9 +103,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
         for embeds, name in ((prompt_embeds, "prompt_embeds"), (negative_prompt_embeds, "negative_prompt_embeds")):
             checks.check_width(embeds, name, self.unet_config.cross_attention_dim)
         checks.check_generator(generator)
-        check_steps(num_inference_steps)
-        check_counts(num_images_per_prompt=num_images_per_prompt)
-        check_guidance(guidance_scale)
+        num_inference_steps = check_steps(num_inference_steps)
+        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
+        guidance_scale = check_guidance(guidance_scale)
         checks.check_output_type(output_type, output_path)
         checks.check_callback_inputs(callback_on_step_end_tensor_inputs, CALLBACK_TENSORS)
         if output_type != "latent":
@@ -280,8 +280,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         rows, columns = (size, size) if isinstance(size, int) else size
         height = rows * self.vae_scale_factor if height is None else height
         width = columns * self.vae_scale_factor if width is None else width
-        checks.check_size(height, width, self.vae_scale_factor)
-        return height, width
+        return checks.check_size(height, width, self.vae_scale_factor)
 
     def usual_size(self, **asked: Any) -> RunSize:
         """The size of a run, the model's own where nothing is asked; raises `ValueError` as `checks.run_size` does."""

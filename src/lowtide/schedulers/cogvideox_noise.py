@@ -59,7 +59,7 @@ class CogVideoXScheduler(SchedulerBase[CogVideoXConfigT]):
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Lay out `num_inference_steps` timesteps. Raises `ValueError` if they do not fit the training schedule."""
         spaced = self._spaced(num_inference_steps).round()
-        self.num_inference_steps = num_inference_steps
+        self.num_inference_steps = int(num_inference_steps)
         self.timesteps = torch.as_tensor(spaced, dtype=torch.int64, device=device)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,23 @@ from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from lowtide.configs import Config, read_json, write_json
+from lowtide.config_checks import LARGE, SMALLEST, Range, check_types
+from lowtide.configs import Config, write_json
 from lowtide.hub import Source
 from lowtide.schedulers import noise_schedule
 
 CONFIG_NAME = "scheduler_config.json"
 FORMAT_VERSION = "0.42.1"  # the diffusers release whose file format we write
+
+MOST_TIMESTEPS = 100_000
+RANGES: Mapping[str, Range] = {
+    "num_train_timesteps": (1, MOST_TIMESTEPS),
+    "steps_offset": (0, MOST_TIMESTEPS),
+    "lambda_min_clipped": (-math.inf, LARGE),
+    "clip_sample_range": (SMALLEST, LARGE),
+    "sigma_min": (SMALLEST, LARGE),
+    "sigma_max": (SMALLEST, LARGE),
+}
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Timestep = int | float | Tensor
@@ -129,18 +141,23 @@ class SchedulerConfig(Config):
                 raise unsupported(self, key, f"one of {', '.join(map(repr, allowed))}")
         if "snr_shift_scale" in entries:
             check_number(self, "snr_shift_scale", (int, float), 1e-6, 1e6)
-        check_number(self, "num_train_timesteps", int, 1, 1_000_000)
+        check_number(self, "num_train_timesteps", int, 1, MOST_TIMESTEPS)
         check_number(self, "steps_offset", int, 0, self.num_train_timesteps - 1)
         for key in ("beta_start", "beta_end"):
             check_number(self, key, (int, float), 1e-12, 1 - 1e-6)
         betas = self.trained_betas
-        if betas is not None and not (len(betas) == self.num_train_timesteps and all(0 < b < 1 for b in betas)):
+        if betas is not None and not _are_betas(betas, self.num_train_timesteps):
             raise unsupported(self, "trained_betas", f"null or {self.num_train_timesteps} numbers between 0 and 1")
+        check_types(self, type(self).__name__.removesuffix("Config"), RANGES)
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
         """Read `source`; entries listed in its `_use_default_values`, which the peer writes, count as not given."""
         defaulted = source.get("_use_default_values", ())
+        if not isinstance(defaulted, (list, tuple)) or not all(isinstance(name, str) for name in defaulted):
+            raise ValueError(
+                f"_use_default_values={defaulted!r:.80} is not possible: it is a list of names of entries."
+            )
         entries = {k: v for k, v in source.items() if k not in defaulted and k not in ("given", "unused")}
         foreign = {k: v for k, v in entries.items() if v in cls.FOREIGN.get(k, ())}
         config = super().from_dict({k: v for k, v in entries.items() if k not in foreign})
@@ -218,7 +235,7 @@ class SchedulerBase(Generic[ConfigT]):
         path = Source(os.fspath(folder)).fetch([name]) / name
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist. Name a folder that holds {CONFIG_NAME}, or its subfolder.")
-        return cls.from_config(read_json(path))
+        return cls(cls.config_class.from_file(path))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `scheduler_config.json` to `folder`, which is created if it is missing."""
@@ -241,7 +258,7 @@ class SchedulerBase(Generic[ConfigT]):
 
     def _spaced(self, num_steps: int, least: int = 1) -> noise_schedule.FloatArray:
         c = self.config
-        noise_schedule.check_num_steps(num_steps, c.num_train_timesteps, least)
+        num_steps = noise_schedule.check_num_steps(num_steps, c.num_train_timesteps, least)
         spaced = noise_schedule.spaced_timesteps(c.timestep_spacing, num_steps, c.num_train_timesteps, c.steps_offset)
         noise_schedule.check_timesteps(spaced.round(), c.num_train_timesteps, c.timestep_spacing)
         return spaced
@@ -302,6 +319,11 @@ def _training_alphas(config: SchedulerConfig, zero_snr: bool) -> Tensor:
     return noise_schedule.cumulative_alphas(noise_schedule.rescale_to_zero_snr(betas) if zero_snr else betas)
 
 
+def _are_betas(betas: Any, count: int) -> bool:
+    is_list = isinstance(betas, tuple) and len(betas) == count
+    return is_list and all(type(beta) in (int, float) and 0 < beta < 1 for beta in betas)
+
+
 def check_number(config: SchedulerConfig, key: str, kind: type | tuple[type, ...], low: float, high: float) -> None:
     """Raise `ValueError` unless the entry `key` is a number of a `kind`, from `low` to `high`."""
     value = config[key]
@@ -313,4 +335,4 @@ def check_number(config: SchedulerConfig, key: str, kind: type | tuple[type, ...
 def unsupported(config: SchedulerConfig, key: str, possible: str) -> ValueError:
     """The error for the value of the entry `key`, saying what is `possible`."""
     name = type(config).__name__.removesuffix("Config")
-    return ValueError(f"{name}: {key}={config.get(key)!r} is not supported; it must be {possible}.")
+    return ValueError(f"{name}: {key}={config.get(key)!r:.80} is not supported; it must be {possible}.")

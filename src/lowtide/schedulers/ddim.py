@@ -63,7 +63,7 @@ class DDIMScheduler(SchedulerBase[DDIMConfig]):
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Lay out `num_inference_steps` timesteps. Raises `ValueError` if they do not fit the training schedule."""
         spaced = self._spaced(num_inference_steps).round()
-        self.num_inference_steps = num_inference_steps
+        self.num_inference_steps = int(num_inference_steps)
         self.timesteps = torch.as_tensor(spaced, dtype=torch.int64, device=device)
 
     def step(
@@ -81,6 +81,7 @@ class DDIMScheduler(SchedulerBase[DDIMConfig]):
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} is not possible: choose from 0 (deterministic) to 1 (as random as DDPM).")
+        eta = float(eta)  # numpy's numbers would make arrays of tensors
         bar, bar_prev = self._alpha_bars(int(timestep))
         alpha, sigma, kind = bar**0.5, (1 - bar) ** 0.5, self.config.prediction_type
         original = noise_schedule.predict_original(kind, model_output, sample, alpha, sigma)

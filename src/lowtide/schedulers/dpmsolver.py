@@ -102,7 +102,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler[DPMSolverMultistepConfig]):
         Raises `ValueError` if they do not fit the training schedule.
         """
         c = self.config
-        noise_schedule.check_num_steps(num_inference_steps, c.num_train_timesteps)
+        num_inference_steps = noise_schedule.check_num_steps(num_inference_steps, c.num_train_timesteps)
         if c.use_karras_sigmas:
             ends = float(self._training_sigmas[-1]), float(self._training_sigmas[0])
             sigmas = noise_schedule.karras_sigmas(*ends, num_inference_steps)

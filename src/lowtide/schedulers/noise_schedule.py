@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lowtide.whole_numbers import whole
+
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 KARRAS_RHO = 7.0
@@ -148,13 +150,15 @@ def check_predicts(kind: str, alpha_bar: Tensor, timestep: int) -> None:
         )
 
 
-def check_num_steps(num_steps: int, num_train: int, least: int = 1) -> None:
-    """Raise `ValueError` unless `num_steps` is from `least` to `num_train`."""
-    if not least <= num_steps <= num_train:
+def check_num_steps(num_steps: int, num_train: int, least: int = 1) -> int:
+    """The number of steps; raises `ValueError` unless it is whole, from `least` to `num_train`."""
+    number = whole(num_steps)
+    if number is None or not least <= number <= num_train:
         raise ValueError(
-            f"num_inference_steps={num_steps} is not possible: choose from {least} to {num_train} "
+            f"num_inference_steps={num_steps!r:.80} is not possible: choose from {least} to {num_train} "
             f"(the model was trained with {num_train} timesteps)."
         )
+    return number
 
 
 def check_timesteps(timesteps: NDArray[np.floating], num_train: int, spacing: str) -> None:

@@ -76,7 +76,7 @@ class PNDMScheduler(SchedulerBase[PNDMConfig]):
         c = self.config
         least = 1 if c.skip_prk_steps else RUNGE_KUTTA_STEPS + 1
         spaced = self._spaced(num_inference_steps, least).round()
-        self.num_inference_steps = num_inference_steps
+        self.num_inference_steps = int(num_inference_steps)
         if c.skip_prk_steps:
             calls = np.concatenate([spaced[:1], spaced[1:2], spaced[1:]])
         else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowtide.schedulers import noise_schedule
-from lowtide.schedulers.common import Generators, StepOutput, Timestep
+from lowtide.schedulers.common import Generators, StepOutput, Timestep, unsupported
 from lowtide.schedulers.noise_schedule import NoiseLevel, noise_level
 from lowtide.schedulers.sigmas import MultistepConfig, SigmaScheduler
 
@@ -35,6 +35,9 @@ class UniPCMultistepConfig(MultistepConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        steps = self.disable_corrector
+        if not isinstance(steps, tuple) or not all(type(step) is int for step in steps):
+            raise unsupported(self, "disable_corrector", "a list of whole numbers")
         if not self.predict_x0 and self.final_sigmas_type == "zero":
             raise ValueError(
                 "UniPCMultistep: predict_x0=False cannot end at sigma 0. "
@@ -142,7 +145,7 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Lay out `num_inference_steps` timesteps. Raises `ValueError` if they do not fit the training schedule."""
         c = self.config
-        noise_schedule.check_num_steps(num_inference_steps, c.num_train_timesteps)
+        num_inference_steps = noise_schedule.check_num_steps(num_inference_steps, c.num_train_timesteps)
         smallest = float(self._training_sigmas[0])
         if c.use_karras_sigmas:
             high = float(self._training_sigmas[-1]) if c.sigma_max is None else c.sigma_max

@@ -16,7 +16,11 @@ from typing import Any
 
 import torch
 
-MAX_HEADER_BYTES = 100_000_000
+from lowtide.configs import CheckpointError, read_bounded
+
+MAX_HEADER_BYTES = 4_000_000
+"""The largest header that is read, and index of shards; published ones of these models have up to 400,000 bytes."""
+MOST_TENSORS = 20_000
 MAX_DIMENSIONS = 64
 PICKLED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
@@ -50,10 +54,6 @@ _FILE_NAMES = (
     ("index", r"(?P<base>[^.]+)\.safetensors\.(?P<variant>.+)\.index\.json"),
     ("index", r"(?P<base>[^.]+)\.(?P<variant>.+)\.safetensors\.index\.json"),
 )
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is malformed, incomplete or unusable; the message names the file and the reason."""
 
 
 class UnsafeWeightsError(CheckpointError):
@@ -118,6 +118,8 @@ def read_index(file: Path) -> CheckpointIndex:
     """
     file = file.absolute()  # the data is read later, perhaps from another working directory
     header, data_start, size = _read_header(file)
+    if len(header) > MOST_TENSORS:
+        raise CheckpointError(f"{file}: the header names {len(header)} tensors; at most {MOST_TENSORS} are allowed.")
     metadata = _checked_metadata(file, header.pop("__metadata__", {}))
     entries = {name: _checked_entry(file, name, claim, data_start) for name, claim in header.items()}
     _check_layout(file, entries, data_start, size)
@@ -152,6 +154,13 @@ def find_weights(folder: Path, base_name: str, variant: str | None = None) -> Ch
             f"({base_name}.safetensors.index.json). A download or a save was cut short: repeat it."
         )
     raise _no_weights(folder, base_name, variant, names)
+
+
+def variants_in(folder: Path, base_name: str) -> set[str | None]:
+    """The variants of the weights called `base_name` that a folder holds; None stands for the plain files."""
+    if not folder.is_dir():
+        return set()
+    return {variant for variant, _ in _published([entry.name for entry in folder.iterdir()], base_name)}
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
@@ -292,10 +301,7 @@ def _read_shards(folder: Path, index_name: str, names: list[str]) -> CheckpointI
 
 
 def _read_weight_map(index_file: Path) -> dict[str, str]:
-    size = _regular_size(index_file)
-    if size > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{index_file}: {size} bytes; at most {MAX_HEADER_BYTES} are allowed.")
-    weight_map = _parse_object(index_file, index_file.read_bytes()).get("weight_map")
+    weight_map = _parse_object(index_file, read_bounded(index_file, MAX_HEADER_BYTES)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index_file}: weight_map must map tensor names to file names.")
     return weight_map

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lowtide.configs import Config
 from lowtide.models.config_checks import check_supported, check_types
-
-# Entries that would change the network, with the values that we build.
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "activation_fn": ("gelu-approximate",),
-    "dropout": (0, 0.0),
-    "norm_elementwise_affine": (True,),
-    "timestep_activation_fn": ("silu",),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +44,18 @@ class CogVideoXTransformer3DConfig(Config):
     use_learned_positional_embeddings: bool = False
     patch_bias: bool = True
 
+    # Entries that would change the network, with the values that we build.
+    SUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "activation_fn": ("gelu-approximate",),
+        "dropout": (0, 0.0),
+        "norm_elementwise_affine": (True,),
+        "timestep_activation_fn": ("silu",),
+    }
+
     def __post_init__(self) -> None:
         """Raise `ValueError`, naming the entry, for a network that we do not build."""
         check_types(self, "Video transformer")
-        check_supported(self, "Video transformer", SUPPORTED)
+        check_supported(self, "Video transformer")
         if self.use_learned_positional_embeddings and not self.use_rotary_positional_embeddings:
             _refuse("use_learned_positional_embeddings without use_rotary_positional_embeddings is not supported.")
         if self.patch_size_t is not None and not self.use_rotary_positional_embeddings:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lowtide.configs import Config
 from lowtide.models.config_checks import check_blocks, check_supported, check_types
-
-# Entries that would change the network, with the values that we build.
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu",),
-    "latents_mean": (None,),
-    "latents_std": (None,),
-    "use_quant_conv": (False,),
-    "use_post_quant_conv": (False,),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +31,19 @@ class AutoencoderKLCogVideoXConfig(Config):
     force_upcast: bool | float = True
     invert_scale_latents: bool = False
 
+    # Entries that would change the network, with the values that we build.
+    SUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "act_fn": ("silu",),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+        "use_quant_conv": (False,),
+        "use_post_quant_conv": (False,),
+    }
+
     def __post_init__(self) -> None:
         """Raise `ValueError`, naming the entry, for a network that we do not build."""
         check_types(self, "Video VAE")
-        check_supported(self, "Video VAE", SUPPORTED)
+        check_supported(self, "Video VAE")
         blocks = {"CogVideoXDownBlock3D": self.down_block_types, "CogVideoXUpBlock3D": self.up_block_types}
         check_blocks(self.block_out_channels, "Video VAE", blocks)
         ratio, most = self.temporal_compression_ratio, 2 ** (len(self.block_out_channels) - 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lowtide.configs import write_json
+from lowtide.configs import Config, write_json
 from lowtide.fitting.checkpoints import Checkpoint
 from lowtide.fitting.prepare import Fit, prepare
 from lowtide.hub import Source
@@ -38,11 +38,13 @@ def open_checkpoint(
     options: LoadOptions,
     pipeline_class: type[Any] | None = None,
     given: Mapping[str, Any] | None = None,
+    dtypes: Mapping[str, torch.dtype | None] | None = None,
 ) -> Checkpoint:
     """A checkpoint, its index read; `pipeline_class` None takes the checkpoint's own.
 
-    Raises `FileNotFoundError` where there is none, and `ValueError` for another class than the checkpoint's, for
-    components that the class does not have, and for missing ones.
+    `given` are components, and settings of the class, that are used instead of the checkpoint's; `dtypes` those of some
+    components by name. Raises `FileNotFoundError` where there is none, and `ValueError` for another class than the
+    checkpoint's, for components that the class does not have, and for missing ones.
     """
     class_name, specs, _ = read_model_index(source.fetch([MODEL_INDEX]))
     chosen = pipeline_class or _class_called(class_name)
@@ -51,7 +53,10 @@ def open_checkpoint(
             f"{source.name} holds a {class_name}, not a {chosen.__name__}: load it with that class, or with "
             "DiffusionPipeline, which takes the checkpoint's own."
         )
-    return Checkpoint(chosen, source, _to_load(chosen, specs, given or {}), options, given or {})
+    strange = sorted(set(dtypes or {}) - set(chosen.component_names))
+    if strange:
+        raise ValueError(f"dtype has {strange}; the components are {', '.join(chosen.component_names)}, or 'default'.")
+    return Checkpoint(chosen, source, _to_load(chosen, specs, given or {}), options, given or {}, dtypes or {})
 
 
 def prepare_checkpoint(
@@ -86,7 +91,7 @@ def _to_load(
 ) -> dict[str, ComponentSpec | None]:
     """The components to load: those of the class that are not given."""
     possible, optional = pipeline_class.component_names, pipeline_class.optional_components
-    unknown = sorted(set(given) - set(possible))
+    unknown = sorted(set(given) - {*possible, *pipeline_class.setting_names})
     if unknown:
         raise ValueError(f"{pipeline_class.__name__} takes no {unknown}; its components are {', '.join(possible)}.")
     chosen = {name: specs.get(name) for name in possible if name not in given}
@@ -99,6 +104,30 @@ def _to_load(
             f"The checkpoint has no {', '.join(missing)}: pass it in, as in from_pretrained(..., {missing[0]}=...)."
         )
     return chosen
+
+
+def pipeline_from(pipeline_class: Any, other: Any, given: Mapping[str, Any]) -> Any:
+    """A pipeline of a class, of the components of another but for those given; raises `ValueError` where some lack."""
+    names = (*pipeline_class.component_names, *pipeline_class.setting_names)
+    unknown = sorted(set(given) - set(names))
+    if unknown:
+        raise ValueError(f"{pipeline_class.__name__} takes no {unknown}; it takes {', '.join(names)}.")
+    parts = {name: getattr(other, name) for name in names if hasattr(other, name)} | dict(given)
+    missing = [name for name in pipeline_class.component_names if name not in parts]
+    missing = [name for name in missing if name not in pipeline_class.optional_components]
+    if missing:
+        raise ValueError(
+            f"A {type(other).__name__} has no {', '.join(missing)}: pass it in, as in from_pipe(..., {missing[0]}=...)."
+        )
+    return pipeline_class(**parts)
+
+
+def pipeline_config(pipe: Any) -> Config:
+    """The library and class of every component, and the settings of the pipeline's class."""
+    specs = {name: None if part is None else spec_of(name, part) for name, part in pipe.components.items()}
+    parts = {name: (None, None) if spec is None else (spec.library, spec.class_name) for name, spec in specs.items()}
+    settings = {name: getattr(pipe, name) for name in pipe.setting_names}
+    return Config(unused={"_class_name": type(pipe).__name__, **parts, **settings})
 
 
 def save_pipeline(

@@ -19,6 +19,13 @@ def check_steps(steps: int, name: str = "num_inference_steps") -> None:
         raise ValueError(f"{name}={steps!r} is not possible: it must be a whole number, at least 1. 20 to 50 is usual.")
 
 
+def check_rescale(guidance_rescale: float) -> None:
+    """Raise `ValueError` unless the share of guidance that is rescaled is a finite number, at least 0."""
+    is_number = isinstance(guidance_rescale, numbers.Real) and not isinstance(guidance_rescale, bool)
+    if not is_number or not 0 <= guidance_rescale < math.inf:
+        raise ValueError(f"guidance_rescale={guidance_rescale!r:.80} is not possible: 0 leaves it out, 0.7 is usual.")
+
+
 def check_guidance(guidance_scale: float, name: str = "guidance_scale") -> None:
     """Raise `ValueError` unless the guidance is a finite number; `name` is what the caller calls it."""
     is_number = isinstance(guidance_scale, numbers.Real) and not isinstance(guidance_scale, bool)

@@ -6,13 +6,14 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from lowtide.configs import Config, read_json, write_json
+from lowtide.configs import Config, frozen, read_json, write_json
 from lowtide.hub import Source
+from lowtide.peer_names import PeerNames, refuse_arguments
 from lowtide.schedulers import noise_schedule
 
 CONFIG_NAME = "scheduler_config.json"
@@ -22,9 +23,11 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 Timestep = int | float | Tensor
 
 
-@dataclasses.dataclass(frozen=True)
-class StepOutput:
-    """The sample at the next, lower noise level, and the solver's estimate of the clean sample, if it makes one."""
+class StepOutput(NamedTuple):
+    """The sample at the next, lower noise level, and the solver's estimate of the clean sample, if it makes one.
+
+    It has names and is a tuple, so it serves whatever `return_dict` asks for.
+    """
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
@@ -36,7 +39,7 @@ class Scheduler(Protocol):
     Call `set_timesteps`, multiply noise by `init_noise_sigma`, then for each of `timesteps` in order: give
     `scale_model_input(sample, t)` to the model and its output to `step`. The noise schedule stays on the CPU; only
     `timesteps` are moved to the device asked for. `eta` matters only to DDIM, `generator` only where noise is drawn
-    (DDIM with eta > 0, and always CogVideoX's DPM-Solver++); the others accept and ignore them.
+    (DDIM with eta > 0, Euler with churn, and always CogVideoX's DPM-Solver++); the others accept and ignore them.
     """
 
     @property
@@ -55,8 +58,8 @@ class Scheduler(Protocol):
         ...
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | Config) -> Self:
-        """Build from the entries of a file or from any scheduler's configuration."""
+    def from_config(cls, config: Mapping[str, Any] | Config, **entries: Any) -> Self:
+        """Build from the entries of a file or from any scheduler's configuration, changed by other `entries`."""
         ...
 
     @classmethod
@@ -84,6 +87,7 @@ class Scheduler(Protocol):
         *,
         eta: float = 0.0,
         generator: Generators = None,
+        return_dict: bool = True,
     ) -> StepOutput:
         """From `sample` at `timestep` to what the next model call needs, in the same shape and dtype."""
         ...
@@ -119,6 +123,8 @@ class SchedulerConfig(Config):
         "prediction_type": ("epsilon", "v_prediction", "sample"),
         "timestep_spacing": noise_schedule.TIMESTEP_SPACINGS,
     }
+    # Entry -> its usual value: entries that change nothing here, as they change nothing in the published class.
+    IDLE: ClassVar[Mapping[str, Any]] = {}
     # Entry -> values that only another class understands: here the default applies, and the value is kept as unused.
     FOREIGN: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
@@ -149,6 +155,11 @@ class SchedulerConfig(Config):
         return dataclasses.replace(config, unused={**config.unused, **foreign}, given=given)
 
     @classmethod
+    def usual(cls) -> dict[str, Any]:
+        """The entries that need not be told, at their usual values."""
+        return {**cls.IDLE, **{key: possible[0] for key, possible in cls.ALLOWED.items()}}
+
+    @classmethod
     def from_scheduler(cls, other: SchedulerConfig) -> Self:
         """Take over the configuration of any scheduler; see the class."""
         return cls.from_dict(other.carried())
@@ -161,9 +172,16 @@ class SchedulerConfig(Config):
     def changed(self, entries: Mapping[str, Any]) -> Self:
         """This configuration with other `entries`, which count as given."""
         fields = {field.name for field in dataclasses.fields(self)}
-        own = {key: value for key, value in entries.items() if key in fields}
+        own = {key: frozen(value) for key, value in entries.items() if key in fields}
         rest = {key: value for key, value in entries.items() if key not in fields}
         return dataclasses.replace(self, unused={**self.unused, **rest}, given=self.given | own.keys(), **own)
+
+    def told(self, owner: str, entries: Mapping[str, Any]) -> Self:
+        """This configuration with other `entries` by name, as `owner` takes them; raises `TypeError` for others."""
+        known = self.keys()
+        refuse_arguments(owner, {key: value for key, value in entries.items() if key not in known})
+        own = {key: value for key, value in entries.items() if key in known}
+        return self.changed(own) if own else self
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: every field, then the unknown entries of the source."""
@@ -180,13 +198,15 @@ class SchedulerConfig(Config):
 ConfigT = TypeVar("ConfigT", bound=SchedulerConfig)
 
 
-class SchedulerBase(Generic[ConfigT]):
+class SchedulerBase(PeerNames, Generic[ConfigT]):
     """Configuration, training schedule (on the CPU) and file format; the subclasses add the solver.
 
     The training schedule follows from the configuration, unless `alphas_cumprod` gives another.
     """
 
     config_class: type[ConfigT]
+    order = 1
+    """Model calls a timestep."""
 
     def __init__(self, config: ConfigT, *, zero_snr: bool = False, alphas_cumprod: Tensor | None = None) -> None:
         self.config = config
@@ -200,13 +220,25 @@ class SchedulerBase(Generic[ConfigT]):
         return 1.0
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | Config) -> Self:
-        """Build from the entries of a file or from any scheduler's configuration; entries unknown here are kept."""
+    def from_config(cls, config: Mapping[str, Any] | Config, **entries: Any) -> Self:
+        """Build from the entries of a file or from any scheduler's configuration; entries unknown here are kept.
+
+        Other `entries` by name, as in `from_config(config, use_karras_sigmas=True)`, replace those of `config`; raises
+        `TypeError` for names that this class does not have.
+        """
         if isinstance(config, SchedulerConfig):
-            return cls(cls.config_class.from_scheduler(config))
-        if isinstance(config, Config):
-            config = config.to_dict()
-        return cls(cls.config_class.from_dict(config))
+            return cls(cls.config_class.from_scheduler(config), **entries)
+        return cls(cls.config_class.from_dict(config.to_dict() if isinstance(config, Config) else config), **entries)
+
+    @classmethod
+    def _configured(cls, config: ConfigT | None, entries: Mapping[str, Any]) -> ConfigT:
+        """`config`, or the class's own, with other entries."""
+        config = cls.config_class() if config is None else config
+        if not isinstance(config, cls.config_class):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"{cls.__name__} takes its entries by name, as in num_train_timesteps=1000, not {config!r:.80}."
+            )
+        return config.told(cls.__name__, entries)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str | None = None) -> Self:

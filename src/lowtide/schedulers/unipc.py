@@ -129,8 +129,8 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
 
     config_class = UniPCMultistepConfig
 
-    def __init__(self, config: UniPCMultistepConfig | None = None) -> None:
-        config = config or UniPCMultistepConfig()
+    def __init__(self, config: UniPCMultistepConfig | None = None, **entries: Any) -> None:
+        config = self._configured(config, entries)
         super().__init__(config, zero_snr=config.rescale_betas_zero_snr)
         self._forget()
 
@@ -144,11 +144,12 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
         c = self.config
         noise_schedule.check_num_steps(num_inference_steps, c.num_train_timesteps)
         smallest = float(self._training_sigmas[0])
-        if c.use_karras_sigmas:
-            high = float(self._training_sigmas[-1]) if c.sigma_max is None else c.sigma_max
-            smallest = smallest if c.sigma_min is None else c.sigma_min
-            sigmas = noise_schedule.karras_sigmas(high, smallest, num_inference_steps)
-            timesteps = noise_schedule.timesteps_of_sigmas(sigmas, self._training_sigmas).round()
+        high = float(self._training_sigmas[-1]) if c.sigma_max is None else c.sigma_max
+        low = smallest if c.sigma_min is None else c.sigma_min
+        sigmas = self._spread_sigmas(high, low, num_inference_steps)
+        if sigmas is not None:
+            timesteps = noise_schedule.timesteps_of_sigmas(sigmas, self._training_sigmas)
+            timesteps = timesteps.round() if c.use_karras_sigmas else timesteps
             smallest = float(sigmas[-1])
         else:
             timesteps = noise_schedule.solver_timesteps(
@@ -168,6 +169,7 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
         *,
         eta: float = 0.0,
         generator: Generators = None,
+        return_dict: bool = True,
     ) -> StepOutput:
         """Correct `sample` at `timestep`, then predict the next one; `eta` and `generator` have no effect.
 
@@ -182,8 +184,8 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
         order = self._order(place, len(past))
         stretch = unipc_stretch(sample, target, past[-order:], c.solver_type, c.predict_x0)
         prev_sample = unip_step(stretch)
-        self._past, self._last_sample, self._last_order, self._place = past, sample, order, place + 1
-        if self._place == len(self.timesteps):
+        self._past, self._last_sample, self._last_order, self._step_index = past, sample, order, place + 1
+        if self._step_index == len(self.timesteps):
             self._forget()
         return StepOutput(prev_sample, value if c.predict_x0 else None)
 

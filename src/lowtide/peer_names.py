@@ -15,6 +15,7 @@ _NOISE = (
     "it follows from the configuration: build another scheduler with from_config(config, ...), or assign alphas_cumprod"
 )
 _FLOW = "flow schedules are not computed; leave it out"
+_FIXED_PARTS = "the network is built of other parts, which its configuration says"
 _SPACING = "build one that knows it, as in DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)"
 _ROWS = "use enable_tiling and decode, or decode_rows"
 _FUSED = "attention is computed as it is; choose how with set_attention_backend"
@@ -59,6 +60,7 @@ INSTEAD: dict[str, str] = {
     # attributes of pipelines
     "from_single_file": "single-file checkpoints are not read: convert them to a folder",
     "from_config": "load with from_pretrained, or give the components to the class itself",
+    "load_config": "read pipe.config, or the model_index.json",
     "download": "from_pretrained downloads what it needs",
     "image_encoder": _ADAPTERS,
     "image_processor": "choose the form of the pictures with output_type, or decode with pipe.decode_latents",
@@ -68,6 +70,10 @@ INSTEAD: dict[str, str] = {
     "compatibles": "lowtide.schedulers.SCHEDULERS lists the schedulers",
     "progress_bar": "add an observer to pipe.stages.observers",
     "_progress_bar_config": "call set_progress_bar_config",
+    "vae_scale_factor_spatial": "it is pipe.vae_scale_factor, which follows from the autoencoder's configuration",
+    "vae_scale_factor_temporal": "it is pipe.vae.config.temporal_compression_ratio",
+    "vae_scaling_factor_image": "it is pipe.vae.config.scaling_factor",
+    "_is_unet_config_sample_size_int": "it follows from unet.config.sample_size",
     "register_modules": "assign components, as in pipe.vae = vae",
     "register_to_config": "give it to the class when the pipeline is built",
     "hf_device_map": "networks are on pipe.device, or come to it under an offload",
@@ -92,7 +98,12 @@ INSTEAD: dict[str, str] = {
     "lora_scale": _ADAPTERS,
     "_lora_scale": _ADAPTERS,
     **dict.fromkeys(_OF_ADAPTERS.split(), _ADAPTERS),
+    "fused_loras": _ADAPTERS,
+    "num_fused_loras": _ADAPTERS,
+    "parameters": "it is pipe.components",
     # attributes of models
+    "is_gradient_checkpointing": "models are for inference",
+    "is_cache_enabled": "steps are all computed; caches between steps are not built",
     "attn_processors": _FUSED,
     "set_attn_processor": _FUSED,
     "set_default_attn_processor": "use set_attention_backend('sdpa')",
@@ -110,6 +121,10 @@ INSTEAD: dict[str, str] = {
     "tiled_decode": _ROWS,
     "blend_h": _ROWS,
     "blend_v": _ROWS,
+    "class_embedding": _FIXED_PARTS,
+    "encoder_hid_proj": _FIXED_PARTS,
+    "time_embed_act": _FIXED_PARTS,
+    "ofs_proj": _FIXED_PARTS,
     "num_upsamplers": "it follows from the configuration: len(config.block_out_channels) - 1",
     "sample_size": "it is unet.config.sample_size; give height= and width= to the call",
     "_internal_dict": "build another one with from_config",
@@ -137,14 +152,13 @@ INSTEAD: dict[str, str] = {
 """The peer's name -> what there is instead, in words."""
 
 _READ_ONLY = {
+    "quant_conv": "this network has none",
+    "post_quant_conv": "this network has none",
     "config": "build another one with from_config(config, entry=value)",
     "components": "assign the components themselves, as in pipe.vae = vae",
     "device": "call .to(device)",
     "dtype": "call .to(dtype)",
     "vae_scale_factor": "it follows from the autoencoder's configuration",
-    "vae_scale_factor_spatial": "it follows from the autoencoder's configuration",
-    "vae_scale_factor_temporal": "it follows from the autoencoder's configuration",
-    "vae_scaling_factor_image": "it follows from the autoencoder's configuration",
     "init_noise_sigma": "multiply the latents that you give to the call",
     "step_index": "assign _step_index, or call set_begin_index",
     "begin_index": "call set_begin_index",

@@ -165,6 +165,13 @@ class AutoencoderKLCogVideoX(AutoencoderMixin):
         self.num_latent_frames_batch_size = 2
         self.num_sample_frames_batch_size = 8
 
+    @property
+    def quant_conv(self) -> None:
+        """None: no published model has one."""
+        return
+
+    post_quant_conv = quant_conv
+
     def usual_tiles(self) -> Tiles:
         """Half the published height and width, with a sixth and a fifth of overlap."""
         return Tiles(self.config.sample_height // 2, self.config.sample_width // 2, 1 / 6, 1 / 5)

@@ -21,7 +21,8 @@ OldCallback = Callable[[int, torch.Tensor, torch.Tensor], Any]
 class Callbacks:
     """`on_step_end` is told of the tensors called `inputs`; `possible` are those that it may ask for and change.
 
-    `callback` is told of every so many steps.
+    `callback` is told of every so many steps, and of none of the model calls that a scheduler takes in addition to the
+    `steps` asked for, which are its first.
     """
 
     on_step_end: StepCallback | None
@@ -29,6 +30,7 @@ class Callbacks:
     possible: Sequence[str]
     callback: OldCallback | None = None
     every: int = 1
+    steps: int = 1
 
     @classmethod
     def of(
@@ -38,6 +40,8 @@ class Callbacks:
         inputs: Sequence[str],
         callback: OldCallback | None = None,
         callback_steps: int | None = None,
+        *,
+        steps: int = 1,
     ) -> Self:
         """Those of a call; a callback that has `tensor_inputs` says itself what it asks for.
 
@@ -48,7 +52,7 @@ class Callbacks:
         every = 1 if callback_steps is None else callback_steps
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"callback_steps={every!r} is not possible: it must be a whole number, at least 1.")
-        return cls(on_step_end, inputs, possible, callback, every)
+        return cls(on_step_end, inputs, possible, callback, every, steps)
 
     def after_step(
         self, pipe: Any, step: int, timestep: torch.Tensor, x: torch.Tensor, embeds: torch.Tensor, **others: Any
@@ -60,6 +64,6 @@ class Callbacks:
             asked = {name: tensors[name] for name in self.inputs}
             returned = checks.check_returned(self.on_step_end(pipe, step, timestep, asked), self.possible)
             x, embeds, _ = changed_by_callback(x, embeds, negative, returned)
-        if self.callback is not None and step % self.every == 0:
+        if self.callback is not None and step % self.every == 0 and step >= pipe.num_timesteps - self.steps:
             self.callback(step, timestep, x)
         return x, embeds

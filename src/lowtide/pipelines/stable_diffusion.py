@@ -138,7 +138,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         checks.check_attention_kwargs(cross_attention_kwargs, "cross_attention_kwargs")
         checks.check_output_type(output_type, output_path)
         inputs = callback_on_step_end_tensor_inputs
-        callbacks = Callbacks.of(CALLBACK_TENSORS, callback_on_step_end, inputs, callback, callback_steps)
+        steps = checks.count_steps(num_inference_steps, timesteps, sigmas)
+        callbacks = Callbacks.of(CALLBACK_TENSORS, callback_on_step_end, inputs, callback, callback_steps, steps=steps)
         if output_type != "latent":
             check_decoding(self.vae, self.latent_shape(1, height, width))
         prompts = checks.count_prompts(prompt, prompt_embeds)
@@ -146,7 +147,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         files: list[PictureFile] = []
         if output_type == "file":
             files = picture_files(output_path, count)
-        guided, steps = guidance_scale > 1, checks.count_steps(num_inference_steps, timesteps, sigmas)
+        guided = guidance_scale > 1
         size = RunSize(height, width, count, prompts, steps, guided, output=output_type)
         with self.running(size):
             self.begin(guidance_scale, guidance_rescale=guidance_rescale, clip_skip=clip_skip)

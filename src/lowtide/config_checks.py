@@ -39,9 +39,9 @@ def check_types(config: Config, kind: str, ranges: Mapping[str, Range] | None = 
             raise ValueError(f"{said}; it must be {_type_in_words(hint, span)}.")
 
 
-def check_supported(config: Config, kind: str, supported: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise `ValueError` for an entry without a field whose value is not among the `supported` ones."""
-    for key, possible in supported.items():
+def check_supported(config: Config, kind: str) -> None:
+    """Raise `ValueError` for an entry without a field whose value is not among the supported ones."""
+    for key, possible in config.SUPPORTED.items():
         if key in config.unused and config.unused[key] not in possible:
             raise ValueError(f"{kind} config: {key}={config.unused[key]!r:.80} is not supported; possible: {possible}.")
 

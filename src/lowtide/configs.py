@@ -6,9 +6,9 @@ import dataclasses
 import json
 import math
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 MOST_CONFIG_BYTES = 2**20
 """The largest file of configurations that is read; published ones have a few kilobytes."""
@@ -21,20 +21,23 @@ class CheckpointError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Base of every configuration: a frozen dataclass that reads like a mapping.
+class Config(Mapping[str, Any]):
+    """Base of every configuration: a frozen dataclass that is a mapping too, as in `dict(config)` and `**config`.
 
     `unused` holds the entries of the source that the class does not know; they are written back by `to_dict`, so a
-    scheduler's configuration survives a round trip through another class.
+    scheduler's configuration survives a round trip through another class. Every entry is an attribute as well.
     """
 
     unused: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    # Entry -> its possible values, the usual one first: entries without a field, since we build nothing else.
+    SUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
         """Read the known fields of `source` (JSON lists become tuples); the rest is kept in `unused`."""
         names = {field.name for field in dataclasses.fields(cls)} - {"unused"}
-        values = {k: _frozen(v) for k, v in source.items() if k in names}
+        values = {k: frozen(v) for k, v in source.items() if k in names}
         unused = {k: v for k, v in source.items() if k not in names and not k.startswith("_")}
         return cls(**values, unused=unused)
 
@@ -52,18 +55,34 @@ class Config:
         own = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "unused"}
         return {**self.unused, **own}
 
+    @classmethod
+    def usual(cls) -> dict[str, Any]:
+        """The entries that need not be told: the usual values of `SUPPORTED`."""
+        return {key: possible[0] for key, possible in cls.SUPPORTED.items()}
+
+    def _entries(self) -> dict[str, Any]:
+        return {**self.usual(), **self.to_dict()}
+
     def __getitem__(self, key: str) -> Any:
-        entries = self.to_dict()
+        entries = self._entries()
         if key not in entries:
             raise KeyError(f"{type(self).__name__} has no entry {key!r}; it has {sorted(entries)}")
         return entries[key]
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """The entry `key`, or `default` where there is none."""
-        return self.to_dict().get(key, default)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries())
 
-    def __contains__(self, key: object) -> bool:
-        return key in self.to_dict()
+    def __len__(self) -> int:
+        return len(self._entries())
+
+    if not TYPE_CHECKING:  # a checker would take every name for an entry
+
+        def __getattr__(self, name: str) -> Any:
+            """The entry `name` of the source that is no field."""
+            entries = {**self.usual(), **self.__dict__.get("unused", {})}
+            if name not in entries:
+                raise AttributeError(f"{type(self).__name__} has no entry {name!r}.")
+            return entries[name]
 
 
 def read_json(file: Path, most_bytes: int = MOST_CONFIG_BYTES) -> dict[str, Any]:
@@ -151,8 +170,9 @@ def _refused_in(value: Any) -> _Refused | None:
     return value if isinstance(value, _Refused) else None
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+def frozen(value: Any) -> Any:
+    """JSON lists as tuples."""
+    return tuple(frozen(v) for v in value) if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:

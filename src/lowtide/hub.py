@@ -46,7 +46,8 @@ def _can_be_made(folder: Path) -> bool:
 class Source:
     """Where a checkpoint is: a folder's path, or a Hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
 
-    `revision` is a branch, tag or commit on the Hub; `local_files_only` never asks the network.
+    `revision` is a branch, tag or commit on the Hub; `local_files_only` never asks the network,
+    `force_download` fetches files that the cache has, too.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Source:
     cache_dir: str | Path | None = None
     token: str | bool | None = None
     local_files_only: bool = False
+    force_download: bool = False
 
     def fetch(self, patterns: Iterable[str]) -> Path:
         """A local folder with the checkpoint's files that match one of the `patterns` (`fnmatch`).
@@ -101,6 +103,7 @@ class Source:
                 cache_dir=self.cache_dir or self._cache(),
                 token=self.token,
                 local_files_only=self.local_files_only,
+                force_download=self.force_download,
                 allow_patterns=patterns,
             )
         except HFValidationError as error:

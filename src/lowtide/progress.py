@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -23,13 +23,24 @@ class _Row:
 class ProgressBar:
     """Shows the running stages on stderr: name, steps done, seconds per step.
 
-    If stderr is not a terminal, each stage prints one plain line when it ends. `disable=True` shows nothing.
+    If stderr is not a terminal, each stage prints one plain line when it ends. `disable=True` shows nothing; for
+    `desc`, `leave` and `file` see `bar_options`.
     The bar is drawn only after a step and when a stage begins or ends, so it needs no thread. `note` returns a text
     about the last step, which is shown in place of the bar and the time.
     """
 
-    def __init__(self, *, disable: bool = False, note: Callable[[], str] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        disable: bool = False,
+        note: Callable[[], str] | None = None,
+        desc: str | None = None,
+        leave: bool = True,
+        file: IO[str] | None = None,
+    ) -> None:
         self.disable = disable
+        self._before_names = f"{desc} " if desc else ""
+        self._leave, self._file = leave, file
         self._note = note
         self._progress: Progress | None = None
         self._rows: list[_Row] = []
@@ -37,9 +48,10 @@ class ProgressBar:
     def stage_started(self, name: str, steps: int | None) -> None:
         """Open a row for `name`."""
         if self._progress is None:
-            self._progress = _new_progress(disable=self.disable, with_bar=self._note is None)
+            self._progress = _new_progress(self.disable, self._note is None, self._leave, self._file)
             self._progress.start()
         indent = "  " * len(self._rows)
+        name = self._before_names + name
         task = self._progress.add_task(indent + name, total=steps, steps=f"0/{steps}" if steps else "", pace="")
         self._rows.append(_Row(task, time.perf_counter(), steps))
         self._progress.refresh()
@@ -79,7 +91,28 @@ class ProgressBar:
         self._progress = None
 
 
-def _new_progress(*, disable: bool, with_bar: bool) -> Progress:
+LOOKS = (
+    "total", "ncols", "mininterval", "maxinterval", "miniters", "ascii", "unit", "unit_scale", "dynamic_ncols",
+    "smoothing", "bar_format", "initial", "position", "postfix", "unit_divisor", "write_bytes", "lock_args", "nrows",
+    "colour", "delay", "gui",
+)  # fmt: skip
+"""Keywords of tqdm, the peer's progress bar, about the looks of its bar; ours has its own."""
+
+
+def bar_options(**options: Any) -> dict[str, Any]:
+    """The options of `ProgressBar` among the keywords of tqdm; those about looks have no effect.
+
+    `disable` shows nothing, `desc` stands before the names of stages, `leave` False wipes the bar when a stage ends,
+    `file` is where it is shown. Raises `TypeError` for other names.
+    """
+    unknown = sorted(set(options) - {*LOOKS, "disable", "desc", "leave", "file"})
+    if unknown:
+        raise TypeError(f"set_progress_bar_config takes no {unknown}; it takes disable, desc, leave and file.")
+    own = {name: value for name, value in options.items() if name not in LOOKS}
+    return {**own, "disable": bool(own.get("disable", False)), "leave": own.get("leave", True) is not False}
+
+
+def _new_progress(disable: bool, with_bar: bool, leave: bool, file: IO[str] | None) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -89,7 +122,8 @@ def _new_progress(*, disable: bool, with_bar: bool) -> Progress:
         TextColumn("{task.fields[steps]:>7}", markup=False),
         TextColumn("{task.fields[pace]:>11}", markup=False),
         *([TimeElapsedColumn()] if with_bar else []),
-        console=Console(stderr=True),
+        console=Console(stderr=True) if file is None else Console(file=file),
+        transient=not leave,
         auto_refresh=False,
         redirect_stdout=sys.stdout.isatty(),  # else the prints of a program would end up on stderr
         disable=disable,

@@ -7,7 +7,7 @@ from tests import tiny
 
 from lowtide.config_checks import LARGEST
 from lowtide.models.unet import UNet2DConditionModel
-from lowtide.models.unet_config import SUPPORTED, UNet2DConditionConfig
+from lowtide.models.unet_config import UNet2DConditionConfig
 from lowtide.models.vae import AutoencoderKL
 from lowtide.models.vae_config import AutoencoderKLConfig
 
@@ -42,11 +42,11 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("key", SUPPORTED)
+@pytest.mark.parametrize("key", UNet2DConditionConfig.SUPPORTED)
 def test_an_entry_that_changes_the_network_is_refused_and_its_usual_values_are_not(key):
     with pytest.raises(ValueError, match=rf"U-Net config: {key}=.* is not supported; possible: "):
         UNet2DConditionConfig.from_dict({**tiny.UNETS["sd1"], key: OTHER[key]})
-    for usual in SUPPORTED[key]:
+    for usual in UNet2DConditionConfig.SUPPORTED[key]:
         UNet2DConditionConfig.from_dict({**tiny.UNETS["sd1"], key: usual})
 
 

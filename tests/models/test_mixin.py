@@ -8,7 +8,7 @@ import torch
 from tests import tiny
 
 from lowtide.models import mixin
-from lowtide.models.mixin import chosen_dtype
+from lowtide.models.load_arguments import chosen_dtype
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.vae import AutoencoderKL
 from lowtide.weights.fill import WeightsMismatchError

@@ -11,7 +11,7 @@ from lowtide.loading.components import MODELS
 from lowtide.memory.blocks import blocks_of
 from lowtide.models.video_positions import SLAB, rotary_embedding, rotate
 from lowtide.models.video_transformer import CogVideoXTransformer3DModel
-from lowtide.models.video_transformer_config import SUPPORTED, CogVideoXTransformer3DConfig
+from lowtide.models.video_transformer_config import CogVideoXTransformer3DConfig
 
 KINDS = list(tiny.TRANSFORMERS)
 SHARED = {
@@ -74,11 +74,11 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("key", SUPPORTED)
+@pytest.mark.parametrize("key", CogVideoXTransformer3DConfig.SUPPORTED)
 def test_an_entry_that_changes_the_network_is_refused_and_its_usual_values_are_not(key):
     with pytest.raises(ValueError, match=rf"Video transformer config: {key}=.* is not supported; possible: "):
         CogVideoXTransformer3DConfig.from_dict({**tiny.VIDEO, key: OTHER[key]})
-    for usual in SUPPORTED[key]:
+    for usual in CogVideoXTransformer3DConfig.SUPPORTED[key]:
         CogVideoXTransformer3DConfig.from_dict({**tiny.VIDEO, key: usual})
 
 

@@ -30,7 +30,8 @@ from lowtide.quiet import quiet
 class Checkpoint:
     """A checkpoint that is not loaded yet: where it is, the class of its pipeline, and how it is to be loaded.
 
-    `specs` are the components to load, `given` those that are used as they are in place of its own.
+    `specs` are the components to load, `given` those that are used as they are in place of its own, `dtypes` those of
+    some components, by name, in place of the options'.
     """
 
     pipeline_class: type[Any]
@@ -38,6 +39,7 @@ class Checkpoint:
     specs: Mapping[str, ComponentSpec | None]
     options: LoadOptions
     given: Mapping[str, Any] = field(default_factory=dict)
+    dtypes: Mapping[str, torch.dtype | None] = field(default_factory=dict)
 
     @property
     def given_networks(self) -> dict[str, nn.Module]:
@@ -46,7 +48,8 @@ class Checkpoint:
 
     def load(self, own_options: Mapping[str, LoadOptions] | None = None) -> Any:
         """The pipeline; `own_options` are those of some components, by name. Raises as `load_components` does."""
-        return self.pipeline_class(**self.given, **load_components(self.source, self.specs, self.options, own_options))
+        own = own_options or {name: replace(self.options, dtype=dtype) for name, dtype in self.dtypes.items()}
+        return self.pipeline_class(**self.given, **load_components(self.source, self.specs, self.options, own))
 
     def on_meta(self, device: torch.device) -> MetaSubject:
         """The pipeline on meta, from configurations alone; raises as loading does for those."""
@@ -102,8 +105,10 @@ def _options_under(plan: Plan, name: str, options: LoadOptions, device: torch.de
     return replace(options, offload=offload, casting=casting)
 
 
-def check_only_budget(offload: str | None, casting: object) -> None:
+def check_only_budget(offload: str | None, casting: object, dtypes: Mapping[str, object]) -> None:
     """Raise `ValueError` where a budget is given and its parts are chosen by hand too."""
+    if dtypes:
+        raise ValueError("A dtype for each component and a budget are not possible together: a plan has one dtype.")
     if offload is not None or casting is not None:
         name = "offload" if offload is not None else "casting"
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from lowtide.activations.tiling import Tiles, blended, gathered, sliced
 from lowtide.memory.rule import Tier
 from lowtide.models.mixin import ModelMixin
 from lowtide.models.model_outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
+from lowtide.models.tile_attributes import TileAttribute
+from lowtide.peer_names import refuse_arguments
 
 TILING_MODES = ("blended", "exact")
 
@@ -27,10 +29,31 @@ class AutoencoderMixin(ModelMixin):
     decoder: nn.Module
     use_slicing = False
     tiles: Tiles | None = None
+    _chosen_tiles: Tiles | None = None
 
     def usual_tiles(self) -> Tiles:
         """The tiles that the published model is decoded in."""
         raise NotImplementedError
+
+    @property
+    def set_tiles(self) -> Tiles:
+        """The tiles in use, or those that `enable_tiling` would use: the usual ones unless others were chosen."""
+        return self.tiles or self._chosen_tiles or self.usual_tiles()
+
+    @set_tiles.setter
+    def set_tiles(self, tiles: Tiles) -> None:
+        self._chosen_tiles = tiles
+        if self.tiles is not None:
+            self.tiles = tiles
+
+    @property
+    def use_tiling(self) -> bool:
+        """Whether large pictures are decoded in tiles or by rows; assigned, it is `enable_tiling` or its opposite."""
+        return self.tiles is not None or row_streaming_of(self.decoder) is not None
+
+    @use_tiling.setter
+    def use_tiling(self, use: bool) -> None:
+        self.enable_tiling() if use else self.disable_tiling()
 
     def moments(self, x: torch.Tensor) -> torch.Tensor:
         """Mean and log variance of the latents of whole pictures or clips."""
@@ -47,8 +70,13 @@ class AutoencoderMixin(ModelMixin):
         posterior = DiagonalGaussianDistribution(self._by_slices(self._encoded, x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
-        """The pictures or clips `[B, 3, ..., H, W]` of latents `z` `[B, C, ..., H/8, W/8]`."""
+    def decode(
+        self, z: torch.Tensor, return_dict: bool = True, generator: Any = None
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """The pictures or clips `[B, 3, ..., H, W]` of latents `z` `[B, C, ..., H/8, W/8]`.
+
+        `generator` has no effect: nothing is drawn.
+        """
         sample = self._by_slices(self._decoded, z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -98,7 +126,7 @@ class AutoencoderMixin(ModelMixin):
 
     def enable_tiling(
         self,
-        mode: str = "blended",
+        mode: str | bool = "blended",
         *,
         tile_size: int | tuple[int, int] | None = None,
         overlap: float | tuple[float, float] | None = None,
@@ -106,15 +134,22 @@ class AutoencoderMixin(ModelMixin):
         budget: int | str | None = None,
         work: int | str | None = None,
         folder: str | os.PathLike[str] | None = None,
+        **tile_attributes: float | None,
     ) -> None:
         """Encode and decode large pictures in little memory.
 
-        "blended": in tiles of `tile_size` pixels (height and width, or one number for both), of which a share `overlap`
-        fades into the next tile; the defaults are those of `usual_tiles`. Pictures up to one tile are done whole. The
+        "blended" (or True): in tiles of `tile_size` pixels (height and width, or one number for both), of which a share
+        `overlap` fades into the next tile; the defaults are those of `set_tiles`, which tile attributes given by name,
+        such as `tile_sample_min_height`, set. Pictures up to one tile are done whole. False is `disable_tiling`. The
         tone may vary from tile to tile. "exact": row by row, with the result of the whole picture up to rounding; see
         `lowtide.apply_row_streaming` for `rows`, `budget`, `work` and `folder`. Each mode replaces the other.
         Raises `ValueError` for arguments that are not possible.
         """
+        self._set_tile_attributes(tile_attributes)
+        if mode is False:
+            self.disable_tiling()
+            return
+        mode = "blended" if mode is True else mode
         if mode not in TILING_MODES:
             raise ValueError(f"mode={mode!r} is not possible: it is one of {', '.join(TILING_MODES)}.")
         stray = _given(tile_size=tile_size, overlap=overlap)
@@ -133,10 +168,20 @@ class AutoencoderMixin(ModelMixin):
             apply_row_streaming(part, **vars(settings))
 
     def _tiles_of(self, tile_size: int | tuple[int, int] | None, overlap: float | tuple[float, float] | None) -> Tiles:
-        usual = self.usual_tiles()
+        usual = self._chosen_tiles or self.usual_tiles()
         height, width = (usual.height, usual.width) if tile_size is None else both(tile_size)
         shares = (usual.overlap_height, usual.overlap_width) if overlap is None else both(overlap)
         return Tiles(height, width, *shares)
+
+    def _set_tile_attributes(self, attributes: Mapping[str, float | None]) -> None:
+        """Set tile attributes by name; raises `TypeError` for other names."""
+        possible = {
+            name for cls in type(self).__mro__ for name, part in vars(cls).items() if isinstance(part, TileAttribute)
+        }
+        refuse_arguments("enable_tiling", {name: value for name, value in attributes.items() if name not in possible})
+        for name in possible & attributes.keys():
+            if attributes[name] is not None:
+                setattr(self, name, attributes[name])
 
     def disable_tiling(self) -> None:
         """Encode and decode pictures whole."""

@@ -22,7 +22,9 @@ from lowtide.hooks import (
 from lowtide.hub import Source, weight_patterns
 from lowtide.models.attention_backends import set_attention_backend, set_attention_slicing, xformers_or_sdpa
 from lowtide.models.bounded_build import build_on_meta
+from lowtide.models.load_arguments import check_not_pickled, chosen_dtype, mapped_device
 from lowtide.models.put_weights import Offload, offload_named, put_weights, resting_state
+from lowtide.peer_names import PeerNames, refuse_arguments
 from lowtide.weights.fill import state_names
 from lowtide.weights.index import CheckpointIndex, find_weights
 from lowtide.weights.names import NameTable, apply_names
@@ -35,7 +37,7 @@ PEER_VERSION = "0.42.1"
 """The version of diffusers whose layout we write, for the entry `_diffusers_version`."""
 
 
-class ModelMixin(nn.Module):
+class ModelMixin(PeerNames, nn.Module):
     """Base of the models: a configuration, loading and saving, dtype and device."""
 
     config_class: ClassVar[type[Config]]
@@ -49,11 +51,15 @@ class ModelMixin(nn.Module):
         self.config = config
 
     @classmethod
-    def from_config(cls, config: Config | Mapping[str, Any]) -> Self:
-        """Build with fresh random weights from a configuration or the contents of a `config.json`."""
-        if isinstance(config, cls.config_class):
+    def from_config(cls, config: Config | Mapping[str, Any], **entries: Any) -> Self:
+        """Build with fresh random weights from a configuration or the contents of a `config.json`.
+
+        Other `entries` by name replace those of `config`.
+        """
+        if isinstance(config, cls.config_class) and not entries:
             return cls(config)
-        return cls(cls.config_class.from_dict(config.to_dict() if isinstance(config, Config) else config))
+        source = config.to_dict() if isinstance(config, Config) else config
+        return cls(cls.config_class.from_dict({**source, **entries}))
 
     @classmethod
     def from_pretrained(
@@ -69,9 +75,13 @@ class ModelMixin(nn.Module):
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         offload: str | None = None,
         offload_device: torch.device | str | None = None,
         casting: Casting | str | None = None,
+        low_cpu_mem_usage: bool | None = True,
+        device_map: str | torch.device | None = None,
+        **others: Any,
     ) -> Self:
         """Load from a folder or a Hub id: a `config.json` and safetensors weights, in `subfolder` if given.
 
@@ -80,24 +90,25 @@ class ModelMixin(nn.Module):
         With `offload` ("model", "block", "leaf" or "sequential") no weights are read now: they rest where they are,
         and come to `offload_device` (a GPU if there is one, else the CPU) when they are called.
         With `casting` ("fp8", "int8" or a `lowtide.Casting`) they rest in 8 bits, cast one by one as they are read.
-        A checkpoint that was saved in 8 bits is loaded in 8 bits.
+        A checkpoint that was saved in 8 bits is loaded in 8 bits. `device_map` ("cuda", "cpu", "balanced") moves the
+        model there once it is loaded; `low_cpu_mem_usage` has no effect: it is always loaded in little memory.
         Raises `FileNotFoundError` for a missing model or variant, `CheckpointError` for files that are malformed or do
         not match the model, `ValueError` for configurations that are not supported.
         """
-        if use_safetensors is False:
-            raise ValueError(
-                "use_safetensors=False is not possible: pickled weights can run code, so they are refused."
-            )
-        source = Source(os.fspath(pretrained), revision, _path(cache_dir), token, local_files_only)
+        check_not_pickled(use_safetensors)
+        refuse_arguments(f"{cls.__name__}.from_pretrained", others)
+        target = mapped_device(device_map, offload=offload)
+        source = Source(os.fspath(pretrained), revision, _path(cache_dir), token, local_files_only, force_download)
         prefix = f"{subfolder}/" if subfolder else ""
         folder = source.fetch(prefix + name for name in [CONFIG_NAME, *weight_patterns(WEIGHTS_NAME, variant)])
-        return cls.from_folder(
+        model = cls.from_folder(
             folder / (subfolder or ""),
             dtype=chosen_dtype(torch_dtype, dtype),
             variant=variant,
             offload=offload_named(offload, offload_device),
             casting=named_casting(casting),
         )
+        return model if target is None else model.to(target)
 
     @classmethod
     def from_folder(
@@ -251,27 +262,6 @@ class ModelMixin(nn.Module):
     def device(self) -> torch.device:
         """The device the model computes on."""
         return next(self.parameters()).device
-
-
-def chosen_dtype(torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype asked for under either name: float32 if neither is given, None for "auto" (keep the file's)."""
-    if torch_dtype is None and dtype is None:
-        return torch.float32
-    asked = {_floating_dtype(value) for value in (torch_dtype, dtype) if value is not None}
-    if len(asked) > 1:
-        raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} differ; give one of them.")
-    return asked.pop()
-
-
-def _floating_dtype(asked: torch.dtype | str) -> torch.dtype | None:
-    if asked == "auto":
-        return None
-    chosen = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
-        raise ValueError(
-            f"dtype={asked!r} is not possible: give torch.float32, torch.bfloat16, torch.float16 or 'auto'."
-        )
-    return chosen
 
 
 def _path(path: str | os.PathLike[str] | None) -> Path | None:

@@ -85,6 +85,11 @@ class StableDiffusionSafetyChecker(nn.Module):
         return (scores.mul(1000).round() > 0).any(dim=1).tolist()
 
 
+def is_published_checker(checker: object) -> bool:
+    """Whether a pipeline's checker is that of the checkpoints, and not a script's own."""
+    return isinstance(checker, StableDiffusionSafetyChecker)
+
+
 def position_ids(model: nn.Module) -> dict[str, torch.Tensor]:
     """CLIP's buffers of token positions `[1, N]`, which no checkpoint holds."""
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("position_ids")]

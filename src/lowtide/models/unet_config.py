@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lowtide.config_checks import LARGE, MOST_LAYERS, MOST_SIDE, SMALLEST, Range, check_supported, check_types
 from lowtide.configs import Config
@@ -11,36 +12,6 @@ from lowtide.configs import Config
 CROSS_ATTENTION_BLOCKS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 PLAIN_BLOCKS = ("DownBlock2D", "UpBlock2D")
 
-# Entries that would change the network, with the values that we build.
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu", "swish"),
-    "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "class_embeddings_concat": (False,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "downsample_padding": (1,),
-    "dropout": (0, 0.0),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "mid_block_only_cross_attention": (None, False),
-    "mid_block_scale_factor": (1, 1.0),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
-    "resnet_out_scale_factor": (1, 1.0),
-    "resnet_skip_time_act": (False,),
-    "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
-    "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
-}
 RANGES: dict[str, Range] = {
     "sample_size": (1, MOST_SIDE),
     "layers_per_block": (1, MOST_LAYERS),
@@ -80,10 +51,41 @@ class UNet2DConditionConfig(Config):
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
 
+    # Entries that would change the network, with the values that we build.
+    SUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "act_fn": ("silu", "swish"),
+        "attention_type": ("default",),
+        "center_input_sample": (False,),
+        "class_embed_type": (None,),
+        "class_embeddings_concat": (False,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "cross_attention_norm": (None,),
+        "downsample_padding": (1,),
+        "dropout": (0, 0.0),
+        "dual_cross_attention": (False,),
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "mid_block_only_cross_attention": (None, False),
+        "mid_block_scale_factor": (1, 1.0),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "num_class_embeds": (None,),
+        "only_cross_attention": (False,),
+        "resnet_out_scale_factor": (1, 1.0),
+        "resnet_skip_time_act": (False,),
+        "resnet_time_scale_shift": ("default",),
+        "reverse_transformer_layers_per_block": (None,),
+        "time_cond_proj_dim": (None,),
+        "time_embedding_act_fn": (None,),
+        "time_embedding_dim": (None,),
+        "time_embedding_type": ("positional",),
+        "timestep_post_act": (None,),
+    }
+
     def __post_init__(self) -> None:
         """Raise `ValueError`, naming the entry, for a network that we do not build."""
         check_types(self, "U-Net", RANGES)
-        check_supported(self, "U-Net", SUPPORTED)
+        check_supported(self, "U-Net")
         possible = (*CROSS_ATTENTION_BLOCKS, *PLAIN_BLOCKS)
         for kind in (*self.down_block_types, *self.up_block_types):
             if kind not in possible:

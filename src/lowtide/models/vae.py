@@ -10,6 +10,7 @@ from lowtide.activations.run import RowSink
 from lowtide.activations.tiling import Tiles
 from lowtide.models.autoencoder import AutoencoderMixin, both
 from lowtide.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, silu_of_fresh
+from lowtide.models.tile_attributes import TileAttribute
 from lowtide.models.vae_config import AutoencoderKLConfig
 from lowtide.ops.attention import DEFAULT, AttentionBackend, attention
 from lowtide.ops.convolution import in_faster_layout
@@ -151,6 +152,9 @@ class AutoencoderKL(AutoencoderMixin):
     config_class = AutoencoderKLConfig
     names = VAE_NAMES
     config: AutoencoderKLConfig
+    tile_sample_min_size = TileAttribute("height", "width")
+    tile_latent_min_size = TileAttribute("height", "width", in_latents=True)
+    tile_overlap_factor = TileAttribute("overlap_height", "overlap_width")
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__(config)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lowtide.config_checks import (
     LARGE,
@@ -16,8 +17,6 @@ from lowtide.config_checks import (
 )
 from lowtide.configs import Config
 
-# Entries that would change the network, with the values that we build.
-SUPPORTED: dict[str, tuple[Any, ...]] = {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,)}
 RANGES: dict[str, Range] = {"layers_per_block": (1, MOST_LAYERS), "scaling_factor": (SMALLEST, LARGE)}
 
 
@@ -41,10 +40,17 @@ class AutoencoderKLConfig(Config):
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
 
+    # Entries that would change the network, with the values that we build.
+    SUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "act_fn": ("silu",),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+    }
+
     def __post_init__(self) -> None:
         """Raise `ValueError`, naming the entry, for a network that we do not build."""
         check_types(self, "VAE", RANGES)
-        check_supported(self, "VAE", SUPPORTED)
+        check_supported(self, "VAE")
         blocks = {"DownEncoderBlock2D": self.down_block_types, "UpDecoderBlock2D": self.up_block_types}
         check_blocks(self.block_out_channels, "VAE", blocks)
 

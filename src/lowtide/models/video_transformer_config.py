@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lowtide.config_checks import LARGE, MOST_LAYERS, MOST_SIDE, SMALLEST, Range, check_supported, check_types
 from lowtide.configs import Config
 
-# Entries that would change the network, with the values that we build.
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "activation_fn": ("gelu-approximate",),
-    "dropout": (0, 0.0),
-    "norm_elementwise_affine": (True,),
-    "timestep_activation_fn": ("silu",),
-}
 RANGES: dict[str, Range] = {
     "freq_shift": (-1, LARGE),
     "num_layers": (1, MOST_LAYERS),
@@ -61,10 +55,18 @@ class CogVideoXTransformer3DConfig(Config):
     use_learned_positional_embeddings: bool = False
     patch_bias: bool = True
 
+    # Entries that would change the network, with the values that we build.
+    SUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "activation_fn": ("gelu-approximate",),
+        "dropout": (0, 0.0),
+        "norm_elementwise_affine": (True,),
+        "timestep_activation_fn": ("silu",),
+    }
+
     def __post_init__(self) -> None:
         """Raise `ValueError`, naming the entry, for a network that we do not build."""
         check_types(self, "Video transformer", RANGES)
-        check_supported(self, "Video transformer", SUPPORTED)
+        check_supported(self, "Video transformer")
         if self.use_learned_positional_embeddings and not self.use_rotary_positional_embeddings:
             _refuse("use_learned_positional_embeddings without use_rotary_positional_embeddings is not supported.")
         if self.patch_size_t is not None and not self.use_rotary_positional_embeddings:

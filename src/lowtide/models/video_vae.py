@@ -19,6 +19,7 @@ from lowtide.activations.row_streaming import row_streaming_of
 from lowtide.activations.tiling import Tiles, sliced
 from lowtide.models.autoencoder import AutoencoderMixin
 from lowtide.models.layers import silu_of_fresh
+from lowtide.models.tile_attributes import TileAttribute
 from lowtide.models.video_vae_config import AutoencoderKLCogVideoXConfig
 from lowtide.models.video_vae_layers import (
     EPS,
@@ -150,6 +151,12 @@ class AutoencoderKLCogVideoX(AutoencoderMixin):
 
     config_class = AutoencoderKLCogVideoXConfig
     config: AutoencoderKLCogVideoXConfig
+    tile_sample_min_height = TileAttribute("height")
+    tile_sample_min_width = TileAttribute("width")
+    tile_latent_min_height = TileAttribute("height", in_latents=True)
+    tile_latent_min_width = TileAttribute("width", in_latents=True)
+    tile_overlap_factor_height = TileAttribute("overlap_height")
+    tile_overlap_factor_width = TileAttribute("overlap_width")
 
     def __init__(self, config: AutoencoderKLCogVideoXConfig) -> None:
         super().__init__(config)
@@ -157,6 +164,13 @@ class AutoencoderKLCogVideoX(AutoencoderMixin):
         self.decoder = Decoder(config)
         self.num_latent_frames_batch_size = 2
         self.num_sample_frames_batch_size = 8
+
+    @property
+    def quant_conv(self) -> None:
+        """None: no published model has one."""
+        return
+
+    post_quant_conv = quant_conv
 
     def usual_tiles(self) -> Tiles:
         """Half the published height and width, with a sixth and a fifth of overlap."""

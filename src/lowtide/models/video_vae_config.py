@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lowtide.config_checks import (
     LARGE,
@@ -16,14 +17,6 @@ from lowtide.config_checks import (
 )
 from lowtide.configs import Config
 
-# Entries that would change the network, with the values that we build.
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu",),
-    "latents_mean": (None,),
-    "latents_std": (None,),
-    "use_quant_conv": (False,),
-    "use_post_quant_conv": (False,),
-}
 RANGES: dict[str, Range] = {
     "layers_per_block": (1, MOST_LAYERS),
     "norm_eps": (SMALLEST, 1),
@@ -52,10 +45,19 @@ class AutoencoderKLCogVideoXConfig(Config):
     force_upcast: bool | float = True
     invert_scale_latents: bool = False
 
+    # Entries that would change the network, with the values that we build.
+    SUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "act_fn": ("silu",),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+        "use_quant_conv": (False,),
+        "use_post_quant_conv": (False,),
+    }
+
     def __post_init__(self) -> None:
         """Raise `ValueError`, naming the entry, for a network that we do not build."""
         check_types(self, "Video VAE", RANGES)
-        check_supported(self, "Video VAE", SUPPORTED)
+        check_supported(self, "Video VAE")
         blocks = {"CogVideoXDownBlock3D": self.down_block_types, "CogVideoXUpBlock3D": self.up_block_types}
         check_blocks(self.block_out_channels, "Video VAE", blocks)
         ratio, most = self.temporal_compression_ratio, 2 ** (len(self.block_out_channels) - 1)

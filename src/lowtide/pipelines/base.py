@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +12,7 @@ import torch
 
 from lowtide.casting.apply_casting import named_casting
 from lowtide.casting.casting import Casting
+from lowtide.configs import Config
 from lowtide.fitting import fit as fitting
 from lowtide.fitting.applied_plan import AppliedPlan
 from lowtide.fitting.budgets import Asked, parse_budgets
@@ -24,29 +25,25 @@ from lowtide.fitting.subject import TracedStage
 from lowtide.hub import Source
 from lowtide.loading.components import LoadOptions
 from lowtide.machine.heap import trim_heap
-from lowtide.memory.presets import execution_device, group_rule, model_rule, sequential_rule
-from lowtide.memory.rule import Tier
-from lowtide.models.attention_backends import set_attention_backend, set_attention_slicing, xformers_or_sdpa
-from lowtide.models.mixin import chosen_dtype
+from lowtide.memory.presets import execution_device
+from lowtide.models.load_arguments import AskedDtypes, check_not_pickled, chosen_dtypes, mapped_device
 from lowtide.models.put_weights import offload_named
+from lowtide.peer_names import INSTEAD, PeerNames, refuse_arguments
 from lowtide.pipelines.decode_ways import DecodeWays
 from lowtide.pipelines.decoding import check_streaming
-from lowtide.pipelines.load import open_checkpoint
-from lowtide.pipelines.named_components import Components
-from lowtide.pipelines.offloading import end_offload, offload
+from lowtide.pipelines.load import open_checkpoint, pipeline_config, pipeline_from
+from lowtide.pipelines.memory_settings import MemorySettings
 from lowtide.pipelines.on_meta import on_meta
+from lowtide.pipelines.running_call import RunningCall
 from lowtide.pipelines.scheduler_claim import claimed
 from lowtide.planning.plan import Plan, check_allowed
 from lowtide.planning.run_size import RunSize
-from lowtide.progress import ProgressBar
+from lowtide.progress import ProgressBar, bar_options
 from lowtide.stages import Stages
 from lowtide.weights.provenance import check_files
 
-StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
-"""Called after each step with the pipeline, the step, the timestep and the tensors asked for; it may change these."""
 
-
-class DiffusionPipeline(Components):
+class DiffusionPipeline(PeerNames, RunningCall, MemorySettings):
     """Components by name, and the stages that a run goes through; a `lowtide.fitting.subject.Subject`.
 
     `DiffusionPipeline.from_pretrained` gives the pipeline that the checkpoint names. `stages.observers` may hold
@@ -61,7 +58,7 @@ class DiffusionPipeline(Components):
         self.stages = Stages()
         self.applied: AppliedPlan | None = None
         self.call_lock = CallLock()
-        self._progress_disabled = False
+        self._progress_options: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all but observers, lock and plan."""
@@ -78,14 +75,18 @@ class DiffusionPipeline(Components):
         cls,
         pretrained: str | os.PathLike[str],
         *,
-        torch_dtype: torch.dtype | str | None = None,
-        dtype: torch.dtype | str | None = None,
+        torch_dtype: AskedDtypes = None,
+        dtype: AskedDtypes = None,
         use_safetensors: bool | None = True,
         variant: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
+        low_cpu_mem_usage: bool | None = True,
+        device_map: str | torch.device | None = None,
+        trust_remote_code: bool = False,
         offload: str | None = None,
         offload_device: torch.device | str | None = None,
         casting: Casting | str | None = None,
@@ -99,8 +100,11 @@ class DiffusionPipeline(Components):
         """Load from a folder with a `model_index.json`, or a Hub id, of which only the files needed are fetched.
 
         `dtype` (or `torch_dtype`, the older name) is the dtype to compute in: float32 if None, the files' own if
-        "auto". `variant` takes the weights called so, such as "fp16". A component given by name is used instead of the
-        checkpoint's; None leaves an optional one out.
+        "auto"; a dict has one for each component by name, and the others' as "default". `variant` takes the weights
+        called so, such as "fp16". A component given by name is used instead of the checkpoint's; None leaves an
+        optional one out. `device_map` moves all networks to "cuda" or "cpu" once they are loaded; "balanced" is the GPU
+        if there is one. `low_cpu_mem_usage` and `trust_remote_code` have no effect: weights are always loaded in little
+        memory, and a checkpoint's code is never run.
         With `offload` ("model", "block", "leaf" or "sequential") no weights are read now: they rest where they are,
         and come to `offload_device` (a GPU if there is one, else the CPU) when they are called.
         With `casting` ("fp8", "int8" or a `lowtide.Casting`) the weights of every network rest in 8 bits.
@@ -110,18 +114,18 @@ class DiffusionPipeline(Components):
         Raises `FileNotFoundError` for a missing model, file or variant, `CheckpointError` for malformed files,
         `ValueError` for classes, components or settings that are not possible, `BudgetError` if no plan fits.
         """
-        if use_safetensors is False:
-            raise ValueError(
-                "use_safetensors=False is not possible: pickled weights can run code, so they are refused."
-            )
-        dtype = chosen_dtype(torch_dtype, dtype)
-        options = LoadOptions(dtype, variant, offload_named(offload, offload_device), named_casting(casting))
+        check_not_pickled(use_safetensors)
+        own, others = cls._own_and_others(components)
+        refuse_arguments("from_pretrained", others)
+        default, dtypes = chosen_dtypes(torch_dtype, dtype)
+        target = mapped_device(device_map, offload=offload, vram=vram, ram=ram, disk=disk)
+        options = LoadOptions(default, variant, offload_named(offload, offload_device), named_casting(casting))
         cache = None if cache_dir is None else Path(cache_dir)
-        source = Source(os.fspath(pretrained), revision, cache, token, local_files_only)
-        checkpoint = open_checkpoint(source, options, None if cls is DiffusionPipeline else cls, components)
+        source = Source(os.fspath(pretrained), revision, cache, token, local_files_only, force_download)
+        checkpoint = open_checkpoint(source, options, None if cls is DiffusionPipeline else cls, own, dtypes)
         check_allowed(allow)
         if (vram, ram, disk) != (None, None, None):
-            check_only_budget(offload, casting)
+            check_only_budget(offload, casting, dtypes)
             device = execution_device(offload_device)
             budgets = parse_budgets(device, vram, ram, disk)
             return load_within(checkpoint, budgets, tuple(allow), device, size or {})
@@ -129,116 +133,31 @@ class DiffusionPipeline(Components):
             raise ValueError("size and allow are for a budget: give one of vram, ram and disk too, or leave them out.")
         loaded = checkpoint.load()
         trim_heap()
-        return loaded
+        return loaded if target is None else loaded.to(target)
 
-    # ---- where weights rest
+    @classmethod
+    def from_pipe(cls, pipeline: Any, *, torch_dtype: Any = None, dtype: Any = None, **components: Any) -> Self:
+        """A pipeline of this class of the components of another, which both share, but for those given by name.
 
-    def enable_sequential_cpu_offload(
-        self, gpu_id: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        """Load the weights leaf by leaf as they are called: the least memory, and the slowest.
-
-        Computes on CUDA device `gpu_id`, or on `device`; where there is no GPU, on the CPU, with the weights resting
-        on disk in their checkpoint. Raises `ValueError` for a device that is not there.
+        With a `dtype` (or `torch_dtype`) the networks are moved to it; else they keep theirs. Raises `ValueError` for
+        components that are missing.
         """
-        chosen = execution_device(device, gpu_id)
-        offload(self.modules(), sequential_rule(chosen), chosen)
+        own, others = cls._own_and_others(components)
+        refuse_arguments("from_pipe", others)
+        chosen = dtype or torch_dtype
+        pipe = pipeline_from(cls, pipeline, own)
+        return pipe if chosen is None else pipe.to(chosen)
 
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Have one whole component on the device at a time, for as long as it is in use: little time, some memory.
+    @classmethod
+    def _own_and_others(cls, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Components and arguments of the class's own among some by name, and the peer's that no class takes."""
+        own = {name: value for name, value in arguments.items() if name in cls.component_names or name not in INSTEAD}
+        return own, {name: value for name, value in arguments.items() if name not in own}
 
-        The device is chosen as for `enable_sequential_cpu_offload`.
-        """
-        chosen = execution_device(device, gpu_id)
-        offload(self.modules(), model_rule(chosen), chosen)
-
-    def enable_group_offload(
-        self,
-        onload_device: torch.device | str,
-        offload_device: torch.device | str = "cpu",
-        offload_type: str = "block_level",
-        num_blocks_per_group: int | None = None,
-        non_blocking: bool = False,
-        use_stream: bool = False,
-        record_stream: bool = False,
-        low_cpu_mem_usage: bool = False,
-        offload_to_disk_path: str | None = None,
-        exclude_modules: str | Sequence[str] | None = None,
-    ) -> None:
-        """Load the weights of every component group by group; see `lowtide.hooks.apply_group_offloading`.
-
-        Components named in `exclude_modules` stay on `onload_device`.
-        """
-        device, rule = group_rule(
-            onload_device, offload_device, offload_type, num_blocks_per_group, non_blocking, use_stream,
-            record_stream, low_cpu_mem_usage, offload_to_disk_path,
-        )  # fmt: skip
-        offload(self.modules(), rule, device, exclude_modules)
-
-    def disable_sequential_cpu_offload(self) -> None:
-        """Undo any offload of the components: their weights are where they were before."""
-        end_offload(self.modules())
-
-    disable_model_cpu_offload = disable_sequential_cpu_offload
-    disable_group_offload = disable_sequential_cpu_offload
-
-    # ---- activations
-
-    def enable_vae_slicing(self) -> None:
-        """Decode the pictures of a batch one at a time: the memory of one, whatever the batch. Clips always are."""
-        self.vae.enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        """Decode a batch at once."""
-        self.vae.disable_slicing()
-
-    def enable_vae_tiling(
-        self,
-        mode: str = "blended",
-        *,
-        tile_size: int | tuple[int, int] | None = None,
-        overlap: float | tuple[float, float] | None = None,
-        rows: Tier | str | None = None,
-        budget: int | str | None = None,
-        work: int | str | None = None,
-        folder: str | os.PathLike[str] | None = None,
-    ) -> None:
-        """Decode large pictures or clips in tiles ("blended"), or row by row with the whole one's result ("exact").
-
-        See `AutoencoderKL.enable_tiling`.
-        """
-        self.vae.enable_tiling(
-            mode, tile_size=tile_size, overlap=overlap, rows=rows, budget=budget, work=work, folder=folder
-        )
-
-    def disable_vae_tiling(self) -> None:
-        """Decode pictures, or batches of frames, whole."""
-        self.vae.disable_tiling()
-
-    def set_attention_backend(
-        self, backend: str, *, chunk_bytes: int | str | None = None, attention_op: Any = None
-    ) -> None:
-        """Choose how all attention of all components is computed; see `lowtide.ops.attention.AttentionBackend`.
-
-        Raises `ValueError` for a backend that is not there, listing those that are; nothing is changed then.
-        """
-        set_attention_backend(self.modules().values(), backend, chunk_bytes=chunk_bytes, op=attention_op)
-
-    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        """Compute attention with xFormers; without it, PyTorch's own memory-efficient kernels are used, with a note."""
-        xformers_or_sdpa(self.modules().values(), attention_op)
-
-    def disable_xformers_memory_efficient_attention(self) -> None:
-        """Back to PyTorch's own choice of a kernel."""
-        set_attention_backend(self.modules().values(), "sdpa")
-
-    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
-        """Compute some heads at a time: half of them ("auto"), one ("max"), or a number; None computes all."""
-        set_attention_slicing(self.modules().values(), slice_size)
-
-    def disable_attention_slicing(self) -> None:
-        """Compute all heads at once."""
-        set_attention_slicing(self.modules().values(), None)
+    @property
+    def config(self) -> Config:
+        """What the pipeline is made of, as `model_index.json` has it: a mapping that is only read."""
+        return pipeline_config(self)
 
     # ---- budgets
 
@@ -311,9 +230,31 @@ class DiffusionPipeline(Components):
 
     # ---- a run
 
-    def set_progress_bar_config(self, *, disable: bool = False) -> None:
-        """Show a progress bar during calls, or do not."""
-        self._progress_disabled = disable
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Say how calls show their progress: see `lowtide.progress.bar_options`; what is not said is as at first."""
+        self._progress_options = bar_options(**options)
+
+    def lay_out_steps(
+        self,
+        num_inference_steps: int,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Lay out the scheduler's timesteps, or have it take those told, or these sigmas."""
+        told = {"timesteps": timesteps, "sigmas": sigmas}
+        given = {name: list(values) for name, values in told.items() if values is not None}
+        steps = {} if given else {"num_inference_steps": num_inference_steps}
+        self.scheduler.set_timesteps(**steps, **given, device=self.device)
+        self._num_timesteps = len(self.scheduler.timesteps)
+
+    def steps(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """The steps and their timesteps, until a callback interrupts."""
+        for step, timestep in enumerate(self.scheduler.timesteps):
+            if self.interrupt:
+                break
+            self._current_timestep = timestep
+            yield step, timestep
+        self._current_timestep = None
 
     @property
     def vae_scale_factor(self) -> int:
@@ -339,7 +280,7 @@ class DiffusionPipeline(Components):
             stack.enter_context(torch.no_grad())
             if self.applied is not None:
                 stack.enter_context(self.applied.measured())
-            bar = ProgressBar(disable=self._progress_disabled)
+            bar = ProgressBar(**self._progress_options)
             tidy = Tidy(self.streams, every_step=self.applied is not None)
             stack.enter_context(self.stages.observed(bar, tidy))
             yield

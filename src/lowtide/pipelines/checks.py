@@ -149,20 +149,33 @@ def check_noise(shape: tuple[int, ...], latents: torch.Tensor | None, generator:
         raise ValueError(f"{len(generator)} generators were given for a batch of {shape[0]}: give one for each item.")
 
 
-def check_timesteps(scheduler: Any, timesteps: Sequence[int] | None) -> None:
-    """Raise `ValueError` for timesteps that a scheduler does not take."""
-    if timesteps is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-        raise ValueError(
-            f"timesteps is not possible: a {type(scheduler).__name__} lays out its own timesteps. Give "
-            "num_inference_steps, or build the scheduler with another timestep_spacing."
-        )
+def check_timesteps(scheduler: Any, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None = None) -> None:
+    """Raise `ValueError` for timesteps or sigmas that a scheduler does not take, and for both."""
+    possible = inspect.signature(scheduler.set_timesteps).parameters
+    for name, told in (("timesteps", timesteps), ("sigmas", sigmas)):
+        if told is not None and name not in possible:
+            raise ValueError(
+                f"{name} is not possible: a {type(scheduler).__name__} lays out its own timesteps. Give "
+                "num_inference_steps, or build the scheduler with another timestep_spacing."
+            )
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("timesteps and sigmas are both given; give one of them.")
 
 
-def check_attention_kwargs(attention_kwargs: Mapping[str, Any] | None) -> None:
+def count_steps(
+    num_inference_steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None = None
+) -> int:
+    """The number of steps: of the timesteps told, or of the sigmas, the last of which is the end."""
+    if timesteps is not None:
+        return max(len(timesteps), 1)
+    return num_inference_steps if sigmas is None else max(len(sigmas) - 1, 1)
+
+
+def check_attention_kwargs(attention_kwargs: Mapping[str, Any] | None, name: str = "attention_kwargs") -> None:
     """Raise `ValueError` if there are any: they would go to adapters."""
     if attention_kwargs:
         raise ValueError(
-            f"attention_kwargs={dict(attention_kwargs)!r:.80} is not possible: they are for adapters, which "
+            f"{name}={dict(attention_kwargs)!r:.80} is not possible: they are for adapters, which "
             "Lowtide does not have. Leave it out; how attention is computed is chosen with set_attention_backend."
         )
 

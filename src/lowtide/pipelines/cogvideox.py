@@ -13,11 +13,13 @@ from lowtide.activations.frame_cache import frame_batches, frames_made
 from lowtide.fitting.resuming import resumed
 from lowtide.fitting.subject import TracedStage
 from lowtide.models.video_positions import rotary_embedding
+from lowtide.peer_names import refuse_arguments
 from lowtide.pipelines import checks
-from lowtide.pipelines.base import DiffusionPipeline, StepCallback
+from lowtide.pipelines.base import DiffusionPipeline
+from lowtide.pipelines.callbacks import Callbacks, StepCallback
 from lowtide.pipelines.decoding import check_decoding, decoding
 from lowtide.pipelines.frames import Frames
-from lowtide.pipelines.guidance import changed_by_callback, dynamic_guidance
+from lowtide.pipelines.guidance import dynamic_guidance, guided_noise
 from lowtide.pipelines.latents import kept_safe, load_latents
 from lowtide.pipelines.number_checks import check_count, check_guidance, check_steps
 from lowtide.pipelines.parts import KINDS
@@ -76,6 +78,7 @@ class CogVideoXPipeline(DiffusionPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 226,
+        **others: Any,
     ) -> CogVideoXPipelineOutput | tuple[Any]:
         """Make `num_videos_per_prompt` clips of each prompt: `num_frames` of `height` x `width` pixels (None: usual).
 
@@ -89,6 +92,7 @@ class CogVideoXPipeline(DiffusionPipeline):
         `num_frames`, a warning says how many there will be. Raises `ValueError` for arguments that are not possible,
         before any work is done.
         """
+        refuse_arguments(type(self).__name__, others)
         height, width, num_frames = self.clip_size(height, width, num_frames)
         checks.check_attention_kwargs(attention_kwargs)
         checks.check_generator(generator)
@@ -97,7 +101,7 @@ class CogVideoXPipeline(DiffusionPipeline):
         max_sequence_length = check_count("max_sequence_length", max_sequence_length)
         checks.check_timesteps(self.scheduler, timesteps)
         checks.check_output_type(output_type, possible=VIDEO_OUTPUT_TYPES)
-        checks.check_callback_inputs(callback_on_step_end_tensor_inputs, CALLBACK_TENSORS)
+        callbacks = Callbacks.of(CALLBACK_TENSORS, callback_on_step_end, callback_on_step_end_tensor_inputs)
         guidance_scale = check_guidance(guidance_scale)
         guided = guidance_scale > 1
         self.check_prompts(prompt, negative_prompt, guided, prompt_embeds, negative_prompt_embeds, max_sequence_length)
@@ -108,28 +112,26 @@ class CogVideoXPipeline(DiffusionPipeline):
             self.check_clip(num_frames, height, width)
         rotary = self.rotary_positions(shape)
         prompts = checks.count_prompts(prompt, prompt_embeds)
-        size = RunSize(height, width, batch, prompts, num_inference_steps, guided, num_frames, output_type)
+        steps = checks.count_steps(num_inference_steps, timesteps)
+        size = RunSize(height, width, batch, prompts, steps, guided, num_frames, output_type)
         with self.running(size):
+            self.begin(guidance_scale)
             with self.stages.stage("encode prompt"):
                 positive, negative = self.encode_prompt(
                     prompt, negative_prompt, guided, num_videos_per_prompt,
                     prompt_embeds, negative_prompt_embeds, max_sequence_length,
                 )  # fmt: skip
                 embeds = positive if negative is None else torch.cat([negative, positive])
-            num_steps = self.set_timesteps(num_inference_steps, timesteps)
+            self.lay_out_steps(num_inference_steps, timesteps)
             x = self.prepare_latents(shape, embeds, generator, latents)
-            with self.stages.stage("denoise", steps=len(self.scheduler.timesteps)) as stage:
-                for step, timestep in enumerate(self.scheduler.timesteps):
-                    scale = dynamic_guidance(guidance_scale, timestep, num_steps) if use_dynamic_cfg else guidance_scale
-                    noise_pred = self.predict_noise(x, timestep, embeds, scale, rotary)
+            with self.stages.stage("denoise", steps=self.num_timesteps) as stage:
+                for step, timestep in self.steps():
+                    if use_dynamic_cfg:
+                        self.guidance_scale = dynamic_guidance(guidance_scale, timestep, steps)
+                    noise_pred = self.predict_noise(x, timestep, embeds, self.guidance_scale, rotary)
                     x = self.take_step(noise_pred, timestep, x, eta=eta, generator=generator)
                     x = x.to(embeds.dtype)
-                    if callback_on_step_end is not None:
-                        tensors = {"latents": x, "prompt_embeds": embeds, "negative_prompt_embeds": negative}
-                        asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                        returned = callback_on_step_end(self, step, timestep, asked)
-                        changed = checks.check_returned(returned, CALLBACK_TENSORS)
-                        x, embeds, negative = changed_by_callback(x, embeds, negative, changed)
+                    x, embeds = callbacks.after_step(self, step, timestep, x, embeds)
                     stage.advance()
             frames: Any = x
             if output_type != "latent":
@@ -188,15 +190,6 @@ class CogVideoXPipeline(DiffusionPipeline):
         tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return self.text_encoder(tokens.input_ids.to(self.device))[0]
 
-    def set_timesteps(self, num_inference_steps: int, timesteps: Sequence[int] | None = None) -> int:
-        """Lay out the scheduler's timesteps, or have it take these; returns the number of steps asked for."""
-        if timesteps is None:
-            self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-            return num_inference_steps
-        scheduler: Any = self.scheduler
-        scheduler.set_timesteps(timesteps=list(timesteps), device=self.device)
-        return len(scheduler.timesteps)
-
     def prepare_latents(
         self,
         shape: LatentShape,
@@ -234,11 +227,12 @@ class CogVideoXPipeline(DiffusionPipeline):
         if not guided:
             return noise_pred
         negative, positive = noise_pred.chunk(2)
-        return negative + guidance_scale * (positive - negative)
+        return guided_noise(negative, positive, guidance_scale)
 
     @resumed("decode")
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pt") -> Any:
         """Latents `[B, f, C, h, w]` to frames as "pil", "np" or "pt", one clip after the other."""
+        latents = self.in_dtype_of(self.vae, latents)
         batches = len(list(frame_batches(latents.shape[1], self._frames_at_once)))
         count = self._frames_of(latents.shape[1])
         frames = Frames(output_type, len(latents), count)

@@ -1,4 +1,4 @@
-"""Guidance that changes from step to step, and the tensors of clips after a callback has changed some of them."""
+"""Guidance away from negative prompts: of one step, from step to step, and after a callback has changed its tensors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,36 @@ def dynamic_guidance(guidance_scale: float, timestep: torch.Tensor, num_steps: i
     """
     x = (num_steps - timestep.item()) / num_steps
     return 1 + guidance_scale * ((1 - math.cos(math.pi * x**5.0)) / 2)
+
+
+def embeds_for(embeds: torch.Tensor, latents: torch.Tensor, guided: bool) -> torch.Tensor:
+    """The embeddings that a step reads: all of them, or without guidance the last of them, those of the prompts.
+
+    Raises `ValueError` where the step is guided and there are none of negative prompts.
+    """
+    if not guided:
+        return embeds if len(embeds) == len(latents) else embeds[-len(latents) :]
+    if len(embeds) == len(latents):
+        raise ValueError(
+            "guidance_scale is above 1, and there are no embeddings of negative prompts: begin the call with guidance, "
+            "and let a callback that cuts prompt_embeds assign pipe._guidance_scale = 1.0, too."
+        )
+    return embeds
+
+
+def guided_noise(
+    negative: torch.Tensor, positive: torch.Tensor, guidance_scale: float, guidance_rescale: float = 0.0
+) -> torch.Tensor:
+    """The prediction away from the negative prompt (arXiv 2207.12598): n + scale · (p - n).
+
+    A share `guidance_rescale` of it is given the standard deviation of `positive` back (arXiv 2305.08891, Eq. 15, 16).
+    """
+    guided = negative + guidance_scale * (positive - negative)
+    if guidance_rescale <= 0:
+        return guided
+    axes = list(range(1, guided.ndim))
+    ratio = positive.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True)
+    return guidance_rescale * (guided * ratio) + (1 - guidance_rescale) * guided
 
 
 def changed_by_callback(

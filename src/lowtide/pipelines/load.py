@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lowtide.configs import write_json
+from lowtide.configs import Config, write_json
 from lowtide.fitting.checkpoints import Checkpoint
 from lowtide.fitting.prepare import Fit, prepare
 from lowtide.hub import Source
@@ -27,11 +27,13 @@ def open_checkpoint(
     options: LoadOptions,
     pipeline_class: type[Any] | None = None,
     given: Mapping[str, Any] | None = None,
+    dtypes: Mapping[str, torch.dtype | None] | None = None,
 ) -> Checkpoint:
     """A checkpoint, its index read; `pipeline_class` None takes the checkpoint's own.
 
-    Raises `FileNotFoundError` where there is none, and `ValueError` for another class than the checkpoint's, for
-    components that the class does not have, and for missing ones.
+    `given` are components, and settings of the class, that are used instead of the checkpoint's; `dtypes` those of some
+    components by name. Raises `FileNotFoundError` where there is none, and `ValueError` for another class than the
+    checkpoint's, for components that the class does not have, and for missing ones.
     """
     own, specs, _ = read_model_index(source.fetch([MODEL_INDEX]))
     given = given or {}
@@ -39,15 +41,18 @@ def open_checkpoint(
     class_name = class_to_load(source.name, own, asked)
     chosen = pipeline_class or getattr(importlib.import_module(KINDS[class_name].module), class_name)
     possible = chosen.component_names
-    unknown = sorted(set(given) - set(possible))
+    unknown = sorted(set(given) - {*possible, *chosen.setting_names})
     if unknown:
         raise ValueError(f"{chosen.__name__} takes no {unknown}; its components are {', '.join(possible)}.")
+    strange = sorted(set(dtypes or {}) - set(possible))
+    if strange:
+        raise ValueError(f"dtype has {strange}; the components are {', '.join(possible)}, or 'default'.")
     unused = [name for name, spec in specs.items() if spec is not None and name not in possible]
     to_load = specs_to_load(own, possible, chosen.optional_components, specs, given)
     check_folder(class_name, source, to_load, given)
     if unused:
         warnings.warn(f"{chosen.__name__} has no use for the checkpoint's {', '.join(unused)}.", stacklevel=3)
-    return Checkpoint(chosen, source, to_load, options, given)
+    return Checkpoint(chosen, source, to_load, options, given, dtypes or {})
 
 
 def prepare_checkpoint(
@@ -72,6 +77,30 @@ def prepare_checkpoint(
 def _kind_of(pipeline_class: type[Any]) -> str:
     """The name of the pipeline of ours that a class is, or is derived from."""
     return next(cls.__name__ for cls in pipeline_class.__mro__ if cls.__name__ in KINDS)
+
+
+def pipeline_from(pipeline_class: Any, other: Any, given: Mapping[str, Any]) -> Any:
+    """A pipeline of a class, of the components of another but for those given; raises `ValueError` where some lack."""
+    names = (*pipeline_class.component_names, *pipeline_class.setting_names)
+    unknown = sorted(set(given) - set(names))
+    if unknown:
+        raise ValueError(f"{pipeline_class.__name__} takes no {unknown}; it takes {', '.join(names)}.")
+    parts = {name: getattr(other, name) for name in names if hasattr(other, name)} | dict(given)
+    missing = [name for name in pipeline_class.component_names if name not in parts]
+    missing = [name for name in missing if name not in pipeline_class.optional_components]
+    if missing:
+        raise ValueError(
+            f"A {type(other).__name__} has no {', '.join(missing)}: pass it in, as in from_pipe(..., {missing[0]}=...)."
+        )
+    return pipeline_class(**parts)
+
+
+def pipeline_config(pipe: Any) -> Config:
+    """The library and class of every component, and the settings of the pipeline's class."""
+    specs = {name: None if part is None else spec_of(name, part) for name, part in pipe.components.items()}
+    parts = {name: (None, None) if spec is None else (spec.library, spec.class_name) for name, spec in specs.items()}
+    settings = {name: getattr(pipe, name) for name in pipe.setting_names}
+    return Config(unused={"_class_name": type(pipe).__name__, **parts, **settings})
 
 
 def save_pipeline(

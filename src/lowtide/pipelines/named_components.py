@@ -20,6 +20,8 @@ class Components:
 
     component_names: ClassVar[tuple[str, ...]] = ()
     optional_components: ClassVar[tuple[str, ...]] = ()
+    setting_names: ClassVar[tuple[str, ...]] = ()
+    """What the class is told beside its components."""
 
     @property
     def components(self) -> dict[str, Any]:
@@ -68,6 +70,10 @@ class Components:
     def dtype(self) -> torch.dtype:
         """The dtype the networks compute in."""
         return self._a_weight().dtype
+
+    def in_dtype_of(self, network: Any, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in the dtype that a network computes in, if it says which."""
+        return tensor.to(getattr(network, "dtype", tensor.dtype))
 
     def _a_weight(self) -> torch.Tensor:
         return next(p for module in self.modules().values() for p in module.parameters() if p.is_floating_point())

@@ -30,6 +30,14 @@ def check_steps(steps: Any, name: str = "num_inference_steps") -> int:
     return number
 
 
+def check_rescale(guidance_rescale: Any) -> float:
+    """The share of guidance that is rescaled; raises `ValueError` unless it is a finite number, at least 0."""
+    is_number = isinstance(guidance_rescale, numbers.Real) and not isinstance(guidance_rescale, bool)
+    if not is_number or not 0 <= float(guidance_rescale) < math.inf:
+        raise ValueError(f"guidance_rescale={guidance_rescale!r:.80} is not possible: 0 leaves it out, 0.7 is usual.")
+    return float(guidance_rescale)
+
+
 def check_guidance(guidance_scale: Any, name: str = "guidance_scale") -> float:
     """The guidance; raises `ValueError` unless it is a finite number. `name` is what the caller calls it."""
     is_number = isinstance(guidance_scale, numbers.Real) and not isinstance(guidance_scale, bool)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,19 +17,27 @@ from lowtide.media.png import PictureFile
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker
 from lowtide.models.unet_config import UNet2DConditionConfig
 from lowtide.models.vae import AutoencoderKL
+from lowtide.peer_names import refuse_arguments
 from lowtide.pipelines import checks
-from lowtide.pipelines.base import DiffusionPipeline, StepCallback
+from lowtide.pipelines.base import DiffusionPipeline
+from lowtide.pipelines.callbacks import Callbacks, OldCallback, StepCallback
+from lowtide.pipelines.clip_skip import check_clip_skip, skipping_layers
 from lowtide.pipelines.decoding import check_decoding, decoding
+from lowtide.pipelines.guidance import embeds_for, guided_noise
 from lowtide.pipelines.latents import kept_safe, load_latents
-from lowtide.pipelines.number_checks import check_count, check_guidance, check_steps
+from lowtide.pipelines.number_checks import check_count, check_guidance, check_rescale, check_steps
 from lowtide.pipelines.parts import KINDS
 from lowtide.pipelines.picture_files import OutputPath, picture_files, write_picture
-from lowtide.pipelines.pipeline_outputs import StableDiffusionPipelineOutput, to_output, to_pil, to_unit_range
+from lowtide.pipelines.pipeline_outputs import StableDiffusionPipelineOutput, to_output, to_unit_range
+from lowtide.pipelines.safety_check import checked
 from lowtide.pipelines.traced_stages import picture_stages
 from lowtide.planning.run_size import RunSize
 from lowtide.schedulers import Generators, Scheduler, draw_noise
 
-CALLBACK_TENSORS = ("latents", "prompt_embeds", "noise_pred")
+CALLBACK_TENSORS = ("latents", "prompt_embeds", "noise_pred", "negative_prompt_embeds")
+
+SafetyChecker = StableDiffusionSafetyChecker | Callable[..., Any]
+"""The published checker, or any callable; see `checked`."""
 
 
 class StableDiffusionPipeline(DiffusionPipeline):
@@ -42,6 +50,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     component_names: ClassVar[tuple[str, ...]] = KINDS["StableDiffusionPipeline"].components
     optional_components: ClassVar[tuple[str, ...]] = KINDS["StableDiffusionPipeline"].optional
+    setting_names: ClassVar[tuple[str, ...]] = ("requires_safety_checker",)
 
     def __init__(
         self,
@@ -51,11 +60,14 @@ class StableDiffusionPipeline(DiffusionPipeline):
         tokenizer: Any,
         unet: Any,
         scheduler: Scheduler,
-        safety_checker: StableDiffusionSafetyChecker | None = None,
+        safety_checker: SafetyChecker | None = None,
         feature_extractor: Any = None,
+        image_encoder: None = None,
+        requires_safety_checker: bool = True,
     ) -> None:
         super().__init__()
-        if safety_checker is not None and feature_extractor is None:
+        refuse_arguments(type(self).__name__, {"image_encoder": image_encoder})
+        if isinstance(safety_checker, StableDiffusionSafetyChecker) and feature_extractor is None:
             raise ValueError("safety_checker needs feature_extractor (a CLIPImageProcessor): give both or neither.")
         self.vae = vae
         self.text_encoder = text_encoder
@@ -64,6 +76,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self.scheduler = _with_current_entries(scheduler)
         self.safety_checker = safety_checker
         self.feature_extractor = feature_extractor
+        self.requires_safety_checker = requires_safety_checker
         self._unet_config: UNet2DConditionConfig = unet.config
         self.check_parts()
 
@@ -73,6 +86,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float = 7.5,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
@@ -83,19 +98,30 @@ class StableDiffusionPipeline(DiffusionPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        output_path: OutputPath | Sequence[OutputPath] | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback: OldCallback | None = None,
+        callback_steps: int | None = None,
+        *,
+        output_path: OutputPath | Sequence[OutputPath] | None = None,
+        **others: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Make `num_images_per_prompt` pictures of each prompt, `height` x `width` pixels (default: the model's own).
 
         Guidance is on above a `guidance_scale` of 1 (Ho & Salimans 2022). A `generator` on the CPU draws the same noise
         for every device; a list gives each picture its own. `latents` `[B, 4, height/8, width/8]` is noise to start
-        from, of unit variance. `callback_on_step_end(pipe, step, timestep, tensors)` may return changed tensors.
+        from, of unit variance. `timesteps` or `sigmas` replace `num_inference_steps` for schedulers that take them.
+        `guidance_rescale` is a share of the guided prediction, see `guided_noise`; `clip_skip` leaves out so many of
+        the text encoder's last layers, for the prompt alone. `callback_on_step_end(pipe, step, timestep, tensors)` may
+        return changed tensors, and `callback(step, timestep, latents)` is told of every `callback_steps`-th step.
         `output_type="file"` writes PNG files as rows are decoded, so a picture may be larger than memory (with
         `enable_vae_tiling`): to `output_path`, numbered where there are several, or to new names in the current folder.
-        Raises `ValueError` for arguments that are not possible, before any work is done.
+        Raises `ValueError` or `TypeError` for arguments that are not possible, before any work is done.
         """
+        refuse_arguments(type(self).__name__, others)
         height, width = self.image_size(height, width)
         checks.check_prompt(prompt, prompt_embeds, ("prompt", "prompt_embeds"))
         negatives = ("negative_prompt", "negative_prompt_embeds")
@@ -106,8 +132,14 @@ class StableDiffusionPipeline(DiffusionPipeline):
         num_inference_steps = check_steps(num_inference_steps)
         num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
         guidance_scale = check_guidance(guidance_scale)
+        guidance_rescale = check_rescale(guidance_rescale)
+        check_clip_skip(self.text_encoder, clip_skip)
+        checks.check_timesteps(self.scheduler, timesteps, sigmas)
+        checks.check_attention_kwargs(cross_attention_kwargs, "cross_attention_kwargs")
         checks.check_output_type(output_type, output_path)
-        checks.check_callback_inputs(callback_on_step_end_tensor_inputs, CALLBACK_TENSORS)
+        inputs = callback_on_step_end_tensor_inputs
+        steps = checks.count_steps(num_inference_steps, timesteps, sigmas)
+        callbacks = Callbacks.of(CALLBACK_TENSORS, callback_on_step_end, inputs, callback, callback_steps, steps=steps)
         if output_type != "latent":
             check_decoding(self.vae, self.latent_shape(1, height, width))
         prompts = checks.count_prompts(prompt, prompt_embeds)
@@ -116,24 +148,21 @@ class StableDiffusionPipeline(DiffusionPipeline):
         if output_type == "file":
             files = picture_files(output_path, count)
         guided = guidance_scale > 1
-        size = RunSize(height, width, count, prompts, num_inference_steps, guided, output=output_type)
+        size = RunSize(height, width, count, prompts, steps, guided, output=output_type)
         with self.running(size):
+            self.begin(guidance_scale, guidance_rescale=guidance_rescale, clip_skip=clip_skip)
             with self.stages.stage("encode prompt"):
                 embeds = self.encode_prompt(
-                    prompt, num_images_per_prompt, guided, negative_prompt, prompt_embeds, negative_prompt_embeds
-                )
-            self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+                    prompt, num_images_per_prompt, guided, negative_prompt, prompt_embeds, negative_prompt_embeds,
+                    clip_skip,
+                )  # fmt: skip
+            self.lay_out_steps(num_inference_steps, timesteps, sigmas)
             x = self.prepare_latents(count, height, width, embeds, generator, latents)
-            with self.stages.stage("denoise", steps=len(self.scheduler.timesteps)) as stage:
-                for step, timestep in enumerate(self.scheduler.timesteps):
-                    noise_pred = self.predict_noise(x, timestep, embeds, guidance_scale)
+            with self.stages.stage("denoise", steps=self.num_timesteps) as stage:
+                for step, timestep in self.steps():
+                    noise_pred = self.predict_noise(x, timestep, embeds, self.guidance_scale, self.guidance_rescale)
                     x = self.take_step(noise_pred, timestep, x, eta=eta, generator=generator)
-                    if callback_on_step_end is not None:
-                        tensors = {"latents": x, "prompt_embeds": embeds, "noise_pred": noise_pred}
-                        asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                        returned = callback_on_step_end(self, step, timestep, asked)
-                        tensors |= checks.check_returned(returned, CALLBACK_TENSORS)
-                        x, embeds = tensors["latents"], tensors["prompt_embeds"]
+                    x, embeds = callbacks.after_step(self, step, timestep, x, embeds, noise_pred=noise_pred)
                     stage.advance()
             images, unsafe = self.finish(x, output_type, files)
         return StableDiffusionPipelineOutput(images, unsafe) if return_dict else (images, unsafe)
@@ -178,13 +207,15 @@ class StableDiffusionPipeline(DiffusionPipeline):
         negative_prompt: str | Sequence[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
+        clip_skip: int | None = None,
     ) -> torch.Tensor:
         """Text to embeddings `[B, S, C]`, or `[2B, S, C]` with guidance: the negative ones first."""
         if prompt_embeds is None:
             assert prompt is not None
-            prompt_embeds = self.embed([prompt] if isinstance(prompt, str) else list(prompt))
+            with skipping_layers(self.text_encoder, clip_skip):
+                prompt_embeds = self.embed([prompt] if isinstance(prompt, str) else list(prompt))
         batch = len(prompt_embeds)
-        positive = prompt_embeds.to(self.device, self.text_encoder.dtype)
+        positive = prompt_embeds.to(self.device, getattr(self.unet, "dtype", self.text_encoder.dtype))
         positive = positive.repeat_interleave(num_images_per_prompt, dim=0)
         if not do_classifier_free_guidance:
             return positive
@@ -228,22 +259,28 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     @resumed("denoise")
     def predict_noise(
-        self, latents: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, guidance_scale: float
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        embeds: torch.Tensor,
+        guidance_scale: float,
+        guidance_rescale: float = 0.0,
     ) -> torch.Tensor:
         """One call of the U-Net; with guidance, ε = ε_negative + scale · (ε_prompt - ε_negative)."""
         guided = guidance_scale > 1
+        embeds = embeds_for(embeds, latents, guided)
         model_input = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
         output = self.unet(model_input, timestep, embeds)
         noise_pred = output.sample if hasattr(output, "sample") else output[0]
         if not guided:
             return noise_pred
         negative, positive = noise_pred.chunk(2)
-        return negative + guidance_scale * (positive - negative)
+        return guided_noise(negative, positive, guidance_scale, guidance_rescale)
 
     @resumed("decode")
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents to pictures `[B, 3, H, W]` in [0, 1]."""
-        decoded: Any = self.vae.decode(latents / self.vae.config.scaling_factor)
+        decoded: Any = self.vae.decode(self.in_dtype_of(self.vae, latents) / self.vae.config.scaling_factor)
         return to_unit_range(decoded.sample)
 
     @resumed("decode")
@@ -255,6 +292,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         is_unsafe = None if self.safety_checker is None else lambda small: self.run_safety_checker(small)[1] == [True]
         unsafe: list[bool] = []
         with decoding(self.stages, self.vae, len(latents)):
+            latents = self.in_dtype_of(self.vae, latents)
             for z, file in zip((latents / self.vae.config.scaling_factor).split(1), files, strict=True):
                 produce = functools.partial(self.vae.decode_rows, z)
                 unsafe.append(write_picture(file, width, height, produce, is_unsafe))
@@ -262,17 +300,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     @resumed("safety check")
     def run_safety_checker(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
-        """Blacken the pictures in which the safety checker, if there is one, finds an unwanted concept."""
-        if self.safety_checker is None:
-            return pixels, None
-        with self.stages.stage("safety check"):
-            pictures = to_pil(pixels.cpu().permute(0, 2, 3, 1).float().numpy())
-            clip_input = self.feature_extractor(pictures, return_tensors="pt").pixel_values
-            unsafe = self.safety_checker(clip_input.to(self.device, self.dtype))
-        if any(unsafe):
-            warnings.warn("The safety checker blackened a picture; try another prompt or seed.", stacklevel=5)
-        keep = torch.tensor([not flagged for flagged in unsafe], device=pixels.device)
-        return pixels * keep[:, None, None, None], unsafe
+        """Have the safety checker, if there is one, look at pictures; see `checked`."""
+        return checked(self, pixels)
 
     def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels, the model's own where None; raises `ValueError` for sizes it cannot make."""

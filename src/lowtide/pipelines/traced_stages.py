@@ -10,6 +10,7 @@ import torch
 from lowtide.activations.frame_cache import batches_gone_through, frame_batches
 from lowtide.fitting.meta_subject import nbytes
 from lowtide.fitting.subject import TracedStage
+from lowtide.models.safety_checker import is_published_checker
 from lowtide.planning.run_size import RunSize
 
 HISTORY = 8
@@ -44,7 +45,7 @@ def picture_stages(pipe: Any, size: RunSize) -> Iterator[TracedStage]:
         tail = values * picture_bytes(size.output, dtype)
         carried = nbytes(embeds)
         yield TracedStage("decode", "vae", 1, lambda: pipe.vae.decode(x), (x,), carried, tail, ways=ways)
-    if pipe.safety_checker is not None:
+    if is_published_checker(pipe.safety_checker):  # what others do cannot be traced
         side = pipe.safety_checker.config.vision_config.image_size
         seen_at_once = 1 if size.output == "file" else size.pictures
         clip = torch.empty((seen_at_once, 3, side, side), dtype=dtype, device="meta")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import Tensor
 
@@ -33,8 +34,8 @@ class CogVideoXDDIMScheduler(CogVideoXScheduler[CogVideoXDDIMConfig]):
 
     config_class = CogVideoXDDIMConfig
 
-    def __init__(self, config: CogVideoXDDIMConfig | None = None) -> None:
-        super().__init__(config or CogVideoXDDIMConfig())
+    def __init__(self, config: CogVideoXDDIMConfig | None = None, **entries: Any) -> None:
+        super().__init__(self._configured(config, entries))
 
     def step(
         self,
@@ -43,9 +44,12 @@ class CogVideoXDDIMScheduler(CogVideoXScheduler[CogVideoXDDIMConfig]):
         sample: Tensor,
         *,
         eta: float = 0.0,
+        use_clipped_model_output: bool = False,
         generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
     ) -> StepOutput:
-        """From `sample` at `timestep` to the next timestep; `eta` and `generator` have no effect.
+        """From `sample` at `timestep` to the next timestep; the arguments after `sample` have no effect.
 
         Raises `ValueError` before `set_timesteps`, outside the training schedule, and where noise is predicted from
         pure noise.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,8 +62,8 @@ class CogVideoXDPMScheduler(CogVideoXScheduler[CogVideoXDPMConfig]):
 
     config_class = CogVideoXDPMConfig
 
-    def __init__(self, config: CogVideoXDPMConfig | None = None) -> None:
-        super().__init__(config or CogVideoXDPMConfig())
+    def __init__(self, config: CogVideoXDPMConfig | None = None, **entries: Any) -> None:
+        super().__init__(self._configured(config, entries))
         self._order: list[int] = []
         self._ordered = self.timesteps
         self._past: Prediction | None = None
@@ -79,15 +79,27 @@ class CogVideoXDPMScheduler(CogVideoXScheduler[CogVideoXDPMConfig]):
         model_output: Tensor,
         timestep: Timestep,
         sample: Tensor,
-        *,
+        *theirs: object,
         eta: float = 0.0,
+        old_pred_original_sample: Tensor | None = None,
+        timestep_back: Timestep | None = None,
+        use_clipped_model_output: bool = False,
         generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
     ) -> StepOutput:
-        """From `sample` at `timestep` to the next timestep, with noise drawn from `generator`; `eta` has no effect.
+        """From `sample` at `timestep` to the next timestep, with noise drawn from `generator`.
 
+        The last prediction and its timestep are remembered, so the peer's `old_pred_original_sample` and
+        `timestep_back` need not be given, and have no effect; nor have the other arguments.
         Raises `ValueError` before `set_timesteps`, for a timestep that is not next, for a sample of another shape than
         that of the last step, and where noise is predicted from pure noise.
         """
+        if theirs:
+            raise TypeError(
+                "CogVideoXDPMScheduler.step takes model_output, timestep and sample: it remembers the last prediction "
+                "and its timestep itself. Give old_pred_original_sample and timestep_back by name, or leave them out."
+            )
         at = int(timestep)
         target, place = self._target(at), self._find(at)
         past = self._past if self._past is not None and place == self._past.place + 1 else None

@@ -31,6 +31,7 @@ class CogVideoXConfig(SchedulerConfig):
     rescale_betas_zero_snr: bool = False
     snr_shift_scale: float = 3.0
 
+    IDLE: ClassVar[Mapping[str, Any]] = {"clip_sample": True, "clip_sample_range": 1.0, "sample_max_value": 1.0}
     ALLOWED: ClassVar[Mapping[str, tuple[Any, ...]]] = {**SchedulerConfig.ALLOWED, "thresholding": (False, None)}
 
     @classmethod

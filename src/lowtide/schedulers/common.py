@@ -7,15 +7,17 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowtide.config_checks import LARGE, SMALLEST, Range, check_types
-from lowtide.configs import Config, write_json
+from lowtide.configs import Config, frozen, write_json
 from lowtide.hub import Source
+from lowtide.peer_names import PeerNames, refuse_arguments
 from lowtide.schedulers import noise_schedule
+from lowtide.schedulers.scheduler_entries import are_betas, check_number, is_list_of, unsupported
 
 CONFIG_NAME = "scheduler_config.json"
 FORMAT_VERSION = "0.42.1"  # the diffusers release whose file format we write
@@ -34,9 +36,11 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 Timestep = int | float | Tensor
 
 
-@dataclasses.dataclass(frozen=True)
-class StepOutput:
-    """The sample at the next, lower noise level, and the solver's estimate of the clean sample, if it makes one."""
+class StepOutput(NamedTuple):
+    """The sample at the next, lower noise level, and the solver's estimate of the clean sample, if it makes one.
+
+    It has names and is a tuple, so it serves whatever `return_dict` asks for.
+    """
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
@@ -48,7 +52,7 @@ class Scheduler(Protocol):
     Call `set_timesteps`, multiply noise by `init_noise_sigma`, then for each of `timesteps` in order: give
     `scale_model_input(sample, t)` to the model and its output to `step`. The noise schedule stays on the CPU; only
     `timesteps` are moved to the device asked for. `eta` matters only to DDIM, `generator` only where noise is drawn
-    (DDIM with eta > 0, and always CogVideoX's DPM-Solver++); the others accept and ignore them.
+    (DDIM with eta > 0, Euler with churn, and always CogVideoX's DPM-Solver++); the others accept and ignore them.
     """
 
     @property
@@ -67,8 +71,8 @@ class Scheduler(Protocol):
         ...
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | Config) -> Self:
-        """Build from the entries of a file or from any scheduler's configuration."""
+    def from_config(cls, config: Mapping[str, Any] | Config, **entries: Any) -> Self:
+        """Build from the entries of a file or from any scheduler's configuration, changed by other `entries`."""
         ...
 
     @classmethod
@@ -96,6 +100,7 @@ class Scheduler(Protocol):
         *,
         eta: float = 0.0,
         generator: Generators = None,
+        return_dict: bool = True,
     ) -> StepOutput:
         """From `sample` at `timestep` to what the next model call needs, in the same shape and dtype."""
         ...
@@ -131,6 +136,8 @@ class SchedulerConfig(Config):
         "prediction_type": ("epsilon", "v_prediction", "sample"),
         "timestep_spacing": noise_schedule.TIMESTEP_SPACINGS,
     }
+    # Entry -> its usual value: entries that change nothing here, as they change nothing in the published class.
+    IDLE: ClassVar[Mapping[str, Any]] = {}
     # Entry -> values that only another class understands: here the default applies, and the value is kept as unused.
     FOREIGN: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
@@ -146,15 +153,15 @@ class SchedulerConfig(Config):
         for key in ("beta_start", "beta_end"):
             check_number(self, key, (int, float), 1e-12, 1 - 1e-6)
         betas = self.trained_betas
-        if betas is not None and not _are_betas(betas, self.num_train_timesteps):
+        if betas is not None and not are_betas(betas, self.num_train_timesteps):
             raise unsupported(self, "trained_betas", f"null or {self.num_train_timesteps} numbers between 0 and 1")
         check_types(self, type(self).__name__.removesuffix("Config"), RANGES)
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
         """Read `source`; entries listed in its `_use_default_values`, which the peer writes, count as not given."""
-        defaulted = source.get("_use_default_values", ())
-        if not isinstance(defaulted, (list, tuple)) or not all(isinstance(name, str) for name in defaulted):
+        defaulted: Any = source.get("_use_default_values", ())
+        if not is_list_of(defaulted, str):
             raise ValueError(
                 f"_use_default_values={defaulted!r:.80} is not possible: it is a list of names of entries."
             )
@@ -164,6 +171,11 @@ class SchedulerConfig(Config):
         fields = {field.name for field in dataclasses.fields(cls)}
         given = frozenset(fields & entries.keys() - foreign.keys())
         return dataclasses.replace(config, unused={**config.unused, **foreign}, given=given)
+
+    @classmethod
+    def usual(cls) -> dict[str, Any]:
+        """The entries that need not be told, at their usual values."""
+        return {**cls.IDLE, **{key: possible[0] for key, possible in cls.ALLOWED.items()}}
 
     @classmethod
     def from_scheduler(cls, other: SchedulerConfig) -> Self:
@@ -178,9 +190,16 @@ class SchedulerConfig(Config):
     def changed(self, entries: Mapping[str, Any]) -> Self:
         """This configuration with other `entries`, which count as given."""
         fields = {field.name for field in dataclasses.fields(self)}
-        own = {key: value for key, value in entries.items() if key in fields}
+        own = {key: frozen(value) for key, value in entries.items() if key in fields}
         rest = {key: value for key, value in entries.items() if key not in fields}
         return dataclasses.replace(self, unused={**self.unused, **rest}, given=self.given | own.keys(), **own)
+
+    def told(self, owner: str, entries: Mapping[str, Any]) -> Self:
+        """This configuration with other `entries` by name, as `owner` takes them; raises `TypeError` for others."""
+        known = self.keys()
+        refuse_arguments(owner, {key: value for key, value in entries.items() if key not in known})
+        own = {key: value for key, value in entries.items() if key in known}
+        return self.changed(own) if own else self
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: every field, then the unknown entries of the source."""
@@ -197,13 +216,15 @@ class SchedulerConfig(Config):
 ConfigT = TypeVar("ConfigT", bound=SchedulerConfig)
 
 
-class SchedulerBase(Generic[ConfigT]):
+class SchedulerBase(PeerNames, Generic[ConfigT]):
     """Configuration, training schedule (on the CPU) and file format; the subclasses add the solver.
 
     The training schedule follows from the configuration, unless `alphas_cumprod` gives another.
     """
 
     config_class: type[ConfigT]
+    order = 1
+    """Model calls a timestep."""
 
     def __init__(self, config: ConfigT, *, zero_snr: bool = False, alphas_cumprod: Tensor | None = None) -> None:
         self.config = config
@@ -217,13 +238,25 @@ class SchedulerBase(Generic[ConfigT]):
         return 1.0
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | Config) -> Self:
-        """Build from the entries of a file or from any scheduler's configuration; entries unknown here are kept."""
+    def from_config(cls, config: Mapping[str, Any] | Config, **entries: Any) -> Self:
+        """Build from the entries of a file or from any scheduler's configuration; entries unknown here are kept.
+
+        Other `entries` by name, as in `from_config(config, use_karras_sigmas=True)`, replace those of `config`; raises
+        `TypeError` for names that this class does not have.
+        """
         if isinstance(config, SchedulerConfig):
-            return cls(cls.config_class.from_scheduler(config))
-        if isinstance(config, Config):
-            config = config.to_dict()
-        return cls(cls.config_class.from_dict(config))
+            return cls(cls.config_class.from_scheduler(config), **entries)
+        return cls(cls.config_class.from_dict(config.to_dict() if isinstance(config, Config) else config), **entries)
+
+    @classmethod
+    def _configured(cls, config: ConfigT | None, entries: Mapping[str, Any]) -> ConfigT:
+        """`config`, or the class's own, with other entries."""
+        config = cls.config_class() if config is None else config
+        if not isinstance(config, cls.config_class):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"{cls.__name__} takes its entries by name, as in num_train_timesteps=1000, not {config!r:.80}."
+            )
+        return config.told(cls.__name__, entries)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str | None = None) -> Self:
@@ -317,22 +350,3 @@ def _training_alphas(config: SchedulerConfig, zero_snr: bool) -> Tensor:
         return shifted_alphas(config, zero_snr=zero_snr).float()
     betas = betas_of(config)
     return noise_schedule.cumulative_alphas(noise_schedule.rescale_to_zero_snr(betas) if zero_snr else betas)
-
-
-def _are_betas(betas: Any, count: int) -> bool:
-    is_list = isinstance(betas, tuple) and len(betas) == count
-    return is_list and all(type(beta) in (int, float) and 0 < beta < 1 for beta in betas)
-
-
-def check_number(config: SchedulerConfig, key: str, kind: type | tuple[type, ...], low: float, high: float) -> None:
-    """Raise `ValueError` unless the entry `key` is a number of a `kind`, from `low` to `high`."""
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-        noun = "a whole number" if kind is int else "a number"
-        raise unsupported(config, key, f"{noun} from {low:g} to {high:g}")
-
-
-def unsupported(config: SchedulerConfig, key: str, possible: str) -> ValueError:
-    """The error for the value of the entry `key`, saying what is `possible`."""
-    name = type(config).__name__.removesuffix("Config")
-    return ValueError(f"{name}: {key}={config.get(key)!r:.80} is not supported; it must be {possible}.")

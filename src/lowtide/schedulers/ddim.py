@@ -32,6 +32,7 @@ class DDIMConfig(SchedulerConfig):
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
 
+    IDLE: ClassVar[Mapping[str, Any]] = {"dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
     ALLOWED: ClassVar[Mapping[str, tuple[Any, ...]]] = {**SchedulerConfig.ALLOWED, "thresholding": (False, None)}
 
 
@@ -55,8 +56,8 @@ class DDIMScheduler(SchedulerBase[DDIMConfig]):
 
     config_class = DDIMConfig
 
-    def __init__(self, config: DDIMConfig | None = None) -> None:
-        config = config or DDIMConfig()
+    def __init__(self, config: DDIMConfig | None = None, **entries: Any) -> None:
+        config = self._configured(config, entries)
         super().__init__(config, zero_snr=config.rescale_betas_zero_snr)
         self.final_alpha_cumprod = torch.tensor(1.0) if config.set_alpha_to_one else self.alphas_cumprod[0]
 
@@ -73,12 +74,19 @@ class DDIMScheduler(SchedulerBase[DDIMConfig]):
         sample: Tensor,
         *,
         eta: float = 0.0,
+        use_clipped_model_output: bool = False,
         generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
     ) -> StepOutput:
         """From `sample` at `timestep` to the next timestep; `eta` 0 is deterministic, 1 is as random as DDPM.
 
+        `variance_noise` is used instead of noise drawn from `generator`. With `use_clipped_model_output` the noise
+        predicted is what fits to x₀ after that was clipped.
         Raises `ValueError` before `set_timesteps` and for `eta` outside 0…1.
         """
+        if variance_noise is not None and generator is not None:
+            raise ValueError("generator and variance_noise are both given; give one of them.")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} is not possible: choose from 0 (deterministic) to 1 (as random as DDPM).")
         eta = float(eta)  # numpy's numbers would make arrays of tensors
@@ -88,11 +96,15 @@ class DDIMScheduler(SchedulerBase[DDIMConfig]):
         noise = noise_schedule.predict_noise(kind, model_output, sample, alpha, sigma)
         if self.config.clip_sample:
             original = original.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        if use_clipped_model_output:
+            noise = noise_schedule.predict_noise("sample", original, sample, alpha, sigma)
         std = ddim_std(bar, bar_prev, eta)
         prev_sample = ddim_step(original, noise, bar_prev, std)
         if eta > 0:
-            fresh = draw_noise(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
-            prev_sample = prev_sample + std * fresh
+            if variance_noise is None:
+                device, dtype = sample.device, model_output.dtype
+                variance_noise = draw_noise(sample.shape, generator=generator, device=device, dtype=dtype)
+            prev_sample = prev_sample + std * variance_noise
         return StepOutput(prev_sample, original)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

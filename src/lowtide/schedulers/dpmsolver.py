@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,32 +92,46 @@ class DPMSolverMultistepScheduler(SigmaScheduler[DPMSolverMultistepConfig]):
 
     config_class = DPMSolverMultistepConfig
 
-    def __init__(self, config: DPMSolverMultistepConfig | None = None) -> None:
-        config = config or DPMSolverMultistepConfig()
+    def __init__(self, config: DPMSolverMultistepConfig | None = None, **entries: Any) -> None:
+        config = self._configured(config, entries)
         super().__init__(config, zero_snr=config.rescale_betas_zero_snr)
         self._past: tuple[Prediction, ...] = ()
 
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
         """Lay out the timesteps (fewer than asked for where `lambda_min_clipped` cuts a "trailing" schedule).
 
-        Raises `ValueError` if they do not fit the training schedule.
+        Or have those told. Raises `ValueError` if they do not fit the training schedule.
         """
         c = self.config
-        num_inference_steps = noise_schedule.check_num_steps(num_inference_steps, c.num_train_timesteps)
-        if c.use_karras_sigmas:
-            ends = float(self._training_sigmas[-1]), float(self._training_sigmas[0])
-            sigmas = noise_schedule.karras_sigmas(*ends, num_inference_steps)
-            timesteps = noise_schedule.timesteps_of_sigmas(sigmas, self._training_sigmas)
-            timesteps = timesteps if c.beta_schedule == "squaredcos_cap_v2" else timesteps.round()
+        if timesteps is not None:
+            self._check_told(timesteps, num_inference_steps)
+            places = np.asarray(timesteps, dtype=np.float64)
+            sigmas = self._sigmas_at(places)
         else:
-            timesteps = noise_schedule.solver_timesteps(
-                c.timestep_spacing, num_inference_steps, c.num_train_timesteps, c.steps_offset, self._usable_timesteps()
-            )
-            noise_schedule.check_timesteps(timesteps, c.num_train_timesteps, c.timestep_spacing)
-            sigmas = self._sigmas_at(timesteps)
+            places, sigmas = self._spaced_out(noise_schedule.told_steps(num_inference_steps))
         last = float(self._training_sigmas[0]) if c.final_sigmas_type == "sigma_min" else 0.0
-        self._lay_out(torch.as_tensor(timesteps, dtype=torch.int64, device=device), sigmas, last)
+        self._lay_out(torch.as_tensor(places, dtype=torch.int64, device=device), sigmas, last)
         self._past = ()
+
+    def _spaced_out(self, num_steps: int) -> tuple[noise_schedule.FloatArray, noise_schedule.FloatArray]:
+        """Timesteps and their sigmas, as the configuration spaces them."""
+        c, training = self.config, self._training_sigmas
+        num_steps = noise_schedule.check_num_steps(num_steps, c.num_train_timesteps)
+        sigmas = self._spread_sigmas(float(training[-1]), float(training[0]), num_steps)
+        if sigmas is not None:
+            timesteps = noise_schedule.timesteps_of_sigmas(sigmas, training)
+            whole = c.use_karras_sigmas and c.beta_schedule != "squaredcos_cap_v2"
+            return timesteps.round() if whole else timesteps, sigmas
+        timesteps = noise_schedule.solver_timesteps(
+            c.timestep_spacing, num_steps, c.num_train_timesteps, c.steps_offset, self._usable_timesteps()
+        )
+        noise_schedule.check_timesteps(timesteps, c.num_train_timesteps, c.timestep_spacing)
+        return timesteps, self._sigmas_at(timesteps)
 
     def step(
         self,
@@ -126,8 +141,10 @@ class DPMSolverMultistepScheduler(SigmaScheduler[DPMSolverMultistepConfig]):
         *,
         eta: float = 0.0,
         generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
     ) -> StepOutput:
-        """From `sample` at `timestep` to the next timestep, in float32; `eta` and `generator` have no effect.
+        """From `sample` at `timestep` to the next timestep, in float32; the arguments after `sample` have no effect.
 
         Raises `ValueError` before `set_timesteps` and after the last step.
         """
@@ -137,8 +154,8 @@ class DPMSolverMultistepScheduler(SigmaScheduler[DPMSolverMultistepConfig]):
         original = noise_schedule.predict_original(kind, model_output, sample, level.alpha, level.sigma)
         past = (*self._past, Prediction(level, original))[-self.config.solver_order :]
         prev_sample = self._solve(sample.float(), target, past, self._order(place, len(past)))
-        self._place = place + 1
-        self._past = past if self._place < len(self.timesteps) else ()
+        self._step_index = place + 1
+        self._past = past if self._step_index < len(self.timesteps) else ()
         return StepOutput(prev_sample.to(original.dtype), original)
 
     def add_noise(self, original: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

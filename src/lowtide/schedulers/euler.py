@@ -1,9 +1,10 @@
-"""Euler's method on the probability-flow ODE (arXiv 2206.00364, Algorithm 1 without churn)."""
+"""Euler's method on the probability-flow ODE (arXiv 2206.00364, Algorithm 1, with churn where a step asks for it)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowtide.schedulers import noise_schedule
-from lowtide.schedulers.common import Generators, StepOutput, Timestep
+from lowtide.schedulers.common import Generators, StepOutput, Timestep, draw_noise
 from lowtide.schedulers.sigmas import SigmaConfig, SigmaScheduler
 
 
@@ -48,8 +49,8 @@ class EulerDiscreteScheduler(SigmaScheduler[EulerDiscreteConfig]):
 
     config_class = EulerDiscreteConfig
 
-    def __init__(self, config: EulerDiscreteConfig | None = None) -> None:
-        config = config or EulerDiscreteConfig()
+    def __init__(self, config: EulerDiscreteConfig | None = None, **entries: Any) -> None:
+        config = self._configured(config, entries)
         super().__init__(config, zero_snr=config.rescale_betas_zero_snr)
         self.timesteps = self.timesteps.float()
 
@@ -59,18 +60,52 @@ class EulerDiscreteScheduler(SigmaScheduler[EulerDiscreteConfig]):
         largest = self.sigmas.max()
         return float(largest if self.config.timestep_spacing != "leading" else (largest**2 + 1) ** 0.5)
 
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Lay out `num_inference_steps` timesteps. Raises `ValueError` if they do not fit the training schedule."""
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Lay out `num_inference_steps` timesteps, or those told; `sigmas` are one more, the last of them the end.
+
+        Raises `ValueError` if they do not fit the training schedule, and where not one of the three is given.
+        """
+        if sigmas is not None:
+            return self._lay_out_sigmas(sigmas, num_inference_steps, timesteps, device)
         c = self.config
-        timesteps = self._spaced(num_inference_steps).astype(np.float32)
-        sigmas = self._sigmas_at(timesteps)
-        if c.use_karras_sigmas:
-            high = float(sigmas[0]) if c.sigma_max is None else c.sigma_max
-            low = float(sigmas[-1]) if c.sigma_min is None else c.sigma_min
-            sigmas = noise_schedule.karras_sigmas(high, low, num_inference_steps)
-            timesteps = noise_schedule.timesteps_of_sigmas(sigmas, self._training_sigmas).astype(np.float32)
+        if timesteps is not None:
+            self._check_told(timesteps, num_inference_steps)
+            spaced = np.asarray(timesteps, dtype=np.float32)
+        else:
+            spaced = self._spaced(noise_schedule.told_steps(num_inference_steps)).astype(np.float32)
+        levels = self._sigmas_at(spaced)
+        high = float(levels[0]) if c.sigma_max is None else c.sigma_max
+        low = float(levels[-1]) if c.sigma_min is None else c.sigma_min
+        spread = self._spread_sigmas(high, low, len(spaced))
+        if spread is not None:
+            levels = spread
+            spaced = noise_schedule.timesteps_of_sigmas(levels, self._training_sigmas).astype(np.float32)
         last = float(self._training_sigmas[0]) if c.final_sigmas_type == "sigma_min" else 0.0
-        self._lay_out(torch.as_tensor(timesteps, device=device), sigmas, last)
+        self._lay_out(torch.as_tensor(spaced, device=device), levels, last)
+        return None
+
+    def _lay_out_sigmas(
+        self,
+        sigmas: Sequence[float],
+        num_inference_steps: int | None,
+        timesteps: Sequence[float] | None,
+        device: torch.device | str | None,
+    ) -> None:
+        levels = np.asarray(sigmas, dtype=np.float32)
+        if num_inference_steps is not None or timesteps is not None:
+            raise ValueError("sigmas and num_inference_steps or timesteps are both given; give one of them.")
+        if levels.ndim != 1 or len(levels) < 2 or not np.all(levels[:-1] > 0) or levels[-1] < 0:
+            raise ValueError(
+                f"sigmas={list(sigmas)!s:.200} are not possible: give two or more, all above 0 but the last."
+            )
+        spaced = noise_schedule.timesteps_of_sigmas(levels[:-1], self._training_sigmas).astype(np.float32)
+        self._lay_out(torch.as_tensor(spaced, device=device), levels[:-1], float(levels[-1]))
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep) -> Tensor:
         """`sample` / √(σ²+1), the variance-preserving input of the model."""
@@ -84,18 +119,30 @@ class EulerDiscreteScheduler(SigmaScheduler[EulerDiscreteConfig]):
         sample: Tensor,
         *,
         eta: float = 0.0,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
         generator: Generators = None,
+        return_dict: bool = True,
     ) -> StepOutput:
-        """From `sample` at `timestep` to the next timestep, in float32; `eta` and `generator` have no effect.
+        """From `sample` at `timestep` to the next timestep, in float32; `eta` has no effect.
 
+        With `s_churn` noise of `s_noise` times the usual deviation, drawn from `generator`, raises σ first where it is
+        from `s_tmin` to `s_tmax` (arXiv 2206.00364, Algorithm 2).
         Raises `ValueError` before `set_timesteps` and after the last step.
         """
         place = self._enter(timestep)
         sigma, sigma_next = self.sigmas[place], self.sigmas[place + 1]
         sample = sample.float()
+        if s_churn > 0 and s_tmin <= sigma <= s_tmax:
+            raised = sigma * (1 + min(s_churn / (len(self.sigmas) - 1), 2**0.5 - 1))
+            device, dtype = model_output.device, model_output.dtype
+            fresh = draw_noise(model_output.shape, generator=generator, device=device, dtype=dtype)
+            sample, sigma = sample + s_noise * fresh * (raised**2 - sigma**2) ** 0.5, raised
         original = euler_original(self.config.prediction_type, model_output, sample, sigma)
         prev_sample = euler_step(sample, original, sigma, sigma_next)
-        self._place = place + 1
+        self._step_index = place + 1
         return StepOutput(prev_sample.to(model_output.dtype), original)
 
     def add_noise(self, original: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

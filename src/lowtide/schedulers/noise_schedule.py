@@ -135,6 +135,11 @@ def karras_sigmas(sigma_max: float, sigma_min: float, num_steps: int) -> FloatAr
     return (high + np.linspace(0, 1, num_steps) * (low - high)) ** KARRAS_RHO
 
 
+def exponential_sigmas(sigma_max: float, sigma_min: float, num_steps: int) -> FloatArray:
+    """Falling sigmas, evenly spaced in log σ."""
+    return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), num_steps))
+
+
 def timesteps_of_sigmas(sigmas: NDArray[np.floating], training: NDArray[np.floating]) -> FloatArray:
     """The fractional timesteps of `sigmas`, linear in log σ between the `training` sigmas (ascending)."""
     logs = np.log(np.maximum(sigmas, 1e-10))
@@ -159,6 +164,21 @@ def check_num_steps(num_steps: int, num_train: int, least: int = 1) -> int:
             f"(the model was trained with {num_train} timesteps)."
         )
     return number
+
+
+def told_steps(num_steps: int | None) -> int:
+    """The number of steps; raises `ValueError` where neither it nor timesteps were given."""
+    if num_steps is None:
+        raise ValueError("Neither num_inference_steps nor timesteps are given; give one of them.")
+    return num_steps
+
+
+def check_told(timesteps: FloatArray, num_train: int) -> None:
+    """Raise `ValueError` unless `timesteps` that were told are some, and lie in 0…`num_train`-1."""
+    if timesteps.ndim != 1 or len(timesteps) == 0 or timesteps.min() < 0 or timesteps.max() > num_train - 1:
+        raise ValueError(
+            f"timesteps={timesteps.tolist()!s:.200} are not possible: give numbers within 0…{num_train - 1}."
+        )
 
 
 def check_timesteps(timesteps: NDArray[np.floating], num_train: int, spacing: str) -> None:

@@ -58,8 +58,8 @@ class PNDMScheduler(SchedulerBase[PNDMConfig]):
 
     config_class = PNDMConfig
 
-    def __init__(self, config: PNDMConfig | None = None) -> None:
-        config = config or PNDMConfig()
+    def __init__(self, config: PNDMConfig | None = None, **entries: Any) -> None:
+        config = self._configured(config, entries)
         super().__init__(config)
         self.final_alpha_cumprod = torch.tensor(1.0) if config.set_alpha_to_one else self.alphas_cumprod[0]
         self._forget()
@@ -92,6 +92,7 @@ class PNDMScheduler(SchedulerBase[PNDMConfig]):
         *,
         eta: float = 0.0,
         generator: Generators = None,
+        return_dict: bool = True,
     ) -> StepOutput:
         """From `sample` at `timestep` to what the next model call needs; `eta` and `generator` have no effect.
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lowtide.schedulers import noise_schedule
-from lowtide.schedulers.common import Generators, StepOutput, Timestep, unsupported
+from lowtide.schedulers.common import Generators, StepOutput, Timestep
 from lowtide.schedulers.noise_schedule import NoiseLevel, noise_level
+from lowtide.schedulers.scheduler_entries import is_list_of, unsupported
 from lowtide.schedulers.sigmas import MultistepConfig, SigmaScheduler
 
 
@@ -35,8 +36,7 @@ class UniPCMultistepConfig(MultistepConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        steps = self.disable_corrector
-        if not isinstance(steps, tuple) or not all(type(step) is int for step in steps):
+        if not is_list_of(self.disable_corrector, int):
             raise unsupported(self, "disable_corrector", "a list of whole numbers")
         if not self.predict_x0 and self.final_sigmas_type == "zero":
             raise ValueError(
@@ -132,8 +132,8 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
 
     config_class = UniPCMultistepConfig
 
-    def __init__(self, config: UniPCMultistepConfig | None = None) -> None:
-        config = config or UniPCMultistepConfig()
+    def __init__(self, config: UniPCMultistepConfig | None = None, **entries: Any) -> None:
+        config = self._configured(config, entries)
         super().__init__(config, zero_snr=config.rescale_betas_zero_snr)
         self._forget()
 
@@ -147,11 +147,12 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
         c = self.config
         num_inference_steps = noise_schedule.check_num_steps(num_inference_steps, c.num_train_timesteps)
         smallest = float(self._training_sigmas[0])
-        if c.use_karras_sigmas:
-            high = float(self._training_sigmas[-1]) if c.sigma_max is None else c.sigma_max
-            smallest = smallest if c.sigma_min is None else c.sigma_min
-            sigmas = noise_schedule.karras_sigmas(high, smallest, num_inference_steps)
-            timesteps = noise_schedule.timesteps_of_sigmas(sigmas, self._training_sigmas).round()
+        high = float(self._training_sigmas[-1]) if c.sigma_max is None else c.sigma_max
+        low = smallest if c.sigma_min is None else c.sigma_min
+        sigmas = self._spread_sigmas(high, low, num_inference_steps)
+        if sigmas is not None:
+            timesteps = noise_schedule.timesteps_of_sigmas(sigmas, self._training_sigmas)
+            timesteps = timesteps.round() if c.use_karras_sigmas else timesteps
             smallest = float(sigmas[-1])
         else:
             timesteps = noise_schedule.solver_timesteps(
@@ -171,6 +172,7 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
         *,
         eta: float = 0.0,
         generator: Generators = None,
+        return_dict: bool = True,
     ) -> StepOutput:
         """Correct `sample` at `timestep`, then predict the next one; `eta` and `generator` have no effect.
 
@@ -185,8 +187,8 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
         order = self._order(place, len(past))
         stretch = unipc_stretch(sample, target, past[-order:], c.solver_type, c.predict_x0)
         prev_sample = unip_step(stretch)
-        self._past, self._last_sample, self._last_order, self._place = past, sample, order, place + 1
-        if self._place == len(self.timesteps):
+        self._past, self._last_sample, self._last_order, self._step_index = past, sample, order, place + 1
+        if self._step_index == len(self.timesteps):
             self._forget()
         return StepOutput(prev_sample, value if c.predict_x0 else None)
 

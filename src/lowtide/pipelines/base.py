@@ -99,8 +99,8 @@ class DiffusionPipeline(Components):
         """Load from a folder with a `model_index.json`, or a Hub id, of which only the files needed are fetched.
 
         `dtype` (or `torch_dtype`, the older name) is the dtype to compute in: float32 if None, the files' own if
-        "auto". `variant` takes the weights called so, such as "fp16". A component given by name is used instead of the
-        checkpoint's; None leaves an optional one out.
+        "auto". `variant` takes the weights called so, such as "fp16", and the plain ones of components without. A
+        component given by name is used instead of the checkpoint's; None leaves an optional one out.
         With `offload` ("model", "block", "leaf" or "sequential") no weights are read now: they rest where they are,
         and come to `offload_device` (a GPU if there is one, else the CPU) when they are called.
         With `casting` ("fp8", "int8" or a `lowtide.Casting`) the weights of every network rest in 8 bits.

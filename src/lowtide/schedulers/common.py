@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -146,7 +146,10 @@ class SchedulerConfig(Config):
         for key in ("beta_start", "beta_end"):
             check_number(self, key, (int, float), 1e-12, 1 - 1e-6)
         betas = self.trained_betas
-        if betas is not None and not _are_betas(betas, self.num_train_timesteps):
+        count = self.num_train_timesteps
+        if betas is not None and not (
+            are_all(betas, int, float) and len(betas) == count and all(0 < b < 1 for b in betas)
+        ):
             raise unsupported(self, "trained_betas", f"null or {self.num_train_timesteps} numbers between 0 and 1")
         check_types(self, type(self).__name__.removesuffix("Config"), RANGES)
 
@@ -154,7 +157,7 @@ class SchedulerConfig(Config):
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
         """Read `source`; entries listed in its `_use_default_values`, which the peer writes, count as not given."""
         defaulted = source.get("_use_default_values", ())
-        if not isinstance(defaulted, (list, tuple)) or not all(isinstance(name, str) for name in defaulted):
+        if not are_all(defaulted, str):
             raise ValueError(
                 f"_use_default_values={defaulted!r:.80} is not possible: it is a list of names of entries."
             )
@@ -319,9 +322,10 @@ def _training_alphas(config: SchedulerConfig, zero_snr: bool) -> Tensor:
     return noise_schedule.cumulative_alphas(noise_schedule.rescale_to_zero_snr(betas) if zero_snr else betas)
 
 
-def _are_betas(betas: Any, count: int) -> bool:
-    is_list = isinstance(betas, tuple) and len(betas) == count
-    return is_list and all(type(beta) in (int, float) and 0 < beta < 1 for beta in betas)
+def are_all(given: object, *kinds: type) -> bool:
+    """Whether what a file gave is a list, and holds nothing but instances of these very classes."""
+    is_list = isinstance(given, (list, tuple))
+    return is_list and all(type(item) in kinds for item in cast("Sequence[object]", given))
 
 
 def check_number(config: SchedulerConfig, key: str, kind: type | tuple[type, ...], low: float, high: float) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowtide.schedulers import noise_schedule
-from lowtide.schedulers.common import Generators, StepOutput, Timestep, unsupported
+from lowtide.schedulers.common import Generators, StepOutput, Timestep, are_all, unsupported
 from lowtide.schedulers.noise_schedule import NoiseLevel, noise_level
 from lowtide.schedulers.sigmas import MultistepConfig, SigmaScheduler
 
@@ -35,8 +35,7 @@ class UniPCMultistepConfig(MultistepConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        steps = self.disable_corrector
-        if not isinstance(steps, tuple) or not all(type(step) is int for step in steps):
+        if not are_all(self.disable_corrector, int):
             raise unsupported(self, "disable_corrector", "a list of whole numbers")
         if not self.predict_x0 and self.final_sigmas_type == "zero":
             raise ValueError(

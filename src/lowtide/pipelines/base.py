@@ -101,10 +101,10 @@ class DiffusionPipeline(PeerNames, RunningCall, MemorySettings):
 
         `dtype` (or `torch_dtype`, the older name) is the dtype to compute in: float32 if None, the files' own if
         "auto"; a dict has one for each component by name, and the others' as "default". `variant` takes the weights
-        called so, such as "fp16". A component given by name is used instead of the checkpoint's; None leaves an
-        optional one out. `device_map` moves all networks to "cuda" or "cpu" once they are loaded; "balanced" is the GPU
-        if there is one. `low_cpu_mem_usage` and `trust_remote_code` have no effect: weights are always loaded in little
-        memory, and a checkpoint's code is never run.
+        called so, such as "fp16", and the plain ones of components without. A component given by name is used instead
+        of the checkpoint's; None leaves an optional one out. `device_map` moves all networks to "cuda" or "cpu" once
+        they are loaded; "balanced" is the GPU if there is one. `low_cpu_mem_usage` and `trust_remote_code` have no
+        effect: weights are always loaded in little memory, and a checkpoint's code is never run.
         With `offload` ("model", "block", "leaf" or "sequential") no weights are read now: they rest where they are,
         and come to `offload_device` (a GPU if there is one, else the CPU) when they are called.
         With `casting` ("fp8", "int8" or a `lowtide.Casting`) the weights of every network rest in 8 bits.

@@ -17,7 +17,7 @@ from lowtide.configs import Config, frozen, write_json
 from lowtide.hub import Source
 from lowtide.peer_names import PeerNames, refuse_arguments
 from lowtide.schedulers import noise_schedule
-from lowtide.schedulers.scheduler_entries import are_betas, check_number, is_list_of, unsupported
+from lowtide.schedulers.scheduler_entries import are_all, are_betas, check_number, unsupported
 
 CONFIG_NAME = "scheduler_config.json"
 FORMAT_VERSION = "0.42.1"  # the diffusers release whose file format we write
@@ -161,7 +161,7 @@ class SchedulerConfig(Config):
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
         """Read `source`; entries listed in its `_use_default_values`, which the peer writes, count as not given."""
         defaulted: Any = source.get("_use_default_values", ())
-        if not is_list_of(defaulted, str):
+        if not are_all(defaulted, str):
             raise ValueError(
                 f"_use_default_values={defaulted!r:.80} is not possible: it is a list of names of entries."
             )

@@ -7,14 +7,14 @@ from typing import Any, cast
 from lowtide.configs import Config
 
 
-def is_list_of(values: Any, *kinds: type) -> bool:
-    """Whether this is a list or a tuple, all of whose items are of one of the `kinds`, not of classes derived of them."""
+def are_all(values: Any, *kinds: type) -> bool:
+    """Whether this is a list or a tuple, all of whose items are of one of the `kinds`; derived classes do not count."""
     return isinstance(values, (list, tuple)) and all(type(item) in kinds for item in cast("list[Any]", values))
 
 
 def are_betas(betas: Any, count: int) -> bool:
     """Whether these are `count` numbers between 0 and 1."""
-    return is_list_of(betas, int, float) and len(betas) == count and all(0 < beta < 1 for beta in betas)
+    return are_all(betas, int, float) and len(betas) == count and all(0 < beta < 1 for beta in betas)
 
 
 def check_number(config: Config, key: str, kind: type | tuple[type, ...], low: float, high: float) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowtide.schedulers import noise_schedule
 from lowtide.schedulers.common import Generators, StepOutput, Timestep
 from lowtide.schedulers.noise_schedule import NoiseLevel, noise_level
-from lowtide.schedulers.scheduler_entries import is_list_of, unsupported
+from lowtide.schedulers.scheduler_entries import are_all, unsupported
 from lowtide.schedulers.sigmas import MultistepConfig, SigmaScheduler
 
 
@@ -36,7 +36,7 @@ class UniPCMultistepConfig(MultistepConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_list_of(self.disable_corrector, int):
+        if not are_all(self.disable_corrector, int):
             raise unsupported(self, "disable_corrector", "a list of whole numbers")
         if not self.predict_x0 and self.final_sigmas_type == "zero":
             raise ValueError(

@@ -13,7 +13,7 @@ from lowtide.memory.placeholder import AtRest
 from lowtide.memory.store import DeviceRest, HostRest
 from lowtide.memory.weight import View, Weight, span
 from lowtide.weights.provenance import noted_origin
-from lowtide.weights.slots import Slot
+from lowtide.weights.slots import Slot, slots
 
 PLAIN = (torch.Tensor, nn.Parameter, getattr(nn, "Buffer", nn.Parameter))
 
@@ -42,6 +42,21 @@ def gather(slots: Iterable[Slot]) -> list[Weight]:
     weights += [_taken_over(group) for group in by_old.values()]
     weights += [_unfilled(group) for group in on_meta.values()]
     return weights + [_real(group) for group in _overlapping(placed)]
+
+
+def refill(left: Iterable[Slot]) -> None:
+    """Put ordinary tensors where placeholders were left, on the devices on which they were given."""
+    for weight in gather(left):
+        weight.restore(to_given=True)
+
+
+def refill_left(root: nn.Module, keeper: str) -> None:
+    """`refill` where an interrupted change of rules left placeholders: in modules without the entry `keeper`.
+
+    Those of weights in 8 bits are no such: they are under no rule by themselves.
+    """
+    at_rest = [slot for slot in slots(root) if isinstance(slot.tensor, AtRest) and keeper not in slot.owner.__dict__]
+    refill(slot for slot in at_rest if type(slot.tensor.weight) is Weight)  # type: ignore[attr-defined]
 
 
 def _taken_over(group: list[Slot]) -> Weight:

@@ -64,8 +64,8 @@ class ProgressBar:
 
     def stage_finished(self, name: str) -> None:
         """Close the row; after the outermost stage the bar stays on the screen as it is."""
-        row = self._rows.pop()
-        if row.steps is None or self._note is not None:
+        row = self._rows.pop() if self._rows else None  # None: an interrupt came before there was one
+        if row is not None and (row.steps is None or self._note is not None):
             done = max(row.step, 1)
             self._show(row, completed=done, total=row.steps or done, ended=True)
         if not self._rows:
@@ -86,9 +86,9 @@ class ProgressBar:
         return note or f"{passed / row.step:.2f} s/it{in_all}"
 
     def _close(self) -> None:
-        assert self._progress is not None
-        self._progress.stop()
-        self._progress = None
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
 
 
 LOOKS = (

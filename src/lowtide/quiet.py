@@ -25,8 +25,9 @@ def quiet(category: type[Warning] = Warning) -> Generator[None]:
     """Ignore warnings of a category in this thread while this lasts."""
     if not warnings.filters or type(warnings.filters[0][2]) is not _IsUnwanted:  # for good, so not once for each
         warnings.simplefilter("ignore", _IsUnwanted("Unwanted", (Warning,), {}))
-    token = _UNWANTED.set((*_UNWANTED.get(), category))
+    before = _UNWANTED.get()
     try:
+        _UNWANTED.set((*before, category))
         yield
     finally:
-        _UNWANTED.reset(token)
+        _UNWANTED.set(before)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Generator, Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Protocol
 
 
 class StageObserver(Protocol):
-    """Something that watches stages, such as a progress bar or the memory meter."""
+    """Something that watches stages, such as a progress bar or the memory meter.
+
+    Where an interrupt such as Ctrl-C comes into `stage_started`, `stage_finished` is called all the same.
+    """
 
     def stage_started(self, name: str, steps: int | None) -> None:
         """The stage `name` begins; it will take `steps` steps, or an unknown number."""
@@ -40,6 +44,13 @@ class Stage:
             observer.step_done(self.name, self.step)
 
 
+class _Watch:
+    """Observers that are added for a while: an interrupt in the end of it leaves none, since its frame keeps them."""
+
+    def __init__(self, observers: tuple[StageObserver, ...]) -> None:
+        self.observers = observers
+
+
 class Stages:
     """The stage brackets of one pipeline. `observers` watch all of its calls, and may change between stages.
 
@@ -58,24 +69,48 @@ class Stages:
 
     @property
     def _added(self) -> tuple[StageObserver, ...]:
-        return getattr(self._here, "observers", ())
+        return tuple(observer for watch in self._watches for observer in watch.observers)
+
+    @property
+    def _watches(self) -> list[_Watch]:
+        kept = (reference() for reference in getattr(self._here, "watches", ()))
+        return [watch for watch in kept if watch is not None]
 
     @contextmanager
     def stage(self, name: str, steps: int | None = None) -> Generator[Stage]:
         """Bracket one stage, for example `with stages.stage("denoise", steps=25) as stage: ... stage.advance()`."""
-        observers = self.watching
-        with ExitStack() as started:
+        observers, told = self.watching, list[StageObserver]()
+        try:
             for observer in observers:
-                observer.stage_started(name, steps)
-                started.callback(observer.stage_finished, name)
+                _tell_start(observer, name, steps, told)
             yield Stage(name, steps, observers)
+        finally:
+            _tell_end(name, told)
 
     @contextmanager
     def observed(self, *observers: StageObserver) -> Generator[None]:
         """Add `observers` for the length of a `with` block, in this thread."""
-        before = self._added
+        before, this = self._watches, _Watch(observers)
         try:
-            self._here.observers = (*before, *observers)
+            self._here.watches = [weakref.ref(watch) for watch in (*before, this)]
             yield
         finally:
-            self._here.observers = before
+            self._here.watches = [weakref.ref(watch) for watch in before]
+
+
+def _tell_start(observer: StageObserver, name: str, steps: int | None, told: list[StageObserver]) -> None:
+    try:
+        told.append(observer)  # before it begins: an interrupt may come at any moment
+        observer.stage_started(name, steps)
+    except Exception:
+        told.pop()  # it has failed to start, so there is nothing to end
+        raise
+
+
+def _tell_end(name: str, told: list[StageObserver]) -> None:
+    """Tell all of them, the last first, though one breaks."""
+    if told:
+        try:
+            told.pop().stage_finished(name)
+        finally:
+            _tell_end(name, told)

@@ -30,15 +30,15 @@ def fast():
 
 
 def test_the_most_frugal_wish_of_those_present_holds(settings):
-    malloc = heap.Malloc()
-    malloc.wish("a", (8, 64))
-    malloc.wish("b", (1, 100))
+    malloc, first, second = heap.Malloc(), heap.Wish(), heap.Wish()
+    malloc.wish(first, (8, 64))
+    malloc.wish(second, (1, 100))
     assert settings[-1] == (1, 64)
-    malloc.wish("b", (16, 100))
+    malloc.wish(second, (16, 100))
     assert settings[-1] == (8, 64)
-    malloc.leave("a")
+    malloc.leave(first)
     assert settings[-1] == (16, 100)
-    malloc.leave("b")
+    malloc.leave(second)
     assert settings[-1] == heap.FRUGAL
 
 
@@ -103,3 +103,16 @@ def test_collecting_that_was_off_stays_off(collecting):
     with heap.without_collecting(), heap.without_collecting():
         pass
     assert not gc.isenabled()
+
+
+def test_who_is_gone_wishes_for_nothing_and_stops_no_collecting(collecting):
+    """As after an interrupt that came into the end of a stage, or of a plan."""
+    malloc, wish = heap.Malloc(), heap.Wish()
+    malloc.wish(wish, (1, 1))
+    del wish
+    assert not malloc._wishes
+    heap._COLLECTOR.stop(heap.Call())
+    assert not gc.isenabled()
+    with heap.without_collecting():
+        pass
+    assert gc.isenabled()

@@ -84,7 +84,7 @@ def test_order_of_copies(
     with torch.no_grad():
         for _ in range(3):
             assert torch.equal(module(x), plain)
-    stream._reader.submit(lambda: None).result()  # what was asked for ahead is done
+    stream._reader._thread.submit(lambda: None).result()  # what was asked for ahead is done
     assert set(computing.log) <= {f"copy{n}" for n in range(1, copying.count + 1)}, "computing waits for copies"
     assert copying.log, "a copy waits until its buffer is free"
     assert set(copying.log) <= {f"compute{n}" for n in range(1, computing.count + 1)}

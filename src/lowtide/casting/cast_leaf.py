@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from lowtide.calls import Call, Calls
 from lowtide.casting.cast_weight import CastWeight, in_fp8
 from lowtide.casting.scratch import SCRATCH
+from lowtide.forks import new_lock
 from lowtide.memory.blocks import with_atomic
 from lowtide.memory.bounds import aligned
 from lowtide.memory.copy_out import copied_out
@@ -23,10 +23,6 @@ from lowtide.weights.slots import emptied
 _MARK = "_lowtide_leaf"
 
 
-class Call:
-    """One call of a leaf, held weakly: if an interrupt keeps it from leaving, it is forgotten with its frame."""
-
-
 class Leaf:
     """Layers whose weights are dequantized together, around the calls of `triggers`; each weight is in one leaf."""
 
@@ -36,8 +32,8 @@ class Leaf:
         """Bytes to take at least: what the largest leaf of the same module needs, so that one buffer serves all."""
         self._triggers = triggers
         self._overrides = Overrides(_MARK)
-        self._lock = threading.Lock()
-        self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
+        self._lock = new_lock()
+        self._calls: Calls[Call] = Calls()
         self._flat: torch.Tensor | None = None
         self._placed: list[tuple[CastWeight, list[torch.Tensor], list[int]]] = []
 
@@ -85,12 +81,12 @@ class Leaf:
             if not self._calls:
                 self._lift()  # what an interrupted call may have left
                 self._place()
-            self._calls.add(call)
+            self._calls.begin(call)
 
     def leave(self, call: Call) -> None:
         """Drop the numbers after the last call. Right also for a call whose `enter` did not come to its end."""
         with self._lock:
-            self._calls.discard(call)
+            self._calls.end(call)
             if not self._calls:
                 self._lift()
 

@@ -64,8 +64,9 @@ def _sigterm_raises() -> Generator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = signal.getsignal(signal.SIGTERM)
     try:
+        signal.signal(signal.SIGTERM, _terminate)
         yield
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -203,8 +203,8 @@ def put_under_plan(subject: Subject, fit: Fit, plan: Plan, *, as_planned: Collec
         castings = {} if earlier is None else earlier.castings_shared_with(fit)
         castings |= {name: plan.components[name].casting for name in as_planned if name in plan.components}
         applied = AppliedPlan(subject, fit, plan, before, castings)
-        subject.applied = applied
         try:
+            subject.applied = applied
             applied.put_to_work(fit, plan)
         except BaseException:
             subject.applied = earlier

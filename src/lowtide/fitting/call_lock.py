@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+
+from lowtide.calls import Call, Calls
+from lowtide.forks import new_rlock
 
 
 class CallLock:
     """Other threads wait for the end of a call; what is asked for from inside a call is refused."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._is_called = False
+        self._lock = new_rlock()
+        self._calls: Calls[Call] = Calls()
 
     @contextmanager
     def call(self) -> Generator[None]:
         """Bracket a call. Raises `RuntimeError` inside another one, such as in a callback."""
+        this = Call()
         with self._lock:
             self._refuse(
                 "and a callback cannot call it again: the scheduler's state would be lost. Build a second pipeline "
                 "from the same components and another scheduler."
             )
             try:
-                self._is_called = True
+                self._calls.begin(this)
                 yield
             finally:
-                self._is_called = False
+                self._calls.end(this)
 
     @contextmanager
     def between_calls(self, changed: str) -> Generator[None]:
@@ -36,5 +39,5 @@ class CallLock:
             yield
 
     def _refuse(self, reason: str) -> None:
-        if self._is_called:
+        if self._calls:
             raise RuntimeError(f"This pipeline is being called, {reason}")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lowtide.fitting.subject import Subject, TracedStage
+from lowtide.forks import new_lock
 from lowtide.loading.blueprint import InFiles
 from lowtide.machine.heap import without_collecting
 from lowtide.planning.run_size import RunSize
@@ -71,7 +72,7 @@ class MetaSubject:
     device: torch.device
     original: Original | None = None
     traced: Traces = field(default_factory=dict)
-    _tracing: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _tracing: threading.Lock = field(default_factory=new_lock, repr=False)
 
     def is_of(self, subject: Subject) -> bool:
         """Whether this stands for the networks that a subject has now, as they are set now."""

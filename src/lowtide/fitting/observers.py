@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from lowtide.casting.scratch import SCRATCH
-from lowtide.machine.heap import FRUGAL, MALLOC, trim_heap
+from lowtide.machine.heap import FRUGAL, MALLOC, Wish, trim_heap
 from lowtide.memory.stream import Stream
 from lowtide.planning.plan import Plan
 
@@ -52,11 +52,11 @@ class Heap:
 
     def __init__(self, plan: Callable[[], Plan]) -> None:
         self._plan = plan
-        self._stages: list[object] = []
+        self._stages: list[Wish] = []
 
     def stage_started(self, name: str, steps: int | None) -> None:
         """Keep none yet."""
-        self._stages.append(object())
+        self._stages.append(Wish())
         MALLOC.wish(self._stages[-1], FRUGAL)
 
     def step_done(self, name: str, step: int) -> None:
@@ -67,4 +67,5 @@ class Heap:
 
     def stage_finished(self, name: str) -> None:
         """Wish for nothing more."""
-        MALLOC.leave(self._stages.pop())
+        if self._stages:
+            MALLOC.leave(self._stages.pop())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from torch import nn
 import lowtide
 from lowtide.fitting.meta_subject import nbytes
 from lowtide.fitting.subject import Subject
+from lowtide.forks import new_lock
 from lowtide.machine.child_process import ChildError, run_module
 from lowtide.machine.figure_cache import keep, recall
 from lowtide.machine.heap import trim_heap
@@ -121,7 +121,7 @@ def _steady(key: tuple[str, torch.dtype, int], base: int) -> int:
 
 
 _bases: dict[tuple[str, torch.dtype, int], int] = {}
-_bases_lock = threading.Lock()
+_bases_lock = new_lock()
 CREEP = 64 * 2**20
 """Bytes by which kernels that are compiled, and what lies between two collections, change a process: no news."""
 

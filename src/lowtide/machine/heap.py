@@ -8,9 +8,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+
+from lowtide.calls import Call, Calls
+from lowtide.forks import new_lock, new_rlock, tell_of_forks
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -24,24 +26,31 @@ class _Collector:
     """Whether Python looks for garbage: not while anybody asks for that."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._asking = 0
+        self._lock = new_rlock()  # a collection of garbage in here may come here again
+        self._asking: Calls[Call] = Calls()
         self._was_on = False
+        tell_of_forks(self)
 
-    def stop(self) -> None:
-        """Look for none until `go_on` was called as often as this."""
+    def stop(self, asking: Call) -> None:
+        """Look for none until all that asked for that need it no more."""
         with self._lock:
-            if self._asking == 0:
-                self._was_on = gc.isenabled()
+            self._asking.begin(asking)
+            if gc.isenabled():
+                self._was_on = True
                 gc.disable()
-            self._asking += 1
 
-    def go_on(self) -> None:
+    def go_on(self, asking: Call) -> None:
         """One that asked needs it no more."""
         with self._lock:
-            self._asking -= 1
-            if self._asking == 0 and self._was_on:
+            self._asking.end(asking)
+            if not self._asking and self._was_on:
+                self._was_on = False
                 gc.enable()
+
+    def after_fork(self) -> None:
+        """In a forked child other threads ask for nothing any more."""
+        self._asking.after_fork()
+        self.go_on(Call())
 
 
 _COLLECTOR = _Collector()
@@ -50,11 +59,12 @@ _COLLECTOR = _Collector()
 @contextmanager
 def without_collecting() -> Generator[None]:
     """Have Python look for no garbage while this lasts: among all objects of large libraries that takes long."""
-    _COLLECTOR.stop()
+    this = Call()
     try:
+        _COLLECTOR.stop(this)
         yield
     finally:
-        _COLLECTOR.go_on()
+        _COLLECTOR.go_on(this)
 
 
 def trim_heap() -> bool:
@@ -66,24 +76,31 @@ def trim_heap() -> bool:
     return trim is not None and trim(0) == 1
 
 
+class Wish(Call):
+    """Somebody who wishes for thresholds, as long as this is kept."""
+
+    thresholds: Thresholds = FRUGAL
+
+
 class Malloc:
     """glibc's thresholds: the smallest that anybody present wishes, and the usual ones while nobody is."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._usual = FRUGAL
-        self._wishes: dict[object, Thresholds] = {}
+        self._wishes: Calls[Wish] = Calls()
 
-    def wish(self, holder: object, thresholds: Thresholds) -> None:
-        """Have these thresholds or smaller ones until `holder` leaves or wishes for others."""
+    def wish(self, wish: Wish, thresholds: Thresholds) -> None:
+        """Have these thresholds or smaller ones until `wish` leaves or is for others."""
         with self._lock:
-            self._wishes[holder] = thresholds
+            wish.thresholds = thresholds
+            self._wishes.begin(wish)
             self._set()
 
-    def leave(self, holder: object) -> None:
-        """What `holder` wished for is needed no more."""
+    def leave(self, wish: Wish) -> None:
+        """What was wished for is needed no more."""
         with self._lock:
-            self._wishes.pop(holder, None)
+            self._wishes.end(wish)
             self._set()
 
     def make_usual(self, thresholds: Thresholds) -> bool:
@@ -93,7 +110,7 @@ class Malloc:
             return self._set()
 
     def _set(self) -> bool:
-        wishes = tuple(self._wishes.values()) or (self._usual,)
+        wishes = [wish.thresholds for wish in self._wishes] or [self._usual]
         return _set_thresholds((min(mmap for mmap, _ in wishes), min(trim for _, trim in wishes)))
 
 

@@ -64,13 +64,13 @@ class Meter:
 
     def stage_finished(self, name: str) -> None:
         """End the measurement of `name`, which must be the innermost stage."""
-        stage = self._open.pop()
-        assert stage.name == name, f"stage {name!r} ended inside {stage.name!r}"
-        stage.end = _Moment()
-        stage.add(self._source.take())
-        if self._open:
-            self._open[-1].add(stage.peaks)
-        else:
+        if self._open and self._open[-1].name == name:  # else an interrupt came before it was begun
+            stage = self._open.pop()
+            stage.end = _Moment()
+            stage.add(self._source.take())
+            if self._open:
+                self._open[-1].add(stage.peaks)
+        if not self._open:
             self._source.stop()
 
     @property

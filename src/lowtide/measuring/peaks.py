@@ -22,6 +22,8 @@ from typing import Any
 
 import psutil
 
+from lowtide.forks import new_lock, tell_of_forks
+
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
@@ -62,10 +64,11 @@ class PeakSource:
         self.exact_rss = _can_reset_high_water_mark()
         self._seen = seen
         self._interval = interval
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._seen_so_far: Peaks | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        tell_of_forks(self)
 
     def start(self) -> None:
         """Begin a first interval now."""
@@ -80,9 +83,13 @@ class PeakSource:
         """End the sampling thread; peaks are not seen any more."""
         _MARKS.close(self)
         self._stop.set()
-        if self._thread is not None:
+        if self._thread is not None and self._thread.ident is not None:  # an interrupt may have come before its start
             self._thread.join()
-            self._thread = None
+        self._thread = None
+
+    def after_fork(self) -> None:
+        """In a forked child nothing is sampled beside what runs."""
+        self._stop, self._thread = threading.Event(), None
 
     def sample(self) -> None:
         """Look once at the memory in use."""
@@ -117,7 +124,7 @@ class _Marks:
     """The owner of this process's marks, and the sources that are open."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._open: weakref.WeakSet[PeakSource] = weakref.WeakSet()
 
     def open(self, source: PeakSource) -> None:

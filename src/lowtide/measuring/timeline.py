@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass
 
+from lowtide.forks import new_lock
 from lowtide.measuring.peaks import Peaks, cuda_allocated
 
 _MOST = 20_000
@@ -59,7 +59,7 @@ class Samples:
     def __init__(self, most: int = _MOST) -> None:
         self.begin = time.perf_counter()
         self._most = most
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._samples: list[Sample] = []
 
     def add(self, peaks: Peaks) -> None:

@@ -56,8 +56,9 @@ class FlowMeter:
 
     def stage_finished(self, name: str) -> None:
         """Close the account of the innermost stage."""
-        opened, before = self._open.pop()
-        assert opened == name, f"stage {opened!r} ended as {name!r}"
+        if not self._open or self._open[-1][0] != name:
+            return  # an interrupt came before it was opened
+        _, before = self._open.pop()
         self._flows[name] = self._flows.get(name, Flow()) + self._now().since(before)
 
     def report(self) -> Mapping[str, Flow]:

@@ -19,17 +19,19 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from lowtide.calls import Call, Calls
 from lowtide.memory.blocks import split
 from lowtide.memory.copy_out import out_of_buffers
-from lowtide.memory.module_weights import gather
+from lowtide.memory.module_weights import gather, refill, refill_left
 from lowtide.memory.no_tracing import Uncompiled, refuse_tracing
 from lowtide.memory.order import Order
 from lowtide.memory.overrides import Overrides
+from lowtide.memory.placeholder import AtRest
 from lowtide.memory.rule import Level, Rule
 from lowtide.memory.settling import settle_rests
 from lowtide.memory.stream import Stream
 from lowtide.memory.unit import Unit
-from lowtide.memory.weight import Weight, has_moved, moves
+from lowtide.memory.weight import Weight, following_in, has_moved, moves
 from lowtide.weights.index import CheckpointIndex
 from lowtide.weights.slots import emptied, slots
 
@@ -53,7 +55,8 @@ class Attachment:
         self.order: Order[Unit] = Order()
         self.weights: list[Weight] = []
         self._overrides = Overrides(_KEEPER, _MARK)
-        self._depth = 0
+        self._calls: Calls[Call] = Calls()
+        self._is_settled = True
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +112,7 @@ class Attachment:
     @property
     def is_running(self) -> bool:
         """Whether the module is being called."""
-        return self._depth > 0
+        return bool(self._calls)
 
     # ---- while it runs
 
@@ -121,36 +124,41 @@ class Attachment:
     @contextmanager
     def running(self) -> Generator[None]:
         """Bracket a call of the whole module; one thread at a time. Afterwards every weight is at rest again."""
+        this, ended_well = Call(), False
         with self.stream.lock:
-            self._depth += 1
             whole = self._whole
-            ended_well = False
             try:
+                self._begin(this)
                 for unit in whole:
                     self.stream.enter(unit)
                 yield
                 ended_well = True
             finally:
-                self._depth -= 1
+                self._calls.end(this)
                 for unit in whole:
                     self.stream.leave(unit, self.root, may_wait=True)
-                if self._depth == 0:
+                if not self._calls:
                     self._settle(ended_well=ended_well)
+
+    def _begin(self, call: Call) -> None:
+        if not self._calls and not self._is_settled:  # an interrupt, or a fork, came into the end of a call
+            self._settle(ended_well=False)
+        self._is_settled = False
+        self._calls.begin(call)
 
     def _settle(self, *, ended_well: bool) -> None:
         if ended_well:
             self.order.finished()
         else:
             self.order.abandoned()
-            for unit in self.units:
-                if not unit.stays:
-                    self.stream.drop(unit)
+            self.stream.abandon(self.units)
         self.stream.settle(self.units)
+        self._is_settled = True
 
     def enter(self, unit: Unit) -> None:
         """A call that needs `unit` begins."""
         self.stream.enter(unit)
-        if self._depth > 0 and self.stream.looks_ahead and not unit.stays and not unit.aside:
+        if self._calls and self.stream.looks_ahead and not unit.stays and not unit.aside:
             if unit.count == 1:
                 self.order.entered(unit)
             self.stream.look_ahead(self.order.upcoming(self.rule.prefetch))
@@ -166,11 +174,8 @@ class Attachment:
         for module, units in by_module.items():
             if module is not self.root:
                 self._overrides.set(module, "_call_impl", self._around(module, module._call_impl, units))
-        self._overrides.set(
-            self.root,
-            "_call_impl",
-            self._bracketed(self._around(self.root, self.root._call_impl, by_module.get(self.root, []))),
-        )
+        call = self._around(self.root, self.root._call_impl, by_module.get(self.root, []))
+        self._overrides.set(self.root, "_call_impl", self._bracketed(call))
         for name in ENTRY_POINTS:
             method = getattr(self.root, name, None)
             if callable(method) and not isinstance(method, nn.Module):
@@ -195,7 +200,7 @@ class Attachment:
                 return out_of_buffers(call(*args, **kwargs), begun)
             finally:
                 for unit in reversed(begun):
-                    leave(unit, module, may_wait=self._depth > 0)
+                    leave(unit, module, may_wait=self.is_running)
 
         return entered_call if units else call
 
@@ -224,33 +229,31 @@ class Attachment:
         def plain_call(*args: Any, **kwargs: Any) -> Any:
             if self.is_running:
                 raise RuntimeError(f"{name} is not possible while {type(self.root).__name__} is being called.")
-            is_moved = name == "_apply" and moves(args[0], self.device)
-            self.let_go()
-            following = self._following(module) if name == "_apply" and not is_moved else []
-            self.weights = [weight for weight in self.weights if weight not in following]
-            self.restore(to_given=False)
             try:
-                with emptied(view.slot for weight in following for view in weight.views):
-                    result = getattr(module, name)(*args, **kwargs)
-                for weight in following:
-                    weight.follow(args[0])
-                return result
-            finally:
-                if not is_moved and not has_moved(self.root, self.device):
-                    attach(self.root, self.rule, self.stream, exclude_kwargs=self.exclude_kwargs)
-                elif module is not self.root:
-                    _warn_undone(self.root, f"a part of it ({type(module).__name__}) was moved")
+                return self._changed(module, name, args, kwargs)
+            except BaseException:
+                refill_left(self.root, _KEEPER)  # an interrupt may have come before the rule was back
+                raise
 
         return plain_call
 
-    def _following(self, module: nn.Module) -> list[Weight]:
-        """The weights of `module` and its parts that become another dtype or order without being read."""
-        own = set(module.modules())
-        return [
-            weight
-            for weight in self.weights
-            if weight.can_follow and all(view.slot.owner in own for view in weight.views)
-        ]
+    def _changed(self, module: nn.Module, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        is_moved = name == "_apply" and moves(args[0], self.device)
+        try:
+            self.let_go()
+            following = following_in(self.weights, module) if name == "_apply" and not is_moved else []
+            self.weights = [weight for weight in self.weights if weight not in following]
+            self.restore(to_given=False)
+            with emptied(view.slot for weight in following for view in weight.views):
+                result = getattr(module, name)(*args, **kwargs)
+            for weight in following:
+                weight.follow(args[0])
+            return result
+        finally:
+            if not is_moved and not has_moved(self.root, self.device):
+                attach(self.root, self.rule, self.stream, exclude_kwargs=self.exclude_kwargs)
+            elif module is not self.root:
+                _warn_undone(self.root, f"a part of it ({type(module).__name__}) was moved")
 
 
 def attach(
@@ -271,28 +274,30 @@ def attach(
             f"{type(root).__name__} is compiled, which freezes how its parts are called. Offload it first."
         )
     gather(slots(root))  # raises what it raises before anything is changed
-    _free_from_others(root)
+    for other in _inside(root):
+        _check_idle(other)
     attachment = Attachment(root, rule, stream, exclude_kwargs)
-    weights = gather(slots(root))
     try:
-        attachment.take(weights, index)
+        _free_from_others(root)
+        attachment.take(gather(slots(root)), index)
     except BaseException:
-        attachment.let_go()
-        attachment.weights = [weight for weight in weights if weight.rest is not None]
-        attachment.restore(to_given=True)
+        for begun in (attachment, *_inside(root)):
+            begun.hand_over()
+        refill(slot for slot in slots(root) if isinstance(slot.tensor, AtRest))
         raise
     return attachment
 
 
 def detach(module: nn.Module) -> None:
-    """Undo the offload of `module` and its parts: each weight goes back to its first device, from meta to the host.
+    """Undo the offload of `module` and its parts, if any: weights go to their first devices, from meta to the host.
 
-    Does nothing where there is none. Raises `RuntimeError` while the module is being called.
+    Raises `RuntimeError` while the module is being called.
     """
     for attachment in _inside(module):
         _check_idle(attachment)
         attachment.let_go()
         attachment.restore(to_given=True)
+    refill_left(module, _KEEPER)
 
 
 @contextmanager
@@ -306,9 +311,9 @@ def set_aside(module: nn.Module) -> Generator[bool]:
     attachments = list(dict.fromkeys(keepers))
     for attachment in attachments:
         _check_idle(attachment)
-    for attachment in attachments:
-        attachment.hand_over()
     try:
+        for attachment in attachments:
+            attachment.hand_over()
         yield any(module in set(attachment.root.modules()) for attachment in attachments)
     finally:
         for attachment in attachments:
@@ -327,7 +332,6 @@ def _inside(module: nn.Module) -> list[Attachment]:
 def _free_from_others(root: nn.Module) -> None:
     """End other rules on `root`: rules on it and its parts hand their weights over, a rule around it is undone."""
     for attachment in _inside(root):
-        _check_idle(attachment)
         attachment.hand_over()
     others = {keeper for inner in root.modules() if (keeper := inner.__dict__.get(_KEEPER)) is not None}
     for attachment in others:

@@ -41,7 +41,7 @@ class CudaStream(Stream):
                 load.buffer.flat[: flat.numel()].copy_(flat, non_blocking=True)
                 load.event = self._copier.record_event()
         else:
-            load.future = self._reader.submit(self._read, load)
+            super()._begin(load)
 
     def _read(self, load: Load) -> None:
         assert load.buffer is not None
@@ -72,6 +72,8 @@ class CudaStream(Stream):
         current = torch.cuda.current_stream(self.device)
         if load.event is not None:
             current.wait_event(load.event)  # also a copy that nobody waited for must end before the buffer is reused
+        elif load.buffer is not None and (load.future is None or not load.future.cancelled()):
+            current.wait_stream(self._copier)  # something may have come between a copy and its event
         if load.buffer is not None:
             load.buffer.free = current.record_event()
         super()._release(load)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
+
+from lowtide.forks import new_lock
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self.in_use = 0
         self.peak = 0
         self.moved = 0
@@ -43,6 +44,12 @@ class Ledger:
         with self._lock:
             self.in_use -= nbytes
         assert self.in_use >= 0, "more bytes given back than taken"
+
+    def recount(self, nbytes: int) -> None:
+        """Note that `nbytes` are in use, whatever was noted of them by a call that was cut short."""
+        with self._lock:
+            self.in_use = nbytes
+            self.peak = max(self.peak, nbytes)
 
     def loaded(self, name: str, nbytes: int, taken: int = 0) -> None:
         """Note that a unit was loaded, and that `taken` bytes more are in use for it."""

@@ -14,7 +14,7 @@ from lowtide.memory.read_only import ReadOnly
 from lowtide.memory.store import DeviceRest, HostRest
 from lowtide.memory.weight import View, Weight, span
 from lowtide.weights.provenance import noted_origin
-from lowtide.weights.slots import Slot
+from lowtide.weights.slots import Slot, slots
 
 PLAIN = (torch.Tensor, nn.Parameter, getattr(nn, "Buffer", nn.Parameter))
 
@@ -53,6 +53,21 @@ def _with_ordinary(slot: Slot) -> Slot:
     ordinary = nn.Parameter(plain, slot.tensor.requires_grad) if slot.kind == "parameter" else plain
     slot.put(ordinary)
     return replace(slot, tensor=ordinary)
+
+
+def refill(left: Iterable[Slot]) -> None:
+    """Put ordinary tensors where placeholders were left, on the devices on which they were given."""
+    for weight in gather(left):
+        weight.restore(to_given=True)
+
+
+def refill_left(root: nn.Module, keeper: str) -> None:
+    """`refill` where an interrupted change of rules left placeholders: in modules without the entry `keeper`.
+
+    Those of weights in 8 bits are no such: they are under no rule by themselves.
+    """
+    at_rest = [slot for slot in slots(root) if isinstance(slot.tensor, AtRest) and keeper not in slot.owner.__dict__]
+    refill(slot for slot in at_rest if type(slot.tensor.weight) is Weight)  # type: ignore[attr-defined]
 
 
 def _taken_over(group: list[Slot]) -> Weight:

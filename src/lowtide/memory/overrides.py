@@ -42,6 +42,7 @@ class Overrides:
                 module.__dict__.pop(name, None)
             else:
                 module.__dict__[name] = before
+        for module, _, _ in reversed(self._before):  # after all of that: who finds a mark can undo it again
             for mark in self._marks:
                 module.__dict__.pop(mark, None)
         self._before = []

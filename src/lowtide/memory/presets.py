@@ -170,13 +170,15 @@ def attach_all(
 ) -> dict[str, Attachment]:
     """Put several modules that do not run at the same time under one rule and one stream; all of them or none."""
     stream = stream_for(device, rule)
+    begun: list[nn.Module] = []
     done: dict[str, Attachment] = {}
     try:
         for name, module in modules.items():
+            begun.append(module)
             done[name] = attach(module, rule, stream, **options)
     except BaseException:
-        for name in done:
-            detach(modules[name])
+        for module in begun:
+            detach(module)
         raise
     return done
 

@@ -34,6 +34,11 @@ class Ring:
         self.ledger.take(nbytes)
         return Buffer(flat, in_ring)
 
+    @property
+    def held(self) -> int:
+        """Bytes of the ring's buffers."""
+        return sum(buffer.flat.numel() for buffer in self.buffers)
+
     def away(self, used: set[int]) -> None:
         """Let go of the buffers whose `id` is not in `used`."""
         for buffer in [buffer for buffer in self.buffers if id(buffer) not in used]:

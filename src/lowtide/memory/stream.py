@@ -7,18 +7,19 @@ go through a ring of `depth` flat buffers, which are made when first needed and 
 
 from __future__ import annotations
 
-import threading
+import functools
 import time
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from lowtide.calls import Call, Calls
+from lowtide.forks import new_rlock, tell_of_forks
 from lowtide.memory.bounds import Sizes, aligned, bound, depth, largest
 from lowtide.memory.ledger import Ledger
-from lowtide.memory.placeholder import spoil
+from lowtide.memory.reader import Reader
 from lowtide.memory.ring import Ring
 from lowtide.memory.store import DeviceRest, DiskRest, Window
 from lowtide.memory.unit import Buffer, Load, Unit
@@ -37,8 +38,8 @@ class Stream:
         self.prefetch = prefetch
         self.zero_copy = zero_copy
         self.ledger = Ledger()
-        self.lock = threading.RLock()
-        self.holders = 0
+        self.lock = new_rlock()
+        self.holders: Calls[Call] = Calls()
         self.depth = depth(prefetch, several=False)
         """Units that may be on the device at once, those that stay or stand aside not counted."""
         self.looks_ahead = False
@@ -48,7 +49,8 @@ class Stream:
         self._ring = Ring(device, self.ledger)
         self._windows: dict[Unit, Window] = {}
         self._aliases: dict[int, list[list[torch.Tensor]]] = {}
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="lowtide-reader")
+        self._reader = Reader()
+        tell_of_forks(self)
 
     # ---- who uses it
 
@@ -81,13 +83,14 @@ class Stream:
     @contextmanager
     def held(self) -> Generator[None]:
         """While this lasts, whole modules stay loaded after their calls until another one needs the room."""
+        this = Call()
         with self.lock:
-            self.holders += 1
             try:
+                self.holders.begin(this)
                 yield
             finally:
-                self.holders -= 1
-                if self.holders == 0:
+                self.holders.end(this)
+                if not self.holders:
                     self.rest()
 
     @property
@@ -137,7 +140,7 @@ class Stream:
                 load = self._start(unit)
             if load.buffer is not None or load.window_bytes:
                 self._wait_for(load)
-            self._place(load, self._tensors(load))
+            unit.place(load, self._tensors(load))
 
     def _wait_for(self, load: Load) -> None:
         """Wait for a load, by the clock."""
@@ -148,26 +151,6 @@ class Stream:
             self.drop(unit)
             raise
         self.ledger.waited(unit.name, self._total(unit), time.perf_counter() - began)
-
-    def _place(self, load: Load, tensors: list[list[torch.Tensor]]) -> None:
-        """Put loaded tensors into the slots."""
-        unit = load.unit
-        unit.placed = [(group, [tensor._version for tensor in group]) for group in tensors]
-        unit.load = load  # from here on `_lift` knows what to do
-        for weight, group in zip(unit.weights, tensors, strict=True):
-            weight.put(group)
-
-    def _lift(self, unit: Unit) -> None:
-        """Put the placeholders back, and keep what the module has changed. Right also after an interrupt inside it."""
-        for weight, (group, versions) in zip(unit.weights, unit.placed, strict=True):
-            if weight.is_changed(group, versions):
-                self._keep_changes(unit, weight, group)
-            weight.lay_down()
-        placed = unit.placed
-        unit.load = None
-        unit.placed, unit.count = [], 0
-        if torch.is_grad_enabled():  # counts as a write, so not before the end
-            spoil(tensor for group, _ in placed for tensor in group)
 
     def _keep_changes(self, unit: Unit, weight: Weight, group: list[torch.Tensor]) -> None:
         before = weight.rest
@@ -198,12 +181,12 @@ class Stream:
         """Take a unit off the device, whatever state it is in."""
         with self.lock:
             if unit.load is not None:
-                self._lift(unit)
-            load = self._live.pop(unit, None)
+                unit.lift(functools.partial(self._keep_changes, unit))
+            load = self._live.get(unit)
             if load is None:
                 return
-            if load.future is not None and not load.future.cancel():
-                load.future.exception()  # waits for its end, whatever that is: nobody wants it any more
+            self._reader.call_off(load)
+            del self._live[unit]  # not before: its buffer is in use until then
             if load.buffer is not None or load.window_bytes:
                 self._release(load)
 
@@ -227,6 +210,23 @@ class Stream:
             for unit in units:
                 if unit.load is not None and not unit.stays and not (unit.lingers and self.holders):
                     self.drop(unit)
+
+    def abandon(self, units: list[Unit]) -> None:
+        """After a call of the module that these units belong to was cut short anywhere: drop them, count anew."""
+        with self.lock:
+            for unit in units:
+                unit.count = 0
+                if not unit.stays:
+                    self.drop(unit)
+            self.ledger.recount(self._ring.held + sum(load.bytes_alone for load in self._live.values()))
+
+    def after_fork(self) -> None:
+        """In a forked child there is no reader: what it was asked for is dropped, to be asked for again."""
+        self._reader.begin_anew()
+        for unit, load in list(self._live.items()):
+            has_come, load.future = load.future is None or unit.load is load, None
+            if not has_come:
+                self.drop(unit)
 
     # ---- the work itself
 
@@ -270,7 +270,7 @@ class Stream:
         return load
 
     def _begin(self, load: Load) -> None:
-        load.future = self._reader.submit(self._read, load)
+        self._reader.ask(load, self._read)
 
     def _read(self, load: Load) -> None:
         """In the reader's thread: bring the bytes in."""
@@ -289,9 +289,7 @@ class Stream:
 
     def _release(self, load: Load) -> None:
         self._window(load.unit).let_go()
-        self.ledger.give(load.window_bytes)
-        if load.buffer is not None and not load.buffer.in_ring:
-            self.ledger.give(load.buffer.flat.numel())
+        self.ledger.give(load.bytes_alone)
 
     def _window(self, unit: Unit) -> Window:
         if unit not in self._windows:

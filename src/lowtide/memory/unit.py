@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from lowtide.memory.blocks import Part
+from lowtide.memory.placeholder import spoil
+from lowtide.memory.weight import Weight
 
 
 class Unit:
@@ -31,6 +34,25 @@ class Unit:
         self.host_flat: torch.Tensor | None = None
         self.placed: list[tuple[list[torch.Tensor], list[int]]] = []
 
+    def place(self, load: Load, tensors: list[list[torch.Tensor]]) -> None:
+        """Put loaded tensors into the slots."""
+        self.placed = [(group, [tensor._version for tensor in group]) for group in tensors]
+        self.load = load  # from here on `lift` knows what to do
+        for weight, group in zip(self.weights, tensors, strict=True):
+            weight.put(group)
+
+    def lift(self, keep: Callable[[Weight, list[torch.Tensor]], None]) -> None:
+        """Put the placeholders back, and have kept what the module has changed. Right also after an interrupt in it."""
+        for weight, (group, versions) in zip(self.weights, self.placed, strict=True):
+            if weight.is_changed(group, versions):
+                keep(weight, group)
+            weight.lay_down()
+        placed = self.placed
+        self.load = None
+        self.placed, self.count = [], 0
+        if torch.is_grad_enabled():  # counts as a write, so not before the end
+            spoil(tensor for group, _ in placed for tensor in group)
+
 
 @dataclass(eq=False)
 class Buffer:
@@ -51,3 +73,9 @@ class Load:
     window_bytes: int
     future: Future[None] | None = None
     event: Any = None
+
+    @property
+    def bytes_alone(self) -> int:
+        """Bytes that it takes beside the buffers of the ring."""
+        own = 0 if self.buffer is None or self.buffer.in_ring else self.buffer.flat.numel()
+        return self.window_bytes + own

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -191,15 +190,16 @@ class View:
     stride: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
+    key: tuple[Any, ...] = field(init=False)
+    """Equal for slots that hold one and the same tensor."""
 
     def without_given(self) -> View:
         """The same view; it does not keep the tensor that was in its slot."""
         return replace(self, slot=replace(self.slot, tensor=_NOTHING))
 
-    @cached_property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for slots that hold one and the same tensor."""
-        return self.offset, self.shape, self.stride, self.dtype, self.slot.kind == "parameter"
+    def __post_init__(self) -> None:
+        key = self.offset, self.shape, self.stride, self.dtype, self.slot.kind == "parameter"
+        object.__setattr__(self, "key", key)
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """The tensor for the slot, on the bytes `flat`.
@@ -245,6 +245,12 @@ def became(view: View, device: torch.device, fn: Callable[[torch.Tensor], torch.
     else:
         after = fn(probe)
     return Became(after.dtype, after.device, shaped.stride() if after.is_contiguous() else view.stride)
+
+
+def following_in(weights: Iterable[Weight], module: nn.Module) -> list[Weight]:
+    """Those of a module and its parts that become another dtype or order without being read."""
+    own = set(module.modules())
+    return [weight for weight in weights if weight.can_follow and all(view.slot.owner in own for view in weight.views)]
 
 
 def moves(fn: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> bool:

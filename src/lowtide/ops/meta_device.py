@@ -18,11 +18,12 @@ _STORED: ContextVar[int] = ContextVar("lowtide_meant_stored", default=0)
 @contextmanager
 def standing_for(device: str | None) -> Generator[None]:
     """While this lasts, tensors on meta stand for tensors on a device of this type; with None, for nothing."""
-    token = _MEANT.set(device)
+    before = _MEANT.get()
     try:
+        _MEANT.set(device)
         yield
     finally:
-        _MEANT.reset(token)
+        _MEANT.set(before)
 
 
 def meant_device() -> str | None:

@@ -270,14 +270,13 @@ class DiffusionPipeline(PeerNames, RunningCall, MemorySettings):
         `RuntimeError` if the call is made from inside another one, such as from a callback, or while another pipeline
         goes through the same scheduler: the scheduler's state would be lost.
         """
-        with self.call_lock.call(), claimed(self.scheduler), ExitStack() as stack:
+        with self.call_lock.call(), claimed(self.scheduler), torch.no_grad(), ExitStack() as stack:
             if size is not None:
                 fitting.before_call(self, size)
             check_streaming(self.vae, self.device, size)
             check_files(tensor for module in self.modules().values() for tensor in module.parameters())
             for stream in self.streams():
                 stack.enter_context(stream.held())
-            stack.enter_context(torch.no_grad())
             if self.applied is not None:
                 stack.enter_context(self.applied.measured())
             bar = ProgressBar(**self._progress_options)

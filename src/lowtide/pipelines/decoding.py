@@ -40,8 +40,8 @@ def decoding(stages: Stages, vae: Any, pictures: int, frames: int | None = None)
         if streaming is None:
             yield lambda done: _advance(stage, done)
             return
-        streaming.watch = _percent_of(stage, pictures)
         try:
+            streaming.watch = _percent_of(stage, pictures)
             yield lambda done: None
         finally:
             streaming.watch = None

@@ -26,11 +26,12 @@ _run: ContextVar[Mapping[str, Any] | None] = ContextVar("run", default=None)
 @contextmanager
 def telling_latents(run: Mapping[str, Any]) -> Iterator[None]:
     """Inside the block, files of latents also say `run`, which JSON can hold; `run_of_latents` reads it again."""
-    token = _run.set(run)
+    before = _run.get()
     try:
+        _run.set(run)
         yield
     finally:
-        _run.reset(token)
+        _run.set(before)
 
 
 @contextmanager

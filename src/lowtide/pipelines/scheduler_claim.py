@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-_claimed: dict[int, Any] = {}
-"""The schedulers that runs are going through, by their ids: no entry of their own, so that copies are free."""
-_lock = threading.Lock()
+from lowtide.calls import Call, Calls
+from lowtide.forks import new_lock
+
+
+class _Claim(Call):
+    """A run through a scheduler, which has no entry of its own for that, so that its copies are free."""
+
+    def __init__(self, scheduler: Any) -> None:
+        super().__init__()
+        self.scheduler = scheduler
+
+
+_claims: Calls[_Claim] = Calls()
+_lock = new_lock()
 
 
 @contextmanager
 def claimed(scheduler: Any) -> Generator[None]:
     """Claim a scheduler for one run; raises `RuntimeError` where another pipeline's run goes through it."""
-    claim: list[int] = []
+    this = _Claim(scheduler)
     try:
         with _lock:
-            if id(scheduler) in _claimed:
+            if scheduler is not None and any(claim.scheduler is scheduler for claim in _claims):
                 raise RuntimeError(
                     "This pipeline's scheduler is in use already, by a call of another pipeline: the scheduler's state "
                     "would be lost. Give each pipeline its own, as in "
                     f"pipe.scheduler = {type(scheduler).__name__}.from_config(pipe.scheduler.config)."
                 )
-            if scheduler is not None:
-                claim.append(id(scheduler))
-                _claimed[id(scheduler)] = scheduler
+            _claims.begin(this)
         yield
     finally:
         with _lock:
-            for key in claim:
-                _claimed.pop(key, None)
+            _claims.end(this)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from lowtide.planning.workload import Stage, Work, Workload
 
@@ -75,9 +74,14 @@ class Rates:
         """Whether freed memory goes back to the system at once in all stages."""
         return self.frugal_touched > 0 and self.touched == self.frugal_touched
 
-    @cached_property
+    @property
     def frugal(self) -> Rates | None:
         """The rates where freed memory goes back to the system at once, if that can be chosen."""
+        if "_frugal" not in self.__dict__:  # a `cached_property` of Python 3.11 has a lock, which a fork may find held
+            self.__dict__["_frugal"] = self._made_frugal()
+        return self.__dict__["_frugal"]
+
+    def _made_frugal(self) -> Rates | None:
         if not self.frugal_touched or self.is_frugal:
             return None
         return replace(self, slack=min(self.slack, HOLES), slack_most=HOLES_MOST, touched=self.frugal_touched)

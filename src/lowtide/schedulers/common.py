@@ -162,9 +162,7 @@ class SchedulerConfig(Config):
         """Read `source`; entries listed in its `_use_default_values`, which the peer writes, count as not given."""
         defaulted: Any = source.get("_use_default_values", ())
         if not are_all(defaulted, str):
-            raise ValueError(
-                f"_use_default_values={defaulted!r:.80} is not possible: it is a list of names of entries."
-            )
+            raise ValueError(f"_use_default_values={defaulted!r:.80} is not possible: it lists names of entries.")
         entries = {k: v for k, v in source.items() if k not in defaulted and k not in ("given", "unused")}
         foreign = {k: v for k, v in entries.items() if v in cls.FOREIGN.get(k, ())}
         config = super().from_dict({k: v for k, v in entries.items() if k not in foreign})

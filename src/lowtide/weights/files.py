@@ -11,7 +11,6 @@ import mmap
 import os
 import sys
 import tempfile
-import threading
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from lowtide.forks import new_rlock
 from lowtide.weights.index import CheckpointError
 from lowtide.weights.layout import is_reordered
 
@@ -42,7 +42,7 @@ class WeightFile:
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)) if descriptor is None else descriptor
         self._closer = weakref.finalize(self, os.close, self._descriptor)
         self._mapped: dict[str, weakref.ref[Mapping]] = {}
-        self._lock = threading.RLock()
+        self._lock = new_rlock()
         self.stamp = self._stamp()
 
     @property
@@ -188,7 +188,7 @@ class _Mappings:
 
     def __init__(self) -> None:
         self._by_address: weakref.WeakValueDictionary[int, Mapping] = weakref.WeakValueDictionary()
-        self._lock = threading.RLock()  # a collection of garbage in here may come here again
+        self._lock = new_rlock()  # a collection of garbage in here may come here again
 
     def add(self, mapping: Mapping) -> None:
         with self._lock:

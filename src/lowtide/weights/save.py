@@ -82,8 +82,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     home = target if target.is_dir() else target.parent
     work = home / f".{target.name}.saving-{uuid.uuid4().hex[:8]}"
     new, old = work / "new", work / "old"
-    new.mkdir(parents=True)
     try:
+        new.mkdir(parents=True)
         yield new
         _sync_tree(new)
         if target.is_dir():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -33,7 +32,7 @@ class Slot:
         """What sits in the slot at this moment."""
         return self.table.get(self.leaf)
 
-    @cached_property
+    @property
     def table(self) -> dict[str, Any]:
         """The table of the owner that the slot is in."""
         return self.owner._parameters if self.kind == "parameter" else self.owner._buffers
@@ -43,13 +42,21 @@ class Slot:
 def emptied(places: Iterable[Slot]) -> Generator[None]:
     """While this lasts, nothing is in these places; afterwards what was there is there again."""
     held = [(slot, slot.now()) for slot in places]
-    for slot, _ in held:
-        slot.table[slot.leaf] = None
     try:
+        for slot, _ in held:
+            slot.table[slot.leaf] = None
         yield
     finally:
-        for slot, tensor in held:
-            slot.table[slot.leaf] = tensor
+        try:
+            _put_back(held)
+        except BaseException:
+            _put_back(held)  # an interrupt came into it, and nobody else has them
+            raise
+
+
+def _put_back(held: list[tuple[Slot, torch.Tensor | None]]) -> None:
+    for slot, tensor in held:
+        slot.table[slot.leaf] = tensor
 
 
 def slots(module: nn.Module) -> Iterator[Slot]:

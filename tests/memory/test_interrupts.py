@@ -1,0 +1,82 @@
+"""Ctrl-C on every line that a call goes through: the next call is as if it had not been pressed.
+
+Lines of clean-up are among them: what an interrupt leaves undone there is done at the beginning of the next call. Left
+out is what cannot happen: an interrupt between the block of a lock and its release, see `Place.is_possible`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from tests.lines import Place, interrupted, places
+from tests.memory.cases import Case, all_at_rest
+from tests.memory.ruled import CASES, Ruled, expected, is_bounded, lines, lines_once, made, ruled_again
+
+from lowtide.memory import detach
+from lowtide.memory.placeholder import AtRest
+
+
+def test_on_each_line_once() -> None:
+    for case, chosen in lines_once().items():
+        check(case, chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_every_line_under_every_rule(case: Ruled) -> None:
+    check(case, lines(case))
+
+
+def check(case: Ruled, chosen: Iterable[Place]) -> None:
+    """Interrupt one call after another of one module."""
+    module, attachment = made(case)
+    assert torch.equal(module.run(), expected(case))
+    for place in chosen:
+        if not interrupted(module.run, place):  # a line of first calls
+            module, attachment = made(case)
+            assert interrupted(module.run, place), f"{case}: no call comes to {place}"
+        assert torch.equal(module.run(), expected(case)), f"{case}, {place}"
+        assert all_at_rest(attachment), f"{case}, {place}"
+        assert is_bounded(attachment), f"{case}, {place}"
+    detach(module.module)
+    if not case.is_cast:
+        assert not any(isinstance(parameter, AtRest) for parameter in module.module.parameters())
+    assert torch.equal(module.run(), expected(case))
+
+
+CHANGES: dict[str, Callable[[Case, Ruled], object]] = {
+    "attached": ruled_again,
+    "detached": lambda module, _: detach(module.module),
+    "of another dtype": lambda module, _: module.module.to(torch.float64),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_while_a_module_is(change: str) -> None:
+    changed_at(Ruled("leaves ahead"), change, every=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [Ruled("leaves ahead"), Ruled("model", zero_copy=False), CASES[-1]], ids=str)
+@pytest.mark.parametrize("change", CHANGES)
+def test_on_every_line_while_a_module_is(change: str, case: Ruled) -> None:
+    changed_at(case, change, every=1)
+
+
+def changed_at(case: Ruled, change: str, *, every: int) -> None:
+    """Interrupt a change: the module computes the same, and its rule, if it is still at work, can be ended."""
+    example, _ = made(case)
+    for place in places(lambda: CHANGES[change](example, case))[::every]:
+        if place.file == "weights/slots.py" and place.source == "try:":
+            continue  # the first line of a clean-up: a signal is seen before it, or in the call after it
+        module, _ = made(case)
+        interrupted(lambda module=module: CHANGES[change](module, case), place)
+        if change == "of another dtype":
+            module.module.to(torch.float32)  # all of it, for parts may have come so far
+        assert torch.equal(module.run(), expected(case)), str(place)
+        detach(module.module)
+        if not case.is_cast:
+            assert not any(isinstance(parameter, AtRest) for parameter in module.module.parameters()), str(place)
+        assert torch.equal(module.run(), expected(case)), str(place)

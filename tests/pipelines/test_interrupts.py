@@ -1,0 +1,116 @@
+"""Ctrl-C on the lines of a pipeline's run: the next run is as if it had not been pressed, and nothing stays disabled.
+
+The lines of `lowtide.memory` and `lowtide.casting` are pressed on in `tests/memory/test_interrupts.py`. Of the clean-up
+that an interrupt cannot be kept from, one thing is not made good: an observer of the user's that was not told the end
+of a stage, since the interrupt came into the telling (`stages._tell_end`, and the first lines of the observer's own
+`stage_finished`), measures or shows that stage as open.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests import tiny
+from tests.lines import Place, interrupted, places, watched
+
+from lowtide.machine.heap import MALLOC
+from lowtide.measuring.meter import Meter
+from lowtide.memory import attachment_of
+
+RUN = ("calls", "fitting", "pipelines/base", "pipelines/decod", "pipelines/latents", "pipelines/scheduler_claim")
+WATCHERS = ("forks", "machine", "measuring", "progress", "quiet", "stages", "weights")
+ENABLED: dict[str, Callable[[Any], object]] = {
+    "nothing": lambda pipe: None,
+    "model offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "leaves ahead": lambda pipe: pipe.enable_group_offload("cpu", offload_type="leaf_level", use_stream=True),
+    "a plan": lambda pipe: pipe.fit(ram="2GB", height=8, width=8, steps=1),
+}
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made = tiny.pipeline(tmp_path_factory.mktemp("pipe"))
+    made.stages.observers.append(Meter(None))
+    return made
+
+
+def draw(pipe: Any) -> torch.Tensor:
+    size = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 8, "width": 8}
+    return pipe("a boat", **size, generator=tiny.seeded(0), output_type="pt", return_dict=False)[0]
+
+
+@pytest.mark.parametrize("enabled", ENABLED)
+def test_the_next_run_is_undisturbed(pipe: Any, enabled: str) -> None:
+    check(pipe, enabled, every={"nothing": 4, "a plan": 16}.get(enabled, 12))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("enabled", ENABLED)
+def test_on_every_line(pipe: Any, enabled: str) -> None:
+    check(pipe, enabled, every=1)
+
+
+def check(pipe: Any, enabled: str, *, every: int) -> None:
+    expected = draw(pipe)
+    ENABLED[enabled](pipe)
+    try:
+        for place in [*lines(pipe, RUN)[::every], *lines(pipe, WATCHERS)[:: 2 * every]]:
+            assert interrupted(lambda: draw(pipe), place), str(place)
+            assert torch.equal(draw(pipe), expected), str(place)
+            check_free(pipe, place)
+    finally:
+        pipe.unfit()
+        pipe.disable_model_cpu_offload()
+    assert all(attachment_of(module) is None for module in pipe.modules().values())
+    assert torch.equal(draw(pipe), expected)
+
+
+def lines(pipe: Any, parts: tuple[str, ...]) -> list[Place]:
+    return places(lambda: draw(pipe), parts)
+
+
+def check_free(pipe: Any, place: Place) -> None:
+    """Nothing of the process, or of the pipeline, is as only a run has it; another thread may call."""
+    assert gc.isenabled(), str(place)
+    assert torch.is_grad_enabled(), str(place)
+    assert not MALLOC._wishes, str(place)
+    assert len(pipe.stages.watching) == 1, str(place)
+    thread = threading.Thread(target=lambda: free.append(is_free(pipe.call_lock)))
+    free: list[bool] = []
+    thread.start()
+    thread.join()
+    assert free == [True], str(place)
+
+
+def is_free(call_lock: Any) -> bool:
+    if not call_lock._lock.acquire(timeout=1):
+        return False
+    call_lock._lock.release()
+    return True
+
+
+def test_an_interrupt_that_is_kept_says_so_and_harms_once(tmp_path: Path) -> None:
+    """As an interactive Python keeps the last error, and with it the frames of the call."""
+    pipe = tiny.pipeline(tmp_path)
+    expected = draw(pipe)
+    (end,) = [place for place in lines(pipe, ("fitting/call_lock",)) if "_calls.end(" in place.source]
+    kept: list[BaseException] = []
+
+    def at(place: Place) -> None:
+        if place == end:
+            raise KeyboardInterrupt
+
+    try:
+        watched(lambda: draw(pipe), at, (end.file,))
+    except KeyboardInterrupt as error:
+        kept.append(error)
+    with pytest.raises(RuntimeError, match="being called"):
+        draw(pipe)
+    kept.clear()
+    assert torch.equal(draw(pipe), expected)

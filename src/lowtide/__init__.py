@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lowtide.models.video_vae import AutoencoderKLCogVideoX
     from lowtide.pipelines.base import DiffusionPipeline
     from lowtide.pipelines.cogvideox import CogVideoXPipeline
+    from lowtide.pipelines.not_finite import NotFiniteWarning
     from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
     from lowtide.planning.plan import BudgetError, Plan
     from lowtide.schedulers import (
@@ -48,6 +49,7 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "DiffusionPipeline",
     "EulerDiscreteScheduler",
+    "NotFiniteWarning",
     "OutOfMemoryError",
     "PNDMScheduler",
     "Plan",
@@ -67,6 +69,7 @@ _HOME = {
     "AutoencoderKLCogVideoX": "lowtide.models.video_vae",
     "BudgetError": "lowtide.planning.plan",
     "Casting": "lowtide.casting.casting",
+    "NotFiniteWarning": "lowtide.pipelines.not_finite",
     "OutOfMemoryError": "lowtide.fitting.out_of_memory",
     "Plan": "lowtide.planning.plan",
     "fit": "lowtide.fitting.fit",

@@ -87,7 +87,7 @@ def _message(error: Exception, *, has_budget: bool) -> str:
         budget = "" if has_budget else "--vram" if "CUDA" in str(error) else "--ram"
         said = [_first_line(error) or "out of memory", _advice(budget)]
         return "\n".join([*said, *_way_on(error, f" {budget} auto" if budget else "")])
-    if isinstance(error, ValueError | OSError):
+    if isinstance(error, ValueError | OSError | Warning):
         return "\n".join([str(error) or type(error).__name__, *_way_on(error)])
     said = f"{type(error).__name__}: {_first_line(error)}".rstrip(": ")
     return "\n".join([said, _DEBUG_HINT, *_way_on(error)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -172,6 +173,7 @@ def run(request: Request) -> None:
     """Load the model and make the pictures or videos, each written as it is decoded; then say what it took."""
     check_kind(request.model, video=request.video is not None)
     from lowtide.memory import Meter, steady_malloc
+    from lowtide.pipelines.not_finite import NotFiniteWarning
     from lowtide.progress import ProgressBar
 
     paths = output_paths(request.out, request.prompt, request.seeds, ".png" if request.video is None else ".mp4")
@@ -187,7 +189,8 @@ def run(request: Request) -> None:
     pipe.set_progress_bar_config(disable=True)
     fitted = None if request.budget is None else FittedRun(pipe)
     shown = (ProgressBar(),) if fitted is None else fitted.observers()
-    with pipe.stages.observed(*shown, meter):
+    with pipe.stages.observed(*shown, meter), warnings.catch_warnings():
+        warnings.simplefilter("error", NotFiniteWarning)  # a black picture is no success
         if request.video is None:
             make_pictures(pipe, request, paths, dtype)
         else:

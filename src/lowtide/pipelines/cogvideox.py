@@ -122,6 +122,7 @@ class CogVideoXPipeline(DiffusionPipeline):
                     prompt_embeds, negative_prompt_embeds, max_sequence_length,
                 )  # fmt: skip
                 embeds = positive if negative is None else torch.cat([negative, positive])
+            self.check_finite("encode prompt", embeds)
             self.lay_out_steps(num_inference_steps, timesteps)
             x = self.prepare_latents(shape, embeds, generator, latents)
             with self.stages.stage("denoise", steps=self.num_timesteps) as stage:
@@ -133,6 +134,7 @@ class CogVideoXPipeline(DiffusionPipeline):
                     x = x.to(embeds.dtype)
                     x, embeds = callbacks.after_step(self, step, timestep, x, embeds)
                     stage.advance()
+            self.check_finite("denoise", x)
             frames: Any = x
             if output_type != "latent":
                 x = x[:, self.padding(num_frames) :]
@@ -151,6 +153,8 @@ class CogVideoXPipeline(DiffusionPipeline):
         frames = self._frames_of(latents.shape[1])
         size = RunSize(height, width, len(latents), frames=frames, output=output_type)
         with self.running(size), kept_safe(self, latents, Path(path)):
+            self.begin(self.guidance_scale)
+            self.check_finite("denoise", latents)
             return CogVideoXPipelineOutput(self.decode_latents(latents, output_type))
 
     @resumed("encode prompt")
@@ -240,6 +244,7 @@ class CogVideoXPipeline(DiffusionPipeline):
             for clip, x in enumerate(latents.split(1)):
 
                 def take(first: int, decoded: torch.Tensor, clip: int = clip) -> None:
+                    self.check_finite("decode", decoded)
                     frames.add(clip, first, decoded[0])
                     tell(decoded.shape[2])
 

@@ -60,15 +60,17 @@ def write_picture(
     height: int,
     produce: Callable[[Callable[[int, torch.Tensor], None]], None],
     is_unsafe: Callable[[torch.Tensor], bool] | None,
+    look: Callable[[torch.Tensor], None] = lambda _: None,
 ) -> bool:
     """Write what `produce` decodes, maps `[1, 3, rows, W]` in [-1, 1]; whether it was found unsafe, and is black.
 
-    `is_unsafe` is asked about a small copy `[1, 3, h, w]` in [0, 1].
+    `is_unsafe` is asked about a small copy `[1, 3, h, w]` in [0, 1]; `look` sees all rows as they are decoded.
     """
     small = None if is_unsafe is None else _Thumbnail(width, height)
     with PngWriter(file, width, height) as png:
 
         def write(first: int, rows: torch.Tensor) -> None:
+            look(rows)
             pixels_HW3 = to_unit_range(rows)[0].permute(1, 2, 0).float().cpu().numpy()
             png.write((pixels_HW3 * 255).round().astype(np.uint8))
             if small is not None:

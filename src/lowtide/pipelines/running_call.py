@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
+
+from lowtide.pipelines.not_finite import NotFiniteWarning, is_finite, said_of
 
 
 class RunningCall:
@@ -20,11 +23,19 @@ class RunningCall:
     _num_timesteps: int = 0
     _current_timestep: Any = None
     _interrupt: bool = False
+    _is_finite: bool = True
 
     def begin(self, guidance_scale: float, *, guidance_rescale: float = 0.0, clip_skip: int | None = None) -> None:
         """Take over what a call was told; nothing has interrupted it yet."""
         self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
         self._clip_skip, self._interrupt, self._current_timestep = clip_skip, False, None
+        self._is_finite = True
+
+    def check_finite(self, stage: str, numbers: torch.Tensor) -> None:
+        """Warn with `NotFiniteWarning`, once a run, if what a stage made is not finite: the first stage is named."""
+        if self._is_finite and not is_finite(numbers):
+            self._is_finite = False
+            warnings.warn(said_of(stage, numbers), NotFiniteWarning, stacklevel=3)
 
     @property
     def guidance_scale(self) -> float:

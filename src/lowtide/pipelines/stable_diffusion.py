@@ -156,6 +156,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
                     prompt, num_images_per_prompt, guided, negative_prompt, prompt_embeds, negative_prompt_embeds,
                     clip_skip,
                 )  # fmt: skip
+            self.check_finite("encode prompt", embeds)
             self.lay_out_steps(num_inference_steps, timesteps, sigmas)
             x = self.prepare_latents(count, height, width, embeds, generator, latents)
             with self.stages.stage("denoise", steps=self.num_timesteps) as stage:
@@ -174,6 +175,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
         If decoding fails, latents are kept in a file; those of the file `saved` are there already.
         """
+        self.check_finite("denoise", latents)
         if output_type == "latent":
             return latents, None
         with kept_safe(self, latents, saved):
@@ -196,6 +198,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         files = picture_files(output_path, len(latents)) if output_type == "file" else []
         height, width = (side * self.vae_scale_factor for side in latents.shape[2:])
         with self.running(RunSize(height, width, len(latents), output=output_type)):
+            self.begin(self.guidance_scale)
             return StableDiffusionPipelineOutput(*self.finish(latents, output_type, files, Path(path)))
 
     @resumed("encode prompt")
@@ -281,6 +284,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents to pictures `[B, 3, H, W]` in [0, 1]."""
         decoded: Any = self.vae.decode(self.in_dtype_of(self.vae, latents) / self.vae.config.scaling_factor)
+        self.check_finite("decode", decoded.sample)
         return to_unit_range(decoded.sample)
 
     @resumed("decode")
@@ -295,7 +299,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
             latents = self.in_dtype_of(self.vae, latents)
             for z, file in zip((latents / self.vae.config.scaling_factor).split(1), files, strict=True):
                 produce = functools.partial(self.vae.decode_rows, z)
-                unsafe.append(write_picture(file, width, height, produce, is_unsafe))
+                look = functools.partial(self.check_finite, "decode")
+                unsafe.append(write_picture(file, width, height, produce, is_unsafe, look))
         return [file.path for file in files], None if self.safety_checker is None else unsafe
 
     @resumed("safety check")

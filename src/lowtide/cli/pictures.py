@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lowtide.cli.errors import InputError
 from lowtide.media.png import fresh_path, numbered_paths, try_folder
+from lowtide.media.unfinished import check_replaceable
 
 _LONGEST_SLUG = 48
 
@@ -29,7 +30,14 @@ def output_paths(out: Path | None, prompt: str, seeds: Sequence[int], suffix: st
 
 
 def prepare_folders(paths: list[Path]) -> None:
-    """Make the folders that are missing and try to write in them. Raises `InputError` where that is not possible."""
+    """Make the folders that are missing and try to write in them. Raises `InputError` where that is not possible, and
+    where a name is that of something that no file may replace.
+    """
+    for path in paths:
+        try:
+            check_replaceable(path)
+        except OSError as error:
+            raise InputError(f"--out {path}: {error.strerror}.") from error
     for folder in {path.parent for path in paths}:
         try:
             try_folder(folder)

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from lowtide.media.unfinished import unfinished_path
+from lowtide.media.unfinished import naming, take_place, unfinished_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +81,8 @@ class PngWriter:
     def __enter__(self) -> Self:
         try:
             self._out = self._unfinished.open("wb")
-            self.restart()
+            with naming(self.file.path):
+                self.restart()
         except BaseException:
             self._unfinished.unlink(missing_ok=True)
             raise
@@ -106,7 +107,8 @@ class PngWriter:
         filtered = _filtered(rows_HW3.reshape(len(rows_HW3), -1), self._above)
         self._above = rows_HW3[-1].reshape(-1).copy()
         self._rows += len(rows_HW3)
-        self._data(self._deflate.compress(filtered.tobytes()))
+        with naming(self.file.path):
+            self._data(self._deflate.compress(filtered.tobytes()))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -115,11 +117,11 @@ class PngWriter:
         try:
             if kind is None:
                 assert self._rows == self.height, f"{self._rows} rows were written of {self.height}"
-                self._data(self._deflate.flush(), last=True)
-                self._chunk(b"IEND", b"")
-            self._out.close()
-            if kind is None:
-                self._unfinished.replace(self._target)
+                with naming(self.file.path):
+                    self._data(self._deflate.flush(), last=True)
+                    self._chunk(b"IEND", b"")
+                    self._out.close()
+                take_place(self._unfinished, self._target)
         finally:
             try:
                 self._out.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import os
@@ -29,8 +30,9 @@ def writer() -> str:
 def unfinished_path(target: Path) -> Path:
     """A name beside `target` that nobody else has, for what is renamed to it when it is whole.
 
-    What processes that are gone left there under such names is removed.
+    What processes that are gone left there under such names is removed. Raises `OSError` as `check_replaceable` does.
     """
+    check_replaceable(target)
     remove_stale(target.parent, _UNFINISHED)
     return target.with_name(f".{target.name[:200]}.{writer()}-{next(_numbers)}.tmp")
 
@@ -44,10 +46,49 @@ def whole_or_not(path: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))  # a link stays one
     unfinished = unfinished_path(target)
     try:
-        yield unfinished
-        unfinished.replace(target)
+        with naming(path):
+            yield unfinished
+            take_place(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise `OSError`, naming the file, for one that cannot be replaced by another: a pipe, a device, one not ours."""
+    try:
+        about = os.stat(path)
+    except OSError:  # there is none, or whoever writes it says why not
+        return
+    if stat.S_ISDIR(about.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "It is a folder; give the name of a file", str(path))
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "It is a pipe, a socket or a device; give the name of a file", str(path))
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, "It is there already and may not be written to", str(path))
+
+
+def take_place(unfinished: Path, target: Path) -> None:
+    """Rename a whole file to `target`; it takes over mode and owner of the file that it replaces."""
+    try:
+        about = os.stat(target)
+    except FileNotFoundError:
+        about = None
+    if about is not None:
+        with suppress(OSError):  # only the superuser gives files away
+            os.chown(unfinished, about.st_uid, about.st_gid)
+        unfinished.chmod(stat.S_IMODE(about.st_mode))
+    unfinished.replace(target)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an `OSError` of the block name the file, where it names none, as that of a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if type(error) is OSError and error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def remove_stale(folder: Path, names: re.Pattern[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from lowtide.hub import local_path
 from lowtide.media.png import PictureFile, PngWriter, fresh_path, numbered_paths, try_folder
+from lowtide.media.unfinished import check_replaceable
 from lowtide.pipelines.pipeline_outputs import to_unit_range
 
 OutputPath = str | os.PathLike[str] | PictureFile
@@ -36,6 +37,7 @@ def picture_files(output_path: OutputPath | Sequence[OutputPath] | None, count: 
     for file in files:
         if file.path.is_dir():
             raise IsADirectoryError(f"{file.path} is a folder. Give the name of a file as output_path.")
+        check_replaceable(file.path)
         _check_writable(file.path.parent)
     return files
 

@@ -84,6 +84,8 @@ class PngWriter:
             with naming(self.file.path):
                 self.restart()
         except BaseException:
+            if self._out is not None:
+                self._out.close()
             self._unfinished.unlink(missing_ok=True)
             raise
         return self

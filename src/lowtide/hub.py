@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowtide.killed_saves import complete_saves
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -60,12 +62,14 @@ class Source:
     def fetch(self, patterns: Iterable[str]) -> Path:
         """A local folder with the checkpoint's files that match one of the `patterns` (`fnmatch`).
 
-        A local folder is returned as it is. From the Hub only the matching files are downloaded to its cache; offline
-        the cache alone is used. Raises `FileNotFoundError` if the name is neither a folder nor a Hub id whose files
-        can be downloaded or are in the cache.
+        A local folder is returned as it is, once saves in it that were killed midway are completed. From the Hub only
+        the matching files are downloaded to its cache; offline the cache alone is used. Raises `FileNotFoundError` if
+        the name is neither a folder nor a Hub id whose files can be downloaded or are in the cache.
         """
         folder = local_path(self.name)
         if folder.is_dir():
+            for saved in (folder.resolve(), folder.resolve().parent):  # a component's is saved with its pipeline's
+                complete_saves(saved)
             return folder
         if folder.exists():
             raise FileNotFoundError(

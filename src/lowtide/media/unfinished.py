@@ -111,9 +111,13 @@ def remove_stale(folder: Path, names: re.Pattern[str]) -> None:
 def _is_stale(about: os.stat_result, machine: str | None, process: str | None) -> bool:
     if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid():
         return False
-    if machine == _machine() and process is not None:
-        return not psutil.pid_exists(int(process))
-    return time.time() - about.st_mtime > KEPT_SECONDS
+    running = None if machine is None or process is None else is_running(machine, int(process))
+    return time.time() - about.st_mtime > KEPT_SECONDS if running is None else not running
+
+
+def is_running(machine: str, process: int) -> bool | None:
+    """Whether the process of a `writer` is running; None for one of another machine, of which that is not known."""
+    return psutil.pid_exists(process) if machine == _machine() else None
 
 
 def _machine() -> str:

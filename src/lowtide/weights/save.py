@@ -5,9 +5,10 @@ being written the target is untouched. They are then moved in three steps, each 
 1. every old file that a new one replaces or supersedes is moved aside, entry points (`ENTRY_POINTS`) first;
 2. the new files are moved in; 3. the new entry points follow, the outermost last.
 So at any moment the target holds files of the old save or of the new one, never of both, and an incomplete save has no
-entry point: loading it fails and says what is missing. An exception undoes the steps. A process killed during them
-(they take milliseconds) leaves other files in a hidden folder `.NAME.saving-*`, old ones under `old`, new ones under
-`new`. Files that are not part of the new save stay as they are.
+entry point. An exception undoes the steps. Before them the moves are written down in the hidden folder
+`.NAME.saving-*`, where new files wait under `new` and old ones under `old`: if the process is killed during the steps
+(they take milliseconds), whoever next loads or saves there completes them, see `lowtide.killed_saves`. Files that are
+not part of the new save stay as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from lowtide.killed_saves import MOVES, Moves, complete_saves, work_name
+from lowtide.media.unfinished import writer
 from lowtide.sizes import parse_bytes
 from lowtide.weights.index import DTYPES, parse_weights_name
 
@@ -80,7 +82,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise NotADirectoryError(f"{target} is a file; a checkpoint is saved to a folder.")
     # Inside an existing target, and not beside it: the target may be a mount, and renames do not cross mounts.
     home = target if target.is_dir() else target.parent
-    work = home / f".{target.name}.saving-{uuid.uuid4().hex[:8]}"
+    complete_saves(home)
+    work = home / work_name(target, writer())
     new, old = work / "new", work / "old"
     try:
         new.mkdir(parents=True)
@@ -163,7 +166,9 @@ def _replace_files(new: Path, target: Path, old: Path) -> None:
     incoming = sorted((path.relative_to(new) for path in _files(new)), key=_entry_rank)
     outgoing = sorted(_outgoing(target, incoming), key=_entry_rank, reverse=True)
     plain = [path for path in incoming if not _is_entry_point(path)]
+    Moves(tuple(outgoing), tuple(incoming)).write(new.parent)
     with ExitStack() as undo:
+        undo.callback((new.parent / MOVES).unlink)
         _move_all(outgoing, target, old, undo)
         _move_all(plain, new, target, undo)
         _move_all(incoming[len(plain) :], new, target, undo)

@@ -44,8 +44,7 @@ def expected(dtype, how):
     return run(round_offline(tiny.unet().to(dtype), CASTINGS[how]))
 
 
-@pytest.mark.parametrize("how", CASTINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("how", "dtype"), thinned(CASTINGS, [torch.float32, torch.bfloat16]))
 def test_cast_while_loading_equals_cast_afterwards(folder, dtype, how):
     model = UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype, casting=CASTINGS[how])
     assert model.dtype == dtype
@@ -66,23 +65,24 @@ def test_cast_while_loading_under_an_offload(folder, offload):
 
 @pytest.mark.parametrize(("how", "shards", "variant"), thinned(CASTINGS, [None, 2000], [None, "small"]))
 def test_saved_in_8_bits_and_loaded_again(folder, tmp_path, how, shards, variant):
-    model = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.bfloat16, casting=CASTINGS[how])
+    own = torch.bfloat16 if how == "int8" else torch.float32  # slow in bfloat16 on some processors
+    model = UNet2DConditionModel.from_pretrained(folder, torch_dtype=own, casting=CASTINGS[how])
     model.save_pretrained(tmp_path / "saved", max_shard_size=shards, variant=variant)
     files = {
         name: tensor for file in (tmp_path / "saved").glob("*.safetensors") for name, tensor in load_file(file).items()
     }
     assert files["conv_in.weight"].dtype == STORED[CASTINGS[how].storage]
     assert ("conv_in.weight_scale" in files) == CASTINGS[how].scaled
-    assert files["conv_norm_out.weight"].dtype == torch.bfloat16
-    for dtype in (torch.bfloat16, "auto"):
+    assert files["conv_norm_out.weight"].dtype == own
+    for dtype in (own, "auto"):
         again = UNet2DConditionModel.from_pretrained(tmp_path / "saved", torch_dtype=dtype, variant=variant)
-        assert again.dtype == torch.bfloat16
+        assert again.dtype == own
         assert leaves(again)
         assert all(isinstance(weight.rest, DiskRest) for leaf in leaves(again) for weight in leaf.weights)
-        assert torch.equal(run(again), expected(torch.bfloat16, how))
+        assert torch.equal(run(again), expected(own, how))
         for rule in ("sequential", "blocks ahead", "blocks on the host"):
             put(again, RULES[rule])
-            assert torch.equal(run(again), expected(torch.bfloat16, how))
+            assert torch.equal(run(again), expected(own, how))
         again.disable_group_offload()
         again.save_pretrained(tmp_path / "twice")
         for name, tensor in load_file(tmp_path / "twice" / "diffusion_pytorch_model.safetensors").items():
@@ -209,9 +209,14 @@ def test_what_cannot_be_is_told(folder):
         model.enable_layerwise_casting(torch.int8)
 
 
-@pytest.mark.parametrize("rule", ["sequential", "blocks on the host", "model"])
-@pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("compute", "file_dtype", "rule"),
+    thinned(
+        [torch.float32, torch.bfloat16, torch.float16],
+        [torch.float32, torch.bfloat16],
+        ["sequential", "blocks on the host", "model"],
+    ),
+)
 def test_what_is_not_cast_gets_the_dtype_and_keeps_its_values(tmp_path, compute, file_dtype, rule):
     tiny.unet().to(file_dtype).save_pretrained(tmp_path)
     model = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=file_dtype)

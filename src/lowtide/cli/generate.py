@@ -171,12 +171,12 @@ def generate(
 
 def run(request: Request) -> None:
     """Load the model and make the pictures or videos, each written as it is decoded; then say what it took."""
+    paths = output_paths(request.out, request.prompt, request.seeds, ".png" if request.video is None else ".mp4")
     check_kind(request.model, video=request.video is not None)
     from lowtide.memory import Meter, steady_malloc
     from lowtide.pipelines.not_finite import NotFiniteWarning
     from lowtide.progress import ProgressBar
 
-    paths = output_paths(request.out, request.prompt, request.seeds, ".png" if request.video is None else ".mp4")
     prepare_folders(paths)
     tell(_headline(request))
     steady_malloc(mmap_threshold=8 * 2**20, trim_threshold=64 * 2**20)

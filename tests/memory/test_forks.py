@@ -11,8 +11,9 @@ import pytest
 import torch
 from tests.forked import Parked, in_child, received, send
 from tests.lines import Place
-from tests.memory.cases import all_at_rest
+from tests.memory.cases import RULES, all_at_rest
 from tests.memory.ruled import CASES, Ruled, expected, is_bounded, lines, lines_once, made
+from tests.thinned import thinned
 
 from lowtide import forks
 from lowtide.memory import detach
@@ -33,20 +34,26 @@ def in_order(module: Any, attachment: Any) -> Callable[[], torch.Tensor]:
     return call
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_before_and_after_a_first_call(case: Ruled) -> None:
+@pytest.mark.parametrize(("rule", "zero_copy"), thinned(RULES, [True, False]))
+def test_before_and_after_a_first_call(rule: str, *, zero_copy: bool) -> None:
+    case = Ruled(rule, zero_copy)
     module, attachment = made(case)
     assert torch.equal(in_child(in_order(module, attachment)), expected(case))
     assert torch.equal(module.run(), expected(case))
     assert torch.equal(in_child(in_order(module, attachment)), expected(case))
-    assert torch.equal(in_child(lambda: in_child(in_order(module, attachment))), expected(case)), "a child's child"
     assert torch.equal(module.run(), expected(case))
     assert all_at_rest(attachment)
 
 
+def test_a_child_of_a_child() -> None:
+    case = Ruled("leaves ahead")
+    module, attachment = made(case)
+    assert torch.equal(in_child(lambda: in_child(in_order(module, attachment))), expected(case))
+
+
 def test_while_another_thread_is_at_a_line() -> None:
     for case, chosen in lines_once().items():
-        check(case, chosen[::8])
+        check(case, chosen[::20])
 
 
 @pytest.mark.slow
@@ -76,7 +83,7 @@ def fork_beside(place: Place, module: Any, attachment: Any, case: Ruled) -> Park
     return parked
 
 
-@pytest.mark.parametrize("case", CASES[::4], ids=str)
+@pytest.mark.parametrize("case", CASES[::6], ids=str)
 def test_at_any_moment_of_another_thread(case: Ruled) -> None:
     module, attachment = made(case)
     is_over, wrong = threading.Event(), []
@@ -96,7 +103,7 @@ def test_at_any_moment_of_another_thread(case: Ruled) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("case", CASES[1::4], ids=str)
+@pytest.mark.parametrize("case", CASES[1::6], ids=str)
 def test_from_inside_a_call_which_goes_on_in_both(case: Ruled) -> None:
     module, attachment = made(case)
     children: list[tuple[int, int]] = []

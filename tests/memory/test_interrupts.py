@@ -55,7 +55,7 @@ CHANGES: dict[str, Callable[[Case, Ruled], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_while_a_module_is(change: str) -> None:
-    changed_at(Ruled("leaves ahead"), change, every=8)
+    changed_at(Ruled("leaves ahead"), change, every=16)
 
 
 @pytest.mark.slow

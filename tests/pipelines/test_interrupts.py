@@ -1,9 +1,8 @@
 """Ctrl-C on the lines of a pipeline's run: the next run is as if it had not been pressed, and nothing stays disabled.
 
-The lines of `lowtide.memory` and `lowtide.casting` are pressed on in `tests/memory/test_interrupts.py`. Of the clean-up
-that an interrupt cannot be kept from, one thing is not made good: an observer of the user's that was not told the end
-of a stage, since the interrupt came into the telling (`stages._tell_end`, and the first lines of the observer's own
-`stage_finished`), measures or shows that stage as open.
+The lines of `lowtide.memory` and `lowtide.casting` are in `tests/memory/test_interrupts.py`. One thing is not made
+good: where the interrupt comes into the telling of the end of a stage (`stages._tell_end`, and the first lines of an
+observer's own `stage_finished`), an observer that the user keeps, such as a meter, has that stage open for good.
 """
 
 from __future__ import annotations
@@ -45,9 +44,9 @@ def draw(pipe: Any) -> torch.Tensor:
     return pipe("a boat", **size, generator=tiny.seeded(0), output_type="pt", return_dict=False)[0]
 
 
-@pytest.mark.parametrize("enabled", ENABLED)
+@pytest.mark.parametrize("enabled", ["nothing", "a plan"])
 def test_the_next_run_is_undisturbed(pipe: Any, enabled: str) -> None:
-    check(pipe, enabled, every={"nothing": 4, "a plan": 16}.get(enabled, 12))
+    check(pipe, enabled, every=8 if enabled == "nothing" else 60)
 
 
 @pytest.mark.slow
@@ -60,6 +59,7 @@ def check(pipe: Any, enabled: str, *, every: int) -> None:
     expected = draw(pipe)
     ENABLED[enabled](pipe)
     try:
+        draw(pipe)
         for place in [*lines(pipe, RUN)[::every], *lines(pipe, WATCHERS)[:: 2 * every]]:
             assert interrupted(lambda: draw(pipe), place), str(place)
             assert torch.equal(draw(pipe), expected), str(place)

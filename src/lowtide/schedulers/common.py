@@ -287,7 +287,7 @@ class SchedulerBase(PeerNames, Generic[ConfigT]):
         bar = self.alphas_cumprod.to(timesteps.device)[timesteps.long()]
         return spread(bar**0.5, sample), spread((1 - bar) ** 0.5, sample)
 
-    def _spaced(self, num_steps: int, least: int = 1) -> noise_schedule.FloatArray:
+    def _spaced(self, num_steps: int | None, least: int = 1) -> noise_schedule.FloatArray:
         c = self.config
         num_steps = noise_schedule.check_num_steps(num_steps, c.num_train_timesteps, least)
         spaced = noise_schedule.spaced_timesteps(c.timestep_spacing, num_steps, c.num_train_timesteps, c.steps_offset)

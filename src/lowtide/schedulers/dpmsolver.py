@@ -113,12 +113,12 @@ class DPMSolverMultistepScheduler(SigmaScheduler[DPMSolverMultistepConfig]):
             places = np.asarray(timesteps, dtype=np.float64)
             sigmas = self._sigmas_at(places)
         else:
-            places, sigmas = self._spaced_out(noise_schedule.told_steps(num_inference_steps))
+            places, sigmas = self._spaced_out(num_inference_steps)
         last = float(self._training_sigmas[0]) if c.final_sigmas_type == "sigma_min" else 0.0
         self._lay_out(torch.as_tensor(places, dtype=torch.int64, device=device), sigmas, last)
         self._past = ()
 
-    def _spaced_out(self, num_steps: int) -> tuple[noise_schedule.FloatArray, noise_schedule.FloatArray]:
+    def _spaced_out(self, num_steps: int | None) -> tuple[noise_schedule.FloatArray, noise_schedule.FloatArray]:
         """Timesteps and their sigmas, as the configuration spaces them."""
         c, training = self.config, self._training_sigmas
         num_steps = noise_schedule.check_num_steps(num_steps, c.num_train_timesteps)

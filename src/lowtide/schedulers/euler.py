@@ -78,7 +78,7 @@ class EulerDiscreteScheduler(SigmaScheduler[EulerDiscreteConfig]):
             self._check_told(timesteps, num_inference_steps)
             spaced = np.asarray(timesteps, dtype=np.float32)
         else:
-            spaced = self._spaced(noise_schedule.told_steps(num_inference_steps)).astype(np.float32)
+            spaced = self._spaced(num_inference_steps).astype(np.float32)
         levels = self._sigmas_at(spaced)
         high = float(levels[0]) if c.sigma_max is None else c.sigma_max
         low = float(levels[-1]) if c.sigma_min is None else c.sigma_min

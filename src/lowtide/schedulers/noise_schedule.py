@@ -155,7 +155,7 @@ def check_predicts(kind: str, alpha_bar: Tensor, timestep: int) -> None:
         )
 
 
-def check_num_steps(num_steps: int, num_train: int, least: int = 1) -> int:
+def check_num_steps(num_steps: int | None, num_train: int, least: int = 1) -> int:
     """The number of steps; raises `ValueError` unless it is whole, from `least` to `num_train`."""
     number = whole(num_steps)
     if number is None or not least <= number <= num_train:
@@ -164,13 +164,6 @@ def check_num_steps(num_steps: int, num_train: int, least: int = 1) -> int:
             f"(the model was trained with {num_train} timesteps)."
         )
     return number
-
-
-def told_steps(num_steps: int | None) -> int:
-    """The number of steps; raises `ValueError` where neither it nor timesteps were given."""
-    if num_steps is None:
-        raise ValueError("Neither num_inference_steps nor timesteps are given; give one of them.")
-    return num_steps
 
 
 def check_told(timesteps: FloatArray, num_train: int) -> None:

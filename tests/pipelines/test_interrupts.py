@@ -61,6 +61,7 @@ def check(pipe: Any, enabled: str, *, every: int) -> None:
     try:
         draw(pipe)
         for place in [*lines(pipe, RUN)[::every], *lines(pipe, WATCHERS)[:: 2 * every]]:
+            pipe.stages.observers[:] = [Meter(None)]
             assert interrupted(lambda: draw(pipe), place), str(place)
             assert torch.equal(draw(pipe), expected), str(place)
             check_free(pipe, place)

@@ -121,7 +121,7 @@ def test_no_plan_is_better_than_the_chosen_one(work, share, rates):
     assert any(plan.components == {one.option.component.name: one.option.plan for one in chosen} for chosen in best)
 
 
-@SLOW
+@settings(SLOW, max_examples=8)
 @given(workloads, st.sampled_from([1, 2, 3]))
 def test_with_little_host_memory_too(work, part):
     total = sum(one.nbytes for one in work.components.values())

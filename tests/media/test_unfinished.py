@@ -135,7 +135,7 @@ def test_a_pipe_is_refused_and_stays(write, tmp_path):
 @pytest.mark.parametrize("write", WRITES)
 def test_a_file_that_may_not_be_written_to_is_refused_and_stays(write, tmp_path, monkeypatch):
     (tmp_path / "new.png").write_text("old")
-    monkeypatch.setattr(os, "access", lambda *_: False)  # the superuser may write to all
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)  # the superuser may write to all
     with pytest.raises(PermissionError, match=r"may not be written to.*new\.png"):
         write(tmp_path)
     assert (tmp_path / "new.png").read_text() == "old"

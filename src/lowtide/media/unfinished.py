@@ -63,7 +63,7 @@ def check_replaceable(path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, "It is a folder; give the name of a file", str(path))
     if not stat.S_ISREG(about.st_mode):
         raise OSError(errno.EINVAL, "It is a pipe, a socket or a device; give the name of a file", str(path))
-    if not os.access(path, os.W_OK):
+    if not os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise PermissionError(errno.EACCES, "It is there already and may not be written to", str(path))
 
 

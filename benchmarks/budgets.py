@@ -3,10 +3,12 @@
     python benchmarks/budgets.py [--models seascapes sd15 clips] [--steps 3]
 
 The smallest budget is 3 % less than any plan takes and must be refused; under the largest, all weights are resident.
-Each process loads its model within the budget and makes the same thing twice. Its peak is the kernel's high-water mark
-of the whole process, interpreter and libraries included. Seconds are those of the second run. They are predicted by
-rates that are measured anew for each size. Writes JSON and markdown to `benchmarks/results/`. `sd15` needs `runs/sd15`
-(see make_sd15.py). Linux only, on a CPU.
+Each process loads its model within the budget and makes the same thing twice. Its peak is what it took at most as a
+whole, interpreter and libraries included: the larger one of the kernel's high-water marks and of samples of its
+resident memory, taken every 2 ms from outside. Where this may make a memory group of the system (a cgroup), the budget
+is also the limit of the group, in which the process is killed rather than given more. Seconds are those of the second
+run. They are predicted by rates that are measured anew for each size. Writes JSON and markdown to
+`benchmarks/results/`. `sd15` needs `runs/sd15` (see make_sd15.py). Linux only, on a CPU.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from compare import HERE, machine_in_words
+from outside import memory_group, run_watched
 
 SHARES = (-0.03, 0.0, 0.1, 0.4, 1.0)
 SIZES: dict[str, list[dict[str, int]]] = {
@@ -29,8 +32,8 @@ SIZES: dict[str, list[dict[str, int]]] = {
 }
 
 
-def child(model: str, folder: str, size: dict[str, int], share: float, steps: int) -> dict[str, Any]:
-    """One process: compute the budget from `share`, then load and run within it."""
+def child(model: str, folder: str, size: dict[str, int], share: float, steps: int, limit: str) -> dict[str, Any]:
+    """One process: compute the budget from `share`, then load and run within it; `limit` is the file of its group."""
     import time
 
     import torch
@@ -52,6 +55,8 @@ def child(model: str, folder: str, size: dict[str, int], share: float, steps: in
     least, most = curve[0][0], curve[-1][0]
     budget = int(least + share * ((most - least) if share > 0 else least))
     result: dict[str, Any] = {"model": model, **size, "budget": budget, "least": least}
+    if limit:
+        Path(limit).write_text(str(budget), encoding="ascii")
     try:
         options: dict[str, Any] = {"ram": budget, "offload_device": "cpu", "size": asked}
         pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, variant=variant, **options)
@@ -67,7 +72,8 @@ def child(model: str, folder: str, size: dict[str, int], share: float, steps: in
     plan = pipe.plan
     result |= {"predicted": plan.peak, "exactness": plan.exactness, "predicted_seconds": plan.seconds}
     stages = {
-        one.name: [one.predicted_peak, one.peak, one.predicted_seconds, one.seconds] for one in pipe.report().stages
+        stage.name: [stage.predicted_peak, stage.peak, stage.predicted_seconds, stage.seconds]
+        for stage in pipe.report().stages
     }
     return {**result, "measured": max(peaks), "seconds": seconds, "stages": stages}
 
@@ -100,7 +106,7 @@ def main() -> None:
             for size in SIZES[model]:
                 for share in SHARES:
                     given = {"model": model, "folder": str(folder), "size": size, "share": share}
-                    rows.append(one_process(__file__, **given, steps=options.steps))
+                    rows.append(watched_process(**given, steps=options.steps))
                     print(line(rows[-1]), flush=True)
     write(rows, options.steps)
 
@@ -119,9 +125,22 @@ def checkpoint(model: str, scratch: Path) -> Path:
 def one_process(script: str, **given: Any) -> Any:
     """Run a benchmark's child in a process of its own and read the JSON in its last line."""
     command = [sys.executable, script, "--child", json.dumps(given)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return printed_by(subprocess.run(command, capture_output=True, text=True, check=False), given)
+
+
+def watched_process(**given: Any) -> dict[str, Any]:
+    """Run a child in a memory group, where one can be made, and watch its resident memory from outside."""
+    with memory_group() as limit:
+        asked = {**given, "limit": str(limit or "")}
+        done, sampled = run_watched([sys.executable, __file__, "--child", json.dumps(asked)], limit)
+    row = printed_by(done, given)
+    return {**row, "marked": row["measured"], "measured": max(row["measured"], sampled), "limited": limit is not None}
+
+
+def printed_by(done: subprocess.CompletedProcess[str], given: dict[str, Any]) -> Any:
+    """The JSON in the last line that a process printed; exits where it failed."""
     if done.returncode != 0:
-        raise SystemExit(f"{given}: {done.stderr[-2000:]}")
+        raise SystemExit(f"{given}: ended with {done.returncode}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -149,6 +168,7 @@ def line(row: dict[str, Any]) -> str:
 def write(rows: list[dict[str, Any]], steps: int) -> None:
     ran = [row for row in rows if "refused" not in row]
     held = sum(row["measured"] <= row["budget"] for row in ran)
+    limited = " Each process ran in a memory group that the system held to the budget." if ran[0]["limited"] else ""
     ratios = [row["predicted"] / row["measured"] for row in ran]
     head = [line_of(HEADINGS), line_of(["---"] * len(HEADINGS))]
     text = "\n".join(
@@ -156,7 +176,7 @@ def write(rows: list[dict[str, Any]], steps: int) -> None:
             f"# Budgets: {held} of {len(ran)} held, {len(rows) - len(ran)} refused beforehand",
             "",
             f"Resident memory of the whole process in MB, on a CPU, {steps} steps. Predicted peaks are "
-            f"{min(ratios):.3f} to {max(ratios):.3f} times the measured ones. {machine_in_words()}",
+            f"{min(ratios):.3f} to {max(ratios):.3f} times the measured ones.{limited} {machine_in_words()}",
             "",
             *head,
             *map(line, rows),

@@ -69,7 +69,7 @@ def test_other_batches_of_frames(size):
 
 
 @pytest.mark.parametrize("slicing", [False, True])
-@pytest.mark.parametrize("size", [(5, 7), (6, 5), (12, 5), (11, 14), (17, 23)])
+@pytest.mark.parametrize("size", [(5, 7), (6, 5), (12, 5), (11, 14), pytest.param((17, 23), marks=pytest.mark.slow)])
 def test_tiles(size, slicing):
     pair = clips.vaes()
     for model in pair:

@@ -176,7 +176,8 @@ def write(rows: list[dict[str, Any]], steps: int) -> None:
             f"# Budgets: {held} of {len(ran)} held, {len(rows) - len(ran)} refused beforehand",
             "",
             f"Resident memory of the whole process in MB, on a CPU, {steps} steps. Predicted peaks are "
-            f"{min(ratios):.3f} to {max(ratios):.3f} times the measured ones.{limited} {machine_in_words()}",
+            f"{min(ratios):.3f} to {max(ratios):.3f} times the measured ones.{limited} Times are read in `pace.md`: "
+            f"here other work may go on beside the runs. {machine_in_words()}",
             "",
             *head,
             *map(line, rows),

@@ -119,7 +119,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Stage:
-    """A named stretch of a run, in which one component is called `calls` times.
+    """A named stretch of a run, in which one component is called `calls` times, in `visits` stretches without others.
 
     `ways` holds what one call takes in each possible way, by the names in `WAYS`. `carried` bytes are alive during the
     whole stage and in no call's peak: latents, embeddings, the scheduler's history, finished pictures. `withheld` bytes
@@ -132,6 +132,7 @@ class Stage:
     ways: Mapping[str, Call]
     carried: int = 0
     withheld: int = 0
+    visits: int = 1
 
     @property
     def keeps_heap(self) -> bool:

@@ -1,0 +1,160 @@
+"""Run code that mixes real tensors with tensors on meta: what a network touches has no numbers, all else is real.
+
+Small data such as tokens, masks and timesteps is computed as it is. An operator with one input on meta is done on meta.
+Where code asks for a number that is not there, it is told 0, or True where it asks whether all of something holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lowtide.ops.meta_device import standing_for
+
+aten = torch.ops.aten
+META = torch.device("meta")
+MOST_READ = 2**24
+"""Numbers that are made up at once when code asks for those of a tensor on meta: a picture of 2364x2364."""
+PICTURE_BYTES = 14
+"""The most bytes alive at once for each number of pictures that become 8-bit ones, besides the numbers themselves:
+three float32 copies (in [0, 1], times 255, rounded) and two of 8 bits."""
+_ALL = {aten.all.default, aten.all.dim, aten.all.dims}
+
+
+class TooManyNumbersError(Exception):
+    """Code asks for so many numbers of a result that it must be the result itself: nothing of interest comes after."""
+
+
+@contextmanager
+def absent_numbers() -> Generator[_Absent]:
+    """While this lasts, tensors on meta and real ones can meet in this thread."""
+    absent = _Absent()
+    with absent, _Answers(absent):
+        yield absent
+
+
+class _Absent(TorchDispatchMode):
+    """Does operators on meta where one input is there. `read` is the most numbers that were asked for at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in `lowtide.prediction.tracing`
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        if not any(tensor.is_meta for tensor in tensors):
+            return func(*args, **kwargs)
+        if func is aten._local_scalar_dense.default:
+            return _answer(args[0])
+        if func is aten.equal.default:
+            return False
+        if func is aten.nonzero.default:
+            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
+        if func is aten.index.Tensor:
+            args = (args[0], [part for index in args[1] for part in _places(index)])
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": META}
+        if not all(tensor.is_meta for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)):
+            if _writes_to_real(func, args):
+                return args[0]
+            args, kwargs = on_meta((args, kwargs))
+        result = func(*args, **kwargs)
+        if func in _ALL:
+            result.holds = True
+        return result
+
+
+class _Answers(TorchFunctionMode):
+    """What Python asks of tensors on meta: their numbers, and to be elsewhere, where they stay."""
+
+    def __init__(self, absent: _Absent) -> None:
+        super().__init__()
+        self._absent = absent
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        x = args[0] if args else None
+        if not (isinstance(x, torch.Tensor) and x.is_meta):
+            return func(*args, **kwargs)
+        if func in (torch.Tensor.numpy, torch.Tensor.__array__):
+            return np.broadcast_to(np.zeros((), _numpy_dtype(x)), self._read(x))
+        if func is torch.Tensor.tolist:
+            return np.zeros(self._read(x), _numpy_dtype(x)).tolist()
+        if func in (torch.Tensor.cpu, torch.Tensor.cuda):
+            return x
+        if func is torch.Tensor.to:
+            args, kwargs = (x, *(_stays(value) for value in args[1:])), {
+                name: _stays(value) if name in ("device", "other") else value for name, value in kwargs.items()
+            }
+        return func(*args, **kwargs)
+
+    def _read(self, x: torch.Tensor) -> tuple[int, ...]:
+        self._absent.read = max(self._absent.read, x.numel())
+        if x.numel() > MOST_READ:
+            raise TooManyNumbersError
+        return tuple(x.shape)
+
+
+def _answer(asked: torch.Tensor) -> bool | int | float:
+    if asked.dtype is torch.bool:
+        return bool(getattr(asked, "holds", False))
+    return 0.0 if asked.dtype.is_floating_point else 0
+
+
+def _places(index: Any) -> list[Any]:
+    """An index, as places where it is a mask: those that a real one has, or as many as one on meta can have."""
+    if index is None or index.dtype is not torch.bool:
+        return [index]
+    with standing_for(None):
+        if index.is_meta:
+            return [torch.empty(index.numel(), dtype=torch.int64, device=META) for _ in range(index.ndim)]
+        return list(index.nonzero(as_tuple=True))
+
+
+def _writes_to_real(func: Any, args: Any) -> bool:
+    """Whether an operator writes to a real tensor: it keeps its numbers, which mean nothing any more."""
+    if not args or not isinstance(args[0], torch.Tensor) or args[0].is_meta:
+        return False
+    alias = func._schema.arguments[0].alias_info
+    return alias is not None and alias.is_write
+
+
+def on_meta(values: Any, *, anew: bool = False) -> Any:
+    """The same values with tensors on meta, which are not counted: the real ones were already.
+
+    With `anew` those that are on meta are others too.
+    """
+    made: dict[int, torch.Tensor] = {}
+
+    def empty(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta and not anew:
+            return tensor
+        if id(tensor) not in made:
+            with standing_for(None):
+                made[id(tensor)] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
+        return made[id(tensor)]
+
+    return tree_map_only(torch.Tensor, empty, values)
+
+
+def _numpy_dtype(x: torch.Tensor) -> Any:
+    return np.zeros((), str(x.dtype).removeprefix("torch.").replace("bfloat16", "float32")).dtype
+
+
+def _stays(value: Any) -> Any:
+    """An argument of `Tensor.to`, with the meta device for every other one."""
+    if isinstance(value, torch.device) or (isinstance(value, str) and not hasattr(torch, value)):
+        return META
+    return value.dtype if isinstance(value, torch.Tensor) and not value.is_meta else value

@@ -20,6 +20,7 @@ from lowtide.guests.ghost import ghost_of
 from lowtide.guests.guest_call import GuestCall
 from lowtide.guests.guest_decode import GuestDecode
 from lowtide.guests.networks import components_of, networks_of
+from lowtide.guests.own_files import remember_files
 from lowtide.loading.blueprint import InFiles
 from lowtide.memory.attach import attachment_of
 from lowtide.memory.stream import Stream
@@ -78,6 +79,7 @@ class Guest:
     def on_meta(self, device: torch.device, in_files: InFiles | None = None) -> MetaSubject:
         """A copy with networks on meta, which decodes at once. `in_files` are those of networks that are on meta."""
         files = dict(in_files or {})
+        remember_files(network for name, network in self.modules().items() if name not in files)
         for name, network in self.modules().items():
             if name not in files:
                 files[name] = weights_in_files(network)

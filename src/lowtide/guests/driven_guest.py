@@ -54,7 +54,10 @@ class DrivenGuest(MetaSubject):
         run = lambda: guest.pipe(**harmless(size.arguments))  # noqa: E731
         networks = guest.modules()
         with torch.random.fork_rng(devices=[]):
-            driven = drive(run, networks, entries=ENTRY_POINTS, device=self.device.type, repeats=self.known)
+            try:
+                driven = drive(run, networks, entries=ENTRY_POINTS, device=self.device.type, repeats=self.known)
+            except (RuntimeError, NotImplementedError) as error:
+                raise ValueError(_not_followed(type(guest.pipe).__name__, error)) from error
         if not driven.calls:
             raise ValueError(f"A call of {type(guest.pipe).__name__} with {size} calls none of its networks.")
         stages = tuple(self._stages(driven, tuple(other_ways)))
@@ -89,6 +92,14 @@ class DrivenGuest(MetaSubject):
             return replace(call, peak=max(after, call.peak + beside))
 
         return dict(ways.traced(names, inputs, again, whole.work))
+
+
+def _not_followed(pipeline: str, error: Exception) -> str:
+    said = str(error).partition("\n")[0][:200].rstrip(".")
+    return (
+        f"What this call of {pipeline} takes cannot be predicted, since its code does not run without numbers ({said}). "
+        "Its networks can be given rules one by one: lowtide.apply_residency(pipe.transformer, resident_bytes=0)."
+    )
 
 
 def _key(call: NetworkCall) -> tuple[str, str]:

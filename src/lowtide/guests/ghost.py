@@ -18,13 +18,8 @@ _CPU = torch.device("cpu")
 
 def ghost_of(pipe: Any) -> Any:
     """The copy. It says that it computes on the CPU, so that all that is small and real stays there."""
-    copies = {id(network): _copied(network) for network in networks_of(pipe).values()}
+    copies = {id(network): meta_copy(network) for network in networks_of(pipe).values()}
     return _ghost(pipe, copies, {})
-
-
-def _copied(network: nn.Module) -> nn.Module:
-    is_on_meta = all(weight.is_meta for weight in network.parameters())
-    return network if is_on_meta else meta_copy(network)
 
 
 def _ghost(pipe: Any, copies: Mapping[int, nn.Module], ghosts: dict[int, Any]) -> Any:

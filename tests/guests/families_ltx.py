@@ -99,7 +99,7 @@ def ltx2_autoencoders() -> dict[str, Any]:
 
     levels = {
         "block_out_channels": (8, 8, 16),
-        "decoder_block_out_channels": (8, 8),
+        "decoder_block_out_channels": (8, 16),
         "down_block_types": ("LTX2VideoDownBlock3D",) * 3,
         "layers_per_block": (1, 1, 1, 1),
         "decoder_layers_per_block": (1, 1, 1),

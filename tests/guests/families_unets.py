@@ -150,6 +150,39 @@ def ddpm() -> Family:
     return family(pipe, {"num_inference_steps": 3, "output_type": "np"}, *BLOCKS)
 
 
+def stable_video() -> Family:
+    """Stable Video Diffusion: a picture moves; layers of space and of time take turns in the U-Net."""
+    from diffusers import (
+        AutoencoderKLTemporalDecoder,
+        EulerDiscreteScheduler,
+        StableVideoDiffusionPipeline,
+        UNetSpatioTemporalConditionModel,
+    )
+
+    network = UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 32),  # which it norms in groups of 32
+        down_block_types=["CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"],
+        up_block_types=["UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"],
+        num_attention_heads=(2, 2),
+        layers_per_block=1,
+        cross_attention_dim=parts.WIDTH,
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+    )
+    vae = AutoencoderKLTemporalDecoder(
+        block_out_channels=[32, 32], down_block_types=["DownEncoderBlock2D"] * 2, layers_per_block=1
+    )
+    pipe = StableVideoDiffusionPipeline(
+        vae=ready(vae),
+        image_encoder=parts.clip_vision(image_size=224, patch_size=32),  # the pipeline makes pictures this large
+        unet=ready(network),
+        scheduler=EulerDiscreteScheduler(prediction_type="v_prediction", use_karras_sigmas=True),
+        feature_extractor=parts.clip_pictures(),
+    )
+    shape = {"height": 32, "width": 48, "num_frames": 3, "num_inference_steps": 2, "output_type": "pt"}
+    return family(pipe, {**shape, "image": picture(32, 48)}, *BLOCKS)
+
+
 UNETS = {
     "StableDiffusion": stable_diffusion,
     "SD inpaint": inpaint,
@@ -158,6 +191,7 @@ UNETS = {
     "SDXL img2img": sdxl_from_picture,
     "SDXL ControlNet": sdxl_control,
     "AnimateDiff": animatediff,
+    "Stable Video Diffusion": stable_video,
     "Marigold depth": marigold,
     "DDPM": ddpm,
 }

@@ -73,8 +73,10 @@ def saved_and_loaded(family: Family, folder: Path) -> Family:
     The weights are copied to memory of their own afterwards. A file's mapping has tensors at any multiple of four
     bytes, and some of PyTorch's CPU kernels round otherwise there than at the multiples of 64 where tensors begin.
     """
-    family.pipeline.save_pretrained(folder)
+    family.pipeline.save_pretrained(str(folder))
     pipeline = type(family.pipeline).from_pretrained(folder)
+    if hasattr(pipeline, "load_components"):  # of a modular pipeline, which reads the names of its components first
+        pipeline.load_components()
     pipeline.set_progress_bar_config(disable=True)
     for module in modules_of(pipeline).values():
         for weight in module.parameters():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tests.guests import guest_parts as parts
 from tests.guests import guest_tokenizers as tokenizers
-from tests.guests.family import PROMPT, Family, family, made, ready
+from tests.guests.family import PROMPT, Family, family, pictures_of, ready, unevenly
 
 CALL = {"prompt": PROMPT, "negative_prompt": "stars", "num_inference_steps": 2, "num_frames": 5, "output_type": "pt"}
 GUIDED = {**CALL, "height": 64, "width": 32, "guidance_scale": 4.0, "max_sequence_length": 24}
@@ -39,7 +39,7 @@ def ltx() -> Family:
     )
     pipe = LTXPipeline(
         scheduler=parts.flow_scheduler(use_dynamic_shifting=True),
-        vae=ready(vae),
+        vae=unevenly(ready(vae)),
         text_encoder=parts.t5_text(pieces),
         tokenizer=pieces,
         transformer=ready(network),
@@ -115,8 +115,8 @@ def ltx2_autoencoders() -> dict[str, Any]:
     ups = {"upsample_kernel_sizes": [8, 4], "upsample_factors": [4, 2]}
     resnets = {"resnet_kernel_sizes": [3, 5], "resnet_dilations": [[1, 3], [1, 3]]}
     return {
-        "vae": ready(AutoencoderKLLTX2Video(latent_channels=8, patch_size=2, **levels)),
-        "audio_vae": ready(AutoencoderKLLTX2Audio(**audio)),
+        "vae": unevenly(ready(AutoencoderKLLTX2Video(latent_channels=8, patch_size=2, **levels))),
+        "audio_vae": unevenly(ready(AutoencoderKLLTX2Audio(**audio))),
         "vocoder": ready(LTX2Vocoder(in_channels=32, hidden_channels=16, **ups, **resnets)),
     }
 
@@ -133,7 +133,7 @@ def ltx2_connectors() -> Any:
 
 def with_sound(output: Any) -> torch.Tensor:
     """Frames and sound of LTX 2, as one row of numbers."""
-    return torch.cat([made(output).flatten(), output.audio.flatten()])
+    return torch.cat([pictures_of(output).flatten(), output.audio.flatten()])
 
 
 def ltx2() -> Family:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.guests import guest_parts as parts
 from tests.guests import guest_tokenizers as tokenizers
-from tests.guests.family import PROMPT, Family, family, ready
+from tests.guests.family import PROMPT, Family, family, ready, unevenly
 
 STEPS = {"num_inference_steps": 2, "prior_num_inference_steps": 2}
 CALL = {"prompt": PROMPT, **STEPS, "prior_guidance_scale": 4.0, "output_type": "pt"}
@@ -118,9 +118,9 @@ def stable_cascade() -> Family:
         text_encoder=parts.clip_text(words, projected=True),
         decoder=cascade_decoder(),
         scheduler=DDPMWuerstchenScheduler(),
-        vqgan=ready(vqgan),
+        vqgan=unevenly(ready(vqgan)),
         prior_prior=cascade_prior(),
-        prior_text_encoder=parts.clip_text(words, projected=True),
+        prior_text_encoder=parts.clip_text(words, projected=True, seed=1),
         prior_tokenizer=tokenizers.clip(),
         prior_scheduler=DDPMWuerstchenScheduler(),
     )

@@ -50,24 +50,29 @@ def controlnet(**changes: Any) -> Any:
 def small_parts(**changes: Any) -> dict[str, Any]:
     """The components of Stable Diffusion's pipelines."""
     words = tokenizers.clip()
-    made = {"vae": parts.autoencoder(), "text_encoder": parts.clip_text(words), "tokenizer": words, "unet": unet()}
+    components = {
+        "vae": parts.autoencoder(),
+        "text_encoder": parts.clip_text(words),
+        "tokenizer": words,
+        "unet": unet(),
+    }
     nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return {**made, "scheduler": parts.ddim_scheduler(), **nothing, **changes}
+    return {**components, "scheduler": parts.ddim_scheduler(), **nothing, **changes}
 
 
 def large_parts(**changes: Any) -> dict[str, Any]:
     """The components of SDXL's pipelines."""
     words = tokenizers.clip()
-    made = {
+    components = {
         "vae": parts.autoencoder(force_upcast=False),
         "text_encoder": parts.clip_text(words),
-        "text_encoder_2": parts.clip_text(words, projected=True),
+        "text_encoder_2": parts.clip_text(words, projected=True, seed=1),
         "tokenizer": words,
         "tokenizer_2": tokenizers.clip(),
         "unet": unet(**LARGE),
         "scheduler": parts.ddim_scheduler(),
     }
-    return {**made, **changes}
+    return {**components, **changes}
 
 
 def stable_diffusion() -> Family:
@@ -124,20 +129,20 @@ def animatediff() -> Family:
     widths = NETWORK["block_out_channels"]
     motion = {"motion_layers_per_block": 1, "motion_norm_num_groups": 4, "motion_num_attention_heads": 2}
     adapter = ready(MotionAdapter(widths, **motion, use_motion_mid_block=False))
-    made = small_parts(motion_adapter=adapter)
-    del made["safety_checker"], made["requires_safety_checker"]
+    components = small_parts(motion_adapter=adapter)
+    del components["safety_checker"], components["requires_safety_checker"]
     call = {**CALL, "num_frames": 3, "height": 32, "width": 48, "output_type": "pt"}
-    return family(AnimateDiffPipeline(**made), call, *BLOCKS)
+    return family(AnimateDiffPipeline(**components), call, *BLOCKS)
 
 
 def marigold() -> Family:
     """Marigold: the depth of a picture, denoised beside it by Stable Diffusion's U-Net."""
     from diffusers import MarigoldDepthPipeline
 
-    made = small_parts(unet=unet(in_channels=8), prediction_type="depth")
-    del made["safety_checker"], made["requires_safety_checker"], made["feature_extractor"]
+    components = small_parts(unet=unet(in_channels=8), prediction_type="depth")
+    del components["safety_checker"], components["requires_safety_checker"], components["feature_extractor"]
     call = {"image": picture(64, 48), "num_inference_steps": 2, "processing_resolution": 64, "output_type": "np"}
-    return family(MarigoldDepthPipeline(**made), call, *BLOCKS)
+    return family(MarigoldDepthPipeline(**components), call, *BLOCKS)
 
 
 def ddpm() -> Family:

@@ -31,7 +31,7 @@ def wan_parts(**changes: Any) -> dict[str, Any]:
     pieces = tokenizers.t5()
     statistics = {"latents_mean": [0.1, -0.1, 0.2, 0.0], "latents_std": [1.0, 1.1, 0.9, 1.2]}
     vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, **statistics)
-    made = {
+    components = {
         "tokenizer": pieces,
         "text_encoder": parts.umt5_text(pieces),
         "vae": ready(vae),
@@ -40,7 +40,7 @@ def wan_parts(**changes: Any) -> dict[str, Any]:
         ),
         "transformer": wan_transformer(),
     }
-    return {**made, **changes}
+    return {**components, **changes}
 
 
 def wan() -> Family:
@@ -114,7 +114,7 @@ def cogvideox_parts(**changes: Any) -> dict[str, Any]:
     vae = AutoencoderKLCogVideoX(
         block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=4
     )
-    shape = {"sample_width": 6, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": 24}
+    shape = {"sample_width": 6, "sample_height": 8, "sample_frames": 9, "max_text_seq_length": 24}
     widths = {"in_channels": 4, "out_channels": 4, "time_embed_dim": 8, "text_embed_dim": parts.WIDTH, **HEADS}
     network = CogVideoXTransformer3DModel(**{**shape, **widths, "num_layers": 3, **changes})
     return {
@@ -130,15 +130,16 @@ def cogvideox() -> Family:
     """CogVideoX, by the peer's own class."""
     from diffusers import CogVideoXPipeline
 
-    return family(CogVideoXPipeline(**cogvideox_parts()), GUIDED, BLOCKS)
+    return family(CogVideoXPipeline(**cogvideox_parts()), {**GUIDED, "num_frames": 9}, BLOCKS)
 
 
 def cogvideox_from_picture() -> Family:
     """CogVideoX that begins with a picture, with rotary positions."""
     from diffusers import CogVideoXImageToVideoPipeline
 
-    made = cogvideox_parts(in_channels=8, use_rotary_positional_embeddings=True)
-    return family(CogVideoXImageToVideoPipeline(**made), {**GUIDED, "image": picture(64, 48)}, BLOCKS)
+    components = cogvideox_parts(in_channels=8, use_rotary_positional_embeddings=True)
+    call = {**GUIDED, "num_frames": 9, "image": picture(64, 48)}
+    return family(CogVideoXImageToVideoPipeline(**components), call, BLOCKS)
 
 
 def mochi() -> Family:

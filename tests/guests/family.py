@@ -14,7 +14,7 @@ from torch import Tensor, nn
 PROMPT = "a red boat on the sea at night"
 
 
-def made(output: Any) -> Tensor:
+def pictures_of(output: Any) -> Tensor:
     """The pictures or frames of a call's output, as one tensor."""
     for name in ("images", "frames", "prediction"):
         if hasattr(output, name):
@@ -40,7 +40,7 @@ class Family:
     pipeline: Any
     call: dict[str, Any]
     blocks: tuple[str, ...]
-    result: Callable[[Any], Tensor] = made
+    result: Callable[[Any], Tensor] = pictures_of
     not_saved: str = ""
 
     @property
@@ -109,6 +109,17 @@ def _scaled(name: str, values: Tensor, gain: float) -> Tensor:
     if values.ndim > 1:
         return values if "embedding.weight" in name else values * (3 * gain / values[0].numel()) ** 0.5
     return 1 + 0.3 * values if name.endswith("weight") else 0.2 * values
+
+
+def unevenly(module: nn.Module) -> Any:
+    """The module with other numbers in its saved buffers of zeros or of ones, so that a run shows where one is lost."""
+    generator = torch.Generator().manual_seed(0)
+    saved = module.state_dict().keys() - dict(module.named_parameters()).keys()
+    for name in sorted(saved):
+        buffer = module.get_buffer(name)
+        if buffer.is_floating_point() and buffer.numel() > 1 and (buffer == buffer.flatten()[0]).all():
+            buffer.add_(0.3 * torch.rand(buffer.shape, generator=generator))
+    return module
 
 
 def picture(height: int, width: int, seed: int = 0) -> Any:

@@ -18,11 +18,12 @@ ONE_LEVEL = {
     "block_out_channels": [8],
     "down_block_types": ["DownEncoderBlock2D"],
     "up_block_types": ["UpDecoderBlock2D"],
+    "mid_block_add_attention": False,
 }
 """What `autoencoder` takes for latents of one pixel."""
 
 
-def clip_text(tokenizer: Any, *, projected: bool = False, **changes: Any) -> Any:
+def clip_text(tokenizer: Any, *, projected: bool = False, seed: int = 0) -> Any:
     """CLIP's text encoder, with or without the projection of its pooled state."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -39,7 +40,7 @@ def clip_text(tokenizer: Any, *, projected: bool = False, **changes: Any) -> Any
         "pad_token_id": tokenizer.pad_token_id,
     }
     network = CLIPTextModelWithProjection if projected else CLIPTextModel
-    return ready(network(CLIPTextConfig(**{**entries, **changes})))
+    return ready(network(CLIPTextConfig(**entries)), seed)
 
 
 def clip_vision(*, projected: bool = True, **changes: Any) -> Any:
@@ -73,11 +74,11 @@ def t5_text(tokenizer: Any, **changes: Any) -> Any:
     return ready(T5EncoderModel(T5Config(**_t5(tokenizer, changes))), gain=0.5)
 
 
-def umt5_text(tokenizer: Any, **changes: Any) -> Any:
+def umt5_text(tokenizer: Any) -> Any:
     """UMT5's encoder, where every layer has its own table of positions."""
     from transformers import UMT5Config, UMT5EncoderModel
 
-    return ready(UMT5EncoderModel(UMT5Config(**_t5(tokenizer, changes))), gain=0.5)
+    return ready(UMT5EncoderModel(UMT5Config(**_t5(tokenizer, {}))), gain=0.5)
 
 
 def _t5(tokenizer: Any, changes: dict[str, Any]) -> dict[str, Any]:

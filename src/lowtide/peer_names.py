@@ -14,7 +14,6 @@ _STATE = "the scheduler keeps its own history; call set_timesteps to begin anew"
 _NOISE = (
     "it follows from the configuration: build another scheduler with from_config(config, ...), or assign alphas_cumprod"
 )
-_FLOW = "flow schedules are not computed; leave it out"
 _FIXED_PARTS = "the network is built of other parts, which its configuration says"
 _SPACING = "build one that knows it, as in DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)"
 _ROWS = "use enable_tiling and decode, or decode_rows"
@@ -38,7 +37,6 @@ INSTEAD: dict[str, str] = {
     "ip_adapter_image": _ADAPTERS,
     "ip_adapter_image_embeds": _ADAPTERS,
     "timestep_cond": "models that are conditioned on guidance are not built",
-    "mu": _FLOW,
     # arguments of from_pretrained
     "custom_pipeline": "import its class and build it from pipe.components",
     "custom_revision": "import the pipeline's class and build it from pipe.components",
@@ -136,7 +134,7 @@ INSTEAD: dict[str, str] = {
     "lambda_t": _NOISE,
     "use_karras_sigmas": _SPACING,
     "use_exponential_sigmas": _SPACING,
-    "use_beta_sigmas": "spacing by a beta distribution is not computed; use_karras_sigmas is the nearest",
+    "use_beta_sigmas": _SPACING,
     "disable_corrector": "build one that knows it: UniPCMultistepScheduler.from_config(config, disable_corrector=...)",
     "predict_x0": "build one that knows it: UniPCMultistepScheduler.from_config(config, predict_x0=...)",
     "solver_p": "UniPC predicts by itself; leave it out",

@@ -17,7 +17,7 @@ from lowtide.fitting.out_of_memory import OutOfMemoryError, is_of_device, is_out
 from lowtide.fitting.prepare import prepare
 from lowtide.planning.plan import Budgets
 from lowtide.planning.planner import minimum
-from lowtide.schedulers import EulerDiscreteScheduler
+from lowtide.schedulers import DPMSolverMultistepScheduler
 
 ERRORS = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -103,10 +103,13 @@ def test_twice_in_one_run(folders, plain, monkeypatch):
     assert len(pipe.degradations) == 3
 
 
-def test_a_step_of_the_scheduler_is_taken_once(folders, monkeypatch):
+@pytest.mark.parametrize("solver", ["DDIM", "an SDE"])
+def test_a_step_of_the_scheduler_is_taken_once(folders, monkeypatch, solver):
     def draw(fails):
         pipe = fits.load(folders["pictures"], "pictures")
-        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config) if fails is None else pipe.scheduler
+        if solver == "an SDE":
+            entries = {"algorithm_type": "sde-dpmsolver++"}
+            pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **entries)
         pipe.fit(ram="1GB", pictures=2)
         if fails:
             step, count = type(pipe.scheduler).step, []

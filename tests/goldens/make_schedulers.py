@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.schedulers.trajectories import COGVIDEOX_5B, SD15, seeded, start, trajectory, with_memory
+from tests.schedulers.trajectories import AT_SIGMA_MIN, COGVIDEOX_5B, FLOW, SD15, seeded, start, trajectory, with_memory
 
 PATH = Path(__file__).with_name("schedulers.json")
 SHAPE = (1, 1, 2, 3)
 V = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+CONTINUOUS = {**V, "interpolation_type": "log_linear", "timestep_type": "continuous"}
 CASES = {
     "ddim": ("DDIMScheduler", {}),
     "ddim v": ("DDIMScheduler", {**V, "rescale_betas_zero_snr": True}),
@@ -25,6 +26,12 @@ CASES = {
     "dpm": ("DPMSolverMultistepScheduler", {}),
     "dpm karras order 3": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "solver_order": 3}),
     "dpm cosine": ("DPMSolverMultistepScheduler", {**V, "beta_schedule": "squaredcos_cap_v2"}),
+    "ddim thresholding": ("DDIMScheduler", {"thresholding": True, "sample_max_value": 2.0}),
+    "unipc flow": ("UniPCMultistepScheduler", {**FLOW, "flow_shift": 3.0}),
+    "euler log-linear, continuous": ("EulerDiscreteScheduler", CONTINUOUS),
+    "dpm flow": ("DPMSolverMultistepScheduler", {**FLOW, "flow_shift": 3.0}),
+    "dpm sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "use_lu_lambdas": True}),
+    "dpm of the noise": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", **AT_SIGMA_MIN}),
     "cogvideox ddim": ("CogVideoXDDIMScheduler", {**COGVIDEOX_5B, "snr_shift_scale": 3.0}),
     "cogvideox dpm": ("CogVideoXDPMScheduler", COGVIDEOX_5B),
     "cogvideox dpm epsilon": ("CogVideoXDPMScheduler", {}),
@@ -44,7 +51,7 @@ def main() -> None:
     for case, (name, changes) in CASES.items():
         entries = entries_of(name, changes)
         scheduler = with_memory(getattr(diffusers, name).from_config(entries))
-        samples = trajectory(scheduler, 8, start(1, shape=SHAPE), **seeded(name))
+        samples = trajectory(scheduler, 8, start(1, shape=SHAPE), **seeded(name, entries))
         goldens["cases"][case] = {
             "entries": entries,
             "timesteps": scheduler.timesteps.tolist(),

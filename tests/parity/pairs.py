@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tests import tiny
 from torch import nn
 
 from lowtide.models import layers, unet, vae
+from lowtide.schedulers import noise_schedule
 
 
 def unets(kind="sd1", **changes):
@@ -123,3 +126,21 @@ def other_group_eps(model):
     """Group norms with 1e-6 where it is 1e-5, and the other way round."""
     eps = next(module.eps for module in model.modules() if isinstance(module, nn.GroupNorm))
     return other_eps(model, nn.GroupNorm, 1e-6 if eps == 1e-5 else 1e-5)
+
+
+def lent_quantiles(monkeypatch):
+    """For a test: where scipy is missing, which the peer asks for quantiles of beta distributions, it is lent ours.
+
+    `tests/schedulers/test_solver_options.py` compares them with scipy's.
+    """
+    from diffusers.schedulers import (
+        scheduling_dpmsolver_multistep,
+        scheduling_euler_discrete,
+        scheduling_unipc_multistep,
+    )
+
+    beta = SimpleNamespace(ppf=lambda share, a, b: float(noise_schedule.beta_quantiles(np.array(share), shape=a)))
+    for module in (scheduling_dpmsolver_multistep, scheduling_euler_discrete, scheduling_unipc_multistep):
+        if not module.is_scipy_available():
+            monkeypatch.setattr(module, "is_scipy_available", lambda: True)
+            monkeypatch.setattr(module, "scipy", SimpleNamespace(stats=SimpleNamespace(beta=beta)), raising=False)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import math
 
+import numpy as np
 import pytest
 import torch
 from tests import tiny
 from tests.parity import test_cogvideox_pipeline as clips
 from tests.parity import test_pipeline as pictures
-from tests.schedulers.trajectories import seeded, start, toy_model, trajectory, with_memory, worst_difference
+from tests.parity.pairs import lent_quantiles
+from tests.schedulers.trajectories import FLOW, seeded, start, toy_model, trajectory, with_memory, worst_difference
 
 from lowtide.peer_names import INSTEAD
 from lowtide.schedulers import SCHEDULERS
@@ -23,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:num_frames=:UserWarning"),
 ]
 
-DPM, EULER = "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"
+DPM, EULER, UNIPC = "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"
 
 
 @pytest.fixture(scope="module")
@@ -260,27 +263,25 @@ OTHER = {
     "euler_at_final": {"euler_at_final": True, "lower_order_final": False, "final_sigmas_type": "sigma_min"},
     "lambda_min_clipped": {"lambda_min_clipped": -4.0},
     "snr_shift_scale": 1.5,
-    "dynamic_thresholding_ratio": 0.9,
-    "sample_max_value": 2.0,
-    "flow_shift": 3.0,
-    "time_shift_type": "linear",
-}
-"""A value beside the usual one for each entry; None: the other of two."""
-IDLE = {"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
-"""They change nothing by themselves in the peer either."""
-REFUSED_ENTRIES = {
-    "thresholding": True,
+    "thresholding": {"thresholding": True, "sample_max_value": 3.0},
+    "dynamic_thresholding_ratio": {"dynamic_thresholding_ratio": 0.6, "thresholding": True, "sample_max_value": 3.0},
+    "sample_max_value": {"sample_max_value": 2.0, "thresholding": True},
     "algorithm_type": "sde-dpmsolver++",
     "use_beta_sigmas": True,
-    "use_flow_sigmas": True,
     "use_lu_lambdas": True,
-    "use_dynamic_shifting": True,
+    "use_flow_sigmas": True,
+    "flow_shift": {"flow_shift": 3.0, **FLOW},
+    "use_dynamic_shifting": {"use_dynamic_shifting": True, **FLOW},
+    "time_shift_type": {"time_shift_type": "linear", "use_dynamic_shifting": True, **FLOW},
+    "shift_terminal": {"shift_terminal": 0.1, **FLOW},
     "variance_type": "learned",
-    "solver_p": "DDIM",
-    "shift_terminal": 0.1,
     "interpolation_type": "log_linear",
-    "timestep_type": "continuous",
+    "timestep_type": {"timestep_type": "continuous", "prediction_type": "v_prediction"},
 }
+"""A value beside the usual one for each entry; None: the other of two."""
+IDLE = {(DPM, "variance_type"), (DPM, "time_shift_type")}
+"""They change nothing in the peer either: variances are left out, and there only an exponential shift takes `mu`."""
+REFUSED_ENTRIES = {"solver_p": "DDIM"}
 
 
 def entries_of(name):
@@ -292,35 +293,47 @@ def other(name, entry):
     if entry == "set_alpha_to_one":
         value = name == "PNDMScheduler"
     if entry == "solver_type":
-        value = {"solver_type": "bh1" if name.startswith("UniPC") else "heun", "final_sigmas_type": "sigma_min"}
+        value = {"solver_type": "bh1" if name == UNIPC else "heun", "final_sigmas_type": "sigma_min"}
+    if (name, entry) == (DPM, "time_shift_type"):
+        value = "linear"
     return value if isinstance(value, dict) else {entry: value}
 
 
-def walks(name, entries, num_steps=7):
-    noise = start(2)
+def with_variances(sample, t):
+    """What a model predicts that has learned variances, too."""
+    return torch.cat([toy_model(sample, t), sample], dim=1)
+
+
+def walks(name, entries, num_steps=7, told=None):
     pair = SCHEDULERS[name](**entries), with_memory(getattr(diffusers, name)(**entries))
-    return [trajectory(scheduler, num_steps, noise, **seeded(name)) for scheduler in pair]
+    told = {"mu": 0.7} if entries.get("use_dynamic_shifting") else told
+    model = with_variances if "variance_type" in entries else toy_model
+    options = {"model": model, "told": told}
+    return [trajectory(one, num_steps, start(2), **options, **seeded(name, entries)) for one in pair]
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_entry_of_a_scheduler_by_name(name):
+def test_every_entry_of_a_scheduler_by_name(name, monkeypatch):
     """Given to the constructor: the same steps as the peer's, and not the usual ones; or refused by name."""
-    idle_here = {"clip_sample", "clip_sample_range"} if name.startswith("CogVideoX") else set()
+    lent_quantiles(monkeypatch)
+    idle = {entry for scheduler, entry in IDLE if scheduler == name}
+    if name.startswith("CogVideoX"):
+        idle |= {"clip_sample", "clip_sample_range", "sample_max_value"}
     for entry in entries_of(name):
         if entry in REFUSED_ENTRIES:
             with pytest.raises(ValueError, match=entry):
                 SCHEDULERS[name](**{entry: REFUSED_ENTRIES[entry]})
             continue
-        asked = other(name, entry)
+        asked = {key: value for key, value in other(name, entry).items() if key in entries_of(name)}
         ours, theirs = walks(name, asked)
         usual = walks(name, {key: value for key, value in asked.items() if key != entry})[0]
         assert worst_difference(ours, theirs) <= 1e-5, entry
         changes = len(ours) != len(usual) or not torch.allclose(ours[-1], usual[-1], rtol=1e-3)
-        assert changes == (entry not in IDLE | idle_here), entry
+        assert changes == (entry not in idle), entry
 
 
 def test_few_entries_are_refused():
-    assert len(REFUSED_ENTRIES) == 11
+    assert len(REFUSED_ENTRIES) == 1
     assert not set(REFUSED_ENTRIES) & set(OTHER)
 
 
@@ -372,18 +385,55 @@ def test_every_option_of_a_step(name):
 
 
 def test_every_argument_of_steps_is_taken():
-    """By inspection: what the peer's `step` and `set_timesteps` take, ours take; `mu` is refused by name."""
+    """By inspection: what the peer's `step` and `set_timesteps` take, ours take."""
     for name, cls in SCHEDULERS.items():
         for method in ("set_timesteps", "step"):
             theirs = inspect.signature(getattr(getattr(diffusers, name), method)).parameters
             ours = inspect.signature(getattr(cls, method)).parameters
-            assert set(theirs) - set(ours) <= ({"mu", "sigmas"} if name.startswith("UniPC") else {"mu"}), name
-    with pytest.raises(TypeError, match="mu"):
-        SCHEDULERS[DPM]().set_timesteps(3, mu=1.0)
+            assert set(theirs) <= set(ours), name
     dpm = SCHEDULERS["CogVideoXDPMScheduler"]()
     dpm.set_timesteps(3)
     with pytest.raises(TypeError, match="remembers the last prediction"):
         dpm.step(start(), None, dpm.timesteps[0], None, start())
+
+
+TERMINAL = {**FLOW, "shift_terminal": 0.1}
+TOLD = [
+    (EULER, {}, {"timesteps": [900, 500, 20]}),
+    (EULER, {"interpolation_type": "log_linear"}, {"timesteps": [900, 500, 20]}),
+    (EULER, {}, {"sigmas": [12.0, 3.0, 0.6, 0.0]}),
+    (EULER, {"timestep_type": "continuous", "prediction_type": "v_prediction"}, {"sigmas": [12.0, 3.0, 0.6, 0.0]}),
+    (DPM, {}, {"timesteps": [900, 500, 20]}),
+    (UNIPC, FLOW, {"sigmas": np.array([0.9, 0.5, 0.2])}),
+    (UNIPC, {**FLOW, "flow_shift": 3.0}, {"sigmas": np.array([1.0, 0.5, 0.2])}),
+    (UNIPC, TERMINAL, {"sigmas": np.array([0.9, 0.5, 0.2])}),
+    (UNIPC, {**FLOW, "use_dynamic_shifting": True}, {"sigmas": np.array([0.9, 0.5, 0.2]), "mu": 0.7}),
+]
+
+
+@pytest.mark.parametrize(("name", "entries", "told"), TOLD)
+def test_timesteps_and_sigmas_that_are_told(name, entries, told):
+    pair = SCHEDULERS[name](**entries), getattr(diffusers, name)(**entries)
+    ours, theirs = (trajectory(scheduler, None, start(2), told=told) for scheduler in pair)
+    assert worst_difference(ours, theirs) <= 1e-5
+    assert worst_difference(ours[:1], theirs[1:2]) > 1e-3  # negative control
+
+
+@pytest.mark.parametrize("mu", [-1.0, 0.3, 1.15])
+@pytest.mark.parametrize("name", [DPM, UNIPC])
+def test_mu_shifts_a_flow(name, mu):
+    """Of one run, unlike in the peer's DPM-Solver, where it is the shift of the runs after it, too."""
+    entries = {**FLOW, "use_dynamic_shifting": True}
+    ours = SCHEDULERS[name](**entries)
+    trajectories = [
+        trajectory(one, 9, start(2), told={"mu": mu}) for one in (ours, getattr(diffusers, name)(**entries))
+    ]
+    assert worst_difference(*trajectories) <= 1e-5
+    shifted = walks(name, {**FLOW, "flow_shift": math.exp(mu)}, 9)
+    assert worst_difference(trajectories[0], shifted[0]) <= 1e-5
+    assert worst_difference(trajectories[0], walks(name, FLOW, 9)[0]) > 1e-3  # negative control
+    if name == DPM:
+        assert worst_difference(trajectory(ours, 9, start(2)), walks(name, FLOW, 9)[0]) <= 1e-5
 
 
 @pytest.mark.parametrize("name", [EULER, DPM, "UniPCMultistepScheduler"])

@@ -144,7 +144,7 @@ def test_configurations_are_mappings_with_the_entries_of_the_peer(pair, films):
             assert {key: value for key, value in other.items() if key not in own}.items() <= mine.items()
             continue
         missing = other.keys() - set(mine) - {"addition_embed_type_num_heads"}  # of a network that is not built
-        assert missing <= {"thresholding", "algorithm_type"} | {key for key in other if key in INSTEAD}, missing
+        assert missing <= {key for key in other if key in INSTEAD}, missing
         for key in other.keys() & set(mine):
             value = getattr(mine, key)
             assert mine.get(key) == mine[key]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.parity import pairs
+from tests.schedulers.trajectories import FLOW
 
 from lowtide.activations.rules import NotByRowsError
 
@@ -121,6 +122,8 @@ OPTIONS = {
     "SD 2, Euler": ("EulerDiscreteScheduler", "sd2", V),
     "SD 2, PNDM": ("PNDMScheduler", "sd2", {"prediction_type": "v_prediction"}),
     "Karras": ("DPMSolverMultistepScheduler", "sd1", {"use_karras_sigmas": True}),
+    "an SDE": ("DPMSolverMultistepScheduler", "sd1", {"algorithm_type": "sde-dpmsolver++"}),
+    "a flow": ("UniPCMultistepScheduler", "sd1", {**FLOW, "flow_shift": 3.0}),
     "Runge-Kutta": ("PNDMScheduler", "sd1", {"skip_prk_steps": False}),
 }
 

@@ -5,8 +5,11 @@ import json
 
 import pytest
 import torch
+from tests.parity.pairs import lent_quantiles
 from tests.schedulers.trajectories import (
+    AT_SIGMA_MIN,
     COGVIDEOX_5B,
+    FLOW,
     SD15,
     seeded,
     start,
@@ -22,6 +25,7 @@ diffusers = pytest.importorskip("diffusers")
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # the peer's own
+    pytest.mark.filterwarnings("ignore:.*algorithm_types dpmsolver:FutureWarning"),
 ]
 
 TOLERANCE = 1e-6
@@ -45,6 +49,53 @@ DPM_OPTIONS = [
 UNIPC_OPTIONS = [
     {"solver_order": o, "solver_type": s, "predict_x0": x0, "lower_order_final": low, "disable_corrector": off}
     for o, s, x0, low, off in itertools.product((1, 2, 3), ("bh1", "bh2"), (True, False), (True, False), ([], [0, 2]))
+]
+ALGORITHMS = [
+    {"algorithm_type": a, "solver_order": o, "solver_type": s, "final_sigmas_type": last}
+    for a, o, s, last in itertools.product(
+        ("sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"), (1, 2, 3), ("midpoint", "heun"), ("zero", "sigma_min")
+    )
+    if (a.endswith("++") or last != "zero") and (a, o) != ("sde-dpmsolver", 3)
+]
+BOUNDED = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 2.0}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+OF_FEW = [
+    *((DPM, options) for options in ALGORITHMS),
+    *(
+        (DPM, {"algorithm_type": a, **AT_SIGMA_MIN, **ZERO_SNR})
+        for a in ("sde-dpmsolver++", "dpmsolver", "sde-dpmsolver")
+    ),
+    *((name, {**BOUNDED, "prediction_type": p}) for name in (DDIM, DPM, UNIPC) for p in PREDICTIONS),
+    *((name, {**BOUNDED, "sample_max_value": limit}) for name in (DDIM, DPM, UNIPC) for limit in (0.5, 1.0)),
+    (DPM, {**BOUNDED, **AT_SIGMA_MIN, "algorithm_type": "dpmsolver"}),
+    (DPM, {**BOUNDED, **FLOW, "algorithm_type": "sde-dpmsolver++"}),
+    *(
+        (name, {"use_beta_sigmas": True, "final_sigmas_type": f})
+        for name in (EULER, DPM, UNIPC)
+        for f in ("zero", "sigma_min")
+    ),
+    *((name, {"use_beta_sigmas": True, "sigma_min": 0.1, "sigma_max": 9.0}) for name in (EULER, UNIPC)),
+    (DPM, {"use_lu_lambdas": True}),
+    (DPM, {"use_lu_lambdas": True, "algorithm_type": "sde-dpmsolver++"}),
+    *(
+        (name, {**FLOW, "flow_shift": s, "solver_order": o})
+        for name in (DPM, UNIPC)
+        for s in (0.3, 1.0, 12.0)
+        for o in (1, 2, 3)
+    ),
+    *((name, {**FLOW, "prediction_type": p}) for name in (DPM, UNIPC) for p in ("epsilon", "sample")),
+    (DPM, {**FLOW, "algorithm_type": "sde-dpmsolver++"}),
+    (UNIPC, {**FLOW, "final_sigmas_type": "sigma_min"}),
+    (UNIPC, {**FLOW, "use_karras_sigmas": True}),
+    (UNIPC, {**FLOW, "use_karras_sigmas": True, "sigma_min": 0.01, "sigma_max": 200.0}),
+    *((UNIPC, {**FLOW, "shift_terminal": end, "flow_shift": 3.0}) for end in (0.02, 0.1)),
+    *(
+        (EULER, {"interpolation_type": "log_linear", **o})
+        for o in ({}, {"use_karras_sigmas": True}, {"use_beta_sigmas": True})
+    ),
+    *((EULER, {"timestep_type": "continuous", "prediction_type": p}) for p in PREDICTIONS),
+    *((EULER, {"timestep_type": "continuous", **ZERO_SNR, "use_karras_sigmas": k}) for k in (True, False)),
+    (EULER, {"timestep_type": "continuous", "prediction_type": "v_prediction", "interpolation_type": "log_linear"}),
 ]
 SPECIAL = [
     *((DPM, options) for options in DPM_OPTIONS),
@@ -91,7 +142,7 @@ def pair(name, entries):
 def difference(name, entries, num_steps, dtype=torch.float32):
     ours, theirs = pair(name, entries)
     noise = start(num_steps, dtype)
-    return worst_difference(*(trajectory(s, num_steps, noise, **seeded(name)) for s in (ours, theirs)))
+    return worst_difference(*(trajectory(s, num_steps, noise, **seeded(name, entries)) for s in (ours, theirs)))
 
 
 def label(value):
@@ -108,6 +159,35 @@ def test_trajectory(name, entries):
 def test_trajectory_with_options(name, entries):
     for num_steps in (2, 7, 20):
         assert difference(name, entries, num_steps) <= TOLERANCE, num_steps
+
+
+@pytest.mark.parametrize(("name", "entries"), OF_FEW, ids=label)
+def test_trajectory_with_options_of_few(name, entries, monkeypatch):
+    """Those of one or two classes."""
+    lent_quantiles(monkeypatch)
+    for num_steps in (2, 7, 20):
+        assert difference(name, entries, num_steps) <= TOLERANCE, num_steps
+
+
+@pytest.mark.parametrize("algorithm", ["sde-dpmsolver++", "sde-dpmsolver"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_sde_draws_the_same_noise(algorithm, dtype):
+    """One generator or one for each item, or noise that is given; in float32, whatever the samples are in."""
+    ours, theirs = pair(DPM, {"algorithm_type": algorithm, **AT_SIGMA_MIN})
+
+    def run(scheduler, *seeds, **options):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        if seeds:
+            options["generator"] = generators[0] if len(seeds) == 1 else generators
+        samples = trajectory(scheduler, 7, start(0, dtype), **options)
+        return samples, [one.get_state() for one in generators]
+
+    for call in (((3,), {}), ((4, 5), {}), ((), {"variance_noise": start(6)}), ((3,), {"variance_noise": start(6)})):
+        (a, used), (b, used_by_peer) = (run(scheduler, *call[0], **call[1]) for scheduler in (ours, theirs))
+        assert worst_difference(a, b) <= TOLERANCE
+        assert all(map(torch.equal, used, used_by_peer))
+        assert [x.dtype for x in a] == [x.dtype for x in b]
+    assert worst_difference(run(ours, 3)[0], run(theirs, 4)[0]) > 0.01  # negative control
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

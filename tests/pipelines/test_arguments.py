@@ -4,6 +4,8 @@ import pytest
 import torch
 from tests import tiny
 
+from lowtide.pipelines.checks import count_steps
+
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
@@ -93,6 +95,34 @@ def test_what_can_be_known_beforehand_is_refused_before_any_work(pipe, name, mon
     monkeypatch.setattr(pipe, "running", None)
     with pytest.raises(ValueError, match=BAD[name][1]):
         pipe(**{"prompt": "a boat", "num_inference_steps": 2, **BAD[name][0]})
+
+
+REFUSED = {
+    "sigmas without a flow": ("UniPCMultistepScheduler", {"sigmas": [0.9, 0.5]}, "only with use_flow_sigmas=True"),
+    "rising sigmas": ("EulerDiscreteScheduler", {"sigmas": [9.0, -1.0, 0.0]}, "all above 0 but the last"),
+    "timesteps too large": ("DPMSolverMultistepScheduler", {"timesteps": [1500, 3]}, "within 0…999"),
+    "sigmas of no use": ("DDIMScheduler", {"sigmas": [9.0, 0.0]}, "DDIMScheduler lays out its own"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_scheduler_refuses_is_refused_before_any_work(pipe, name, monkeypatch):
+    scheduler, told, message = REFUSED[name]
+    monkeypatch.setattr(pipe, "scheduler", tiny.scheduler(scheduler))
+    monkeypatch.setattr(pipe, "running", None)
+    with pytest.raises(ValueError, match=message):
+        pipe("a boat", **told)
+
+
+@pytest.mark.parametrize(("scheduler", "end"), [("EulerDiscreteScheduler", [0.0]), ("UniPCMultistepScheduler", [])])
+def test_the_steps_of_sigmas_are_counted(pipe, scheduler, end, monkeypatch):
+    """For Euler the last one is the end, and no step."""
+    flow = {} if end else {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    monkeypatch.setattr(pipe, "scheduler", tiny.scheduler(scheduler, **flow))
+    for sigmas in ([0.9, 0.5], [0.9, 0.5, 0.2]):
+        pipe("a boat", sigmas=[*sigmas, *end], output_type="latent")
+        assert pipe.num_timesteps == len(sigmas)
+        assert count_steps(pipe.scheduler, 50, None, [*sigmas, *end]) == len(sigmas)
 
 
 def test_the_same_call_without_the_fault_works(pipe):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.schedulers.trajectories import COGVIDEOX_5B, SD15
+from tests.schedulers.trajectories import AT_SIGMA_MIN, COGVIDEOX_5B, FLOW, SD15
 
 from lowtide.schedulers import (
     SCHEDULERS,
@@ -67,6 +67,12 @@ ENTRIES = st.fixed_dictionaries(
         "solver_type": st.sampled_from(["midpoint", "heun", "bh1", "bh2"]),
         "lambda_min_clipped": st.sampled_from([-math.inf, -5.1]),
         "snr_shift_scale": st.sampled_from([1.0, 3.0]),
+        "thresholding": st.just(False),
+        "dynamic_thresholding_ratio": st.floats(0.5, 1),
+        "flow_shift": st.floats(1, 12),
+        "algorithm_type": st.sampled_from(["dpmsolver++", "sde-dpmsolver++", "deis"]),
+        "interpolation_type": st.sampled_from(["linear", "log_linear"]),
+        "timestep_type": st.sampled_from(["discrete", "continuous"]),
         "a_key_of_tomorrow": st.integers(),
     },
 )
@@ -185,20 +191,56 @@ def test_a_missing_file_is_named(tmp_path):
         PNDMScheduler.from_pretrained(tmp_path)
 
 
+KARRAS = {"use_karras_sigmas": True}
+KARRAS_AND_BETA = {**KARRAS, "use_beta_sigmas": True}
+OF_NOISE = {"algorithm_type": "dpmsolver", **AT_SIGMA_MIN}
+NOISE_SDE_3 = {"algorithm_type": "sde-dpmsolver", "solver_order": 3, **AT_SIGMA_MIN}
+
+
 @pytest.mark.parametrize(
     ("name", "entries", "message"),
     [
         ("DDIMScheduler", {"beta_schedule": "sigmoid"}, "DDIM: beta_schedule='sigmoid' .* 'squaredcos_cap_v2'"),
-        ("DDIMScheduler", {"thresholding": True}, "thresholding=True is not supported; it must be one of False, None"),
+        ("DDIMScheduler", {"thresholding": "yes"}, "thresholding='yes' is not possible; it must be true or false"),
+        ("DDIMScheduler", {"dynamic_thresholding_ratio": 2}, "dynamic_thresholding_ratio=2 .* a number from 0 to 1"),
+        ("DDIMScheduler", {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
+        ("CogVideoXDDIMScheduler", {"thresholding": True}, "thresholding=True is not supported"),
         ("PNDMScheduler", {"prediction_type": "sample"}, "PNDM: prediction_type='sample' .* 'epsilon', 'v_prediction'"),
         ("PNDMScheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True"),
         ("EulerDiscreteScheduler", {"timestep_spacing": "even"}, "timestep_spacing='even' .* 'trailing'"),
-        ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, "interpolation_type='log_linear'"),
-        ("EulerDiscreteScheduler", {"use_beta_sigmas": True}, "use_beta_sigmas=True"),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, r"must be one of 'dpmsolver\+\+'"),
+        ("EulerDiscreteScheduler", {"interpolation_type": "cubic"}, "interpolation_type='cubic' .* 'log_linear'"),
+        ("EulerDiscreteScheduler", {"timestep_type": "even"}, "timestep_type='even' .* 'continuous'"),
+        ("EulerDiscreteScheduler", KARRAS_AND_BETA, "use_karras_sigmas and use_beta_sigmas are not possible together"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde"},
+            r"must be one of 'dpmsolver\+\+', 'dpmsolver', 'sde-",
+        ),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, r"'dpmsolver' cannot end .*='dpmsolver\+\+'"),
+        ("DPMSolverMultistepScheduler", NOISE_SDE_3, "solver_order=3 .* 1 or 2 where algorithm_type='sde-dpmsolver'"),
+        ("DPMSolverMultistepScheduler", {**FLOW, "use_lu_lambdas": True}, "use_lu_lambdas and use_flow_sigmas are not"),
+        ("DPMSolverMultistepScheduler", {**FLOW, **OF_NOISE}, "A flow begins in pure noise"),
+        ("DPMSolverMultistepScheduler", {**FLOW, "flow_shift": 0}, "flow_shift=0 .* from 0.001 to 1000"),
         ("DPMSolverMultistepScheduler", {"solver_order": 4}, "solver_order=4 .* one of 1, 2, 3"),
-        ("DPMSolverMultistepScheduler", {"variance_type": "learned_range"}, "variance_type='learned_range'"),
-        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas=True"),
+        ("DPMSolverMultistepScheduler", {"variance_type": "fixed"}, "variance_type='fixed' .* 'learned_range'"),
+        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}, "where use_flow_sigmas=False"),
+        ("UniPCMultistepScheduler", {**FLOW, "prediction_type": "v_prediction"}, "where use_flow_sigmas=True"),
+        ("UniPCMultistepScheduler", {**FLOW, "use_beta_sigmas": True}, "use_flow_sigmas and use_beta_sigmas"),
+        ("UniPCMultistepScheduler", {"use_dynamic_shifting": True}, "possible only with use_flow_sigmas=True"),
+        (
+            "UniPCMultistepScheduler",
+            {"shift_terminal": 0.1},
+            "shift_terminal=0.1 is possible only with use_flow_sigmas",
+        ),
+        ("UniPCMultistepScheduler", {**FLOW, "shift_terminal": 1.0}, "shift_terminal=1.0"),
+        ("UniPCMultistepScheduler", {**FLOW, **KARRAS, "shift_terminal": 0.1}, "use_karras_sigmas and shift_terminal"),
+        ("UniPCMultistepScheduler", {**FLOW, "predict_x0": False, **AT_SIGMA_MIN}, "A flow begins in pure noise"),
+        (
+            "UniPCMultistepScheduler",
+            {"thresholding": True, "predict_x0": False, **AT_SIGMA_MIN},
+            "only with predict_x0=True",
+        ),
+        ("UniPCMultistepScheduler", {"solver_p": "DDIM"}, "solver_p='DDIM' is not supported"),
         ("UniPCMultistepScheduler", {"solver_type": "bh3"}, "solver_type='bh3' .* 'bh1', 'bh2'"),
         ("DDIMScheduler", {"num_train_timesteps": "1000"}, "num_train_timesteps='1000' .* a whole number from 1"),
         ("DDIMScheduler", {"num_train_timesteps": 10**12}, "a whole number from 1 to"),

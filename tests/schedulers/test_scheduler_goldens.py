@@ -18,7 +18,7 @@ def run(case, model=toy_model):
     """Our samples and the recorded ones, and our timesteps."""
     name = case["entries"]["_class_name"]
     scheduler = SCHEDULERS[name].from_config(case["entries"])
-    ours = trajectory(scheduler, 8, start(1, shape=(1, 1, 2, 3)), model=model, **seeded(name))
+    ours = trajectory(scheduler, 8, start(1, shape=(1, 1, 2, 3)), model=model, **seeded(name, case["entries"]))
     theirs = [torch.tensor(sample).reshape(1, 1, 2, 3) for sample in case["samples"]]
     return ours, theirs, scheduler.timesteps.tolist()
 

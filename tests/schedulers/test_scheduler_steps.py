@@ -181,12 +181,12 @@ def test_a_second_run_equals_the_first(name):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_no_sample_is_kept_after_the_last_step(name):
     scheduler = build(name)
-    before = _held_tensors(scheduler)
+    before = held_tensors(scheduler)
     trajectory(scheduler, 7, start())
-    assert _held_tensors(scheduler) == before
+    assert held_tensors(scheduler) == before
 
 
-def _held_tensors(scheduler):
+def held_tensors(scheduler):
     tensors = []
     stack = list(vars(scheduler).values())
     while stack:
@@ -315,10 +315,10 @@ def test_cogvideox_dpm_forgets_where_a_run_began_late():
     """A video made from another leaves out the first timesteps; the last one ends it all the same."""
     scheduler = SCHEDULERS[COG_DPM].from_config(COGVIDEOX_5B)
     scheduler.set_timesteps(5)
-    before = _held_tensors(scheduler)
+    before = held_tensors(scheduler)
     for t in scheduler.timesteps[2:]:
         scheduler.step(start(), t, start())
-    assert _held_tensors(scheduler) == before
+    assert held_tensors(scheduler) == before
 
 
 @pytest.mark.parametrize("name", [COG_DDIM, COG_DPM])

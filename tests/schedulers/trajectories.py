@@ -46,9 +46,18 @@ COGVIDEOX_5B = {
 ALWAYS_DRAWS = ("CogVideoXDPMScheduler",)  # noise at every step
 
 
-def seeded(name, seed=0):
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+AT_SIGMA_MIN = {"final_sigmas_type": "sigma_min"}  # solvers of the noise cannot end at σ = 0
+
+
+def draws(name, entries):
+    """Whether every step draws noise."""
+    return name in ALWAYS_DRAWS or str(entries.get("algorithm_type")).startswith("sde")
+
+
+def seeded(name, entries=None, seed=0):
     """The options of a step that make a trajectory repeatable."""
-    return {"generator": torch.Generator().manual_seed(seed)} if name in ALWAYS_DRAWS else {}
+    return {"generator": torch.Generator().manual_seed(seed)} if draws(name, entries or {}) else {}
 
 
 class PeerDPM:
@@ -88,9 +97,12 @@ def start(seed=0, dtype=torch.float32, shape=SHAPE):
     return (((torch.arange(count) * 37 + seed * 17) % 101 - 50) / 29).reshape(shape).to(dtype)
 
 
-def trajectory(scheduler, num_steps, noise, *, model=toy_model, **step_options):
-    """Every sample from the first noise to the last step; the same loop drives the peer's schedulers."""
-    scheduler.set_timesteps(num_steps)
+def trajectory(scheduler, num_steps, noise, *, model=toy_model, told=None, **step_options):
+    """Every sample from the first noise to the last step; the same loop drives the peer's schedulers.
+
+    `told` is what `set_timesteps` is told besides the number of steps, or instead of it (None).
+    """
+    scheduler.set_timesteps(*([] if num_steps is None else [num_steps]), **(told or {}))
     sample = noise * scheduler.init_noise_sigma
     samples = [sample]
     for t in scheduler.timesteps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import numbers
@@ -163,12 +164,21 @@ def check_timesteps(scheduler: Any, timesteps: Sequence[float] | None, sigmas: S
 
 
 def count_steps(
-    num_inference_steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None = None
+    scheduler: Any,
+    num_inference_steps: int,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None = None,
 ) -> int:
-    """The number of steps: of the timesteps told, or of the sigmas, the last of which is the end."""
-    if timesteps is not None:
-        return max(len(timesteps), 1)
-    return num_inference_steps if sigmas is None else max(len(sigmas) - 1, 1)
+    """The number of steps: of timesteps or sigmas that are told, as many as a copy of the scheduler lays out.
+
+    Raises `ValueError` if the scheduler refuses them.
+    """
+    told = {name: list(values) for name, values in (("timesteps", timesteps), ("sigmas", sigmas)) if values is not None}
+    if not told:
+        return num_inference_steps
+    trial = copy.copy(scheduler)
+    trial.set_timesteps(**told)
+    return len(trial.timesteps)
 
 
 def check_attention_kwargs(attention_kwargs: Mapping[str, Any] | None, name: str = "attention_kwargs") -> None:

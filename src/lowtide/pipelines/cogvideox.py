@@ -112,7 +112,7 @@ class CogVideoXPipeline(DiffusionPipeline):
             self.check_clip(num_frames, height, width)
         rotary = self.rotary_positions(shape)
         prompts = checks.count_prompts(prompt, prompt_embeds)
-        steps = checks.count_steps(num_inference_steps, timesteps)
+        steps = checks.count_steps(self.scheduler, num_inference_steps, timesteps)
         size = RunSize(height, width, batch, prompts, steps, guided, num_frames, output_type)
         with self.running(size):
             self.begin(guidance_scale)

@@ -138,7 +138,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         checks.check_attention_kwargs(cross_attention_kwargs, "cross_attention_kwargs")
         checks.check_output_type(output_type, output_path)
         inputs = callback_on_step_end_tensor_inputs
-        steps = checks.count_steps(num_inference_steps, timesteps, sigmas)
+        steps = checks.count_steps(self.scheduler, num_inference_steps, timesteps, sigmas)
         callbacks = Callbacks.of(CALLBACK_TENSORS, callback_on_step_end, inputs, callback, callback_steps, steps=steps)
         if output_type != "latent":
             check_decoding(self.vae, self.latent_shape(1, height, width))

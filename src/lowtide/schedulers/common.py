@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,25 +11,22 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from lowtide.config_checks import LARGE, SMALLEST, Range, check_types
+from lowtide.config_checks import check_types
 from lowtide.configs import Config, frozen, write_json
 from lowtide.hub import Source
 from lowtide.peer_names import PeerNames, refuse_arguments
 from lowtide.schedulers import noise_schedule
-from lowtide.schedulers.scheduler_entries import are_all, are_betas, check_number, unsupported
+from lowtide.schedulers.scheduler_entries import (
+    MOST_TIMESTEPS,
+    RANGES,
+    are_all,
+    are_betas,
+    check_number,
+    unsupported,
+)
 
 CONFIG_NAME = "scheduler_config.json"
 FORMAT_VERSION = "0.42.1"  # the diffusers release whose file format we write
-
-MOST_TIMESTEPS = 100_000
-RANGES: Mapping[str, Range] = {
-    "num_train_timesteps": (1, MOST_TIMESTEPS),
-    "steps_offset": (0, MOST_TIMESTEPS),
-    "lambda_min_clipped": (-math.inf, LARGE),
-    "clip_sample_range": (SMALLEST, LARGE),
-    "sigma_min": (SMALLEST, LARGE),
-    "sigma_max": (SMALLEST, LARGE),
-}
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Timestep = int | float | Tensor
@@ -52,7 +48,8 @@ class Scheduler(Protocol):
     Call `set_timesteps`, multiply noise by `init_noise_sigma`, then for each of `timesteps` in order: give
     `scale_model_input(sample, t)` to the model and its output to `step`. The noise schedule stays on the CPU; only
     `timesteps` are moved to the device asked for. `eta` matters only to DDIM, `generator` only where noise is drawn
-    (DDIM with eta > 0, Euler with churn, and always CogVideoX's DPM-Solver++); the others accept and ignore them.
+    (DDIM with eta > 0, Euler with churn, DPM-Solver as an SDE, and always CogVideoX's DPM-Solver++); the others accept
+    and ignore them.
     """
 
     @property

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +23,17 @@ from lowtide.schedulers.common import (
 class DDIMConfig(SchedulerConfig):
     """`set_alpha_to_one` ends at the clean sample instead of at timestep 0.
 
-    `clip_sample` clamps x₀ to ± `clip_sample_range`.
+    `clip_sample` clamps x₀ to ± `clip_sample_range`; `thresholding` keeps it in bounds that its own values set
+    instead (`noise_schedule.threshold`).
     """
 
     clip_sample: bool = True
     clip_sample_range: float = 1.0
+    thresholding: bool | None = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
-
-    IDLE: ClassVar[Mapping[str, Any]] = {"dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
-    ALLOWED: ClassVar[Mapping[str, tuple[Any, ...]]] = {**SchedulerConfig.ALLOWED, "thresholding": (False, None)}
 
 
 def ddim_std(alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float) -> Tensor:
@@ -82,7 +82,7 @@ class DDIMScheduler(SchedulerBase[DDIMConfig]):
         """From `sample` at `timestep` to the next timestep; `eta` 0 is deterministic, 1 is as random as DDPM.
 
         `variance_noise` is used instead of noise drawn from `generator`. With `use_clipped_model_output` the noise
-        predicted is what fits to x₀ after that was clipped.
+        predicted is what fits to x₀ after that was clipped or thresholded.
         Raises `ValueError` before `set_timesteps` and for `eta` outside 0…1.
         """
         if variance_noise is not None and generator is not None:
@@ -94,8 +94,7 @@ class DDIMScheduler(SchedulerBase[DDIMConfig]):
         alpha, sigma, kind = bar**0.5, (1 - bar) ** 0.5, self.config.prediction_type
         original = noise_schedule.predict_original(kind, model_output, sample, alpha, sigma)
         noise = noise_schedule.predict_noise(kind, model_output, sample, alpha, sigma)
-        if self.config.clip_sample:
-            original = original.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        original = self._bounded(original)
         if use_clipped_model_output:
             noise = noise_schedule.predict_noise("sample", original, sample, alpha, sigma)
         std = ddim_std(bar, bar_prev, eta)
@@ -111,6 +110,12 @@ class DDIMScheduler(SchedulerBase[DDIMConfig]):
         """The target of v-prediction, √ᾱ_t `noise` - √(1-ᾱ_t) `sample` (arXiv 2202.00512, section 4)."""
         alpha, sigma = self._levels_like(timesteps, sample)
         return alpha * noise - sigma * sample
+
+    def _bounded(self, original: Tensor) -> Tensor:
+        c = self.config
+        if c.thresholding:
+            return noise_schedule.threshold(original, c.dynamic_thresholding_ratio, c.sample_max_value)
+        return original.clamp(-c.clip_sample_range, c.clip_sample_range) if c.clip_sample else original
 
     def _alpha_bars(self, timestep: int) -> tuple[Tensor, Tensor]:
         previous = timestep - self.config.num_train_timesteps // self._num_inference_steps()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lowtide.schedulers import noise_schedule
@@ -18,16 +19,28 @@ from lowtide.schedulers.sigmas import SigmaConfig, SigmaScheduler
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EulerDiscreteConfig(SigmaConfig):
-    """`sigma_min` and `sigma_max` bound the Karras sigmas, where given."""
+    """`sigma_min` and `sigma_max` bound sigmas that are spaced.
+
+    `interpolation_type` "log_linear" spaces them evenly in log σ, unless another entry does; the last step then ends at
+    timestep 0. With `timestep_type` "continuous" a model of v-predictions is told sigmas instead of timesteps, see
+    `continuous_timesteps`; of log-linear ones there is one more then.
+    """
 
     sigma_min: float | None = None
     sigma_max: float | None = None
+    interpolation_type: str = "linear"
+    timestep_type: str = "discrete"
 
     ALLOWED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **SigmaConfig.ALLOWED,
-        "interpolation_type": ("linear",),
-        "timestep_type": ("discrete",),
+        "interpolation_type": ("linear", "log_linear"),
+        "timestep_type": ("discrete", "continuous"),
     }
+
+    @property
+    def tells_sigmas(self) -> bool:
+        """Whether the model is told sigmas instead of timesteps."""
+        return self.timestep_type == "continuous" and self.prediction_type == "v_prediction"
 
 
 def euler_original(kind: str, model_output: Tensor, sample: Tensor, sigma: Tensor) -> Tensor:
@@ -44,15 +57,20 @@ def euler_step(sample: Tensor, original: Tensor, sigma: Tensor, sigma_next: Tens
     return sample + (sample - original) / sigma * (sigma_next - sigma)
 
 
+def continuous_timesteps(sigmas: Tensor) -> Tensor:
+    """What a model of continuous time is told instead of timesteps: log(σ)/4 (arXiv 2206.00364, Table 1)."""
+    return 0.25 * sigmas.log()
+
+
 class EulerDiscreteScheduler(SigmaScheduler[EulerDiscreteConfig]):
     """Euler's method on variance-exploding samples: the model's input is scaled, and `timesteps` may be fractions."""
 
     config_class = EulerDiscreteConfig
 
     def __init__(self, config: EulerDiscreteConfig | None = None, **entries: Any) -> None:
-        config = self._configured(config, entries)
-        super().__init__(config, zero_snr=config.rescale_betas_zero_snr)
-        self.timesteps = self.timesteps.float()
+        super().__init__(self._configured(config, entries))
+        told = self.config.tells_sigmas
+        self.timesteps = continuous_timesteps(self.sigmas[:-1]) if told else self.timesteps.float()
 
     @property
     def init_noise_sigma(self) -> float:
@@ -73,21 +91,23 @@ class EulerDiscreteScheduler(SigmaScheduler[EulerDiscreteConfig]):
         """
         if sigmas is not None:
             return self._lay_out_sigmas(sigmas, num_inference_steps, timesteps, device)
-        c = self.config
-        if timesteps is not None:
-            self._check_told(timesteps, num_inference_steps)
-            spaced = np.asarray(timesteps, dtype=np.float32)
+        c, training = self.config, self._training_sigmas
+        if timesteps is None:
+            spaced = self._spaced(num_inference_steps)
+        elif c.tells_sigmas:
+            raise ValueError("timesteps are not possible with timestep_type='continuous': give sigmas.")
         else:
-            spaced = self._spaced(num_inference_steps).astype(np.float32)
-        levels = self._sigmas_at(spaced)
+            spaced = self._places_told(timesteps, num_inference_steps)
+        levels = self._sigmas_at(spaced.astype(np.float32))
+        if c.interpolation_type == "log_linear":
+            levels = noise_schedule.exponential_sigmas(float(training[-1]), float(training[0]), len(spaced) + 1)
         high = float(levels[0]) if c.sigma_max is None else c.sigma_max
         low = float(levels[-1]) if c.sigma_min is None else c.sigma_min
         spread = self._spread_sigmas(high, low, len(spaced))
         if spread is not None:
-            levels = spread
-            spaced = noise_schedule.timesteps_of_sigmas(levels, self._training_sigmas).astype(np.float32)
-        last = float(self._training_sigmas[0]) if c.final_sigmas_type == "sigma_min" else 0.0
-        self._lay_out(torch.as_tensor(spaced, device=device), levels, last)
+            levels, spaced = spread, noise_schedule.timesteps_of_sigmas(spread, training)
+        last = float(training[0]) if c.final_sigmas_type == "sigma_min" else 0.0
+        self._lay_out(torch.as_tensor(spaced, dtype=torch.float32, device=device), levels, last)
         return None
 
     def _lay_out_sigmas(
@@ -104,8 +124,13 @@ class EulerDiscreteScheduler(SigmaScheduler[EulerDiscreteConfig]):
             raise ValueError(
                 f"sigmas={list(sigmas)!s:.200} are not possible: give two or more, all above 0 but the last."
             )
-        spaced = noise_schedule.timesteps_of_sigmas(levels[:-1], self._training_sigmas).astype(np.float32)
-        self._lay_out(torch.as_tensor(spaced, device=device), levels[:-1], float(levels[-1]))
+        spaced = noise_schedule.timesteps_of_sigmas(levels[:-1], self._training_sigmas)
+        self._lay_out(torch.as_tensor(spaced, dtype=torch.float32, device=device), levels[:-1], float(levels[-1]))
+
+    def _lay_out(self, timesteps: Tensor, sigmas: NDArray[np.floating], last: float) -> None:
+        if self.config.tells_sigmas:
+            timesteps = continuous_timesteps(torch.as_tensor(sigmas, dtype=torch.float32, device=timesteps.device))
+        super()._lay_out(timesteps, sigmas, last)
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep) -> Tensor:
         """`sample` / √(σ²+1), the variance-preserving input of the model."""

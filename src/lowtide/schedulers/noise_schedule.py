@@ -1,7 +1,8 @@
 """The arithmetic of noise schedules, as pure functions: betas and their products, timesteps, and noise levels.
 
 Notation of the papers: ᾱ_t is the product of 1 - β up to t. A sample at noise level t is √ᾱ_t x₀ + √(1-ᾱ_t) ε, which
-is called variance-preserving; divided by √ᾱ_t it is x₀ + σ ε with σ² = (1-ᾱ)/ᾱ, called variance-exploding.
+is called variance-preserving; divided by √ᾱ_t it is x₀ + σ ε with σ² = (1-ᾱ)/ᾱ, called variance-exploding. A sample of
+a flow is (1-σ) x₀ + σ ε, with σ from 0 to 1.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ FloatArray = NDArray[np.float64]
 
 
 class NoiseLevel(NamedTuple):
-    """One noise level of a variance-preserving process: x = alpha x₀ + sigma ε, and lam = log(alpha / sigma)."""
+    """One noise level: x = alpha x₀ + sigma ε, and lam = log(alpha / sigma)."""
 
     alpha: Tensor
     sigma: Tensor
@@ -84,22 +85,45 @@ def noise_level(sigma: Tensor) -> NoiseLevel:
     return NoiseLevel(alpha, scaled, torch.log(alpha) - torch.log(scaled))
 
 
+def flow_level(sigma: Tensor) -> NoiseLevel:
+    """The level of a rectified flow at `sigma`, where alpha + sigma = 1 (arXiv 2403.03206, section 3)."""
+    alpha = 1 - sigma
+    return NoiseLevel(alpha, sigma, torch.log(alpha) - torch.log(sigma))
+
+
 def predict_original(kind: str, model_output: Tensor, sample: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """x₀ from what the model predicts: noise, v (arXiv 2202.00512, section 4) or x₀ itself; alpha² + sigma² = 1."""
+    """x₀ from what the model predicts: noise, v, the velocity of a flow, or x₀ itself.
+
+    For v, alpha² + sigma² = 1 (arXiv 2202.00512, section 4); for a flow, whose velocity is ε - x₀, alpha + sigma = 1.
+    """
     if kind == "sample":
         return model_output
     if kind == "v_prediction":
         return alpha * sample - sigma * model_output
+    if kind == "flow_prediction":
+        return sample - sigma * model_output
     return (sample - sigma * model_output) / alpha
 
 
 def predict_noise(kind: str, model_output: Tensor, sample: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """ε from what the model predicts; the counterpart of `predict_original`."""
+    """ε from what the model predicts; the counterpart of `predict_original`, but for flows."""
     if kind == "sample":
         return (sample - alpha * model_output) / sigma
     if kind == "v_prediction":
         return alpha * model_output + sigma * sample
+    assert kind == "epsilon", kind
     return model_output
+
+
+def threshold(original: Tensor, ratio: float, largest: float) -> Tensor:
+    """Each x₀ of a batch `[B, ...]` clamped to ± its own bound and divided by it (arXiv 2205.11487, section 2.3).
+
+    The bound is the `ratio` quantile of the item's absolute values, but at least 1 and at most `largest`.
+    """
+    exact = original if original.dtype == torch.float64 else original.float()
+    bound = exact.abs().flatten(1).quantile(ratio, dim=1).clamp(1, largest)
+    bound = bound.reshape(-1, *[1] * (original.dim() - 1))
+    return (exact.clamp(-bound, bound) / bound).to(original.dtype)
 
 
 def spaced_timesteps(spacing: str, num_steps: int, num_train: int, offset: int) -> FloatArray:
@@ -140,6 +164,44 @@ def exponential_sigmas(sigma_max: float, sigma_min: float, num_steps: int) -> Fl
     return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), num_steps))
 
 
+def beta_sigmas(sigma_max: float, sigma_min: float, num_steps: int) -> FloatArray:
+    """Falling sigmas at evenly spaced quantiles of a beta distribution, so dense at both ends (arXiv 2407.12173)."""
+    return sigma_min + beta_quantiles(1 - np.linspace(0, 1, num_steps)) * (sigma_max - sigma_min)
+
+
+def beta_quantiles(shares: FloatArray, shape: float = 0.6) -> FloatArray:
+    """Where a beta distribution, both of whose parameters are `shape`, reaches `shares` (0…1) of its weight; to 1e-12.
+
+    It is symmetric, so bisection of the lower half does; there the series of the incomplete beta function in powers of
+    x (DLMF 8.17.7 and 15.2.1) falls by 2 a term.
+    """
+    k = np.arange(1, 60)
+    series = np.cumprod(np.append(1.0, (k - shape) / k)) / (np.append(0, k) + shape)
+
+    def weight(x: FloatArray) -> FloatArray:
+        return x**shape * np.polynomial.polynomial.polyval(x, series)
+
+    wanted = 2 * weight(np.array(0.5)) * np.minimum(shares, 1 - shares)
+    low, high = np.zeros_like(shares), np.full_like(shares, 0.5)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = weight(middle) < wanted
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return np.where(shares < 0.5, low, 1 - low)
+
+
+def shift_flow(sigmas: FloatArray, shift: float) -> FloatArray:
+    """A flow's sigmas with all their ratios σ/(1-σ) multiplied by `shift` (arXiv 2403.03206, section 5.3.2)."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def stretch_to_terminal(sigmas: FloatArray, terminal: float) -> FloatArray:
+    """A flow's sigmas, their distances from 1 scaled so that the last one is `terminal`."""
+    if sigmas[-1] >= 1:
+        raise ValueError("A single step from pure noise cannot end at shift_terminal: ask for two steps or more.")
+    return 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - terminal))
+
+
 def timesteps_of_sigmas(sigmas: NDArray[np.floating], training: NDArray[np.floating]) -> FloatArray:
     """The fractional timesteps of `sigmas`, linear in log σ between the `training` sigmas (ascending)."""
     logs = np.log(np.maximum(sigmas, 1e-10))
@@ -171,6 +233,14 @@ def check_told(timesteps: FloatArray, num_train: int) -> None:
     if timesteps.ndim != 1 or len(timesteps) == 0 or timesteps.min() < 0 or timesteps.max() > num_train - 1:
         raise ValueError(
             f"timesteps={timesteps.tolist()!s:.200} are not possible: give numbers within 0…{num_train - 1}."
+        )
+
+
+def check_flow_sigmas(sigmas: FloatArray) -> None:
+    """Raise `ValueError` unless `sigmas` that were told are some, and fall strictly from at most 1 to above 0."""
+    if sigmas.ndim != 1 or len(sigmas) == 0 or sigmas[0] > 1 or not np.all(np.diff(sigmas, append=0) < 0):
+        raise ValueError(
+            f"sigmas={sigmas.tolist()!s:.200} are not possible: those of a flow fall from at most 1, and end above 0."
         )
 
 

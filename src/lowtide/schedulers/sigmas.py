@@ -13,67 +13,63 @@ from torch import Tensor
 
 from lowtide.schedulers import noise_schedule
 from lowtide.schedulers.common import SchedulerBase, SchedulerConfig, Timestep, spread
+from lowtide.schedulers.scheduler_entries import check_apart
 
-OFF = (False, None)
+SPREADS = {
+    "use_karras_sigmas": noise_schedule.karras_sigmas,
+    "use_exponential_sigmas": noise_schedule.exponential_sigmas,
+    "use_lu_lambdas": noise_schedule.exponential_sigmas,  # evenly in log α/σ is evenly in log σ
+    "use_beta_sigmas": noise_schedule.beta_sigmas,
+}
+"""Entry -> falling sigmas from the largest, the smallest and their number."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SigmaConfig(SchedulerConfig):
     """`use_karras_sigmas` spaces the steps by arXiv 2206.00364, `use_exponential_sigmas` evenly in log σ.
 
-    `final_sigmas_type` ends at σ = 0 or at timestep 0.
+    `use_beta_sigmas` spaces them densely at both ends (arXiv 2407.12173). `final_sigmas_type` ends at σ = 0 or at
+    timestep 0.
     """
 
     timestep_spacing: str = "linspace"
     use_karras_sigmas: bool | None = False
     use_exponential_sigmas: bool | None = False
+    use_beta_sigmas: bool | None = False
     final_sigmas_type: str = "zero"
     rescale_betas_zero_snr: bool = False
 
     ALLOWED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **SchedulerConfig.ALLOWED,
-        "use_karras_sigmas": (False, True, None),
         "final_sigmas_type": ("zero", "sigma_min"),
-        "use_exponential_sigmas": (False, True, None),
-        "use_beta_sigmas": OFF,
     }
+    # The entries that space sigmas themselves instead of timesteps; at most one is on.
+    SPACINGS: ClassVar[tuple[str, ...]] = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_apart(self, *self.SPACINGS)
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MultistepConfig(SigmaConfig):
-    """`lower_order_final` lowers the order in the last steps, which steadies short runs."""
-
-    solver_order: int = 2
-    lower_order_final: bool = True
-
-    IDLE: ClassVar[Mapping[str, Any]] = {
-        "dynamic_thresholding_ratio": 0.995,
-        "sample_max_value": 1.0,
-        "flow_shift": 1.0,
-        "time_shift_type": "exponential",
-    }
-    ALLOWED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **SigmaConfig.ALLOWED,
-        "solver_order": (1, 2, 3),
-        "thresholding": OFF,
-        "use_flow_sigmas": OFF,
-        "use_dynamic_shifting": OFF,
-    }
+    @property
+    def spacing(self) -> str | None:
+        """The entry that spaces the sigmas themselves; None where timesteps are spaced."""
+        return next((key for key in self.SPACINGS if getattr(self, key)), None)
 
 
 SigmaConfigT = TypeVar("SigmaConfigT", bound=SigmaConfig)
 
 
 class SigmaScheduler(SchedulerBase[SigmaConfigT]):
-    """A scheduler that steps through `sigmas` (variance-exploding, float32, on the CPU, one more than `timesteps`).
+    """A scheduler that steps through `sigmas` (float32, on the CPU, one more than `timesteps`).
 
+    They are those of variance-exploding samples, or of a flow.
     The first call after `set_timesteps` finds its place by its timestep, or begins where `set_begin_index` says; the
     next calls must follow in order. `_step_index` is the place of the next step; None before the first.
     """
 
-    def __init__(self, config: SigmaConfigT, *, zero_snr: bool) -> None:
-        super().__init__(config, zero_snr=zero_snr)
-        if zero_snr:
+    def __init__(self, config: SigmaConfigT) -> None:
+        super().__init__(config, zero_snr=config.rescale_betas_zero_snr)
+        if config.rescale_betas_zero_snr:
             self.alphas_cumprod[-1] = noise_schedule.SMALLEST_ALPHA_BAR
         self.sigmas = torch.cat([noise_schedule.training_sigmas(self.alphas_cumprod).float().flip(0), torch.zeros(1)])
         self._step_index: int | None = None
@@ -107,19 +103,22 @@ class SigmaScheduler(SchedulerBase[SigmaConfigT]):
 
     def _spread_sigmas(self, high: float, low: float, num_steps: int) -> NDArray[np.float64] | None:
         """Falling sigmas as the configuration spaces them; None where it spaces timesteps."""
-        if self.config.use_karras_sigmas:
-            return noise_schedule.karras_sigmas(high, low, num_steps)
-        if self.config.use_exponential_sigmas:
-            return noise_schedule.exponential_sigmas(high, low, num_steps)
-        return None
+        spread_between = SPREADS.get(self.config.spacing or "")
+        return None if spread_between is None else spread_between(high, low, num_steps)
 
-    def _check_told(self, told: Sequence[float], num_inference_steps: int | None) -> None:
-        """Raise `ValueError` where timesteps are told to a scheduler that cannot have them."""
+    def _check_told(self, name: str, num_inference_steps: int | None) -> None:
+        """Raise `ValueError` where timesteps or sigmas (`name` says which) cannot be told."""
         if num_inference_steps is not None:
-            raise ValueError("num_inference_steps and timesteps or sigmas are both given; give one of them.")
-        if self.config.use_karras_sigmas or self.config.use_exponential_sigmas:
-            raise ValueError("timesteps are not possible where the sigmas are spaced: leave out use_karras_sigmas.")
-        noise_schedule.check_told(np.asarray(told, dtype=np.float64), self.config.num_train_timesteps)
+            raise ValueError(f"num_inference_steps and {name} are both given; give one of them.")
+        if self.config.spacing is not None:
+            raise ValueError(f"{name} are not possible where sigmas are spaced: leave out {self.config.spacing}.")
+
+    def _places_told(self, timesteps: Sequence[float], num_inference_steps: int | None) -> NDArray[np.float64]:
+        """The timesteps that were told. Raises `ValueError` where they are not possible."""
+        self._check_told("timesteps", num_inference_steps)
+        places = np.asarray(timesteps, dtype=np.float64)
+        noise_schedule.check_told(places, self.config.num_train_timesteps)
+        return places
 
     def _sigmas_at(self, timesteps: NDArray[np.floating]) -> NDArray[np.float64]:
         return np.interp(timesteps, np.arange(len(self._training_sigmas)), self._training_sigmas)
@@ -149,8 +148,3 @@ class SigmaScheduler(SchedulerBase[SigmaConfigT]):
 
     def _sigmas_like(self, timesteps: Tensor, sample: Tensor) -> Tensor:
         return spread(self.sigmas[[self._find(t) for t in timesteps.flatten()]], sample)
-
-    def _noised(self, original: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The variance-preserving sample at some of `self.timesteps`."""
-        level = noise_schedule.noise_level(self._sigmas_like(timesteps, original.float()))
-        return level.alpha.to(original.dtype) * original + level.sigma.to(original.dtype) * noise

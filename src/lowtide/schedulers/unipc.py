@@ -6,36 +6,48 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lowtide.schedulers import noise_schedule
 from lowtide.schedulers.common import Generators, StepOutput, Timestep
-from lowtide.schedulers.noise_schedule import NoiseLevel, noise_level
-from lowtide.schedulers.scheduler_entries import are_all, unsupported
-from lowtide.schedulers.sigmas import MultistepConfig, SigmaScheduler
+from lowtide.schedulers.multistep import MultistepConfig, MultistepScheduler, Prediction
+from lowtide.schedulers.noise_schedule import FloatArray, NoiseLevel
+from lowtide.schedulers.scheduler_entries import are_all, check_apart, check_needs, unsupported
+
+ALMOST = 1e-6  # the first σ of a flow is this much below 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UniPCMultistepConfig(MultistepConfig):
-    """`solver_type` is the paper's B(h), h or exp(h)-1; `disable_corrector` lists the steps that are not corrected."""
+    """`solver_type` is the paper's B(h), h or exp(h)-1; `disable_corrector` lists the steps that are not corrected.
+
+    `sigma_min` and `sigma_max` bound sigmas that are spaced. With `use_karras_sigmas` a flow's sigmas are σ/(1+σ) of
+    Karras', and not shifted. `shift_terminal` is the last σ of a flow before the end.
+    """
 
     predict_x0: bool = True
     solver_type: str = "bh2"
     disable_corrector: tuple[int, ...] = ()
     sigma_min: float | None = None
     sigma_max: float | None = None
+    shift_terminal: float | None = None
 
     ALLOWED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **MultistepConfig.ALLOWED,
         "solver_type": ("bh1", "bh2"),
         "solver_p": (None,),
-        "shift_terminal": (None,),
     }
     FOREIGN: ClassVar[Mapping[str, tuple[str, ...]]] = {"solver_type": ("midpoint", "heun", "logrho")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_apart(self, "use_flow_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+        check_apart(self, "use_karras_sigmas", "use_dynamic_shifting")
+        check_apart(self, "use_karras_sigmas", "shift_terminal")
+        check_needs(self, "shift_terminal", "use_flow_sigmas")
+        check_needs(self, "thresholding", "predict_x0")
         if not are_all(self.disable_corrector, int):
             raise unsupported(self, "disable_corrector", "a list of whole numbers")
         if not self.predict_x0 and self.final_sigmas_type == "zero":
@@ -44,12 +56,10 @@ class UniPCMultistepConfig(MultistepConfig):
                 "Use final_sigmas_type='sigma_min', or predict_x0=True."
             )
 
-
-class Prediction(NamedTuple):
-    """What the solver integrates (x₀, or ε where `predict_x0` is off) and the noise level at which it was predicted."""
-
-    level: NoiseLevel
-    value: Tensor
+    @property
+    def integrates_noise(self) -> bool:
+        """Whether `predict_x0` is off."""
+        return not self.predict_x0
 
 
 class Stretch(NamedTuple):
@@ -127,14 +137,13 @@ def _weighted(weights: Tensor, differences: Sequence[Tensor]) -> Tensor:
     return total
 
 
-class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
+class UniPCMultistepScheduler(MultistepScheduler[UniPCMultistepConfig]):
     """UniPC; steps must be taken in the order of `timesteps`."""
 
     config_class = UniPCMultistepConfig
 
     def __init__(self, config: UniPCMultistepConfig | None = None, **entries: Any) -> None:
-        config = self._configured(config, entries)
-        super().__init__(config, zero_snr=config.rescale_betas_zero_snr)
+        super().__init__(self._configured(config, entries))
         self._forget()
 
     def _forget(self) -> None:
@@ -142,27 +151,70 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
         self._last_sample: Tensor | None = None  # the sample with which the last predictor step began
         self._last_order = 0
 
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Lay out `num_inference_steps` timesteps. Raises `ValueError` if they do not fit the training schedule."""
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Lay out `num_inference_steps` timesteps, or those of a flow's `sigmas`, which are shifted like others.
+
+        `mu` says how they are shifted, in place of `flow_shift`; with `use_dynamic_shifting` it must be given.
+        Raises `ValueError` if they do not fit the training schedule, and for `sigmas` or `mu` where there is no flow.
+        """
         c = self.config
-        num_inference_steps = noise_schedule.check_num_steps(num_inference_steps, c.num_train_timesteps)
-        smallest = float(self._training_sigmas[0])
-        high = float(self._training_sigmas[-1]) if c.sigma_max is None else c.sigma_max
-        low = smallest if c.sigma_min is None else c.sigma_min
-        sigmas = self._spread_sigmas(high, low, num_inference_steps)
-        if sigmas is not None:
-            timesteps = noise_schedule.timesteps_of_sigmas(sigmas, self._training_sigmas)
-            timesteps = timesteps.round() if c.use_karras_sigmas else timesteps
-            smallest = float(sigmas[-1])
+        if c.use_flow_sigmas:
+            levels = self._flow(num_inference_steps, sigmas, mu)
+            timesteps, smallest = levels * c.num_train_timesteps, float(levels[-1])
+        elif sigmas is not None or mu is not None:
+            raise ValueError("sigmas and mu are possible only with use_flow_sigmas=True; leave them out.")
         else:
-            timesteps = noise_schedule.solver_timesteps(
-                c.timestep_spacing, num_inference_steps, c.num_train_timesteps, c.steps_offset, c.num_train_timesteps
-            )
-            noise_schedule.check_timesteps(timesteps, c.num_train_timesteps, c.timestep_spacing)
-            sigmas = self._sigmas_at(timesteps)
+            timesteps, levels, smallest = self._spaced_out(num_inference_steps)
         last = smallest if c.final_sigmas_type == "sigma_min" else 0.0
-        self._lay_out(torch.as_tensor(timesteps, dtype=torch.int64, device=device), sigmas, last)
+        self._lay_out(torch.as_tensor(timesteps, dtype=torch.int64, device=device), levels, last)
         self._forget()
+
+    def _spaced_out(self, num_steps: int | None) -> tuple[FloatArray, FloatArray, float]:
+        """Timesteps and their sigmas, as the configuration spaces them, and the smallest sigma."""
+        c, training = self.config, self._training_sigmas
+        num_steps = noise_schedule.check_num_steps(num_steps, c.num_train_timesteps)
+        levels = self._spread_between_bounds(num_steps)
+        if levels is not None:
+            timesteps = noise_schedule.timesteps_of_sigmas(levels, training)
+            return timesteps.round() if c.use_karras_sigmas else timesteps, levels, float(levels[-1])
+        timesteps = noise_schedule.solver_timesteps(
+            c.timestep_spacing, num_steps, c.num_train_timesteps, c.steps_offset, c.num_train_timesteps
+        )
+        noise_schedule.check_timesteps(timesteps, c.num_train_timesteps, c.timestep_spacing)
+        return timesteps, self._sigmas_at(timesteps), float(training[0])
+
+    def _spread_between_bounds(self, num_steps: int) -> FloatArray | None:
+        c, training = self.config, self._training_sigmas
+        high = float(training[-1]) if c.sigma_max is None else c.sigma_max
+        low = float(training[0]) if c.sigma_min is None else c.sigma_min
+        return self._spread_sigmas(high, low, num_steps)
+
+    def _flow(self, num_steps: int | None, told: Sequence[float] | None, mu: float | None) -> FloatArray:
+        """A flow's sigmas: those told, or spaced out; the first is below 1, where log α/σ is infinite."""
+        c, shift = self.config, self._shift(mu)
+        if mu is None and c.use_dynamic_shifting:
+            raise ValueError("use_dynamic_shifting=True needs mu: give it to set_timesteps, as in mu=1.15.")
+        if told is not None:
+            self._check_told("sigmas", num_steps)
+            levels = np.asarray(told, dtype=np.float64)
+            noise_schedule.check_flow_sigmas(levels)
+        else:
+            num_steps = noise_schedule.check_num_steps(num_steps, c.num_train_timesteps)
+            spread = self._spread_between_bounds(num_steps)
+            if spread is not None:
+                return spread / (spread + 1)
+            levels = np.linspace(1, 1 / c.num_train_timesteps, num_steps + 1)[:-1]
+        levels = noise_schedule.shift_flow(levels, shift)
+        if c.shift_terminal is not None:
+            levels = noise_schedule.stretch_to_terminal(levels, c.shift_terminal)
+        levels[0] -= ALMOST if levels[0] > 1 - ALMOST else 0
+        return levels
 
     def step(
         self,
@@ -179,9 +231,8 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
         Raises `ValueError` before `set_timesteps` and after the last step.
         """
         place, c = self._enter(timestep), self.config
-        level, target = noise_level(self.sigmas[place]), noise_level(self.sigmas[place + 1])
-        predict = noise_schedule.predict_original if c.predict_x0 else noise_schedule.predict_noise
-        value = predict(c.prediction_type, model_output, sample, level.alpha, level.sigma)
+        level, target = self._level(self.sigmas[place]), self._level(self.sigmas[place + 1])
+        value = self._predicted(model_output, sample, level)
         sample = self._corrected(sample, level, value, place)
         past = (*self._past, Prediction(level, value))[-c.solver_order :]
         order = self._order(place, len(past))
@@ -191,10 +242,6 @@ class UniPCMultistepScheduler(SigmaScheduler[UniPCMultistepConfig]):
         if self._step_index == len(self.timesteps):
             self._forget()
         return StepOutput(prev_sample, value if c.predict_x0 else None)
-
-    def add_noise(self, original: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """α_t `original` + σ_t `noise`; `timesteps` are some of `self.timesteps`, one per sample or one for all."""
-        return self._noised(original, noise, timesteps)
 
     def _corrected(self, sample: Tensor, level: NoiseLevel, value: Tensor, place: int) -> Tensor:
         if self._last_sample is None or place - 1 in self.config.disable_corrector:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -11,18 +10,16 @@ from typing import Any
 import torch
 
 from lowtide.fitting.meta_subject import MetaSubject
-from lowtide.forks import new_lock
 from lowtide.guests.ghost import harmless
 from lowtide.guests.guest_call import GuestCall
 from lowtide.machine.heap import without_collecting
 from lowtide.memory.attach import ENTRY_POINTS
 from lowtide.planning.workload import BLENDED, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Work, Workload
-from lowtide.prediction.component import Traced, component, trace
+from lowtide.prediction.component import Traced, trace
 from lowtide.prediction.driving import FORWARD, Driven, NetworkCall, drive
 from lowtide.prediction.tracing import Repeats
 from lowtide.quiet import quiet
 from lowtide.weights.fill import dtype_name
-from lowtide.weights.slots import slots
 
 
 def stage_name(network: str, entry: str) -> str:

@@ -31,7 +31,9 @@ class GuestCall:
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
         unknown = sorted(set(arguments) - names)
         if unknown and not takes_any:
-            raise TypeError(f"{type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(sorted(names))}.")
+            raise TypeError(
+                f"{type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(sorted(names))}."
+            )
         told = dict(arguments)
         if "prompt" in names and not any(told.get(name) is not None for name in ("prompt", "prompt_embeds")):
             told["prompt"] = PROMPT

@@ -34,7 +34,9 @@ class GuestDecode:
     @classmethod
     def for_(cls, network: nn.Module) -> GuestDecode | None:
         """The ways of a network, if it is an autoencoder with a decoder of its own."""
-        has_both = callable(getattr(network, "decode", None)) and isinstance(getattr(network, "decoder", None), nn.Module)
+        has_both = callable(getattr(network, "decode", None)) and isinstance(
+            getattr(network, "decoder", None), nn.Module
+        )
         return cls(network) if has_both else None
 
     def set(self, way: str) -> None:

@@ -24,7 +24,6 @@ from lowtide.guests.library import component_class, pipeline_class
 from lowtide.guests.published_names import NamesError, by_own_names, weights_in
 from lowtide.guests.within_budget import put_within
 from lowtide.hub import Source
-from lowtide.loading.blueprint import InFiles
 from lowtide.loading.model_index import MODEL_INDEX, ComponentSpec, read_model_index
 from lowtide.machine.heap import trim_heap
 from lowtide.memory.presets import execution_device, stream_for
@@ -102,7 +101,13 @@ def load(
             offload_device=chosen, size=size, **given,
         )  # fmt: skip
     checkpoint = GuestCheckpoint.opened(
-        source, class_name, specs, settings, components_and_call, None if asked is None else chosen_dtype(asked, None), variant
+        source,
+        class_name,
+        specs,
+        settings,
+        components_and_call,
+        None if asked is None else chosen_dtype(asked, None),
+        variant,
     )
     return checkpoint.load(budgets, tuple(allow), chosen)
 
@@ -166,7 +171,9 @@ class GuestCheckpoint:
         folder = self.source.fetch([f"{name}/*.safetensors", f"{name}/*.safetensors.index*.json"])
         return folder / name
 
-    def prepared(self, parts: Mapping[str, Part], budgets: Budgets, allow: tuple[str, ...], device: torch.device) -> Fit:
+    def prepared(
+        self, parts: Mapping[str, Part], budgets: Budgets, allow: tuple[str, ...], device: torch.device
+    ) -> Fit:
         """All that plans are made from; no weight is read."""
         built = {name: part.built for name, part in parts.items()}
         with quiet():
@@ -210,7 +217,8 @@ class GuestCheckpoint:
     def _by_its_library(self, name: str, part: Part) -> nn.Module:
         """A network that its own library loads: all of it is in memory then, before the plan moves it."""
         warnings.warn(
-            f"{name} is loaded by its own library, which takes the memory of all its weights: {part.reason}.", stacklevel=5
+            f"{name} is loaded by its own library, which takes the memory of all its weights: {part.reason}.",
+            stacklevel=5,
         )
         folder = self._with_weights(name)
         return type(part.built).from_pretrained(folder, torch_dtype=self.dtype, variant=self.variant)
@@ -231,7 +239,9 @@ def _kept_in_float32(network: Any, dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(pattern for name in kept for pattern in (f"{name}.*", f"*.{name}.*", f"*.{name}", name))
 
 
-def _in_dtypes(network: nn.Module, index: CheckpointIndex, dtype: torch.dtype | None, keep: tuple[str, ...]) -> nn.Module:
+def _in_dtypes(
+    network: nn.Module, index: CheckpointIndex, dtype: torch.dtype | None, keep: tuple[str, ...]
+) -> nn.Module:
     """Give a network on meta the dtypes that it is loaded in."""
     made: dict[int, nn.Parameter] = {}
     for slot in slots(network):
@@ -241,7 +251,9 @@ def _in_dtypes(network: nn.Module, index: CheckpointIndex, dtype: torch.dtype | 
         in_file = slot.tensor.dtype if entry is None else entry.dtype
         chosen = torch.float32 if any(fnmatch(slot.name, pattern) for pattern in keep) else dtype or in_file
         if id(slot.tensor) not in made or entry is not None:
-            made.setdefault(id(slot.tensor), nn.Parameter(torch.empty_like(slot.tensor, dtype=chosen), requires_grad=False))
+            made.setdefault(
+                id(slot.tensor), nn.Parameter(torch.empty_like(slot.tensor, dtype=chosen), requires_grad=False)
+            )
         slot.put(made[id(slot.tensor)])
     return network
 
@@ -249,6 +261,3 @@ def _in_dtypes(network: nn.Module, index: CheckpointIndex, dtype: torch.dtype | 
 def _in_files(part: Part) -> Mapping[str, InFile]:
     assert part.index is not None
     return {name: InFile.at(entry.offset, entry.dtype) for name, entry in part.index.items()}
-
-
-__all__ = ["InFiles", "load"]

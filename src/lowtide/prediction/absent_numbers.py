@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowtide.ops.meta_device import standing_for
+from lowtide.prediction.meant_autocast import autocast_on_meta
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -36,7 +37,7 @@ class TooManyNumbersError(Exception):
 def absent_numbers() -> Generator[_Absent]:
     """While this lasts, tensors on meta and real ones can meet in this thread."""
     absent = _Absent()
-    with absent, _Answers(absent):
+    with absent, _Answers(absent), autocast_on_meta():
         yield absent
 
 
@@ -79,7 +80,10 @@ class _Absent(TorchDispatchMode):
 
 
 class _Answers(TorchFunctionMode):
-    """What Python asks of tensors on meta: their numbers, and to be elsewhere, where they stay."""
+    """What Python asks of tensors: numbers of those on meta, and to be elsewhere, while each stays where it is.
+
+    Numbers that are told, as in `torch.tensor([2, 3], device=x.device)`, are real whatever `x` is.
+    """
 
     def __init__(self, absent: _Absent) -> None:
         super().__init__()
@@ -87,8 +91,18 @@ class _Answers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
+            return func(*args, **{**kwargs, "device": None})
         x = args[0] if args else None
-        if not (isinstance(x, torch.Tensor) and x.is_meta):
+        if not isinstance(x, torch.Tensor):
+            return func(*args, **kwargs)
+        if func is torch.Tensor.to:
+            args = (x, *(_stays(value, x.device) for value in args[1:]))
+            kwargs = {
+                name: _stays(value, x.device) if name in ("device", "other") else value
+                for name, value in kwargs.items()
+            }
+        if not x.is_meta:
             return func(*args, **kwargs)
         if func in (torch.Tensor.numpy, torch.Tensor.__array__):
             return np.broadcast_to(np.zeros((), _numpy_dtype(x)), self._read(x))
@@ -96,10 +110,6 @@ class _Answers(TorchFunctionMode):
             return np.zeros(self._read(x), _numpy_dtype(x)).tolist()
         if func in (torch.Tensor.cpu, torch.Tensor.cuda):
             return x
-        if func is torch.Tensor.to:
-            args, kwargs = (x, *(_stays(value) for value in args[1:])), {
-                name: _stays(value) if name in ("device", "other") else value for name, value in kwargs.items()
-            }
         return func(*args, **kwargs)
 
     def _read(self, x: torch.Tensor) -> tuple[int, ...]:
@@ -162,8 +172,8 @@ def _numpy_dtype(x: torch.Tensor) -> Any:
     return np.zeros((), str(x.dtype).removeprefix("torch.").replace("bfloat16", "float32")).dtype
 
 
-def _stays(value: Any) -> Any:
-    """An argument of `Tensor.to`, with the meta device for every other one."""
+def _stays(value: Any, device: torch.device) -> Any:
+    """An argument of `Tensor.to`, with this device in place of every other."""
     if isinstance(value, torch.device) or (isinstance(value, str) and not hasattr(torch, value)):
-        return META
-    return value.dtype if isinstance(value, torch.Tensor) and not value.is_meta else value
+        return device
+    return value.dtype if isinstance(value, torch.Tensor) else value

@@ -91,7 +91,7 @@ class MetaSubject:
         """Stand for a subject that was loaded as this was made."""
         self.original = Original.of(subject)
 
-    def workload(self, size: RunSize, allow: Collection[str] = ()) -> Workload:
+    def workload(self, size: Any, allow: Collection[str] = ()) -> Workload:
         """What a run of this size takes. Raises `ValueError` for a size that the subject cannot make.
 
         Blended tiles of clips, which take long to trace, are looked at where `allow` has them.

@@ -94,8 +94,8 @@ class DrivenGuest(MetaSubject):
 def _not_followed(pipeline: str, error: Exception) -> str:
     said = str(error).partition("\n")[0][:200].rstrip(".")
     return (
-        f"What this call of {pipeline} takes cannot be predicted, since its code does not run without numbers ({said}). "
-        "Its networks can be given rules one by one: lowtide.apply_residency(pipe.transformer, resident_bytes=0)."
+        f"What this call of {pipeline} takes cannot be predicted: its code does not run without numbers ({said}). Its "
+        "networks can be given rules one by one: lowtide.apply_residency(pipe.transformer, resident_bytes=0)."
     )
 
 

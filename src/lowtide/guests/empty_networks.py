@@ -77,8 +77,9 @@ def empty_network(cls: type[Any], folder: Path, dtype: torch.dtype) -> nn.Module
             if parameter is not None and not parameter.is_meta:
                 empty = torch.empty_like(parameter, device="meta")
                 owner._parameters[name] = nn.Parameter(empty, requires_grad=False)
-    if hasattr(network, "tie_weights"):
-        network.tie_weights()
+    tie: Any = getattr(network, "tie_weights", None)
+    if callable(tie):
+        tie()
     return network.eval().requires_grad_(False)
 
 

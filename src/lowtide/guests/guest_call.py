@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,9 +31,8 @@ class GuestCall:
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
         unknown = sorted(set(arguments) - names)
         if unknown and not takes_any:
-            raise TypeError(
-                f"{type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(sorted(names))}."
-            )
+            kind, possible = type(pipe).__name__, ", ".join(sorted(names))
+            raise TypeError(f"A call of {kind} takes no {', '.join(unknown)}; it takes {possible}.")
         told = dict(arguments)
         if "prompt" in names and not any(told.get(name) is not None for name in ("prompt", "prompt_embeds")):
             told["prompt"] = PROMPT
@@ -100,11 +99,8 @@ def _form(value: Any, pipe: Any) -> Any:
 def _token_counts(text: str, pipe: Any) -> Any:
     """How many tokens the pipeline's tokenizers make of a text; the text itself without any."""
     counts = tuple(
-        len(tokenizer(text)["input_ids"])
+        len(tokenizer(text)["input_ids"])  # pyright: ignore[reportIndexIssue]
         for name, tokenizer in components_of(pipe).items()
         if "tokenizer" in name and callable(tokenizer)
     )
     return counts or text
-
-
-Run = Callable[..., Any]

@@ -1,4 +1,4 @@
-"""The ways in which a guest's autoencoder decodes: at once, picture by picture, row by row, in its own blended tiles."""
+"""The ways in which a guest's autoencoder decodes: at once, picture by picture, row by row, in blended tiles."""
 
 from __future__ import annotations
 
@@ -34,10 +34,8 @@ class GuestDecode:
     @classmethod
     def for_(cls, network: nn.Module) -> GuestDecode | None:
         """The ways of a network, if it is an autoencoder with a decoder of its own."""
-        has_both = callable(getattr(network, "decode", None)) and isinstance(
-            getattr(network, "decoder", None), nn.Module
-        )
-        return cls(network) if has_both else None
+        decoder, decode = getattr(network, "decoder", None), getattr(network, "decode", None)
+        return cls(network) if isinstance(decoder, nn.Module) and callable(decode) else None
 
     def set(self, way: str) -> None:
         """Decode in one of the ways of `lowtide.planning.workload.WAYS`."""

@@ -59,7 +59,7 @@ def _renamed(network: Any, index: CheckpointIndex) -> Mapping[str, TensorEntry]:
         return index  # before version 5 there is no such table
     transforms = get_model_conversion_mapping(network)
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
+    renamings: list[Any] = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
     own = network.state_dict(keep_vars=True)
     renamed: dict[str, TensorEntry] = {}
     for name, entry in index.items():

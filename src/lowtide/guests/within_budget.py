@@ -136,6 +136,6 @@ def _plain_copy(self: Any, protocol: Any) -> Any:
 
 
 def _made_again(own: type[Any], state: dict[str, Any]) -> Any:
-    pipe = own.__new__(own)
+    pipe = object.__new__(own)
     pipe.__dict__.update(state)
     return pipe

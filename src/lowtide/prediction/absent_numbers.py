@@ -6,7 +6,7 @@ Where code asks for a number that is not there, it is told 0, or True where it a
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,8 @@ PICTURE_BYTES = 14
 """The most bytes alive at once for each number of pictures that become 8-bit ones, besides the numbers themselves:
 three float32 copies (in [0, 1], times 255, rounded) and two of 8 bits."""
 _ALL = {aten.all.default, aten.all.dim, aten.all.dims}
+_ARRAYS = {torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist}
+_MOVES = {torch.Tensor.cpu, torch.Tensor.cuda}
 
 
 class TooManyNumbersError(Exception):
@@ -57,14 +59,8 @@ class _Absent(TorchDispatchMode):
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         if not any(tensor.is_meta for tensor in tensors):
             return func(*args, **kwargs)
-        if func is aten._local_scalar_dense.default:
-            return _answer(args[0])
-        if func is aten.equal.default:
-            return False
-        if func is aten.bincount.default:
-            return _all_in_one(args[0], *args[1:], **kwargs)
-        if func is aten.nonzero.default:
-            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
+        if func in _BY_NUMBERS:
+            return _BY_NUMBERS[func](*args, **kwargs)
         if func is aten.index.Tensor:
             args = (args[0], [part for index in args[1] for part in _places(index)])
         if kwargs.get("device") is not None:
@@ -98,19 +94,13 @@ class _Answers(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is torch.Tensor.to:
             args = (x, *(_stays(value, x.device) for value in args[1:]))
-            kwargs = {
-                name: _stays(value, x.device) if name in ("device", "other") else value
-                for name, value in kwargs.items()
-            }
+            kwargs = {name: _stays(value, x.device) for name, value in kwargs.items()}
         if not x.is_meta:
             return func(*args, **kwargs)
-        if func in (torch.Tensor.numpy, torch.Tensor.__array__):
-            return np.broadcast_to(np.zeros((), _numpy_dtype(x)), self._read(x))
-        if func is torch.Tensor.tolist:
-            return np.zeros(self._read(x), _numpy_dtype(x)).tolist()
-        if func in (torch.Tensor.cpu, torch.Tensor.cuda):
-            return x
-        return func(*args, **kwargs)
+        if func in _ARRAYS:
+            array = np.broadcast_to(np.zeros((), _numpy_dtype(x)), self._read(x))
+            return array.tolist() if func is torch.Tensor.tolist else array
+        return x if func in _MOVES else func(*args, **kwargs)
 
     def _read(self, x: torch.Tensor) -> tuple[int, ...]:
         self._absent.read = max(self._absent.read, x.numel())
@@ -120,6 +110,7 @@ class _Answers(TorchFunctionMode):
 
 
 def _answer(asked: torch.Tensor) -> bool | int | float:
+    """The number that is told for one that is not there."""
     if asked.dtype is torch.bool:
         return bool(getattr(asked, "holds", False))
     return 0.0 if asked.dtype.is_floating_point else 0
@@ -130,6 +121,19 @@ def _all_in_one(values: torch.Tensor, weights: torch.Tensor | None = None, minle
     counts = torch.zeros(max(1, minlength), dtype=torch.int64 if weights is None else torch.float64)
     counts[0] = values.numel()
     return counts
+
+
+def _places_of_all(mask: torch.Tensor) -> torch.Tensor:
+    return mask.new_empty((mask.numel(), mask.ndim), dtype=torch.int64)
+
+
+_BY_NUMBERS: dict[Any, Callable[..., Any]] = {
+    aten._local_scalar_dense.default: _answer,
+    aten.equal.default: lambda a, b: False,
+    aten.bincount.default: _all_in_one,
+    aten.nonzero.default: _places_of_all,
+}
+"""Operators whose results depend on numbers, and what they give where there are none."""
 
 
 def _places(index: Any) -> list[Any]:

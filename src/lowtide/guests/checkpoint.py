@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from lowtide.models.put_weights import Offload, put_weights
 from lowtide.planning.plan import Budgets, Plan
 from lowtide.quiet import quiet
 from lowtide.weights.files import InFile
-from lowtide.weights.fill import WeightsMismatchError
 from lowtide.weights.index import CheckpointIndex
 from lowtide.weights.slots import slots
 
@@ -49,6 +48,12 @@ class Part:
     index: CheckpointIndex | None = None
     keep: tuple[str, ...] = ()
     reason: str = ""
+
+    @property
+    def computed(self) -> list[str]:
+        """Names of buffers that the files could hold and do not: they are as the class computes them."""
+        held = () if self.index is None else self.index
+        return [slot.name for slot in slots(self.built) if slot.kind == "buffer" and slot.name not in held]
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,13 @@ class GuestCheckpoint:
         return cls(source, own_class, source.fetch(SMALL_FILES), to_load, given, call, dtype, variant)
 
     def parts(self) -> dict[str, Part]:
-        """The components, networks without weights."""
-        return {name: Part(None) if spec is None else self._part(name, spec) for name, spec in self.specs.items()}
+        """The components, networks without weights. First of all raises `CheckpointError` for classes of no library."""
+        index = self.folder / MODEL_INDEX
+        classes = {name: component_class(index, spec) for name, spec in self.specs.items() if spec is not None}
+        return {name: self._part(name, classes[name]) if name in classes else Part(None) for name in self.specs}
 
-    def _part(self, name: str, spec: ComponentSpec) -> Part:
-        own_class, folder = component_class(self.folder / MODEL_INDEX, spec), self.folder / name
+    def _part(self, name: str, own_class: type[Any]) -> Part:
+        folder = self.folder / name
         if not issubclass(own_class, nn.Module):
             with quiet():
                 return Part(own_class.from_pretrained(folder))
@@ -145,13 +152,10 @@ class GuestCheckpoint:
         rule = None if planned is None else planned.rule
         casting = None if planned is None or planned.casting is None else NAMED_CASTINGS[planned.casting]
         offload = None if rule is None else Offload(rule, stream_for(device, rule))
-        try:
-            put_weights(
-                part.built, part.index, dtype=self.dtype, offload=offload, casting=casting,
-                own_dtypes=dict.fromkeys(part.keep, torch.float32),
-            )  # fmt: skip
-        except WeightsMismatchError as error:
-            return self._by_its_library(name, replace(part, reason=str(error).partition("\n")[0]))
+        put_weights(
+            part.built, part.index, dtype=self.dtype, offload=offload, casting=casting, leave=part.computed,
+            own_dtypes=dict.fromkeys(part.keep, torch.float32),
+        )  # fmt: skip
         return part.built
 
     def _by_its_library(self, name: str, part: Part) -> nn.Module:
@@ -161,7 +165,8 @@ class GuestCheckpoint:
             stacklevel=5,
         )
         folder = self._with_weights(name)
-        return type(part.built).from_pretrained(folder, torch_dtype=self.dtype, variant=self.variant)
+        with quiet():
+            return type(part.built).from_pretrained(folder, torch_dtype=self.dtype, variant=self.variant)
 
 
 def _floating(index: CheckpointIndex) -> torch.dtype:

@@ -27,6 +27,8 @@ def _ghost(pipe: Any, copies: Mapping[int, nn.Module], ghosts: dict[int, Any]) -
         return ghosts[id(pipe)]
     twin = copy.copy(pipe)
     ghosts[id(pipe)] = twin
+    if hasattr(pipe, "set_progress_bar_config"):
+        twin.__dict__["_progress_bar_config"] = {"disable": True}
     twin.__class__ = as_subclass(type(pipe), _execution_device=_always(_CPU), device=_always(_CPU))
     for name, part in {**components_of(pipe), **vars(pipe)}.items():
         if id(part) in copies:

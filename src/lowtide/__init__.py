@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lowtide.fitting.out_of_memory import OutOfMemoryError
     from lowtide.guests.doors import apply_plan, fit, plan_of, report, unfit
     from lowtide.guests.library import NoGuestsError
-    from lowtide.guests.load import load
+    from lowtide.guests.load_any import load
     from lowtide.memory.presets import apply_residency
     from lowtide.models.safety_checker import StableDiffusionSafetyChecker
     from lowtide.models.unet import UNet2DConditionModel
@@ -83,7 +83,7 @@ _HOME = {
     "NoGuestsError": "lowtide.guests.library",
     "apply_plan": "lowtide.guests.doors",
     "fit": "lowtide.guests.doors",
-    "load": "lowtide.guests.load",
+    "load": "lowtide.guests.load_any",
     "plan_of": "lowtide.guests.doors",
     "report": "lowtide.guests.doors",
     "unfit": "lowtide.guests.doors",

@@ -77,7 +77,7 @@ class GuestCheckpoint:
         dtype: torch.dtype | None = None,
         variant: str | None = None,
     ) -> GuestCheckpoint:
-        """A checkpoint, its index read: nothing of it is built. Raises as `lowtide.guests.load.load` does.
+        """A checkpoint, its index read: nothing of it is built. Raises as `lowtide.guests.load_any.load` does.
 
         `arguments` are components to take in place of its own, and arguments of the call that is planned for.
         """

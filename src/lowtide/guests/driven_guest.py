@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from lowtide.fitting.meta_subject import MetaSubject
 from lowtide.guests.ghost import harmless
 from lowtide.guests.guest_call import GuestCall
+from lowtide.guests.quantized import that_stays
 from lowtide.machine.heap import without_collecting
 from lowtide.memory.attach import ENTRY_POINTS
 from lowtide.planning.workload import BLENDED, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Work, Workload
@@ -29,9 +30,10 @@ def stage_name(network: str, entry: str) -> str:
 
 @dataclass
 class DrivenGuest(MetaSubject):
-    """A guest on meta; `known` calls and operators are not looked at again."""
+    """A guest on meta; `known` calls and operators are not looked at again. `quantized` networks have so many bytes."""
 
     known: Repeats = field(default_factory=Repeats, repr=False)
+    quantized: Mapping[str, int] = field(default_factory=dict)
 
     def workload(self, size: Any, allow: Collection[str] = ()) -> Workload:
         """What this call takes.
@@ -59,7 +61,8 @@ class DrivenGuest(MetaSubject):
             raise ValueError(f"A call of {type(guest.pipe).__name__} with {size} calls none of its networks.")
         stages = tuple(self._stages(driven, tuple(other_ways)))
         components = {name: self._component(name, _traced(name, driven)) for name in networks}
-        return components, stages
+        staying = {name: that_stays(components[name], nbytes) for name, nbytes in self.quantized.items()}
+        return components | staying, stages
 
     def _stages(self, driven: Driven, other_ways: tuple[str, ...]) -> Iterator[Stage]:
         visits = [key for key, _ in groupby(driven.calls, key=_key)]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lowtide.guests.networks import components_of, is_pipeline, networks_of
+from lowtide.guests.quantized import with_plain_linears
 from lowtide.prediction.absent_numbers import on_meta
 from lowtide.prediction.meta_copy import meta_copy
 
@@ -18,7 +19,9 @@ _CPU = torch.device("cpu")
 
 def ghost_of(pipe: Any) -> Any:
     """The copy. It says that it computes on the CPU, so that all that is small and real stays there."""
-    copies = {id(network): meta_copy(network) for network in networks_of(pipe).values()}
+    copies = {
+        id(network): with_plain_linears(meta_copy(network), _dtype(network)) for network in networks_of(pipe).values()
+    }
     return _ghost(pipe, copies, {})
 
 
@@ -38,6 +41,12 @@ def _ghost(pipe: Any, copies: Mapping[int, nn.Module], ghosts: dict[int, Any]) -
         elif hasattr(part, "set_timesteps"):
             twin.__dict__[name] = copy.deepcopy(part)
     return twin
+
+
+def _dtype(network: Any) -> torch.dtype:
+    """The dtype that a network computes in."""
+    own = getattr(network, "dtype", None)
+    return own if isinstance(own, torch.dtype) and own.is_floating_point else torch.float32
 
 
 def as_subclass(cls: type[Any], **members: Any) -> type[Any]:

@@ -21,6 +21,7 @@ from lowtide.guests.guest_call import GuestCall
 from lowtide.guests.guest_decode import GuestDecode
 from lowtide.guests.networks import components_of, networks_of
 from lowtide.guests.own_files import remember_files
+from lowtide.guests.quantized import bytes_where_quantized
 from lowtide.loading.blueprint import InFiles
 from lowtide.memory.attach import attachment_of
 from lowtide.memory.stream import Stream
@@ -86,7 +87,7 @@ class Guest:
         ghost = Guest(ghost_of(self.pipe))
         for ways in ghost.ways().values():
             ways.set(WHOLE)
-        return DrivenGuest(ghost, files, device, Original.of(self))
+        return DrivenGuest(ghost, files, device, Original.of(self), quantized=bytes_where_quantized(self.modules()))
 
     # ---- calls
 

@@ -71,6 +71,8 @@ def component_options(
     component: Component, rates: Rates, castings: Sequence[str], *, scarce_host: bool
 ) -> list[Option]:
     """All options for a component; `scarce_host` adds options that take less of a GPU's host memory."""
+    if not component.movable:
+        return [_resident(component, rates, None)]
     options: list[Option] = []
     for casting in (None, *[name for name in castings if name in component.castings]):
         options.append(_resident(component, rates, casting))

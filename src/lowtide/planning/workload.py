@@ -103,13 +103,14 @@ class Component:
     """A network's weights, split into units at each level, in the order in which they are called.
 
     `castings` holds the units of weights that rest in 8 bits, by the casting's name. `in_file` tells whether the
-    weights can be read again from files.
+    weights can be read again from files, `movable` whether they can be moved at all.
     """
 
     name: str
     units: Mapping[Level, tuple[UnitSize, ...]]
     castings: Mapping[str, Mapping[Level, tuple[UnitSize, ...]]] = field(default_factory=dict)
     in_file: bool = True
+    movable: bool = True
 
     @property
     def nbytes(self) -> int:

@@ -12,14 +12,20 @@ pytest.importorskip("diffusers")
 pytestmark = WARNINGS
 BYTES_OF_SMALL_TENSORS = 4096
 """Tensors that code makes beside those that networks touch, such as masks, in tiny runs of about a million bytes."""
+NOT_IN_HALF = ("DDPM",)
 HIGHER = {"HiDream": 1.3}
 """How many times too high the prediction may be: which tokens an expert gets is not known, so it is all of them."""
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
-def test_the_peak_is_the_measured_one(name):
+def test_the_peak_is_the_measured_one(name, dtype):
+    if name in NOT_IN_HALF and dtype is not torch.float32:
+        pytest.skip("its own code makes arrays of numpy, which has no bfloat16")
     family = FAMILIES[name]()
     guest = Guest(family.pipeline)
+    for network in guest.modules().values():
+        network.to(dtype)
     workload = guest.on_meta(torch.device("cpu")).workload(guest.usual_size(**family.call))
     predicted = max(stage.ways["whole"].peak for stage in workload.stages)
     run(family)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lowtide.activations.row_streaming import apply_row_streaming, remove_row_streaming
     from lowtide.casting.casting import Casting
-    from lowtide.fitting.fit import fit
     from lowtide.fitting.out_of_memory import OutOfMemoryError
+    from lowtide.guests.doors import apply_plan, fit, plan_of, report, unfit
+    from lowtide.guests.library import NoGuestsError
+    from lowtide.guests.load_any import load
     from lowtide.memory.presets import apply_residency
     from lowtide.models.safety_checker import StableDiffusionSafetyChecker
     from lowtide.models.unet import UNet2DConditionModel
@@ -49,6 +51,7 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "DiffusionPipeline",
     "EulerDiscreteScheduler",
+    "NoGuestsError",
     "NotFiniteWarning",
     "OutOfMemoryError",
     "PNDMScheduler",
@@ -58,10 +61,15 @@ __all__ = [
     "UNet2DConditionModel",
     "UniPCMultistepScheduler",
     "__version__",
+    "apply_plan",
     "apply_residency",
     "apply_row_streaming",
     "fit",
+    "load",
+    "plan_of",
     "remove_row_streaming",
+    "report",
+    "unfit",
 ]
 
 _HOME = {
@@ -72,7 +80,13 @@ _HOME = {
     "NotFiniteWarning": "lowtide.pipelines.not_finite",
     "OutOfMemoryError": "lowtide.fitting.out_of_memory",
     "Plan": "lowtide.planning.plan",
-    "fit": "lowtide.fitting.fit",
+    "NoGuestsError": "lowtide.guests.library",
+    "apply_plan": "lowtide.guests.doors",
+    "fit": "lowtide.guests.doors",
+    "load": "lowtide.guests.load_any",
+    "plan_of": "lowtide.guests.doors",
+    "report": "lowtide.guests.doors",
+    "unfit": "lowtide.guests.doors",
     "CogVideoXDDIMScheduler": "lowtide.schedulers",
     "CogVideoXDPMScheduler": "lowtide.schedulers",
     "CogVideoXPipeline": "lowtide.pipelines.cogvideox",

@@ -11,13 +11,12 @@ from torch import nn
 from lowtide.casting.cast_module import is_cast
 from lowtide.fitting.applied_plan import put_under_plan
 from lowtide.fitting.budgets import Asked, parse_budgets
-from lowtide.fitting.meta_subject import MetaSubject, meta_subject
+from lowtide.fitting.meta_subject import MetaSubject
 from lowtide.fitting.prepare import prepare
 from lowtide.fitting.run_report import RunReport
-from lowtide.fitting.subject import Subject
+from lowtide.fitting.subject import Size, Subject
 from lowtide.memory.presets import execution_device
 from lowtide.planning.plan import Plan, check_allowed
-from lowtide.planning.run_size import RunSize
 from lowtide.weights.fill import dtype_name
 
 
@@ -78,7 +77,7 @@ def apply_plan(pipe: Subject, plan: Plan, device: torch.device | str | None = No
         put_under_plan(pipe, prepare(meta, plan.budgets, size, allow=plan.allow, loaded=pipe.modules()), plan)
 
 
-def before_call(pipe: Subject, size: RunSize) -> None:
+def before_call(pipe: Subject, size: Size) -> None:
     """Have the plan that a call of this size needs at work; raises `BudgetError` where there is none."""
     applied = pipe.applied
     if applied is None:
@@ -117,7 +116,7 @@ def _meta(pipe: Subject, device: torch.device) -> MetaSubject:
     applied = pipe.applied
     if applied is not None and applied.fit.device == device and applied.fit.meta.is_of(pipe):
         return applied.fit.meta
-    return meta_subject(pipe, device)
+    return pipe.on_meta(device)
 
 
 def check_not_cast(modules: Mapping[str, nn.Module]) -> None:

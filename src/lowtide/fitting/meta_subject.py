@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowtide.fitting.subject import Subject, TracedStage
+from lowtide.fitting.subject import Size, StagedSubject, Subject, TracedStage
 from lowtide.forks import new_lock
 from lowtide.loading.blueprint import InFiles
 from lowtide.machine.heap import without_collecting
@@ -27,7 +27,7 @@ from lowtide.weights.slots import slots
 _PLAIN = (bool, int, float, str, tuple, type(None), torch.dtype)
 """Types of the attributes of modules on which a trace may depend."""
 
-Traces = dict[tuple[bool, RunSize], tuple[dict[str, Component], tuple[Stage, ...]]]
+Traces = dict[tuple[bool, Size], tuple[dict[str, Component], tuple[Stage, ...]]]
 """Components and stages by what they were traced for: whether with blended tiles, and the size."""
 
 
@@ -44,19 +44,23 @@ class Original:
     def of(cls, subject: Subject) -> Original:
         """That of a subject as it is now."""
         networks = subject.modules()
-        parts = {name: weakref.ref(part) for name, part in {**networks, "scheduler": subject.scheduler}.items()}
+        parts = {**networks, **({} if subject.scheduler is None else {"scheduler": subject.scheduler})}
+        references = {name: weakref.ref(part) for name, part in parts.items()}
         planned = {name for ways in subject.ways().values() for name in ways.settings}
         settings = tuple(value for network in networks.values() for value in _settings(network, planned))
         strides = (slot.tensor.stride() for network in networks.values() for slot in slots(network))
-        return cls(parts, subject.dtype, settings, tuple(strides))
+        return cls(references, subject.dtype, settings, tuple(strides))
 
 
 def _settings(network: nn.Module, but: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """The numbers, names and configurations that the modules of a network hold, which plans do not set themselves."""
+    """The numbers, names and configurations that the modules of a network hold, which plans do not set themselves.
+
+    Of other objects, such as those that compute the attention of modules, the type.
+    """
     for module in network.modules():
         for name, value in module.__dict__.items():
-            if (type(value) in _PLAIN or _is_frozen(value)) and name not in but:
-                yield name, value
+            if name not in but and not name.startswith("_"):
+                yield name, value if type(value) in _PLAIN or _is_frozen(value) else type(value)
 
 
 def _is_frozen(value: object) -> bool:
@@ -67,7 +71,7 @@ def _is_frozen(value: object) -> bool:
 class MetaSubject:
     """A subject on meta, how its networks' weights lie in files by name, and what was traced on it so far."""
 
-    subject: Subject
+    subject: Any
     in_files: InFiles
     device: torch.device
     original: Original | None = None
@@ -87,7 +91,7 @@ class MetaSubject:
         """Stand for a subject that was loaded as this was made."""
         self.original = Original.of(subject)
 
-    def workload(self, size: RunSize, allow: Collection[str] = ()) -> Workload:
+    def workload(self, size: Any, allow: Collection[str] = ()) -> Workload:
         """What a run of this size takes. Raises `ValueError` for a size that the subject cannot make.
 
         Blended tiles of clips, which take long to trace, are looked at where `allow` has them.
@@ -141,7 +145,7 @@ def _finished(call: Call, stage: TracedStage) -> Call:
     return replace(call, peak=max(call.peak, stage.tail), work=call.work.times(stage.parts))
 
 
-def meta_subject(subject: Subject, device: torch.device, in_files: InFiles | None = None) -> MetaSubject:
+def meta_subject(subject: StagedSubject, device: torch.device, in_files: InFiles | None = None) -> MetaSubject:
     """A subject, which may be in memory, at rest or on meta itself, made ready to be traced.
 
     `in_files` tells how weights of networks that are on meta lie in files; the others know it.
@@ -150,7 +154,7 @@ def meta_subject(subject: Subject, device: torch.device, in_files: InFiles | Non
     for name, module in subject.modules().items():
         if name not in files:
             files[name] = weights_in_files(module)
-    return MetaSubject(subject.on_meta(), files, device, Original.of(subject))
+    return MetaSubject(subject.with_networks_on_meta(), files, device, Original.of(subject))
 
 
 def nbytes(*tensors: torch.Tensor) -> int:

@@ -10,11 +10,11 @@ from torch import nn
 
 from lowtide.fitting.meta_subject import MetaSubject
 from lowtide.fitting.process import process_rates, usual_base
+from lowtide.fitting.subject import Size
 from lowtide.planning.machine_rates import assumed_rates, machine_rates
 from lowtide.planning.plan import Budgets, Plan
 from lowtide.planning.planner import Planner
 from lowtide.planning.rates import Rates
-from lowtide.planning.run_size import RunSize
 from lowtide.planning.workload import Workload
 from lowtide.weights.fill import dtype_name
 
@@ -27,7 +27,7 @@ class Fit:
     """All that plans for runs of one size are made from; `meta` is the subject that was traced for it."""
 
     meta: MetaSubject
-    size: RunSize
+    size: Size
     budgets: Budgets
     allow: tuple[str, ...]
     rates: Rates
@@ -79,7 +79,7 @@ class Fit:
 def prepare(
     meta: MetaSubject,
     budgets: Budgets,
-    size: RunSize,
+    size: Size,
     *,
     allow: tuple[str, ...] = (),
     loaded: Mapping[str, nn.Module] | None = None,

@@ -141,7 +141,10 @@ def weights_in_memory(modules: Iterable[nn.Module]) -> int:
 
 def _held_by(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors whose bytes a slot keeps in memory: its own, or those that its weight rests as."""
-    if not isinstance(tensor, AtRest):
+    if hasattr(tensor, "__tensor_flatten__"):  # weights of a quantizing library
+        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[operator]
+            yield getattr(tensor, name)
+    elif not isinstance(tensor, AtRest):
         yield tensor
     elif isinstance(tensor.weight.rest, HostRest):
         yield tensor.weight.rest.flat

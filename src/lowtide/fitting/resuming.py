@@ -28,30 +28,39 @@ def resumed(stage: str) -> Callable[[Callable[Concatenate[S, P], R]], Callable[C
     def decorate(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
         @functools.wraps(method)
         def begun_anew(subject: S, *args: P.args, **kwargs: P.kwargs) -> R:
-            while True:
-                applied = subject.applied
-                state = None if applied is None else _State(subject, (*args, *kwargs.values()))
-                try:
-                    return method(subject, *args, **kwargs)
-                except BaseException as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    if applied is None or state is None:
-                        error.add_note(ADVICE)
-                        raise
-                    reason = str(error).partition("\n")[0][:160] or type(error).__name__
-                    of_host = not is_of_device(error, applied.fit.device)
-                # Here the error is gone, and with it the frames that held what was being made.
-                state.put_back()
-                if not applied.shrink(stage, reason, of_host=of_host):
-                    raise OutOfMemoryError(
-                        f"Memory ran out in {stage!r} under the smallest plan there is ({reason}). Close other "
-                        "programs, ask for less (size, pictures at once), or allow more, as in allow=('int8',)."
-                    )
+            given = (*args, *kwargs.values())
+            return go_on(subject, stage, given, lambda: method(subject, *args, **kwargs))
 
         return begun_anew
 
     return decorate
+
+
+def go_on(subject: Subject, stage: str, given: tuple[Any, ...], attempt: Callable[[], R]) -> R:
+    """Try something in a stage until it succeeds, under a smaller plan each time that memory runs out; see `resumed`.
+
+    `given` are values among which generators may be that it draws from.
+    """
+    while True:
+        applied = subject.applied
+        state = None if applied is None else _State(subject, given)
+        try:
+            return attempt()
+        except BaseException as error:
+            if not is_out_of_memory(error):
+                raise
+            if applied is None or state is None:
+                error.add_note(ADVICE)
+                raise
+            reason = str(error).partition("\n")[0][:160] or type(error).__name__
+            of_host = not is_of_device(error, applied.fit.device)
+        # Here the error is gone, and with it the frames that held what was being made.
+        state.put_back()
+        if not applied.shrink(stage, reason, of_host=of_host):
+            raise OutOfMemoryError(
+                f"Memory ran out in {stage!r} under the smallest plan there is ({reason}). Close other programs, ask "
+                "for less (size, pictures at once), or allow more, as in allow=('int8',)."
+            )
 
 
 class _State:

@@ -19,6 +19,8 @@ from lowtide.stages import Stages
 
 if TYPE_CHECKING:
     from lowtide.fitting.applied_plan import AppliedPlan
+    from lowtide.fitting.meta_subject import MetaSubject
+    from lowtide.loading.blueprint import InFiles
 
 
 class Ways(Protocol):
@@ -70,6 +72,14 @@ class TracedStage:
     ways: Ways | None = None
 
 
+class Size(Protocol):
+    """What a run is asked for, as far as its memory and time depend on it. Sizes can be compared and hashed."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The size as a plan keeps it: what JSON can hold."""
+        ...
+
+
 class Subject(Protocol):
     """What planning and fitting need of a pipeline."""
 
@@ -98,14 +108,25 @@ class Subject(Protocol):
         """For each stage that can be gone through in several ways, these."""
         ...
 
-    def usual_size(self, **asked: Any) -> RunSize:
+    def usual_size(self, **asked: Any) -> Size:
         """The size of a run where nothing else is said: the model's own, or what of it is `asked` otherwise.
 
-        Raises `ValueError` for what is no part of a size, and for sizes that cannot be made.
+        Raises `ValueError` or `TypeError` for what is no part of a size, and `ValueError` for what cannot be made.
         """
         ...
 
-    def on_meta(self) -> Self:
+    def on_meta(self, device: torch.device, in_files: InFiles | None = None) -> MetaSubject:
+        """A copy with networks on meta, every stage set to be gone through whole, to be planned for a device.
+
+        `in_files` tells how weights of networks that are on meta lie in files; the others know it.
+        """
+        ...
+
+
+class StagedSubject(Subject, Protocol):
+    """A subject that can say which stages a run of a size has, so that one call of each is traced."""
+
+    def with_networks_on_meta(self) -> Self:
         """A copy with networks on meta, every stage set to be gone through whole."""
         ...
 

@@ -79,7 +79,7 @@ def _named(root: nn.Module, name: str) -> list[nn.Module]:
             f"{type(root).__name__} has no module {name!r} to split in blocks; its lists are {lists[:30]}."
         )
     module = modules[name]
-    return list(module) if isinstance(module, (nn.ModuleList, nn.Sequential)) else [module]
+    return _members(module) if isinstance(module, (nn.ModuleList, nn.Sequential)) else [module]
 
 
 def _collect(module: nn.Module, lists: list[list[nn.Module]], seen: set[int]) -> bool:
@@ -90,10 +90,15 @@ def _collect(module: nn.Module, lists: list[list[nn.Module]], seen: set[int]) ->
     inside = [_collect(child, lists, seen) for child in module.children()]
     if any(inside):
         return True
-    if isinstance(module, (nn.ModuleList, nn.Sequential)) and _is_repeated(list(module)):
-        lists.append(list(module))
+    if isinstance(module, (nn.ModuleList, nn.Sequential)) and _is_repeated(_members(module)):
+        lists.append(_members(module))
         return True
     return False
+
+
+def _members(modules: nn.ModuleList | nn.Sequential) -> list[nn.Module]:
+    """The modules in a list, some of whose places may be empty."""
+    return [member for member in modules if member is not None]  # pyright: ignore[reportUnnecessaryComparison]
 
 
 def _is_atomic(module: nn.Module) -> bool:

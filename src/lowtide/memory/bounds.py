@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+ROWS_READ = 32 * 2**20
+"""Of a mapped embedding, whose rows are read where they lie, at most so many bytes are taken to come into memory: for
+every row the pages around it come too, and 500 tokens are 500 rows."""
 STAGE_BYTES = 32 * 2**20
 """Of each of the two pinned buffers through which bytes go that are not pinned themselves, on their way to a GPU."""
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from lowtide.calls import Call, Calls
 from lowtide.forks import new_rlock, tell_of_forks
-from lowtide.memory.bounds import Sizes, aligned, bound, depth, largest
+from lowtide.memory.bounds import ROWS_READ, Sizes, aligned, bound, depth, largest
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.reader import Reader
 from lowtide.memory.ring import Ring
@@ -236,7 +236,7 @@ class Stream:
             if not self._works_in_place(weight):
                 copied += aligned(weight.nbytes)
             elif isinstance(weight.rest, DiskRest):
-                window += weight.nbytes
+                window += min(weight.nbytes, ROWS_READ) if unit.by_rows else weight.nbytes
         return Sizes(copied, window)
 
     def _total(self, unit: Unit) -> int:
@@ -281,7 +281,8 @@ class Stream:
                 weight.rest.copy_into(target)
             else:
                 target.copy_(weight.rest.on_host())
-        self._window(load.unit).bring_in()
+        if not load.unit.by_rows:
+            self._window(load.unit).bring_in()
 
     def _wait(self, load: Load) -> None:
         if load.future is not None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from lowtide.memory.blocks import Part
 from lowtide.memory.placeholder import spoil
 from lowtide.memory.weight import Weight
+
+
+def read_by_rows(modules: Iterable[nn.Module]) -> bool:
+    """Whether modules read some rows of their weights only: embeddings do."""
+    return all(isinstance(module, nn.Embedding) for module in modules)
 
 
 class Unit:
@@ -19,7 +25,8 @@ class Unit:
 
     `count` is the number of calls that need it now. While its weights are in their slots, `load` is the load that
     brought them, and `placed` the tensors put there with their versions. A unit that `stays` is never dropped; a unit
-    that `lingers` is not dropped after every call.
+    that `lingers` is not dropped after every call. Of a unit that is used `by_rows` only these are read, where all of
+    it can work where it lies.
     """
 
     def __init__(self, name: str, part: Part) -> None:
@@ -27,6 +34,7 @@ class Unit:
         self.modules = part.modules
         self.weights = list(part.weights)
         self.aside = part.aside
+        self.by_rows = read_by_rows(part.modules)
         self.stays = False
         self.lingers = False
         self.count = 0

@@ -48,28 +48,31 @@ def put_weights(
     casting: Casting | None = None,
     never_cast: Collection[str] = (),
     float32_beside_float16: Collection[str] = (),
+    own_dtypes: Mapping[str, torch.dtype] | None = None,
     buffers: Mapping[str, torch.Tensor] | None = None,
+    leave: Collection[str] = (),
 ) -> None:
     """Give a module on meta the weights of `index`: read as `fill` reads them or, under an `offload`, left at rest.
 
     Weights that are in 8 bits in the file stay so. With `casting` the others are cast one by one from the file, except
     in modules that match a pattern of `never_cast`; all compute in one dtype. If that is float16, weights that match a
-    pattern (`fnmatch`) of `float32_beside_float16` are float32, or compute in float32 where they rest in 8 bits.
+    pattern (`fnmatch`) of `float32_beside_float16` are float32, or compute in float32 where they rest in 8 bits;
+    `own_dtypes` gives other dtypes by pattern, whatever the others compute in. What is in slots named in `leave` stays.
     Raises as `fill`, `attach` and `cast` do.
     """
     saved, others = saved_weights(module, index)
     asked = dtype if casting is None or casting.compute is None else getattr(torch, casting.compute)
     in_file = computing_dtype(others, float32_beside_float16)
     is_float16 = (asked or in_file) == torch.float16
-    own = dict.fromkeys(float32_beside_float16 if is_float16 else (), torch.float32)
+    own = {**dict.fromkeys(float32_beside_float16 if is_float16 else (), torch.float32), **(own_dtypes or {})}
     if offload is not None and casting is None and not saved:
-        fill(module, index, dtype=dtype, device="meta", own_dtypes=own, buffers=buffers)
+        fill(module, index, dtype=dtype, device="meta", own_dtypes=own, buffers=buffers, leave=leave)
         attach(module, offload.rule, offload.stream, index=index)
         return
     compute = dtype or (in_file if saved else None)
     placed = [slot.name for weight in saved for slot in weight.slots]
     keep = () if casting is None else ("*",)  # they stay views of the file: casting converts them
-    fill(module, others, dtype=compute, buffers=buffers, keep_dtype=keep, own_dtypes=own, leave=placed)
+    fill(module, others, dtype=compute, buffers=buffers, keep_dtype=keep, own_dtypes=own, leave=[*placed, *leave])
     if saved:
         place(module, saved, compute or torch.float32, own)
     if casting is not None:

@@ -18,11 +18,13 @@ from lowtide.fitting.applied_plan import AppliedPlan
 from lowtide.fitting.budgets import Asked, parse_budgets
 from lowtide.fitting.call_lock import CallLock
 from lowtide.fitting.checkpoints import check_only_budget, load_within
+from lowtide.fitting.meta_subject import MetaSubject, meta_subject
 from lowtide.fitting.observers import Tidy
 from lowtide.fitting.resuming import resumed
 from lowtide.fitting.run_report import RunReport
 from lowtide.fitting.subject import TracedStage
 from lowtide.hub import Source
+from lowtide.loading.blueprint import InFiles
 from lowtide.loading.components import LoadOptions
 from lowtide.machine.heap import trim_heap
 from lowtide.memory.presets import execution_device
@@ -219,7 +221,11 @@ class DiffusionPipeline(PeerNames, RunningCall, MemorySettings):
         """The stages of a run, for a pipeline on meta."""
         raise NotImplementedError
 
-    def on_meta(self) -> Self:
+    def on_meta(self, device: torch.device, in_files: InFiles | None = None) -> MetaSubject:
+        """A copy with networks on meta, to be planned for a device; see `lowtide.fitting.subject.Subject`."""
+        return meta_subject(self, device, in_files)
+
+    def with_networks_on_meta(self) -> Self:
         """A copy with networks on meta, which decodes at once."""
         return on_meta(self)
 

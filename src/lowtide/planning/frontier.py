@@ -170,7 +170,8 @@ def choices(
             shares[id(option.units)] = shares_of(option.units, rates)
         timing = Timing(option, rates, shares[id(option.units)], cold=cold)
         per_stage = [
-            [(stage, way, timing.stage(stage.calls, seconds)) for way, seconds in ways] for stage, ways in ways_of
+            [(stage, way, timing.stage(stage.calls, seconds, stage.visits)) for way, seconds in ways]
+            for stage, ways in ways_of
         ]
         all_choices += [_choice(option, ways, rates, limits, tick) for ways in product(*per_stage)]
     return all_choices

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lowtide.memory.bounds import STAGE_BYTES, Sizes, bound, depth, spread, summed, within
+from lowtide.memory.bounds import ROWS_READ, STAGE_BYTES, Sizes, bound, depth, spread, summed, within
 from lowtide.memory.rule import Level, Rule, Tier
 from lowtide.planning.plan import ComponentPlan
 from lowtide.planning.rates import Rates
@@ -71,6 +71,8 @@ def component_options(
     component: Component, rates: Rates, castings: Sequence[str], *, scarce_host: bool
 ) -> list[Option]:
     """All options for a component; `scarce_host` adds options that take less of a GPU's host memory."""
+    if not component.movable:
+        return [_resident(component, rates, None)]
     options: list[Option] = []
     for casting in (None, *[name for name in castings if name in component.castings]):
         options.append(_resident(component, rates, casting))
@@ -158,7 +160,8 @@ def _copied_to_stay(component: Component, unit: UnitSize, rates: Rates) -> int:
 
 
 def _size(unit: UnitSize, copied: int) -> Sizes:
-    return Sizes(copied, unit.nbytes - copied)
+    mapped = unit.nbytes - copied
+    return Sizes(copied, min(mapped, ROWS_READ) if unit.by_rows else mapped)
 
 
 def _resident_size(unit: UnitSize, copied: int) -> Sizes:

@@ -64,14 +64,18 @@ class Timing:
         self._ring = ring if rule is not None and rule.prefetch > 0 and len(ring) > 1 else []
         self._stays_for_stage = rule is not None and rule.level is Level.WHOLE
 
-    def stage(self, calls: int, computing: float) -> Pace:
-        """The pace of `calls` calls, each with `computing` seconds of computing."""
+    def stage(self, calls: int, computing: float, visits: int = 1) -> Pace:
+        """The pace of `calls` calls in `visits` stretches, each call with `computing` seconds of computing."""
         compute = computing + self._dequantizing()
-        later = 0 if self._stays_for_stage else calls - 1
         first = compute + sum(load.seconds for load in self._first)
-        following = compute if self._stays_for_stage else self._pipelined(compute)
+        if self._stays_for_stage:
+            later = visits - 1
+            following = later * (compute + sum(load.seconds for load in self._later)) + (calls - visits) * compute
+        else:
+            later = calls - 1
+            following = later * self._pipelined(compute)
         return Pace(
-            first + (calls - 1) * following,
+            first + following,
             calls * compute,
             sum(load.link for load in self._first) + later * sum(load.link for load in self._later),
             sum(load.disk for load in self._first) + later * sum(load.disk for load in self._later),

@@ -103,13 +103,14 @@ class Component:
     """A network's weights, split into units at each level, in the order in which they are called.
 
     `castings` holds the units of weights that rest in 8 bits, by the casting's name. `in_file` tells whether the
-    weights can be read again from files.
+    weights can be read again from files, `movable` whether they can be moved at all.
     """
 
     name: str
     units: Mapping[Level, tuple[UnitSize, ...]]
     castings: Mapping[str, Mapping[Level, tuple[UnitSize, ...]]] = field(default_factory=dict)
     in_file: bool = True
+    movable: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +120,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Stage:
-    """A named stretch of a run, in which one component is called `calls` times.
+    """A named stretch of a run, in which one component is called `calls` times, in `visits` stretches without others.
 
     `ways` holds what one call takes in each possible way, by the names in `WAYS`. `carried` bytes are alive during the
     whole stage and in no call's peak: latents, embeddings, the scheduler's history, finished pictures. `withheld` bytes
@@ -132,6 +133,7 @@ class Stage:
     ways: Mapping[str, Call]
     carried: int = 0
     withheld: int = 0
+    visits: int = 1
 
     @property
     def keeps_heap(self) -> bool:

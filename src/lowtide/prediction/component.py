@@ -15,6 +15,7 @@ from lowtide.memory.blocks import Part, split, with_atomic
 from lowtide.memory.bounds import aligned
 from lowtide.memory.module_weights import gather
 from lowtide.memory.rule import Level, Rule
+from lowtide.memory.unit import read_by_rows
 from lowtide.memory.weight import Weight
 from lowtide.planning.workload import Call, Component, UnitSize, Work
 from lowtide.prediction.tracing import Traced, trace
@@ -132,7 +133,7 @@ class _Survey:
             work,
             self._largest_leaf(part),
             self._is_called(part),
-            all(isinstance(module, nn.Embedding) for module in part.modules),
+            read_by_rows(part.modules),
         )
 
     def _is_called(self, part: Part) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.Size)
+PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.Size, torch.device)
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,14 @@ class Form:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+
+
+@dataclass(frozen=True)
+class DictForm:
+    """A dict, or an object of a class derived from it, with the forms of what it holds."""
+
+    kind: type[Any]
+    values: dict[str, Any]
 
 
 class Signatures:
@@ -79,6 +87,12 @@ def form_of_call(args: Any, kwargs: dict[str, Any]) -> tuple[Any, list[torch.Ten
         return None
 
 
+def is_unchanged(form: tuple[Any, list[torch.Tensor]], args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call has left its inputs as `form_of_call` saw them: lists and dicts may be filled and emptied."""
+    now = form_of_call(args, kwargs)
+    return now is not None and now[0] == form[0] and all(a is b for a, b in zip(now[1], form[1], strict=True))
+
+
 def _form(value: Any, tensors: list[torch.Tensor], memories: dict[int, int]) -> Any:
     if isinstance(value, torch.Tensor):
         tensors.append(value)
@@ -86,8 +100,10 @@ def _form(value: Any, tensors: list[torch.Tensor], memories: dict[int, int]) -> 
         return memory, value.shape, value.stride(), value.storage_offset(), value.dtype, value.requires_grad
     if isinstance(value, PLAIN):
         return type(value), value
-    if type(value) is tuple:  # a list may be emptied by the call
-        return tuple(_form(element, tensors, memories) for element in value)
+    if type(value) in (tuple, list):
+        return type(value), *(_form(element, tensors, memories) for element in value)
+    if type(value) is dict:
+        return dict, *((key, _form(element, tensors, memories)) for key, element in value.items())
     raise TypeError(type(value))
 
 
@@ -109,6 +125,8 @@ def _forms(value: Any, memories: dict[int, tuple[int, bool]], sizes: dict[int, i
         return None
     if type(value) in (tuple, list):
         return type(value)(_forms(element, memories, sizes) for element in value)
+    if isinstance(value, dict):
+        return DictForm(type(value), {key: _forms(element, memories, sizes) for key, element in value.items()})
     if type(value) is not torch.Tensor:
         raise TypeError(type(value))
     storage = value.untyped_storage()
@@ -124,6 +142,8 @@ def made_again(form: Any, inputs: list[torch.Tensor], memories: dict[int, torch.
     """The result of another call, on meta; `memories` is to be empty."""
     if form is None:
         return None
+    if isinstance(form, DictForm):
+        return form.kind(**{key: made_again(value, inputs, memories) for key, value in form.values.items()})
     if not isinstance(form, Form):
         return type(form)(made_again(element, inputs, memories) for element in form)
     if not form.is_input:
@@ -154,6 +174,6 @@ class Operators:
             return made_again(self._forms[key], tensors, {})
         result = self._make(func, args, kwargs)
         forms = forms_of_result(result, tensors)
-        if forms is not None and form_of_call(fixed, kwargs) == form:  # else it gave a tensor another form
+        if forms is not None and is_unchanged(form, fixed, kwargs):  # else it gave a tensor another form
             self._forms[key] = forms[0]
         return result

@@ -21,7 +21,7 @@ from lowtide.memory.overrides import Overrides
 from lowtide.ops.meta_device import meant_device, standing_for, taken_note
 from lowtide.planning.workload import Call, Work
 from lowtide.prediction.operators import REWRITTEN, made_by, work_of
-from lowtide.prediction.repeats import Operators, Signatures, form_of_call, forms_of_result, made_again
+from lowtide.prediction.repeats import Operators, Signatures, form_of_call, forms_of_result, is_unchanged, made_again
 from lowtide.prediction.workspace import workspace
 
 GRAIN = {"cpu": 1, "cuda": 512}
@@ -50,8 +50,8 @@ class Traced:
 
 
 @dataclass
-class _Memory:
-    """Bytes alive, and the most there were."""
+class Memory:
+    """Bytes alive, and the most there were. `grain` is what the allocator rounds up to."""
 
     grain: int
     alive: int = 0
@@ -91,13 +91,13 @@ def trace(
     `networks` are those that it calls: copies that nobody else calls while this lasts. `inputs` are the tensors that
     are there from beginning to end. Raises what `fn` raises.
     """
-    memory = _Memory(GRAIN[device])
+    memory = Memory(GRAIN[device])
     for tensor in inputs:
         memory.add(tensor)
     memory.reached(0)
-    watch = _Watch(memory)
+    watch = Watch(memory, Repeats())
     with ExitStack() as stack:
-        for context in (torch.no_grad(), standing_for(device), watch.seeing(networks), watch, _Rewritten()):
+        for context in (torch.no_grad(), standing_for(device), watch.seeing(networks), watch, Rewritten()):
             stack.enter_context(context)
         before = memory.alive
         taken_note()
@@ -109,7 +109,7 @@ def trace(
     return Traced(Call(memory.peak, memory.workspace, left, done, taken_note()), tuple(watch.segments))
 
 
-class _Rewritten(TorchFunctionMode):
+class Rewritten(TorchFunctionMode):
     """Has functions of several forms take the form that the meant device takes, not that of the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -130,18 +130,25 @@ class _Repeat:
     segments: tuple[Segment, ...]
 
 
-class _Watch(TorchDispatchMode):
+class Repeats:
+    """What is known of modules and operators that were called before: traces of the same modules may share it."""
+
+    def __init__(self) -> None:
+        self.signatures = Signatures()
+        self.operators = Operators(made_by)
+        self.calls: dict[Any, _Repeat] = {}
+
+
+class Watch(TorchDispatchMode):
     """Sees every operator."""
 
-    def __init__(self, memory: _Memory) -> None:
+    def __init__(self, memory: Memory, repeats: Repeats) -> None:
         super().__init__()
         self.segments: list[Segment] = []
         self._memory = memory
         self._inside: list[nn.Module] = []
         self._done: list[Work] = []
-        self._signatures = Signatures()
-        self._operators = Operators(made_by)
-        self._repeats: dict[Any, _Repeat] = {}
+        self._repeats = repeats
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -151,7 +158,7 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if meant_device() is None:
             return func(*args, **kwargs)
-        result = self._operators.result(func, args, kwargs)
+        result = self._repeats.operators.result(func, args, kwargs)
         given = list(tensors_in(args))
         given += tensors_in(kwargs.values())
         made = list(tensors_in(result if isinstance(result, (tuple, list)) else (result,)))
@@ -191,23 +198,23 @@ class _Watch(TorchDispatchMode):
         form = form_of_call(args, kwargs) if module._modules else None
         if form is None:
             return self._followed(module, call, args, kwargs)
-        key = self._signatures.of(module), form[0]
-        if key in self._repeats:
-            return self._replayed(self._repeats[key], module, form[1])
+        key = self._repeats.signatures.of(module), form[0]
+        if key in self._repeats.calls and not _is_watched(module):
+            return self._replayed(self._repeats.calls[key], module, form[1])
         begun, alive, outer = len(self.segments), self._memory.alive, (self._memory.peak, self._memory.workspace)
         self._memory.peak = self._memory.workspace = 0
         self._memory.reached(0)
         result = self._followed(module, call, args, kwargs)
         peak, beside = self._memory.peak, self._memory.workspace
         self._memory.peak, self._memory.workspace = max(outer, (peak, beside), key=lambda marks: marks[0])
-        forms = forms_of_result(result, form[1])
+        forms = forms_of_result(result, form[1]) if is_unchanged(form, args, kwargs) else None
         if forms is not None and forms[1] == self._memory.alive - alive:  # else it keeps something, or lets go of it
             inside = tuple(
                 Segment(segment.inside[len(self._inside) :], segment.work)
                 for segment in self.segments[begun:]
                 if len(segment.inside) > len(self._inside)
             )
-            self._repeats[key] = _Repeat(module, peak - alive, beside, forms[0], inside)
+            self._repeats.calls[key] = _Repeat(module, peak - alive, beside, forms[0], inside)
         return result
 
     def _followed(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -232,6 +239,11 @@ class _Watch(TorchDispatchMode):
         if self._done or even_if_empty:
             self.segments.append(Segment(tuple(self._inside), sum(self._done, Work())))
             self._done = []
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether hooks of others see calls of this module or of its parts, so that none may be left out."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:

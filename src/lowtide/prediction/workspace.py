@@ -27,6 +27,9 @@ ENTRIES_OF_NATIVE = 20480
 """Up to which one map in float32 is convolved by PyTorch itself, by writing every entry down for each of the kernel's.
 """
 POINTWISE = {"add", "sub", "mul", "div", "addcmul", "addcdiv", "where", "maximum", "minimum", "lerp", "pow"}
+ENLARGEMENTS = {"upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d"}
+FEW_CHANNELS = 1
+"""Up to which a map is enlarged as it lies."""
 MATRIX_FIXED = 6 * 2**10
 MATRIX_PART = 1152 * 2**10
 """Bytes of a weight that oneDNN arranges at once, at most."""
@@ -71,6 +74,8 @@ def workspace(func: Any, args: Any, given: list[torch.Tensor], made: list[torch.
         return _of_flash_attention(given)
     if name in ("mm", "addmm", "bmm", "baddbmm"):
         return _of_product(given, made[0])
+    if name in ENLARGEMENTS and meant_device() == "cpu":
+        return _of_enlargement(given[0], made[0])
     if name.rstrip("_") in POINTWISE and meant_device() == "cpu":
         return _of_mixed_dtypes(given)
     return 0
@@ -144,12 +149,33 @@ def _of_convolution(conv: Convolution) -> int:
         # -0.26 % of whole runs, and -15 to -18 % without).
         return sum(map(_nbytes, (conv.x, conv.weight, conv.out)))
     if conv.groups > 1:
-        return sum(map(_nbytes, (conv.x, conv.weight, conv.out)))  # not measured
+        return _grouped(conv)
     if conv.is_native:
         return _native(conv)
     if conv.is_channels_last:
         return _channels_last(conv)
     return _brought_to_channels_last(conv) if conv.by is Multiplier.AMX else _blocked(conv)
+
+
+def _grouped(conv: Convolution) -> int:
+    """A convolution in groups of channels: an upper estimate, close where every channel is a group of its own."""
+    x, weight, out = conv.x, conv.weight, conv.out
+    if x.dtype != torch.float32 and conv.by in (Multiplier.AMX, Multiplier.LOOPS):
+        return sum(map(_nbytes, (x, weight, out)))  # not measured
+    if conv.is_channels_last:
+        is_depthwise = weight.shape[1] == 1
+        return _padded(weight, 0) if is_depthwise else max(2 * _nbytes(weight), _nbytes(x))
+    return _padded(x, 1) + _padded(weight, 0) + _padded(out, 1) - _nbytes(out)
+
+
+def _padded(x: torch.Tensor, dim: int) -> int:
+    """Bytes with one dimension filled up to whole blocks."""
+    return _nbytes(x) // max(1, x.shape[dim]) * _up(x.shape[dim], BLOCK)
+
+
+def _of_enlargement(x: torch.Tensor, out: torch.Tensor) -> int:
+    """Kernels work with channels last, and bring source and result there and back."""
+    return 0 if x.shape[1] <= FEW_CHANNELS or is_channels_last(x) else _nbytes(x) + _nbytes(out)
 
 
 def _native(conv: Convolution) -> int:
@@ -179,8 +205,12 @@ def _brought_to_channels_last(conv: Convolution) -> int:
 
 
 def _blocked(conv: Convolution) -> int:
-    """Else, with channels first: everything is brought in blocks of channels, and the result back."""
+    """Else, with channels first: everything is brought in blocks of channels, and the result back.
+
+    Before that PyTorch copies what has gaps, or its dimensions in another order.
+    """
     x, out = conv.x, conv.out
+    copied = sum(_nbytes(tensor) for tensor in (x, conv.weight) if not tensor.is_contiguous())
     channels_in, channels_out = _up(x.shape[1], BLOCK), _up(out.shape[1], BLOCK)
     is_flat = x.shape[1] < BLOCK and not conv.is_pointwise  # the source as it is
     taken_in = x.shape[1] if is_flat else channels_in
@@ -194,7 +224,7 @@ def _blocked(conv: Convolution) -> int:
         scratch += torch.get_num_threads() * channels_in * out[0, 0].numel() * x.itemsize + BOOKED
     if conv.is_pointwise and x.itemsize == 2:
         scratch += _sums(conv, channels_out)
-    return max(scratch + source + weight + result - _nbytes(out), result)
+    return copied + max(scratch + source + weight + result - _nbytes(out), result)
 
 
 def _sums(conv: Convolution, channels: int) -> int:

@@ -1,0 +1,116 @@
+"""A foreign pipeline as a subject: its networks, its calls, and how they keep to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowtide.fitting import fit as fitting
+from lowtide.fitting.applied_plan import AppliedPlan
+from lowtide.fitting.call_lock import CallLock
+from lowtide.fitting.meta_subject import MetaSubject, Original
+from lowtide.fitting.observers import Tidy
+from lowtide.guests.brackets import Brackets
+from lowtide.guests.driven_guest import DrivenGuest, stage_name
+from lowtide.guests.ghost import ghost_of
+from lowtide.guests.guest_call import GuestCall
+from lowtide.guests.guest_decode import GuestDecode
+from lowtide.guests.networks import components_of, networks_of
+from lowtide.guests.own_files import remember_files
+from lowtide.guests.quantized import bytes_where_quantized
+from lowtide.loading.blueprint import InFiles
+from lowtide.memory.attach import attachment_of
+from lowtide.memory.stream import Stream
+from lowtide.pipelines.scheduler_claim import claimed
+from lowtide.planning.workload import WHOLE
+from lowtide.prediction.meta_copy import weights_in_files
+from lowtide.stages import Stages
+from lowtide.weights.provenance import check_files
+from lowtide.weights.slots import slots
+
+
+class Guest:
+    """A pipeline of another library; a `lowtide.fitting.subject.Subject`. `own_class` is its class."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.own_class: type[Any] = type(pipe)
+        self.applied: AppliedPlan | None = None
+        self.call_lock = CallLock()
+        self.stages = Stages()
+
+    @property
+    def scheduler(self) -> Any:
+        """What changes from step to step: the pipeline's scheduler."""
+        return getattr(self.pipe, "scheduler", None)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks by name."""
+        return networks_of(self.pipe)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most of the weights."""
+        sizes: dict[torch.dtype, int] = {}
+        for network in self.modules().values():
+            for slot in slots(network):
+                if slot.tensor.is_floating_point():
+                    sizes[slot.tensor.dtype] = sizes.get(slot.tensor.dtype, 0) + slot.tensor.numel()
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+    @property
+    def vocabulary(self) -> int:
+        """Words that tokenizers in memory know."""
+        parts = components_of(self.pipe).items()
+        return sum(len(part) for name, part in parts if "tokenizer" in name and hasattr(part, "__len__"))
+
+    def ways(self) -> dict[str, GuestDecode]:
+        """The ways of every stage that decodes."""
+        ways = {stage_name(name, "decode"): GuestDecode.for_(network) for name, network in self.modules().items()}
+        return {name: decode for name, decode in ways.items() if decode is not None}
+
+    def usual_size(self, **asked: Any) -> GuestCall:
+        """A call with these arguments. Raises `TypeError` for those that it does not take."""
+        return GuestCall.of(self.pipe, asked)
+
+    def on_meta(self, device: torch.device, in_files: InFiles | None = None) -> MetaSubject:
+        """A copy with networks on meta, which decodes at once. `in_files` are those of networks that are on meta."""
+        files = dict(in_files or {})
+        remember_files(network for name, network in self.modules().items() if name not in files)
+        for name, network in self.modules().items():
+            if name not in files:
+                files[name] = weights_in_files(network)
+        ghost = Guest(ghost_of(self.pipe))
+        for ways in ghost.ways().values():
+            ways.set(WHOLE)
+        return DrivenGuest(ghost, files, device, Original.of(self), quantized=bytes_where_quantized(self.modules()))
+
+    # ---- calls
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the plan computes; None without one."""
+        return None if self.applied is None else self.applied.fit.device
+
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The pipeline's own call, within the budget. Raises what it raises, and `BudgetError` before it begins."""
+        asked = GuestCall.bound(self.pipe, args, kwargs)
+        with self.call_lock.call(), claimed(self.scheduler), ExitStack() as stack:
+            fitting.before_call(self, asked)
+            check_files(tensor for network in self.modules().values() for tensor in network.parameters())
+            for stream in self.streams():
+                stack.enter_context(stream.held())
+            if self.applied is not None:
+                stack.enter_context(self.applied.measured())
+            stack.enter_context(self.stages.observed(Tidy(self.streams, every_step=True)))
+            stack.enter_context(Brackets(self).on())
+            return self.own_class.__call__(self.pipe, *args, **kwargs)
+
+    def streams(self) -> list[Stream]:
+        """The streams that bring the networks' weights to work, each once."""
+        attachments = (attachment_of(network) for network in self.modules().values())
+        return list(dict.fromkeys(attachment.stream for attachment in attachments if attachment is not None))

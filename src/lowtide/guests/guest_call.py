@@ -1,0 +1,106 @@
+"""One call of a foreign pipeline: its arguments, and what of them decides the memory that it takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lowtide.guests.networks import components_of
+
+PROMPT = "A photo of a boat on the sea"
+"""What is assumed where a prompt is needed and none was told."""
+_PLAIN = (bool, int, float, str, type(None))
+_STEPS = ("num_inference_steps", "steps")
+
+
+class GuestCall:
+    """The arguments of a call by name. Two calls are equal where they take the same memory."""
+
+    def __init__(self, arguments: Mapping[str, Any], key: tuple[Any, ...]) -> None:
+        self.arguments = dict(arguments)
+        self._key = key
+
+    @classmethod
+    def of(cls, pipe: Any, arguments: Mapping[str, Any]) -> GuestCall:
+        """A call of a pipeline. Raises `TypeError` for arguments that it does not take."""
+        signature = call_signature(pipe)
+        names = set(signature.parameters)
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+        unknown = sorted(set(arguments) - names)
+        if unknown and not takes_any:
+            kind, possible = type(pipe).__name__, ", ".join(sorted(names))
+            raise TypeError(f"A call of {kind} takes no {', '.join(unknown)}; it takes {possible}.")
+        told = dict(arguments)
+        if "prompt" in names and not any(told.get(name) is not None for name in ("prompt", "prompt_embeds")):
+            told["prompt"] = PROMPT
+        key = tuple((name, _form(value, pipe)) for name, value in sorted(told.items()) if not _is_idle(value))
+        return cls(told, key)
+
+    @classmethod
+    def bound(cls, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GuestCall:
+        """A call with arguments as they were given."""
+        return cls.of(pipe, call_signature(pipe).bind_partial(*args).arguments | dict(kwargs))
+
+    @property
+    def steps(self) -> int | None:
+        """The steps that were asked for, if they were."""
+        asked = (self.arguments.get(name) for name in _STEPS)
+        return next((steps for steps in asked if isinstance(steps, int)), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What of the arguments JSON can hold: numbers and words."""
+        return {name: value for name, value in self.arguments.items() if _is_plain(value) and value is not None}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GuestCall) and other._key == self._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value!r:.40}" for name, value in self.to_dict().items())
+
+
+def call_signature(pipe: Any) -> inspect.Signature:
+    """The signature of a pipeline's call, without itself."""
+    return inspect.signature(pipe.__call__)
+
+
+def _is_idle(value: Any) -> bool:
+    """Whether a value changes no memory."""
+    return value is None or isinstance(value, torch.Generator) or (callable(value) and not hasattr(value, "shape"))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, _PLAIN)
+
+
+def _form(value: Any, pipe: Any) -> Any:
+    """What of a value decides the memory of a call: of words how many tokens they are, of pictures their size."""
+    if isinstance(value, str):
+        return "text", _token_counts(value, pipe)
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(_form(item, pipe) for item in value if not isinstance(item, torch.Generator))
+    if isinstance(value, Mapping):
+        return tuple((name, _form(item, pipe)) for name, item in sorted(value.items()))
+    shape = getattr(value, "shape", None) or getattr(value, "size", None)
+    if shape is not None and not callable(shape):
+        return type(value).__name__, tuple(shape), str(getattr(value, "dtype", getattr(value, "mode", "")))
+    return type(value).__name__
+
+
+def _token_counts(text: str, pipe: Any) -> Any:
+    """How many tokens the pipeline's tokenizers make of a text; the text itself without any."""
+    counts = tuple(
+        len(tokenizer(text)["input_ids"])  # pyright: ignore[reportIndexIssue]
+        for name, tokenizer in components_of(pipe).items()
+        if "tokenizer" in name and callable(tokenizer)
+    )
+    return counts or text

@@ -1,0 +1,104 @@
+"""The ways in which a guest's autoencoder decodes: at once, picture by picture, row by row, in blended tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowtide.activations.row_streaming import (
+    RowSettings,
+    apply_row_streaming,
+    remove_row_streaming,
+    row_streaming_of,
+)
+from lowtide.planning.workload import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, Call, Work
+
+_ROWS = {EXACT: "device", EXACT_ON_DISK: "disk"}
+_LEVELS = 4
+"""How often rows are written and read again, at the usual number of an autoencoder's levels."""
+
+
+class GuestDecode:
+    """Sets how an autoencoder decodes, and traces what each way takes; see `lowtide.fitting.subject.Ways`."""
+
+    settings: Collection[str] = ("use_slicing", "use_tiling")
+
+    def __init__(self, autoencoder: Any) -> None:
+        self._autoencoder = autoencoder
+
+    @classmethod
+    def for_(cls, network: nn.Module) -> GuestDecode | None:
+        """The ways of a network, if it is an autoencoder with a decoder of its own."""
+        decoder, decode = getattr(network, "decoder", None), getattr(network, "decode", None)
+        return cls(network) if isinstance(decoder, nn.Module) and callable(decode) else None
+
+    def set(self, way: str) -> None:
+        """Decode in one of the ways of `lowtide.planning.workload.WAYS`."""
+        autoencoder = self._autoencoder
+        for name, is_on in (("use_slicing", way == SLICED), ("use_tiling", way == BLENDED)):
+            if hasattr(autoencoder, name):
+                setattr(autoencoder, name, is_on)
+        rows = _ROWS.get(way)
+        streaming = row_streaming_of(autoencoder.decoder)
+        if rows is None:
+            remove_row_streaming(autoencoder.decoder)
+        elif streaming is None or streaming.settings != RowSettings.of(rows, None, None, None):
+            apply_row_streaming(autoencoder.decoder, rows=rows)
+
+    def now(self) -> tuple[Any, ...]:
+        """How it decodes now, to be put back."""
+        flags = {name: getattr(self._autoencoder, name) for name in self.settings if hasattr(self._autoencoder, name)}
+        return flags, row_streaming_of(self._autoencoder.decoder)
+
+    def put_back(self, before: Any) -> None:
+        """Decode as when `now` was asked."""
+        flags, streaming = before
+        remove_row_streaming(self._autoencoder.decoder)
+        for name, value in flags.items():
+            setattr(self._autoencoder, name, value)
+        if streaming is not None:
+            self._autoencoder.decoder.__dict__["forward"] = streaming
+
+    def traced(
+        self, names: Sequence[str], inputs: Sequence[torch.Tensor], trace: Callable[[], Call], whole: Work
+    ) -> dict[str, Call]:
+        """What the ways called `names` take that the autoencoder offers for this picture or clip."""
+        calls: dict[str, Call] = {}
+        for way in names:
+            if not self._offers(way, inputs):
+                continue
+            with self._trying(way):
+                call = trace()
+                calls |= self._by_rows(call, whole) if way == EXACT_ON_DISK else {way: call}
+        return calls
+
+    @contextmanager
+    def _trying(self, way: str) -> Iterator[None]:
+        """Set to a way; what cannot be gone through in it is left out."""
+        try:
+            self.set(way)
+            yield
+        except (ValueError, TypeError, AttributeError, RuntimeError):
+            pass  # a decoder that does not go by rows, or not for these inputs
+        finally:
+            self.set(WHOLE)
+
+    def _offers(self, way: str, inputs: Sequence[torch.Tensor]) -> bool:
+        if way == SLICED:
+            return hasattr(self._autoencoder, "use_slicing") and bool(inputs) and len(inputs[0]) > 1
+        return hasattr(self._autoencoder, "use_tiling") if way == BLENDED else True
+
+    def _by_rows(self, call: Call, work: Work) -> dict[str, Call]:
+        """Both ways by rows, of a call with its rows in a file: the work of the whole one, and moving the rows."""
+        streaming = row_streaming_of(self._autoencoder.decoder)
+        assert streaming is not None
+        widened = 2.0 if next(self._autoencoder.parameters()).itemsize == 2 else 0.0  # norms of 16 bits take 32
+        moved = Work(touched=widened * work.touched + 2.0 * call.stored * _LEVELS)
+        on_disk = replace(call, work=work + moved)
+        room = streaming.most_room
+        return {EXACT: replace(on_disk, peak=call.peak + room, stored=0, paged=room), EXACT_ON_DISK: on_disk}

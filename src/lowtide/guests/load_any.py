@@ -1,0 +1,69 @@
+"""Load any pipeline within a budget: planned from its configurations, then filled from its files under the plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowtide.fitting.budgets import Asked, parse_budgets
+from lowtide.guests.checkpoint import GuestCheckpoint
+from lowtide.hub import Source
+from lowtide.loading.model_index import MODEL_INDEX, read_model_index
+from lowtide.memory.presets import execution_device
+from lowtide.models.load_arguments import chosen_dtype
+from lowtide.pipelines.base import DiffusionPipeline
+from lowtide.pipelines.parts import KINDS
+from lowtide.planning.plan import check_allowed
+
+
+def load(
+    model: str | os.PathLike[str],
+    vram: Asked = None,
+    ram: Asked = None,
+    *,
+    disk: Asked = None,
+    allow: Collection[str] = (),
+    device: torch.device | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    native: bool = True,
+    **components_and_call: Any,
+) -> Any:
+    """Load any pipeline within budgets of bytes, and keep it within them.
+
+    `model` is a folder with a `model_index.json`, or a Hub id. It is planned from configurations alone; then every
+    network is filled from its own files, or left there, as the plan says. The pipeline is of our class where we have
+    one, and of diffusers' else, or with `native=False`. `dtype` (or `torch_dtype`) is the one to compute in; None keeps
+    that of the files. Further arguments are components to use in place of the checkpoint's, and arguments of the call
+    to plan for, such as `height`; both by the pipeline's own names. See `lowtide.fit` for budgets and `allow`.
+    Raises `BudgetError` before a byte of weights is read where no plan fits, `FileNotFoundError` for a missing model,
+    file or variant, `CheckpointError` for malformed files and for components whose code is in no library,
+    `NoGuestsError`, an `ImportError`, where diffusers is needed and not installed.
+    """
+    check_allowed(allow)
+    cache = None if cache_dir is None else Path(cache_dir)
+    source = Source(os.fspath(model), revision, cache, token, local_files_only)
+    chosen = execution_device(device)
+    budgets = parse_budgets(chosen, vram, ram, disk)
+    class_name, specs, _ = read_model_index(source.fetch([MODEL_INDEX]))
+    asked = torch_dtype if dtype is None else dtype
+    if native and class_name in KINDS:
+        given = {name: value for name, value in components_and_call.items() if name in specs}
+        size = {name: value for name, value in components_and_call.items() if name not in specs}
+        return DiffusionPipeline.from_pretrained(
+            model, dtype=asked or "auto", variant=variant, revision=revision, cache_dir=cache, token=token,
+            local_files_only=local_files_only, vram=budgets.vram, ram=budgets.ram, disk=budgets.disk, allow=allow,
+            offload_device=chosen, size=size, **given,
+        )  # fmt: skip
+    in_dtype = None if asked is None else chosen_dtype(asked, None)
+    checkpoint = GuestCheckpoint.opened(source, components_and_call, in_dtype, variant)
+    return checkpoint.load(budgets, tuple(allow), chosen)

@@ -1,0 +1,33 @@
+"""The peak of a guest's whole call, predicted without a weight, beside the measured one: bytes of tensors."""
+
+import pytest
+import torch
+from tests.guests.families import FAMILIES, run
+from tests.guests.guest_cases import CASES, WARNINGS
+from tests.memory_peaks import peak_bytes
+
+from lowtide.guests.guest import Guest
+
+pytest.importorskip("diffusers")
+pytestmark = WARNINGS
+BYTES_OF_SMALL_TENSORS = 4096
+"""Tensors that code makes beside those that networks touch, such as masks, in tiny runs of about a million bytes."""
+NOT_IN_HALF = ("DDPM",)
+HIGHER = {"HiDream": 1.3}
+"""How many times too high the prediction may be: which tokens an expert gets is not known, so it is all of them."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", CASES)
+def test_the_peak_is_the_measured_one(name, dtype):
+    if name in NOT_IN_HALF and dtype is not torch.float32:
+        pytest.skip("its own code makes arrays of numpy, which has no bfloat16")
+    family = FAMILIES[name]()
+    guest = Guest(family.pipeline)
+    for network in guest.modules().values():
+        network.to(dtype)
+    workload = guest.on_meta(torch.device("cpu")).workload(guest.usual_size(**family.call))
+    predicted = max(stage.ways["whole"].peak for stage in workload.stages)
+    run(family)
+    measured = peak_bytes(lambda: run(family))
+    assert measured - BYTES_OF_SMALL_TENSORS <= predicted <= HIGHER.get(name, 1.05) * measured

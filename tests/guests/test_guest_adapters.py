@@ -66,6 +66,7 @@ def test_layers_of_a_lora_are_units_like_others():
 
 
 def with_torchao(transformer):
+    pytest.importorskip("torchao", reason="it is imported by all that imports transformers, so it is not installed")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(transformer, Int8WeightOnlyConfig())

@@ -56,3 +56,18 @@ def test_markup_in_a_stage_name_is_shown_as_it_is(capfd):
     with Stages([ProgressBar()]).stage("[red]x"):
         pass
     assert "[red]x" in capfd.readouterr().err
+
+
+def test_stages_that_take_turns_have_one_row_each(capfd):
+    bar = ProgressBar(totals={"controlnet": 3, "unet": 6})
+    stages = Stages([bar])
+    for _ in range(3):
+        for name, calls in (("controlnet", 1), ("unet", 2)):
+            with stages.stage(name) as stage:
+                for _ in range(calls):
+                    stage.advance()
+    assert capfd.readouterr().err == ""
+    bar.close()
+    first, second = capfd.readouterr().err.splitlines()
+    assert ("controlnet" in first, "3/3" in first) == (True, True)
+    assert ("unet" in second, "6/6" in second) == (True, True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,6 +18,10 @@ class _Row:
     start: float
     steps: int | None
     step: int = 0
+    earlier: int = 0
+    """Steps of earlier visits."""
+    seconds: float = 0.0
+    """Seconds of earlier visits."""
 
 
 class ProgressBar:
@@ -26,7 +30,8 @@ class ProgressBar:
     If stderr is not a terminal, each stage prints one plain line when it ends. `disable=True` shows nothing; for
     `desc`, `leave` and `file` see `bar_options`.
     The bar is drawn only after a step and when a stage begins or ends, so it needs no thread. `note` returns a text
-    about the last step, which is shown in place of the bar and the time.
+    about the last step, which is shown in place of the bar and the time. With `totals`, each stage has one row for all
+    of its visits, and the steps of all of them where they are in `totals`; the rows stay until `close`.
     """
 
     def __init__(
@@ -37,6 +42,7 @@ class ProgressBar:
         desc: str | None = None,
         leave: bool = True,
         file: IO[str] | None = None,
+        totals: Mapping[str, int] | None = None,
     ) -> None:
         self.disable = disable
         self._before_names = f"{desc} " if desc else ""
@@ -44,23 +50,24 @@ class ProgressBar:
         self._note = note
         self._progress: Progress | None = None
         self._rows: list[_Row] = []
+        self._totals = totals
+        self._kept: dict[str, _Row] = {}
 
     def stage_started(self, name: str, steps: int | None) -> None:
         """Open a row for `name`."""
         if self._progress is None:
             self._progress = _new_progress(self.disable, self._note is None, self._leave, self._file)
             self._progress.start()
-        indent = "  " * len(self._rows)
-        name = self._before_names + name
-        task = self._progress.add_task(indent + name, total=steps, steps=f"0/{steps}" if steps else "", pace="")
-        self._rows.append(_Row(task, time.perf_counter(), steps))
+        row = self._kept.get(name) or self._new_row(self._progress, name, steps)
+        row.start = time.perf_counter()
+        self._rows.append(row)
         self._progress.refresh()
 
     def step_done(self, name: str, step: int) -> None:
         """Move the innermost row on."""
         row = self._rows[-1]
-        row.step = step
-        self._show(row, completed=step)
+        row.step = row.earlier + step
+        self._show(row, completed=row.step)
 
     def stage_finished(self, name: str) -> None:
         """Close the row; after the outermost stage the bar stays on the screen as it is."""
@@ -68,8 +75,25 @@ class ProgressBar:
         if row is not None and (row.steps is None or self._note is not None):
             done = max(row.step, 1)
             self._show(row, completed=done, total=row.steps or done, ended=True)
-        if not self._rows:
-            self._close()
+        if row is not None:
+            row.earlier, row.seconds = row.step, row.seconds + time.perf_counter() - row.start
+        if not self._rows and self._totals is None:
+            self.close()
+
+    def close(self) -> None:
+        """Leave the rows on the screen as they are."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        self._kept = {}
+
+    def _new_row(self, progress: Progress, name: str, steps: int | None) -> _Row:
+        total = steps if self._totals is None else self._totals.get(name, steps)
+        title = "  " * len(self._rows) + self._before_names + name
+        row = _Row(progress.add_task(title, total=total, steps=f"0/{total}" if total else "", pace=""), 0.0, total)
+        if self._totals is not None:
+            self._kept[name] = row
+        return row
 
     def _show(self, row: _Row, *, completed: int, total: int | None = None, ended: bool = False) -> None:
         assert self._progress is not None
@@ -81,14 +105,9 @@ class ProgressBar:
 
     def _pace(self, row: _Row, *, ended: bool) -> str:
         note = "" if self._note is None or ended else self._note()
-        passed = time.perf_counter() - row.start
+        passed = row.seconds + time.perf_counter() - row.start
         in_all = "" if self._note is None else f", {passed:.1f} s"
         return note or f"{passed / row.step:.2f} s/it{in_all}"
-
-    def _close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
 
 
 LOOKS = (

@@ -89,6 +89,17 @@ def test_on_a_terminal_the_bar_shows_the_line_and_ends_with_the_pace(monkeypatch
     assert "s/it" in shown.splitlines()[-2]
 
 
+def test_a_stage_that_does_not_know_its_steps_has_those_of_its_plan_in_all_visits():
+    plan, told = plans.on_cpu(), []
+    calls = plan.stage("denoise").calls
+    stages = Stages([StepLines(plan, Machine().sources(), told.append)])
+    for _ in range(calls):
+        with stages.stage("denoise") as stage:
+            stage.advance()
+    assert told[0].startswith(f"denoise 1/{calls} ")
+    assert told[-1].startswith(f"denoise {calls}/{calls} ")
+
+
 def test_stages_that_are_not_planned_print_no_lines():
     told = []
     with Stages([StepLines(plans.on_cpu(), Machine().sources(), told.append)]).stage("write", steps=4) as stage:

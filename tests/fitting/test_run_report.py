@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -213,6 +214,8 @@ def test_plans_in_a_few_words():
     assert in_words(plans.resident(plans.on_cpu())) == "all weights resident"
     assert "unet by blocks from disk in int8" in in_words(plans.lossy(plans.on_cpu()))
     assert asked_in_words(plans.on_gpu()) == "4 × 1024x1024, 30 steps"
+    made_for = {"num_images_per_prompt": 4, "height": 1024, "width": 1024, "num_inference_steps": 30, "eta": 0.0}
+    assert asked_in_words(replace(plans.on_gpu(), made_for=made_for)) == "4 × 1024x1024, 30 steps"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import threading
+import types
 from contextlib import contextmanager
 
 import pytest
@@ -221,6 +222,14 @@ def test_cuda_peaks_and_the_devices_own_time(monkeypatch):
     assert (denoise.peak_cuda, denoise.peak_cuda_reserved, denoise.seconds) == (6 * MIB, 12 * MIB, 1.5)
     assert (decode.peak_cuda, decode.seconds) == (2 * MIB, 0.0)
     assert "6.3 MB" in shown(m.table())
+
+
+def test_while_another_thread_imports_torch_there_is_no_device_yet(monkeypatch):
+    unfinished = types.ModuleType("torch")
+    monkeypatch.setitem(sys.modules, "torch", unfinished)
+    assert peaks.cuda_allocated() is None
+    unfinished.cuda = types.ModuleType("torch.cuda")
+    assert peaks.cuda_allocated() is None
 
 
 @pytest.mark.gpu

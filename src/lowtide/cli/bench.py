@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowtide.bench.techniques import TECHNIQUES
+from lowtide.cli.device_and_dtype import resolve_device
 from lowtide.cli.errors import INTERRUPTED, RUN_FAILED, InputError, reported, tell
-from lowtide.cli.generate import resolve_device
 from lowtide.cli.pictures import prepare_folders
 from lowtide.cli.request import check_device, check_prompt, check_steps, parse_size, resolve_model, seeds_from
 

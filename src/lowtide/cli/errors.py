@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
@@ -16,11 +17,15 @@ from typing import NoReturn
 
 import typer
 
+from lowtide.guests.library import NoGuestsError
+
 RUN_FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 TERMINATED = 143
 
+_FOREIGN = (TypeError, ValueError, AttributeError, LookupError, AssertionError, ImportError, OSError)
+_LIBRARIES = ("diffusers", "transformers", "peft")
 _DEBUG_HINT = "Run again with LOWTIDE_DEBUG=1 to see where this comes from."
 
 
@@ -53,6 +58,29 @@ def reported(*, debug: bool, has_budget: bool = False) -> Generator[None]:
         raise typer.Exit(_exit_code(error)) from None
 
 
+@contextmanager
+def in_one_line(name: str, hint: str = "") -> Generator[None]:
+    """What code of other libraries says of its arguments and files, before anything is computed, as an `InputError`.
+
+    `name` is put before it, and a `hint` behind it.
+    """
+    try:
+        yield
+    except _FOREIGN as error:
+        if not _is_of_others(error):
+            raise
+        said = " ".join(str(error).split())[:600].rstrip(". ") or type(error).__name__
+        raise InputError(" ".join([f"{name}: {said}.", *([hint] if hint else [])])) from error
+
+
+def _is_of_others(error: BaseException) -> bool:
+    """Whether an error is no kind of ours or of the system's, and comes out of code of other libraries."""
+    if type(error).__module__.startswith("lowtide") or getattr(error, "errno", None) is not None:
+        return False
+    passed = (str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.startswith(_LIBRARIES) for name in passed)
+
+
 def tell(message: str) -> None:
     """Say something to the person at the terminal; results go to stdout, so this goes to stderr."""
     typer.echo(message, err=True)
@@ -77,11 +105,12 @@ def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _exit_code(error: Exception) -> int:
-    return BAD_INPUT if isinstance(error, InputError | ValueError | FileNotFoundError) else RUN_FAILED
+    is_input = isinstance(error, InputError | ValueError | FileNotFoundError | NoGuestsError)
+    return BAD_INPUT if is_input else RUN_FAILED
 
 
 def _message(error: Exception, *, has_budget: bool) -> str:
-    if isinstance(error, InputError):
+    if isinstance(error, InputError | NoGuestsError):
         return str(error)
     if _is_out_of_memory(error):
         budget = "" if has_budget else "--vram" if "CUDA" in str(error) else "--ram"

@@ -13,29 +13,38 @@ from lowtide.measuring.transfers import FlowMeter, ledgers_of, total_flow
 from lowtide.progress import ProgressBar
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lowtide.cli.request import Request
+    from lowtide.fitting.applied_plan import AppliedPlan
+    from lowtide.fitting.subject import Subject
     from lowtide.measuring.meter import Meter
     from lowtide.planning.plan import Plan
-    from lowtide.stages import StageObserver
 
 
 class FittedRun:
-    """A pipeline that was fitted to a budget, and what watches it."""
+    """A pipeline that was fitted to a budget, of ours or a guest, and what watches it."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, subject: Subject) -> None:
         from lowtide.cli.plan_text import one_line
 
-        self._pipe = pipe
-        self.plan: Plan = pipe.plan
+        self._subject = subject
+        self.plan: Plan = self._applied.plan
         tell(one_line(self.plan))
         self._flows = FlowMeter(lambda: total_flow(self._ledgers()))
 
-    def observers(self) -> tuple[StageObserver, ...]:
-        """What shows each step, and what keeps the books; steps are looked at before they are shown."""
+    def observers(self, *, gathered: bool = False) -> tuple[StepLines, FlowMeter, ProgressBar]:
+        """What shows each step, and what keeps the books; steps are looked at before they are shown.
+
+        `gathered` is for stages that take turns and do not know their steps: each has one row for the whole run, and
+        the steps that the plan says. The bar is to be closed then.
+        """
         on_terminal = sys.stderr.isatty()
         sources = Sources(_in_use(self.plan), lambda: total_flow(self._ledgers()).stalled)
         lines = StepLines(self.plan, sources, None if on_terminal else tell)
-        return lines, self._flows, ProgressBar(note=(lambda: lines.line) if on_terminal else None)
+        totals = {stage.name: stage.calls for stage in self.plan.stages} if gathered else None
+        bar = ProgressBar(note=(lambda: lines.line) if on_terminal else None, totals=totals)
+        return lines, self._flows, bar
 
     def print_report(self, meter: Meter) -> None:
         """Print on stderr what the run took beside what its plan said."""
@@ -43,13 +52,27 @@ class FittedRun:
 
         from lowtide.fitting.run_report import run_report
 
-        report = run_report(self._pipe.plan, meter.report(), self._flows.report(), self._pipe.degradations)
+        applied = self._applied
+        report = run_report(applied.plan, meter.report(), self._flows.report(), applied.degradations)
         Console(stderr=True).print(report.table())
         for degradation in report.degradations:
             tell(f"Not as planned: {degradation}")
 
     def _ledgers(self) -> list[Any]:
-        return ledgers_of(self._pipe.modules().values())
+        return ledgers_of(self._subject.modules().values())
+
+    @property
+    def _applied(self) -> AppliedPlan:
+        applied = self._subject.applied
+        assert applied is not None
+        return applied
+
+
+def write_timeline(meter: Meter, plan: Plan | None, path: Path) -> None:
+    """Draw what a meter saw over time beside what a plan predicted, and say where."""
+    from lowtide.bench.timeline_plot import plot_timeline
+
+    tell(f"Written: {plot_timeline(meter.timeline(), plan, path)}")
 
 
 def budget_options(request: Request) -> dict[str, Any]:

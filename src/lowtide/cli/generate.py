@@ -10,12 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 import lowtide
-from lowtide.cli.budget_options import Allow, budget_from
-from lowtide.cli.errors import InputError, reported, tell
-from lowtide.cli.fitted import FittedRun, budget_options
+from lowtide.cli.budget_options import Allow, Budget, budget_from
+from lowtide.cli.device_and_dtype import resolve_device, resolve_dtype
+from lowtide.cli.errors import reported, tell
+from lowtide.cli.fitted import FittedRun, budget_options, write_timeline
+from lowtide.cli.guest_options import (
+    Images,
+    Loras,
+    Settings,
+    check_none_for_ours,
+    check_own_options,
+    guest_class,
+    images_and_settings,
+    loras_from,
+)
+from lowtide.cli.guest_request import GuestRequest
+from lowtide.cli.guest_run import generate_guest
 from lowtide.cli.pictures import output_paths, prepare_folders
 from lowtide.cli.plan_command import check_plot
 from lowtide.cli.request import (
+    SCHEDULERS,
     VIDEO_SIZE_STEP,
     Casting,
     Decode,
@@ -23,10 +37,12 @@ from lowtide.cli.request import (
     Offload,
     Request,
     SchedulerName,
+    model_name,
     parse_size,
     resolve_model,
     saved_form,
     seeds_from,
+    seeds_in_words,
     video_from,
 )
 from lowtide.cli.video import check_kind, make_videos, set_decoding
@@ -40,19 +56,9 @@ if TYPE_CHECKING:
     from lowtide.pipelines.base import DiffusionPipeline
     from lowtide.pipelines.pipeline_outputs import StableDiffusionPipelineOutput
     from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
-    from lowtide.planning.plan import Plan
 
 WHOLE_UP_TO = 512 * 512
 """Pixels of a picture that is decoded whole where nothing else is asked for."""
-_SCHEDULERS = {
-    SchedulerName.DDIM: "DDIMScheduler",
-    SchedulerName.PNDM: "PNDMScheduler",
-    SchedulerName.UNIPC: "UniPCMultistepScheduler",
-    SchedulerName.EULER: "EulerDiscreteScheduler",
-    SchedulerName.DPM: "DPMSolverMultistepScheduler",
-    SchedulerName.COGVIDEOX_DDIM: "CogVideoXDDIMScheduler",
-    SchedulerName.COGVIDEOX_DPM: "CogVideoXDPMScheduler",
-}
 
 
 def generate(
@@ -86,7 +92,7 @@ def generate(
         int | None, typer.Option(metavar="N", help="Frames of a video.", show_default="the model's own")
     ] = None,
     fps: Annotated[
-        float | None, typer.Option(metavar="X", help="Frames a second of a video.", show_default="8")
+        float | None, typer.Option(metavar="X", help="Frames a second of a video.", show_default="8; 16 with diffusers")
     ] = None,
     sheet: Annotated[
         bool, typer.Option("--sheet", help="Beside each video, a picture with some of its frames.")
@@ -131,6 +137,9 @@ def generate(
             metavar="NAME", help="With a budget: fp8, int8, blended_tiling may change the result; repeatable."
         ),
     ] = None,
+    images: Images = None,
+    loras: Loras = None,
+    settings: Settings = None,
     timeline: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Write a picture of memory over time.", show_default=False)
     ] = None,
@@ -143,8 +152,45 @@ def generate(
     For example: lowtide generate "a red sailboat on a calm sea at sunset"
 
     They are made one at a time, each from its own seed, so that any of them can be made again alone.
+
+    Models that Lowtide has no pipeline of its own for, such as SDXL, Flux or Wan, are run by those of diffusers, always
+    within a budget. They decide what is left out, and whether videos are made. Several are made at once.
     """
+    with reported(debug=debug):
+        folder = resolve_model(model, video=video)
+        guest = guest_class(folder)
+    if guest is not None:
+        with reported(debug=debug, has_budget=True):
+            check_own_options(own_choice(offload, casting, decode), scheduler)
+            own_image, own_settings = images_and_settings(images, settings)
+            guest_request = GuestRequest(
+                model=folder,
+                class_name=guest,
+                prompt=prompt,
+                seeds=seeds_from(seed, count),
+                is_seeded=seed is not None,
+                negative=negative or None,
+                steps=steps,
+                size=None if size is None else parse_size(size, 1),
+                frames=frames,
+                guidance=guidance,
+                images=own_image,
+                settings=own_settings,
+                loras=loras_from(loras),
+                out=out,
+                video=video,
+                fps=fps,
+                sheet=sheet,
+                device=device,
+                dtype=dtype,
+                variant=variant,
+                budget=Budget(vram, ram, allow=tuple(dict.fromkeys(change.value for change in allow or ()))),
+                timeline=timeline,
+            )
+            generate_guest(guest_request)
+        return
     with reported(debug=debug, has_budget=vram is not None or ram is not None):
+        check_none_for_ours(folder, images, settings, loras)
         request = Request(
             prompt=prompt,
             negative=negative,
@@ -160,7 +206,7 @@ def generate(
             offload=offload,
             decode=decode,
             casting=casting,
-            model=resolve_model(model, video=video),
+            model=folder,
             video=video_from(video, frames, fps, sheet),
             budget=budget_from(vram, ram, allow or (), own_choice(offload, casting, decode)),
             timeline=timeline,
@@ -200,7 +246,7 @@ def run(request: Request) -> None:
     else:
         fitted.print_report(meter)
     if request.timeline is not None:
-        _write_timeline(meter, None if fitted is None else fitted.plan, request.timeline)
+        write_timeline(meter, None if fitted is None else fitted.plan, request.timeline)
 
 
 def make_pictures(pipe: Any, request: Request, paths: Sequence[Path], dtype: torch.dtype) -> None:
@@ -227,7 +273,7 @@ def load_pipeline(request: Request, device: torch.device, dtype: torch.dtype) ->
         **budget,
     )
     if request.scheduler is not None:
-        pipe.scheduler = getattr(lowtide, _SCHEDULERS[request.scheduler]).from_config(pipe.scheduler.config)
+        pipe.scheduler = getattr(lowtide, SCHEDULERS[request.scheduler]).from_config(pipe.scheduler.config)
     return pipe.to(device) if offload is None and request.budget is None else pipe
 
 
@@ -266,33 +312,6 @@ def draw(pipe: StableDiffusionPipeline, request: Request, paths: Sequence[Path],
         typer.echo(path)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is a GPU where there is one. Raises `InputError` for one that is not here."""
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda" if count else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= count:
-        obstacle = (
-            f"PyTorch sees {count} CUDA device{'s' if count != 1 else ''}" if count else "PyTorch sees no CUDA device"
-        )
-        raise InputError(f"--device {name}: {obstacle} here. Use --device cpu; `lowtide doctor` tells more.")
-    return device
-
-
-def resolve_dtype(name: DType, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; "auto" is float32 on a CPU and float16 on a GPU."""
-    import torch
-
-    if name is DType.AUTO:
-        return torch.float32 if device.type == "cpu" else torch.float16
-    if name is DType.FLOAT16 and device.type == "cpu":
-        tell("Warning: float16 is emulated on a CPU and very slow. Use --dtype bfloat16 or float32.")
-    return getattr(torch, name.value)
-
-
 def _settings(request: Request, pipe: StableDiffusionPipeline, dtype: torch.dtype) -> dict[str, str]:
     """The PNG metadata that all pictures of one call share."""
     return {
@@ -303,22 +322,14 @@ def _settings(request: Request, pipe: StableDiffusionPipeline, dtype: torch.dtyp
         "scheduler": type(pipe.scheduler).__name__,
         "dtype": str(dtype).removeprefix("torch."),
         "casting": request.casting.value,
-        "model": _model_name(request),
+        "model": model_name(request.model),
         "Software": f"lowtide {lowtide.__version__}",
     }
 
 
-def _model_name(request: Request) -> str:
-    """A Hub id as it is; of a folder the last name alone, since pictures are passed on and paths are private."""
-    folder = Path(request.model)
-    return folder.resolve().name if folder.is_dir() else request.model
-
-
 def _headline(request: Request) -> str:
-    first, last = request.seeds[0], request.seeds[-1]
-    seeds = f"seed {first}" if first == last else f"seeds {first} to {last}"
     doing = f"{request.steps} steps" if request.latents is None else "decoding kept latents"
-    return f"lowtide {lowtide.__version__}: {_model_name(request)}, {doing}, {seeds}"
+    return f"lowtide {lowtide.__version__}: {model_name(request.model)}, {doing}, {seeds_in_words(request.seeds)}"
 
 
 def own_choice(offload: Offload, casting: Casting, decode: Decode) -> list[str]:
@@ -326,12 +337,6 @@ def own_choice(offload: Offload, casting: Casting, decode: Decode) -> list[str]:
     usual = {"--offload": (offload, Offload.NONE), "--casting": (casting, Casting.NONE)}
     usual["--decode"] = (decode, Decode.AUTO)
     return [f"{name} {value.value}" for name, (value, default) in usual.items() if value is not default]
-
-
-def _write_timeline(meter: Meter, plan: Plan | None, path: Path) -> None:
-    from lowtide.bench.timeline_plot import plot_timeline
-
-    tell(f"Written: {plot_timeline(meter.timeline(), plan, path)}")
 
 
 def _print_table(meter: Meter) -> None:

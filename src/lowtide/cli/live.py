@@ -34,7 +34,7 @@ class StepLines:
     """An observer of stages that says after each step what it took, as `line` of the innermost stage.
 
     Where `show` is given it gets a line about every tenth of a planned stage's steps, for where none can be redrawn. A
-    stage whose steps are not known shows none.
+    stage that does not know its steps has those of its plan, in all of its visits together.
     """
 
     def __init__(self, plan: Plan, sources: Sources, show: Callable[[str], None] | None = None) -> None:
@@ -44,6 +44,8 @@ class StepLines:
         self._sources = sources
         self._show = show
         self._open: list[_Open] = []
+        self._done: dict[str, int] = {}
+        """Steps of earlier visits of stages that do not know their steps."""
 
     @property
     def line(self) -> str:
@@ -61,8 +63,14 @@ class StepLines:
         seconds, waited = now - stage.at, max(stalled - stage.stalled, 0.0)
         stage.at, stage.stalled = now, stalled
         stage.line = self._said(stage, seconds, waited)
-        if self._show is not None and name in self._plans and stage.steps and _is_due(step, stage.steps):
-            self._show(f"{name} {step}/{stage.steps} {stage.line}")
+        if self._show is None or name not in self._plans:
+            return
+        steps = stage.steps
+        if steps is None:
+            steps = self._plans[name].calls
+            self._done[name] = step = self._done.get(name, 0) + 1
+        if _is_due(step, steps):
+            self._show(f"{name} {step}/{steps} {stage.line}")
 
     def stage_finished(self, name: str) -> None:
         """End with the stage."""

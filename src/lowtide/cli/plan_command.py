@@ -12,6 +12,8 @@ import typer
 
 from lowtide.cli.budget_options import Allow, Budget
 from lowtide.cli.errors import BAD_INPUT, InputError, reported, tell
+from lowtide.cli.guest_options import Images, Settings, check_none_for_ours, guest_class, images_and_settings
+from lowtide.cli.guest_plan import GuestAsked, guest_options, look_at_guest
 from lowtide.cli.request import VIDEO_SIZE_STEP, DType, check_guidance, check_steps, parse_size, resolve_model, sides
 from lowtide.cli.video import VIDEO_PIPELINE, made_by
 from lowtide.planning.alternatives import Outlook, look, what_to_try
@@ -87,6 +89,8 @@ def plan(
         str | None, typer.Option(metavar="NAME", help="Weight files to take, such as fp16.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
+    images: Images = None,
+    settings: Settings = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Write a picture of the plan.", show_default=False)
     ] = None,
@@ -104,6 +108,17 @@ def plan(
         budget = Budget(vram, ram, disk, tuple(dict.fromkeys(change.value for change in allow or ())))
         folder = resolve_model(model)
         check_plot(plot)
+        guest = guest_class(folder)
+        if guest is not None:
+            options = guest_options(batch, steps, size, frames, guidance)
+            image, values = images_and_settings(images, settings)
+            own_dtype = None if dtype is DType.AUTO else dtype.value
+            own_asked = GuestAsked(
+                folder, guest, _device(device, budget), own_dtype, variant, {**options, **image}, values
+            )
+            show(look_at_guest(own_asked, budget), folder, as_json=as_json, plot=plot)
+            return
+        check_none_for_ours(folder, images, settings)
         video = made_by(folder) == VIDEO_PIPELINE
         where = _device(device, budget)
         asked = Asked(
@@ -119,12 +134,11 @@ def plan(
             guidance=(6.0 if video else 7.5) if guidance is None else guidance,
         )
         _check(asked)
-        run(asked, budget, as_json=as_json, plot=plot)
+        show(look_at(asked, budget), folder, as_json=as_json, plot=plot)
 
 
-def run(asked: Asked, budget: Budget, *, as_json: bool, plot: Path | None) -> None:
-    """Plan, print, and end with an exit code where nothing fits."""
-    outlook = look_at(asked, budget)
+def show(outlook: Outlook, model: str, *, as_json: bool, plot: Path | None) -> None:
+    """Print what was planned for a model, and end with an exit code where nothing fits."""
     if as_json:
         typer.echo(json.dumps(outlook.to_dict(), indent=2))
     if outlook.plan is None:
@@ -132,7 +146,7 @@ def run(asked: Asked, budget: Budget, *, as_json: bool, plot: Path | None) -> No
         tell(f"Error: {outlook.refusal}\n{what_to_try(outlook)}{not_drawn}")
         raise typer.Exit(BAD_INPUT)
     if not as_json:
-        _print(outlook, asked.model)
+        _print(outlook, model)
     if plot is not None:
         from lowtide.bench.plan_plot import plot_plan
 

@@ -44,6 +44,18 @@ class SchedulerName(StrEnum):
     COGVIDEOX_DPM = "cogvideox-dpm"
 
 
+SCHEDULERS = {
+    SchedulerName.DDIM: "DDIMScheduler",
+    SchedulerName.PNDM: "PNDMScheduler",
+    SchedulerName.UNIPC: "UniPCMultistepScheduler",
+    SchedulerName.EULER: "EulerDiscreteScheduler",
+    SchedulerName.DPM: "DPMSolverMultistepScheduler",
+    SchedulerName.COGVIDEOX_DDIM: "CogVideoXDDIMScheduler",
+    SchedulerName.COGVIDEOX_DPM: "CogVideoXDPMScheduler",
+}
+"""The classes of the schedulers."""
+
+
 class Decode(StrEnum):
     """The ways to decode that `--decode` knows."""
 
@@ -158,7 +170,7 @@ def check_guidance(guidance: float) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raise `InputError` for a name that is no device; whether it is here, `generate.resolve_device` tells."""
+    """Raise `InputError` for a name that is no device; whether it is here, `device_and_dtype.resolve_device` tells."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name, re.ASCII):
         raise InputError(f"--device {name}: possible are auto, cpu, cuda and cuda:N (the N-th GPU, from 0).")
 
@@ -226,6 +238,18 @@ def resolve_model(model: str | None, *, video: bool = False) -> str:
     if not _HUB_ID.fullmatch(model):
         raise InputError(f"--model {model}: there is no such folder, and it is no Hub id (those look like owner/name).")
     return model
+
+
+def model_name(model: str) -> str:
+    """A Hub id as it is; of a folder the last name alone, since pictures are passed on and paths are private."""
+    folder = Path(model)
+    return folder.resolve().name if folder.is_dir() else model
+
+
+def seeds_in_words(seeds: tuple[int, ...]) -> str:
+    """Such as "seed 7", or "seeds 7 to 9"."""
+    first, last = seeds[0], seeds[-1]
+    return f"seed {first}" if first == last else f"seeds {first} to {last}"
 
 
 def shipped_model() -> Path:

@@ -16,12 +16,13 @@ from torch import nn
 from lowtide.casting.casting import NAMED_CASTINGS
 from lowtide.fitting.applied_plan import put_under_plan
 from lowtide.fitting.prepare import Fit, prepare
-from lowtide.guests.empty_networks import empty_network, is_quantized
+from lowtide.guests.empty_networks import dtype_in_configs, empty_network, is_quantized
 from lowtide.guests.guest import Guest
 from lowtide.guests.library import component_class, pipeline_class
 from lowtide.guests.published_names import NamesError, by_own_names, weights_in
 from lowtide.guests.within_budget import put_within
 from lowtide.hub import Source
+from lowtide.loading.blueprint import InFiles
 from lowtide.loading.model_index import MODEL_INDEX, ComponentSpec, read_model_index
 from lowtide.machine.heap import trim_heap
 from lowtide.memory.presets import stream_for
@@ -29,7 +30,7 @@ from lowtide.models.put_weights import Offload, put_weights
 from lowtide.planning.plan import Budgets, Plan
 from lowtide.quiet import quiet
 from lowtide.weights.files import InFile
-from lowtide.weights.index import CheckpointIndex
+from lowtide.weights.index import CheckpointIndex, TensorEntry
 from lowtide.weights.slots import slots
 
 SMALL_FILES = ("*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja")
@@ -40,14 +41,15 @@ SMALL_FILES = ("*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja")
 class Part:
     """One component: as it is if it is no network, else a network without weights, and where these are.
 
-    `index` is None for what its own library loads, with `reason` saying why; `keep` are patterns of the names of
-    weights that stay float32.
+    `index` is None for what its own library loads, with `reason` saying why, and for weights that are not here, as in
+    a folder of configurations; `keep` are patterns of the names of weights that stay float32.
     """
 
     built: Any
     index: CheckpointIndex | None = None
     keep: tuple[str, ...] = ()
     reason: str = ""
+    is_here: bool = True
 
     @property
     def computed(self) -> list[str]:
@@ -90,17 +92,40 @@ class GuestCheckpoint:
         to_load = {name: spec for name, spec in specs.items() if name in names and name not in given}
         return cls(source, own_class, source.fetch(SMALL_FILES), to_load, given, call, dtype, variant)
 
-    def parts(self) -> dict[str, Part]:
-        """The components, networks without weights. First of all raises `CheckpointError` for classes of no library."""
+    def parts(self, *, may_lack_weights: bool = False) -> dict[str, Part]:
+        """The components, networks without weights. First of all raises `CheckpointError` for classes of no library.
+
+        Where they `may_lack_weights`, no file of weights is fetched. Those that are not here are taken to be in the
+        dtype that is asked for, or that configurations name, or in float32. Raises `FileNotFoundError` for a variant
+        that no component has.
+        """
         index = self.folder / MODEL_INDEX
         classes = {name: component_class(index, spec) for name, spec in self.specs.items() if spec is not None}
-        return {name: self._part(name, classes[name]) if name in classes else Part(None) for name in self.specs}
+        parts = {
+            name: self._part(name, classes[name], may_lack_weights) if name in classes else Part(None)
+            for name in self.specs
+        }
+        self._check_variant()
+        return parts
 
-    def _part(self, name: str, own_class: type[Any]) -> Part:
+    def _check_variant(self) -> None:
+        files = [file for name in self.specs for file in (self.folder / name).glob("*.safetensors*")]
+        variants = {file.name.split(".")[1] for file in files if file.name.count(".") > 1} - {"safetensors"}
+        if files and self.variant is not None and self.variant not in variants:
+            raise FileNotFoundError(
+                f"{self.source.name} has no weights of variant {self.variant!r}; it has the plain ones"
+                f"{' and ' * bool(variants)}{', '.join(sorted(variants))}."
+            )
+
+    def _part(self, name: str, own_class: type[Any], may_lack_weights: bool) -> Part:
         folder = self.folder / name
         if not issubclass(own_class, nn.Module):
             with quiet():
                 return Part(own_class.from_pretrained(folder))
+        if may_lack_weights and not any(folder.glob("*.safetensors*")):
+            dtype = self.dtype or dtype_in_configs(self.folder, (name, *self.specs))
+            network = empty_network(own_class, folder, dtype)
+            return Part(_in_dtypes(network, {}, None, _kept_in_float32(network, dtype)), is_here=False)
         index = weights_in(self._with_weights(name), self.variant)
         dtype = self.dtype or _floating(index)
         network = empty_network(own_class, folder, dtype)
@@ -125,7 +150,9 @@ class GuestCheckpoint:
         built = {name: part.built for name, part in parts.items()}
         with quiet():
             guest = Guest(self.pipeline_class(**self.given, **built))
-        meta = guest.on_meta(device, {name: _in_files(part) for name, part in parts.items() if part.index is not None})
+        in_files: InFiles = {name: _in_files(part) for name, part in parts.items() if part.index is not None}
+        in_files |= {name: None for name, part in parts.items() if not part.is_here}
+        meta = guest.on_meta(device, in_files)
         loaded = {name: part for name, part in self.given.items() if isinstance(part, nn.Module)}
         return prepare(meta, budgets, guest.usual_size(**self.call), allow=allow, loaded=loaded)
 
@@ -143,12 +170,21 @@ class GuestCheckpoint:
         trim_heap()
         return guest.pipe
 
-    def _filled(self, name: str, part: Part, plan: Plan, device: torch.device) -> Any:
+    def unplanned(self, device: torch.device) -> Any:
+        """The pipeline without a budget, its weights views of their files: for what changes it before it is planned.
+
+        Weights whose dtype is not the files' are read.
+        """
+        built = {name: self._filled(name, part, None, device) for name, part in self.parts().items()}
+        with quiet():
+            return self.pipeline_class(**self.given, **built)
+
+    def _filled(self, name: str, part: Part, plan: Plan | None, device: torch.device) -> Any:
         if not isinstance(part.built, nn.Module):
             return part.built
         if part.index is None:
             return self._by_its_library(name, part)
-        planned = plan.components.get(name)
+        planned = None if plan is None else plan.components.get(name)
         rule = None if planned is None else planned.rule
         casting = None if planned is None or planned.casting is None else NAMED_CASTINGS[planned.casting]
         offload = None if rule is None else Offload(rule, stream_for(device, rule))
@@ -185,7 +221,7 @@ def _kept_in_float32(network: Any, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def _in_dtypes(
-    network: nn.Module, index: CheckpointIndex, dtype: torch.dtype | None, keep: tuple[str, ...]
+    network: nn.Module, index: Mapping[str, TensorEntry], dtype: torch.dtype | None, keep: tuple[str, ...]
 ) -> nn.Module:
     """Give a network on meta the dtypes that it is loaded in."""
     made: dict[int, nn.Parameter] = {}

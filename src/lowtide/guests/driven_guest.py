@@ -12,6 +12,7 @@ import torch
 from lowtide.fitting.meta_subject import MetaSubject
 from lowtide.guests.ghost import harmless
 from lowtide.guests.guest_call import GuestCall
+from lowtide.guests.library import muted
 from lowtide.guests.quantized import that_stays
 from lowtide.machine.heap import without_collecting
 from lowtide.memory.attach import ENTRY_POINTS
@@ -52,7 +53,7 @@ class DrivenGuest(MetaSubject):
         guest = self.subject
         run = lambda: guest.pipe(**harmless(size.arguments))  # noqa: E731
         networks = guest.modules()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), muted():
             try:
                 driven = drive(run, networks, entries=ENTRY_POINTS, device=self.device.type, repeats=self.known)
             except (RuntimeError, NotImplementedError) as error:

@@ -6,7 +6,7 @@ Buffers that no file holds, such as rotary positions, are computed by constructo
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,19 @@ def _of_transformers(cls: type[Any], folder: Path, dtype: torch.dtype) -> nn.Mod
         part._attn_implementation = None  # a file does not choose the kernels: a name may stand for foreign code
     config.dtype = dtype
     return cls(config)
+
+
+def dtype_in_configs(folder: Path, names: Iterable[str]) -> torch.dtype:
+    """The dtype that the first of these components' configurations to name one names for its weights; else float32.
+
+    Only transformers writes it: "torch_dtype", or "dtype" from version 5 on.
+    """
+    for file in (folder / name / "config.json" for name in names):
+        config = read_json(file) if file.is_file() else {}
+        named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+        if isinstance(named, torch.dtype):
+            return named
+    return torch.float32
 
 
 def is_quantized(folder: Path) -> bool:

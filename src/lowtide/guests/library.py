@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,13 +23,44 @@ class NoGuestsError(ImportError):
     """Pipelines of diffusers are asked for, and it is not installed."""
 
 
+def place_of_diffusers(asked: str) -> Path:
+    """The folder of the library, which is not imported. Raises `NoGuestsError` as `diffusers` does."""
+    try:
+        spec = importlib.util.find_spec("diffusers")
+    except ImportError as error:
+        raise _not_installed(asked) from error
+    if spec is None or spec.origin is None:
+        raise _not_installed(asked)
+    return Path(spec.origin).parent
+
+
 def diffusers(asked: str) -> ModuleType:
     """The library. Raises `NoGuestsError`, which names what was `asked` for, where it is not installed."""
     try:
         with quiet():
             return importlib.import_module("diffusers")
     except ImportError as error:
-        raise NoGuestsError(f"{asked} is served through diffusers, which is not installed: {INSTALL}") from error
+        raise _not_installed(asked) from error
+
+
+def _not_installed(asked: str) -> NoGuestsError:
+    return NoGuestsError(f"{asked} is served through diffusers, which is not installed: {INSTALL}")
+
+
+@contextmanager
+def muted() -> Generator[None]:
+    """While this lasts, diffusers logs nothing but errors; the level is the whole process's."""
+    library = sys.modules.get("diffusers")
+    if library is None:
+        yield
+        return
+    messages = library.utils.logging
+    before = messages.get_verbosity()
+    messages.set_verbosity_error()
+    try:
+        yield
+    finally:
+        messages.set_verbosity(before)
 
 
 def pipeline_class(name: str) -> type[Any]:

@@ -205,8 +205,8 @@ def cuda_allocated() -> int | None:
 
 def cuda_in_use() -> Any | None:
     """The module `torch.cuda` if this process has already begun to use a CUDA device; imports nothing."""
-    torch = sys.modules.get("torch")
-    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)  # another thread may be about to import torch
+    return cuda if cuda is not None and hasattr(cuda, "is_initialized") and cuda.is_initialized() else None
 
 
 def _take_cuda() -> tuple[int | None, int | None]:

@@ -32,8 +32,8 @@ Parts = Mapping[str, Any]
 """The configurations of a pipeline's parts by name: mappings, or objects with entries as attributes."""
 
 MADE_HERE = (
-    "Lowtide makes pictures from text with Stable Diffusion 1.x and 2.x (StableDiffusionPipeline), and clips with "
-    "CogVideoX (CogVideoXPipeline)"
+    "Lowtide's own pipelines make pictures from text with Stable Diffusion 1.x and 2.x (StableDiffusionPipeline), and "
+    "clips with CogVideoX (CogVideoXPipeline)"
 )
 OTHERS = {
     "StableDiffusionInpaintPipeline": "an inpainting model",
@@ -106,7 +106,10 @@ def check_checkpoint(source: Source, class_name: str | None = None) -> str:
 def class_to_load(name: str, own: str, asked: str | None) -> str:
     """The class to load a checkpoint called `name` as; raises `ValueError` for one that it is not, or we have not."""
     if (asked or own) not in KINDS:
-        raise ValueError(f"{name} is {describe(own)}. {MADE_HERE}.")
+        raise ValueError(
+            f"{name} is {describe(own)}. {MADE_HERE}; lowtide.load({name!r}) loads pipelines of all other classes, "
+            "through diffusers."
+        )
     if asked is not None and own in KINDS and own != asked:
         raise ValueError(
             f"{name} holds a {own}, not a {asked}: load it with that class, or with DiffusionPipeline, which takes the "

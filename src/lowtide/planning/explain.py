@@ -191,9 +191,19 @@ def in_words(plan: Plan) -> str:
     return "; ".join([*_weights(plan), *_stages(plan)])
 
 
+_ASKED = {
+    "num_inference_steps": "steps",
+    "num_frames": "frames",
+    "video_length": "frames",
+    "num_images_per_prompt": "pictures",
+    "num_videos_per_prompt": "pictures",
+}
+"""What a call of another library's pipeline may name otherwise."""
+
+
 def asked_in_words(plan: Plan) -> str:
     """What the plan was made for, such as "4 × 1024x1024, 30 steps"; empty where the plan does not say."""
-    asked = {name: value for name, value in plan.made_for.items() if value is not None}
+    asked = {_ASKED.get(name, name): value for name, value in plan.made_for.items() if value is not None}
     count = f"{asked['pictures']} × " if asked.get("pictures", 1) > 1 else ""
     size = [f"{count}{asked['width']}x{asked['height']}"] if {"width", "height"} <= asked.keys() else []
     counts = [f"{asked[name]} {name}" for name in ("frames", "steps") if name in asked]

@@ -23,10 +23,12 @@ from lowtide.guests.published_names import NamesError, by_own_names, weights_in
 from lowtide.guests.within_budget import put_within
 from lowtide.hub import Source
 from lowtide.loading.blueprint import InFiles
-from lowtide.loading.model_index import MODEL_INDEX, ComponentSpec, read_model_index
+from lowtide.loading.model_index import MODEL_INDEX, ComponentSpec, component_folder, read_model_index
 from lowtide.machine.heap import trim_heap
 from lowtide.memory.presets import stream_for
+from lowtide.models.foreign import reading
 from lowtide.models.put_weights import Offload, put_weights
+from lowtide.models.vocabulary import check_vocabulary
 from lowtide.planning.plan import Budgets, Plan
 from lowtide.quiet import quiet
 from lowtide.weights.files import InFile
@@ -35,6 +37,8 @@ from lowtide.weights.slots import slots
 
 SMALL_FILES = ("*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja")
 """Files of a checkpoint that say what its components are like, and vocabularies."""
+LARGEST_VOCABULARY = 64_000_000
+"""Bytes of the largest file of a tokenizer that is read; Gemma's has 34 million."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,13 @@ class GuestCheckpoint:
             )
 
     def _part(self, name: str, own_class: type[Any], may_lack_weights: bool) -> Part:
-        folder = self.folder / name
+        folder = component_folder(self.folder, name)
         if not issubclass(own_class, nn.Module):
-            with quiet():
+            check_vocabulary(folder, LARGEST_VOCABULARY)
+            with quiet(), reading(folder, own_class.__name__):
                 return Part(own_class.from_pretrained(folder))
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} has no config.json, of which its {own_class.__name__} would be built.")
         if may_lack_weights and not any(folder.glob("*.safetensors*")):
             dtype = self.dtype or dtype_in_configs(self.folder, (name, *self.specs))
             network = empty_network(own_class, folder, dtype)

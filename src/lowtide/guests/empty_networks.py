@@ -22,11 +22,14 @@ from lowtide.quiet import quiet
 
 _default_dtype = new_lock()
 _EMPTY = {torch.empty, torch.empty_like, torch.empty_strided}
+_FILLED = {torch.zeros, torch.ones, torch.full, torch.randn, torch.rand, torch.arange, torch.linspace, torch.eye}
+MOST_COMPUTED = 2**24
+"""Numbers of the largest table that a constructor computes; larger ones are parameters, which files hold."""
 _INIT = "torch.nn.init"
 
 
 class _Empty(TorchFunctionMode):
-    """Makes memory without numbers, which is what layers make their parameters of, on meta."""
+    """Makes memory without numbers, which is what layers make their parameters of, on meta; and all that is large."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,6 +41,8 @@ class _Empty(TorchFunctionMode):
             self.count += 1
             if self.count > MOST_TENSORS:
                 raise CheckpointError(f"It describes a network of more than {MOST_TENSORS} tensors.")
+            kwargs = {**kwargs, "device": "meta"}
+        if func in _FILLED and func(*args, **{**kwargs, "device": "meta"}).numel() > MOST_COMPUTED:
             kwargs = {**kwargs, "device": "meta"}
         if getattr(func, "__module__", None) == _INIT:
             return kwargs["tensor"] if "tensor" in kwargs else args[0]  # all is filled later
@@ -77,6 +82,9 @@ def empty_network(cls: type[Any], folder: Path, dtype: torch.dtype) -> nn.Module
             if parameter is not None and not parameter.is_meta:
                 empty = torch.empty_like(parameter, device="meta")
                 owner._parameters[name] = nn.Parameter(empty, requires_grad=False)
+    large = [name for name, buffer in network.named_buffers() if buffer.is_meta]
+    if large:
+        raise CheckpointError(f"{file}: its {large[0]} would have more than {MOST_COMPUTED} numbers.")
     tie: Any = getattr(network, "tie_weights", None)
     if callable(tie):
         tie()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lowtide.weights.fill import state_names
-from lowtide.weights.index import CheckpointIndex, TensorEntry, find_weights
+from lowtide.weights.index import CheckpointError, CheckpointIndex, TensorEntry, find_weights
 
 NAMES = ("diffusion_pytorch_model", "model")
 """What weights are called, in diffusers and in transformers."""
@@ -31,8 +31,8 @@ def weights_in(folder: Path, variant: str | None) -> CheckpointIndex:
 def by_own_names(network: nn.Module, index: CheckpointIndex) -> CheckpointIndex:
     """The weights that a network has, by its own names.
 
-    Raises `NamesError` where some are missing or of another shape, and where the library would compute new weights
-    of those in the file.
+    Raises `CheckpointError` where some are of another shape, and `NamesError` where the library would compute new
+    weights of those in the file.
     """
     expected = state_names(network)
     entries = dict(index)
@@ -42,7 +42,10 @@ def by_own_names(network: nn.Module, index: CheckpointIndex) -> CheckpointIndex:
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict(keep_vars=True).items()}
     wrong = [name for name, entry in own.items() if shapes.get(name, entry.shape) != entry.shape]
     if wrong:
-        raise NamesError(f"{wrong[0]} has the shape {list(own[wrong[0]].shape)} in {index.files[0]}")
+        raise CheckpointError(
+            f"{index.files[0]}: {wrong[0]} has the shape {list(own[wrong[0]].shape)}, and the configuration of its "
+            f"{type(network).__name__} asks for {list(shapes[wrong[0]])}. Check that both belong together."
+        )
     return CheckpointIndex(own, index.files, index.metadata)
 
 

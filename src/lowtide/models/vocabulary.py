@@ -25,20 +25,23 @@ TOKENIZER, WORDS, ADDED, PIECES = "tokenizer.json", "vocab.json", "added_tokens.
 PIECE_FIELD, NORMALIZER_FIELD, MAP_FIELD = 1, 3, 2
 
 
-def check_vocabulary(folder: Path) -> None:
-    """Raise `CheckpointError`, which names file and entry, for files that cannot be handed to a library."""
+def check_vocabulary(folder: Path, most: int = MOST_VOCABULARY_BYTES) -> None:
+    """Raise `CheckpointError`, which names file and entry, for files that cannot be handed to a library.
+
+    None may be larger than `most` bytes.
+    """
     for file in sorted(folder.iterdir()):
         if file.suffix in READ:
-            check_size(file, MOST_VOCABULARY_BYTES)
+            check_size(file, most)
         if file.suffix == ".json":
-            content = read_json(file, MOST_VOCABULARY_BYTES)
+            content = read_json(file, most)
             if file.name == TOKENIZER:
                 _check_maps(file, content.get("normalizer"), "normalizer")
             if file.name == "tokenizer_config.json":
                 _check_extra(file, content.get("extra_ids"))
     pieces = folder / PIECES
     if pieces.is_file():
-        for normalizer in _fields(pieces, _bytes_of(pieces), NORMALIZER_FIELD):
+        for normalizer in _fields(pieces, read_bounded(pieces, most), NORMALIZER_FIELD):
             for charsmap in _fields(pieces, normalizer, MAP_FIELD):
                 check_character_map(charsmap, f"{pieces}: its map of characters")
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from lowtide import apply_row_streaming
 from lowtide.activations.frame_cache import FrameCache, frame_batches
-from lowtide.activations.graph import Convolution
 from lowtide.activations.row_streaming import row_streaming_of
+from lowtide.activations.steps import Convolution
 from lowtide.memory import detach
 from lowtide.memory.rule import Tier
 from lowtide.ops.convolution import conv3d

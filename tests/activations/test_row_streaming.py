@@ -15,7 +15,7 @@ from tests.memory.cases import RULES, all_at_rest, put
 from tests.thinned import thinned
 
 from lowtide import apply_row_streaming, remove_row_streaming
-from lowtide.activations import row_streaming
+from lowtide.activations import row_settings, row_streaming
 from lowtide.activations.row_streaming import RowSettings, RowStreaming, row_streaming_of
 from lowtide.memory import detach
 from lowtide.memory.rule import Tier
@@ -228,7 +228,7 @@ def test_nothing_is_left_behind(tmp_path):
 
 def test_a_full_disk_is_told_before_the_work(monkeypatch, tmp_path):
     module, x = part_and_input("sd1", "decoder")
-    monkeypatch.setattr(row_streaming.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1000))
+    monkeypatch.setattr(row_settings.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1000))
     apply_row_streaming(module, rows="disk", folder=str(tmp_path))
     calls = []
     monkeypatch.setattr(row_streaming.Run, "__call__", lambda *_: calls.append(1))

@@ -11,7 +11,7 @@ from tests import tiny
 from tests.parity import pairs
 from tests.schedulers.trajectories import FLOW
 
-from lowtide.activations.rules import NotByRowsError
+from lowtide.activations.traced_call import NotByRowsError
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = [

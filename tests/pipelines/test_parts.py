@@ -8,7 +8,7 @@ import torch
 from tests import tiny, tiny_video
 
 import lowtide
-from lowtide.activations.rules import NotByRowsError
+from lowtide.activations.traced_call import NotByRowsError
 from lowtide.hub import Source
 from lowtide.loading import components
 from lowtide.loading.model_index import CLASSES

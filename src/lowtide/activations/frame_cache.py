@@ -6,6 +6,7 @@ Shapes: clips `[B, C, F, H, W]` with `F` frames.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -64,6 +65,23 @@ def latent_frames_made(frames: int, batch_size: int, ratio: int) -> int:
     Every `ratio` frames of a batch become one latent frame, and so does the remainder.
     """
     return sum(-(-(batch.stop - batch.start) // ratio) for batch in frame_batches(frames, batch_size))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class KeptRows:
+    """Frames that a network keeps in a list or a dictionary until it is next called: their rows, in place of a tensor.
+
+    `stores` and `pages` have one entry for every clip of a batch; `shape` is that of one. `tier` is where rows rest.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    tier: Tier = Tier.DEVICE
+    pages: tuple[Pages, ...] = ()
+    stores: tuple[RowStore, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"KeptRows({self.shape}, {self.dtype})"
 
 
 class FrameCache:

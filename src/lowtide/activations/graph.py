@@ -2,20 +2,20 @@
 
 Each step says which rows of its inputs it needs for some rows of its output. Rows are the rows of a picture: dimension
 `H` of a map `[1, C, H, W]` or of a clip of `F` frames `[1, C, F, H, W]`. In tokens `[1, H·W, C]`, to which a map was
-reshaped, a row is a group of `W` tokens.
+reshaped, a row is a group of `W` tokens; in tokens `[1, F·H·W, C]` of a clip, it is `F` such groups.
+
+Steps with a class of their own are in `steps.py`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-
-from lowtide.ops.convolution import conv3d
 
 Span = tuple[int, int]
 """The number of the first row, and the number after the last row."""
@@ -23,19 +23,28 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class RowAxis:
-    """Where a tensor's rows are: `count` rows of `width` entries each along dimension `dim`."""
+    """Where a tensor's rows are: `count` rows of `width` entries each along dimension `dim`.
+
+    With several `planes`, all rows of the first plane come before those of the second, as in the tokens of a clip.
+    """
 
     dim: int
     count: int
     width: int = 1
+    planes: int = 1
+
+    def size(self, rows: int) -> int:
+        """Entries along the dimension, of so many rows."""
+        return self.planes * rows * self.width
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
     """One tensor of the network, described as if it were whole; `axis` is None if it is made of weights alone.
 
-    `step` makes the value; it is None for the input, for weights, and for frames kept from the batch before. `slot` is
-    a weight's name in the network; `place` is where a `FrameCache` keeps the frames.
+    `step` makes the value; it is None for the input, for weights, for tensors given beside the input, and for frames
+    kept from the batch before. `slot` is a weight's name in the network; `given` is the number of a tensor beside the
+    input; `place` is where the frames are kept.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +52,7 @@ class Value:
     axis: RowAxis | None = None
     step: Step | None = None
     slot: str | None = None
+    given: int | None = None
     place: int | None = None
 
     @property
@@ -59,13 +69,15 @@ class Value:
     @property
     def planes(self) -> int:
         """How many pictures the value holds: the frames of a clip, or a single picture."""
-        return self.shape[2] if len(self.shape) == 5 and is_map(self) else 1
+        if is_map(self):
+            return self.shape[0] * (self.shape[2] if len(self.shape) == 5 else 1)
+        return 1 if self.axis is None else self.axis.planes
 
     def rows_shape(self, rows: int) -> list[int]:
         """The shape of a band of `rows` rows."""
         assert self.axis is not None
         shape = list(self.shape)
-        shape[self.axis.dim] = rows * self.axis.width
+        shape[self.axis.dim] = self.axis.size(rows)
         return shape
 
     def part(self, band: torch.Tensor, has: Span, wants: Span) -> torch.Tensor:
@@ -73,9 +85,12 @@ class Value:
         assert self.axis is not None
         if has == wants:
             return band
-        width = self.axis.width
+        width, dim = self.axis.width, self.axis.dim
         if wants[0] == wants[1]:
-            return band.narrow(self.axis.dim, 0, 0)
+            return band.narrow(dim, 0, 0)
+        if self.axis.planes > 1:
+            planes = band.unflatten(dim, (self.axis.planes, -1, width))
+            return planes.narrow(dim + 1, wants[0] - has[0], wants[1] - wants[0]).flatten(dim, dim + 2)
         return band.narrow(self.axis.dim, (wants[0] - has[0]) * width, (wants[1] - wants[0]) * width)
 
 
@@ -88,8 +103,14 @@ class Step:
     """How a value is made: from `inputs`, which have rows, and from weights and numbers, which have none."""
 
     inputs: tuple[Value, ...] = ()
+    parts: tuple[Value, ...] = ()
+    """Values with rows, all of which are needed for any row of the result."""
     is_view = False
-    """The result shares its input's memory."""
+    """The result has its input's rows, in the same memory."""
+    shares = False
+    """The result may lie in its input's memory, as that of a view always may."""
+    copies = False
+    """A view that takes memory of its own where its input's entries lie in another order."""
     halo = False
     """One row of the result needs several rows of the input."""
     in_place: Callable[..., Any] | None = None
@@ -113,8 +134,8 @@ class Step:
 
 
 def is_map(value: Value) -> bool:
-    """Whether a value is a map `[1, C, H, W]` or a clip `[1, C, F, H, W]`."""
-    return len(value.shape) in (4, 5) and value.shape[0] == 1 and value.axis == rows_of(value.shape)
+    """Whether a value is a map `[B, C, H, W]`, where `B` may be the frames of a clip, or a clip `[B, C, F, H, W]`."""
+    return len(value.shape) in (4, 5) and value.axis == rows_of(value.shape)
 
 
 def rows_of(shape: Sequence[int]) -> RowAxis:
@@ -133,13 +154,14 @@ def holds(tree: Any) -> Iterator[Value]:
         yield from holds(list(tree.values()))
 
 
-def _filled(tree: Any, put: Callable[[Value], Any]) -> Any:
+def filled(tree: Any, put: Callable[[Value], Any]) -> Any:
+    """The same nested lists, tuples and dictionaries with something else for each value."""
     if isinstance(tree, Value):
         return put(tree)
     if isinstance(tree, (list, tuple)):
-        return type(tree)(_filled(item, put) for item in tree)
+        return type(tree)(filled(item, put) for item in tree)
     if isinstance(tree, dict):
-        return {key: _filled(item, put) for key, item in tree.items()}
+        return {key: filled(item, put) for key, item in tree.items()}
     return tree
 
 
@@ -163,7 +185,7 @@ class Local(Step):
         self.arguments = arguments
         self.in_place = in_place
         self.inputs = tuple(dict.fromkeys(value for value in holds(arguments) if value.axis is not None))
-        self.is_view = is_view
+        self.is_view = self.shares = is_view
         self.is_elementwise = is_elementwise
 
     def weights(self) -> Iterator[Value]:
@@ -185,7 +207,7 @@ class Local(Step):
         band_of = dict(zip(self.inputs, bands, strict=True))
         if not (self.is_elementwise or self.is_view):
             band_of = {value: band.to(value.dtype) for value, band in band_of.items()}
-        args, kwargs = _filled(self.arguments, lambda value: band_of[value] if value in band_of else constant(value))
+        args, kwargs = filled(self.arguments, lambda value: band_of[value] if value in band_of else constant(value))
         return call(*args, **kwargs)
 
 
@@ -193,129 +215,75 @@ class Linear(Local):
     """A linear layer over the last dimension, or a convolution whose kernel is one pixel: a function of each pixel."""
 
 
+class Made(Step):
+    """A value without rows, made of weights, numbers, and tables that the network makes itself, such as `arange`.
+
+    `pick` is the entry of the tuple that the function returns.
+    """
+
+    def __init__(
+        self, func: Callable[..., Any], arguments: tuple[Any, dict[str, Any]], pick: int | None = None
+    ) -> None:
+        self.func = func
+        self.arguments = arguments
+        self.pick = pick
+
+    @property
+    def name(self) -> str:
+        """The function's name; operators have the names of the functions."""
+        return self.func.__name__.strip("_")
+
+    def weights(self) -> Iterator[Value]:
+        """The values that it is made of."""
+        return holds(self.arguments)
+
+    def make(self, device: torch.device, put: Callable[[Value], Any]) -> Any:
+        """Call the function on a device, with `put` of the values that it is made of."""
+        args, kwargs = filled(self.arguments, put)
+        args = tuple(device if isinstance(part, torch.device) else part for part in args)
+        if "device" in kwargs or not any(True for _ in self.weights()):
+            kwargs = {**kwargs, "device": device}
+        result = self.func(*args, **kwargs)
+        return result if self.pick is None else result[self.pick]
+
+
+class Written(Made):
+    """A table into whose rows a network writes numbers: row, first column, column after the last, number."""
+
+    def __init__(self, func: Callable[..., Any], arguments: tuple[Any, dict[str, Any]]) -> None:
+        super().__init__(func, arguments)
+        self.writes: list[tuple[int, int, int, float]] = []
+
+    def make(self, device: torch.device, put: Callable[[Value], Any]) -> Any:
+        """Make the table, and write the numbers into it."""
+        table = super().make(device, put)
+        for row, first, end, number in self.writes:
+            table[row, first:end] = number
+        return table
+
+    @functools.cached_property
+    def by_row(self) -> torch.Tensor:
+        """The last write of each row, as `[rows, 3]`: first column, column after the last, number."""
+        last = {row: (first, end, number) for row, first, end, number in self.writes}
+        return torch.tensor([last.get(row, (0, 0, 0)) for row in range(max(last) + 1)], dtype=torch.float64)
+
+
 class Reshape(Step):
     """Another shape for the same entries in the same order."""
 
-    is_view = True
+    is_view = shares = True
 
-    def __init__(self, source: Value, shape: tuple[int, ...], axis: RowAxis) -> None:
+    def __init__(self, source: Value, shape: tuple[int, ...], axis: RowAxis, *, copies: bool = False) -> None:
         self.inputs = (source,)
         self.shape = shape
         self.axis = axis
+        self.copies = copies
 
     def run(self, bands: Sequence[torch.Tensor], span: Span, constant: Callable[[Value], Any]) -> torch.Tensor:
         """Reshape a band to the shape of the result, with the rows `span`."""
         shape = list(self.shape)
-        shape[self.axis.dim] = (span[1] - span[0]) * self.axis.width
+        shape[self.axis.dim] = self.axis.size(span[1] - span[0])
         return bands[0].reshape(shape)
-
-
-class Convolution(Step):
-    """A convolution of a map or a clip that is padded with zeros."""
-
-    halo = True
-
-    def __init__(
-        self,
-        source: Value,
-        weights: tuple[Value, Value | None],
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        dilation: tuple[int, ...],
-        groups: int,
-    ) -> None:
-        self.inputs = (source,)
-        self.weight, self.bias = weights
-        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
-        self.reach = dilation[-2] * (self.weight.shape[-2] - 1) + 1
-
-    def needs(self, span: Span) -> list[Span]:
-        """The rows that the kernel covers."""
-        stride, padding = self.stride[-2], self.padding[-2]
-        return [(span[0] * stride - padding, (span[1] - 1) * stride - padding + self.reach)]
-
-    def weights(self) -> Iterator[Value]:
-        """Weight and bias."""
-        return (value for value in (self.weight, self.bias) if value is not None)
-
-    def run(self, bands: Sequence[torch.Tensor], span: Span, constant: Callable[[Value], Any]) -> torch.Tensor:
-        """Convolve a band; rows of zeros are added only where the band touches the edge of the map."""
-        weight = constant(self.weight)
-        above, below = missing(self.needs(span)[0], self.inputs[0].rows)
-        band = bands[0].to(weight.dtype)
-        rows = above if above == below else 0
-        if above != below:
-            band = F.pad(band, (0, 0, above, below))
-        bias = None if self.bias is None else constant(self.bias)
-        padding = (*self.padding[:-2], rows, self.padding[-1])
-        return convolve(band, weight, bias, self.stride, padding, self.dilation, self.groups)
-
-
-def convolve(band: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
-    """Convolve a map or a clip; a clip is first laid out with channels last, if it is not yet."""
-    if band.ndim == 5:
-        return conv3d(band.contiguous(memory_format=torch.channels_last_3d), weight, *args)
-    return F.conv2d(band, weight, *args)
-
-
-class Pad(Step):
-    """Padding of a map with a constant; negative widths cut rows or columns off."""
-
-    def __init__(self, source: Value, around: tuple[int, int, int, int], value: float) -> None:
-        self.inputs = (source,)
-        self.left, self.right, self.top, self.bottom = around
-        self.value = value
-
-    def needs(self, span: Span) -> list[Span]:
-        """The same rows, shifted by the padding above."""
-        return [(span[0] - self.top, span[1] - self.top)]
-
-    def run(self, bands: Sequence[torch.Tensor], span: Span, constant: Callable[[Value], Any]) -> torch.Tensor:
-        """Pad the columns, and the rows where the band touches the edge of the map."""
-        above, below = missing(self.needs(span)[0], self.inputs[0].rows)
-        return F.pad(bands[0], (self.left, self.right, above, below), value=self.value)
-
-
-class Enlarge(Step):
-    """Nearest-neighbour enlargement by whole numbers."""
-
-    def __init__(self, source: Value, factors: tuple[int, ...]) -> None:
-        self.inputs = (source,)
-        self.factors = factors
-
-    def needs(self, span: Span) -> list[Span]:
-        """The rows that are repeated."""
-        return [(span[0] // self.factors[-2], -(-span[1] // self.factors[-2]))]
-
-    def run(self, bands: Sequence[torch.Tensor], span: Span, constant: Callable[[Value], Any]) -> torch.Tensor:
-        """Enlarge the rows, and cut off the repeats outside `span`."""
-        scale = tuple(float(factor) for factor in self.factors)
-        large = F.interpolate(bands[0], scale_factor=scale, mode="nearest")
-        start = span[0] - self.needs(span)[0][0] * self.factors[-2]
-        return large.narrow(-2, start, span[1] - span[0])
-
-
-class GroupNorm(Step):
-    """Normalisation by the mean and variance of groups of channels over the whole map (Wu & He 2018, eq. 1)."""
-
-    def __init__(self, source: Value, groups: int, weights: tuple[Value | None, Value | None], eps: float) -> None:
-        self.inputs = (source,)
-        self.groups, self.eps = groups, eps
-        self.weight, self.bias = weights
-        self.in_place = None if is_half(source) else torch.addcmul
-
-    def weights(self) -> Iterator[Value]:
-        """Scale and shift."""
-        return (value for value in (self.weight, self.bias) if value is not None)
-
-
-class Attend(Step):
-    """Scaled dot-product attention: a row of queries needs all keys and values."""
-
-    def __init__(self, query: Value, key: Value, value: Value, scale: float | None) -> None:
-        self.inputs = (query,)
-        self.key, self.value = key, value
-        self.scale = scale
 
 
 def missing(span: Span, rows: int) -> Span:

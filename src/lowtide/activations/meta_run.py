@@ -1,7 +1,7 @@
 """Row streaming on the meta device: what a run takes in memory, without its arithmetic and most of its bands.
 
-Bands in the middle of a pass take the same memory. So the first bands of a pass are gone through, and for the others
-only the pages that they take and give back are counted.
+Bands in the middle of a pass take nearly the same memory. So the first, the largest and the last bands of a pass are
+gone through, and for the others only the pages that they take and give back are counted.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 import torch
 
+from lowtide.activations.bands import Pass
 from lowtide.activations.graph import Span
-from lowtide.activations.passes import Pass
 from lowtide.activations.run import RowSink, Run
 from lowtide.ops.statistics import ChannelStatistics
 
 GONE_THROUGH = 2
-"""Bands of each pass: the first, which has no rows above it, and the second, which has rows on both sides."""
+"""Bands at each end of a pass: one at the edge of the map, and one that has rows on both sides. At the end of a pass
+the most rows are stored."""
 
 
 class _FirstPart(ChannelStatistics):
@@ -33,8 +34,9 @@ class DryRun(Run):
     new_statistics = _FirstPart
 
     def _sweep(self, pass_: Pass, spans: list[Span], write: RowSink) -> None:
+        largest = max(range(len(spans)), key=lambda place: pass_.bytes_of(spans[place]), default=0)
         for place, span in enumerate(spans):
-            if place < GONE_THROUGH:
+            if place < GONE_THROUGH or place >= len(spans) - GONE_THROUGH or place == largest:
                 self._band(pass_, span, write)
             else:
                 self._count_band(pass_, span)

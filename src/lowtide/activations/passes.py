@@ -11,95 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from lowtide.activations.graph import Attend, Convolution, GroupNorm, Linear, Span, Value, inside, is_half, union
+from lowtide.activations.bands import Pass, attended, base, root, totals, whole_parts
+from lowtide.activations.graph import Linear, Local, Reshape, Value
 from lowtide.activations.recording import Trace
+from lowtide.activations.steps import Attend, Convolution, GroupNorm, Regroup
 
 _Drafts = list[tuple[list[Value], tuple[Value, ...]]]  # passes, as targets and sources
-
-
-@dataclass(frozen=True, eq=False)
-class Pass:
-    """One sweep that makes the rows of `targets` from rows of `sources`; `values` are all that it makes, in order.
-
-    `norms` are the values whose statistics are taken; `released` are the sources that no later pass needs.
-    """
-
-    targets: tuple[Value, ...]
-    sources: tuple[Value, ...]
-    values: tuple[Value, ...]
-    norms: tuple[Value, ...]
-    released: tuple[Value, ...]
-
-    @property
-    def rows(self) -> int:
-        """Rows of the targets."""
-        return self.targets[0].rows
-
-    def spans(self, span: Span) -> dict[Value, Span]:
-        """The rows of every value and source that the rows `span` of the targets need."""
-        needed = dict.fromkeys((*self.targets, *self.norms), span)
-        for value in reversed(self.values):
-            assert value.step is not None
-            for source, rows in zip(value.step.inputs, value.step.needs(needed[value]), strict=True):
-                wanted = inside(rows, source.rows)
-                needed[source] = union(needed.get(source, wanted), wanted)
-        return needed
-
-    def lag(self, source: Value) -> int:
-        """How many rows of a source one row of the targets needs, and so how many must stay at any time."""
-        middle = self.rows // 2
-        first, last = self.spans((middle, middle + 1)).get(source, (0, 0))
-        return last - first
-
-    def uses(self) -> dict[Value, int]:
-        """How often each value is needed within the pass; use by a view counts twice, so that it is never freed."""
-        count = dict.fromkeys((*self.sources, *self.values), 0)
-        for value in self.values:
-            assert value.step is not None
-            for source in value.step.inputs:
-                count[source] += 2 if value.step.is_view else 1
-        for value in (*self.targets, *self.norms):
-            count[value] += 1
-        return count
-
-    def work_bytes(self, rows: int) -> int:
-        """The most bytes of bands alive at once, for a band of `rows` rows in the middle of the map."""
-        middle = max(0, (self.rows - rows) // 2)
-        spans, uses = self.spans((middle, min(self.rows, middle + rows))), self.uses()
-        sizes = {value: (span[1] - span[0]) * band_row_bytes(value) for value, span in spans.items()}
-        alive = peak = sum(sizes[source] for source in self.sources if source in sizes)
-        for value in self.values:
-            assert value.step is not None
-            new = 0 if value.step.is_view or overwritten(value, uses) else sizes[value]
-            peak = max(peak, alive + new + scratch_bytes(value, spans[value]))
-            alive += new - sum(sizes[source] for source in freed(value, uses))
-        return peak
-
-
-def overwritten(value: Value, uses: dict[Value, int]) -> bool:
-    """Whether a value's band can be written over its first input's band, which no other step needs any more."""
-    step = value.step
-    assert step is not None
-    if step.in_place is None or uses[step.inputs[0]] != 1:
-        return False
-    source = step.inputs[0].step
-    return source is None or not source.is_view
-
-
-def freed(value: Value, uses: dict[Value, int]) -> list[Value]:
-    """Count down the uses of the inputs of a value just made, and return the inputs whose memory becomes free.
-
-    A band that a view shows counts as alive until the pass ends: views are few and small.
-    """
-    step = value.step
-    assert step is not None
-    took_over = overwritten(value, uses)
-    for source in step.inputs:
-        uses[source] -= 1
-    gone = [source for source in step.inputs if uses[source] == 0]
-    if took_over or step.is_view:
-        gone = [source for source in gone if source is not step.inputs[0]]
-    return [source for source in gone if source.step is None or not source.step.is_view]
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,12 +73,6 @@ def _height_within(pass_: Pass, work_bytes: int) -> int:
     return low
 
 
-def attended(pass_: Pass) -> set[Value]:
-    """The stored keys and values of a pass, which needs all of their rows until it ends."""
-    steps = [value.step for value in pass_.values if isinstance(value.step, Attend)]
-    return {root(part) for step in steps for part in (step.key, step.value)}
-
-
 def plan(trace: Trace) -> Schedule:
     """Plan the passes of a traced network."""
     order = _reaching(trace)
@@ -177,6 +88,7 @@ def plan(trace: Trace) -> Schedule:
             targets, read = drafts[index]
             drafts[index] = ([*targets, target], tuple(dict.fromkeys((*read, *sources))))
     last = {source: place for place, (_, sources) in enumerate(drafts) for source in sources}
+    last.update(dict.fromkeys(trace.kept.values(), len(drafts)))  # they stay for the next batch of frames
     norms = [value for value in order if isinstance(value.step, GroupNorm)]
     passes = tuple(
         _pass(targets, sources, order, stored, norms, [source for source in sources if last[source] == place])
@@ -200,35 +112,6 @@ def _joinable(drafts: _Drafts, target: Value, sources: tuple[Value, ...], copies
     return None
 
 
-def root(value: Value) -> Value:
-    """The value whose memory a value uses: itself, unless it is a view."""
-    while value.step is not None and value.step.is_view:
-        value = value.step.inputs[0]
-    return value
-
-
-def band_row_bytes(value: Value) -> int:
-    """Bytes of a row in a band at work, where norms of values in half precision are in single precision."""
-    widened = isinstance(value.step, GroupNorm) and is_half(value)
-    return value.row_bytes * (2 if widened else 1)
-
-
-def scratch_bytes(value: Value, span: Span) -> int:
-    """Bytes that a step needs beside its bands: for attention the scores, the sums, the keys and the values."""
-    if not isinstance(value.step, Attend):
-        return 0
-    rows = span[1] - span[0]
-    queries, keys = rows * _width(value), rows * _width(value.step.key)
-    heads = value.shape[1] if len(value.shape) == 4 else 1
-    bands = rows * (value.row_bytes + value.step.key.row_bytes + value.step.value.row_bytes)
-    return 2 * heads * queries * keys * 4 + bands * 4 // value.dtype.itemsize
-
-
-def _width(value: Value) -> int:
-    assert value.axis is not None
-    return value.axis.width
-
-
 def _nbytes(value: Value) -> int:
     return value.rows * value.row_bytes
 
@@ -249,8 +132,7 @@ def _reaching(trace: Trace) -> list[Value]:
 def _all_inputs(value: Value) -> Iterator[Value]:
     assert value.step is not None
     yield from value.step.inputs
-    if isinstance(value.step, Attend):
-        yield from (value.step.key, value.step.value)
+    yield from whole_parts(value)
 
 
 def _users(order: Iterable[Value]) -> dict[Value, list[Value]]:
@@ -270,7 +152,11 @@ def _stored(order: list[Value], users: dict[Value, list[Value]], trace: Trace) -
             stored.add(root(value.step.inputs[0]))
         elif isinstance(value.step, Attend):
             stored |= {root(value.step.key), root(value.step.value)}
+        for total in totals(value):
+            assert total.step is not None
+            stored |= {base(part) for part in total.step.parts}
     stored.discard(trace.source)
+    stored = {value for value in stored if value.place is None}
     while (cut := _next_cut(order, users, stored, trace)) is not None:
         stored.add(cut)
     for value in order:
@@ -290,6 +176,7 @@ def _is_narrower(value: Value, stored: set[Value]) -> bool:
 def _next_cut(order: list[Value], users: dict[Value, list[Value]], stored: set[Value], trace: Trace) -> Value | None:
     """The next value to store so that no convolution or attention is computed twice for a row, if there is one."""
     costly: set[Value] = set()
+    places = {value: place for place, value in enumerate(order)}
     for value in order:
         step = value.step
         assert step is not None
@@ -298,9 +185,27 @@ def _next_cut(order: list[Value], users: dict[Value, list[Value]], stored: set[V
             return _narrowest(costly_inputs[0], costly, stored)
         if costly_inputs or isinstance(step, (Convolution, Attend)):
             costly.add(value)
-            if len(users.get(value, ())) > 1 and value not in stored and value is not trace.output:
+            once = len(users.get(value, ())) <= 1 or _comes_together(value, users, places)
+            if not once and value not in stored and value is not trace.output:
                 return value
     return None
+
+
+def _comes_together(value: Value, users: dict[Value, list[Value]], places: dict[Value, int]) -> bool:
+    """Whether what is made of a value becomes one value again, within a band: as a norm's entries and their mean do."""
+    ahead = set(users[value])
+    while ahead:
+        first = min(ahead, key=lambda each: places[each])
+        ahead.remove(first)
+        step = first.step
+        if first.axis is None or step is None or step.halo or not isinstance(step, (Local, Reshape)) or totals(first):
+            return False
+        if not ahead:
+            return True
+        if first not in users:
+            return False
+        ahead.update(users[first])
+    return False
 
 
 def _narrowest(value: Value, costly: set[Value], stored: set[Value]) -> Value:
@@ -310,7 +215,7 @@ def _narrowest(value: Value, costly: set[Value], stored: set[Value]) -> Value:
         if isinstance(value.step, (Convolution, Attend)):
             break
         value = value.step.inputs[0]
-        if _nbytes(value) < _nbytes(best):
+        if _nbytes(value) < _nbytes(best) or (isinstance(best.step, Regroup) and _nbytes(value) == _nbytes(best)):
             best = root(value)
     return best
 

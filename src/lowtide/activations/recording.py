@@ -9,32 +9,42 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import signature
+from itertools import count
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from lowtide.activations.frame_cache import FrameCache
-from lowtide.activations.graph import Local, RowAxis, Step, Value, holds, is_map, rows_of
-from lowtide.activations.rules import Call, NotByRowsError, made_by, picking
+from lowtide.activations.frame_cache import FrameCache, KeptRows
+from lowtide.activations.graph import Made, RowAxis, Step, Value, Written, holds, is_map, rows_of
+from lowtide.activations.rules import made_by
+from lowtide.activations.steps import regrouped
+from lowtide.activations.traced_call import Call, NotByRowsError
 from lowtide.ops.attention import AttentionBackend
 from lowtide.ops.meta_device import standing_for
+
+RANDOM = frozenset(("normal", "uniform", "bernoulli", "multinomial"))
+FACTORIES = frozenset(("arange", "zeros", "ones", "full", "linspace", "eye", "tensor", "scalar_tensor"))
+"""Functions that make tables of numbers out of nothing: they are called again in a run."""
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
     """A network's input, its output, and all its values, each after the values that it is made of.
 
-    `kept` are the frames kept for the next batch of frames, by their place in a `FrameCache`.
+    `kept` are the frames kept for the next batch of frames, by their place in a `FrameCache` or in `after`: a tuple of
+    what the network returned beside its output, or if that is empty its other arguments as it left them.
     """
 
     source: Value
     output: Value
     values: tuple[Value, ...]
     kept: dict[int, Value]
+    after: Any = None
 
 
 def check_no_autocast(module: nn.Module, device: torch.device) -> None:
@@ -49,7 +59,7 @@ def check_no_autocast(module: nn.Module, device: torch.device) -> None:
 
 @standing_for(None)
 def trace(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: Any = (), kwargs: Any = None) -> Trace:
-    """Trace `module(x, *args, **kwargs)` for a map x `[1, C, H, W]` or a clip `[1, C, F, H, W]`.
+    """Trace `module(x, *args, **kwargs)` for a map x `[1, C, H, W]`, frames `[F, C, H, W]` or a clip `[1, C, F, H, W]`.
 
     Raises `NotByRowsError` for a network that cannot be computed row by row.
     """
@@ -58,20 +68,60 @@ def trace(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, args: A
     x = torch.empty(shape, dtype=dtype, device="meta")
     source = recorder.record(x, Value(shape, dtype, rows_of(shape)))
     kept: dict[int, Value] = {}
-    arguments = (tuple(args), kwargs or {})
-    args, kwargs = tree_map_only(FrameCache, lambda cache: _TracedCache(cache, recorder, kept), arguments)
+    args, kwargs = beside = _stand_ins((tuple(args), kwargs or {}), recorder, kept)
     call = type(skeleton).forward.__get__(skeleton)  # the forward of the class, not the one that streams rows
     try:
         with torch.no_grad(), recorder:
             result = call(x, *args, **kwargs)
     except NotByRowsError:
         raise
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise NotByRowsError(f"it looks at values, or cannot take this input ({str(error).splitlines()[0]})") from error
-    output = recorder.value_of(result) if isinstance(result, torch.Tensor) else None
-    if output is None or not is_map(output):
+    made, *others = result if _keeps(result, call) else (result,)
+    output = recorder.map_of(made) if isinstance(made, torch.Tensor) else None
+    if output is None or output.shape[0] != shape[0]:
         raise NotByRowsError(f"it returns a {type(result).__name__}, not one map made of its input, row by row")
-    return Trace(source, output, tuple(recorder.values), kept)
+    left = ((), beside) if not others else (tuple(others), None)  # what it returns is in place of what it was given
+    after = tree_map_only(torch.Tensor, recorder.frames_of, left)
+    frames = [leaf for leaf in tree_leaves(after) if isinstance(leaf, Value) and leaf.axis is not None]
+    if len({*frames, source, output}) < len(frames) + 1 + (output is not source):
+        raise NotByRowsError("it keeps its input or its output, or the same frames twice, for the next call")
+    kept.update(enumerate(frames))
+    _check_no_state(skeleton, recorder)
+    return Trace(source, output, tuple(recorder.values), kept, after if frames or others else None)
+
+
+def _check_no_state(skeleton: nn.Module, recorder: _Recorder) -> None:
+    for part in skeleton.modules():
+        for name, kept in {**vars(part), **part._buffers}.items():
+            own = {"_parameters", "_buffers"}
+            if name not in own and any(recorder.is_new(leaf) for leaf in tree_leaves(kept)):
+                raise NotByRowsError(f"its {type(part).__name__} keeps a tensor in {name} for later calls")
+
+
+def _keeps(result: Any, call: Callable[..., Any]) -> bool:
+    """Whether a network returns, beside its output, frames for the next call: one that takes a cache."""
+    return isinstance(result, tuple) and len(result) > 1 and any("cache" in name for name in signature(call).parameters)
+
+
+def _stand_ins(arguments: Any, recorder: _Recorder, kept: dict[int, Value]) -> Any:
+    """The arguments with tensors on meta for tensors and for frames kept before; lists and dictionaries are copies."""
+    places, numbers = count(), count()
+
+    def stand_in(leaf: Any) -> Any:
+        if isinstance(leaf, FrameCache):
+            return _TracedCache(leaf, recorder, kept)
+        if not isinstance(leaf, (torch.Tensor, KeptRows)):
+            return leaf
+        shape = tuple(leaf.shape)
+        on_meta = torch.empty(shape, dtype=leaf.dtype, device="meta")
+        if isinstance(leaf, KeptRows):
+            recorder.record(on_meta, Value(shape, leaf.dtype, rows_of(shape), place=next(places)))
+        else:
+            recorder.record(on_meta, Value(shape, leaf.dtype, given=next(numbers)))
+        return on_meta
+
+    return tree_map(stand_in, arguments)
 
 
 def _on_meta(module: nn.Module) -> tuple[nn.Module, dict[int, tuple[torch.Tensor, str]]]:
@@ -119,6 +169,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, slots: dict[int, tuple[torch.Tensor, str]]) -> None:
         super().__init__()
         self.values: list[Value] = []
+        self._known: set[Value] = set()
         self._recorded: dict[int, tuple[torch.Tensor, Value]] = {}  # keeps tensors alive, so no id is used twice
         self._ids_in_memory: defaultdict[int, set[int]] = defaultdict(set)
         for tensor, name in slots.values():
@@ -129,16 +180,48 @@ class _Recorder(TorchFunctionMode):
         self._recorded[id(tensor)] = (tensor, value)
         self._ids_in_memory[tensor.untyped_storage()._cdata].add(id(tensor))
         self.values.append(value)
+        self._known.add(value)
         return value
 
     def value_of(self, tensor: torch.Tensor) -> Value | None:
         """The value that a tensor is, if it was made of the input or of weights."""
         return self._recorded[id(tensor)][1] if id(tensor) in self._recorded else None
 
+    def is_new(self, thing: object) -> bool:
+        """Whether something is a tensor that the network made."""
+        value = self.value_of(thing) if isinstance(thing, torch.Tensor) else None
+        return value is not None and value.slot is None
+
+    def map_of(self, tensor: torch.Tensor) -> Value | None:
+        """The map or clip that a tensor is, with each row of the picture as a row, if it is one."""
+        value = self.value_of(tensor)
+        if value is None or value.axis is None or is_map(value):
+            return value if value is not None and is_map(value) else None
+        shape = value.shape
+        if len(shape) not in (4, 5) or value.axis.dim != len(shape) - 2 or value.axis.planes > 1:
+            return None
+        value = regrouped(value, rows_of(shape))
+        self._add(value)
+        return value
+
+    def frames_of(self, tensor: torch.Tensor) -> Value:
+        """The value that a tensor is which the network keeps; raises `NotByRowsError` for what are no frames."""
+        value = self.value_of(tensor)
+        if value is not None and value.given is not None:
+            return value
+        frames = self.map_of(tensor)
+        if frames is None:
+            raise NotByRowsError(f"it keeps a tensor {list(tensor.shape)} for the next call that is no map or clip")
+        return frames
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.__name__ == "__setitem__" and self._writes_numbers(*args):
+            return None
         if func.__name__ in ("__setitem__", "__set__", "set_") or kwargs.get("out") is not None:
             raise NotByRowsError(f"it writes into a tensor by {func.__name__}")
+        if func.__name__ in FACTORIES:
+            kwargs = {**kwargs, "device": torch.device("meta")}
         result = func(*args, **kwargs)
         outputs = list(result) if isinstance(result, (tuple, list)) else [result]
         seen: list[Value] = []
@@ -147,11 +230,31 @@ class _Recorder(TorchFunctionMode):
         if args and result is args[0] and not _is_in_place(func, kwargs):
             return result
         named = tree_map_only(torch.Tensor, lambda tensor: self._named(tensor, seen, func), (args, kwargs))
-        if not seen:
+        if func.__name__.startswith("rand") or func.__name__.rstrip("_") in RANDOM:
+            raise NotByRowsError(f"it draws random numbers by {func.__name__}, which would be others than at once")
+        if not seen and func.__name__ not in FACTORIES:
             return result
         for place, output in enumerate(outputs):
             self._note(func, named, output, place if isinstance(result, (tuple, list)) else None)
         return result
+
+    def _writes_numbers(self, table: torch.Tensor, index: Any, number: Any) -> bool:
+        """Note a number that is written into a row of a table that the network made itself; False for anything else."""
+        value = self.value_of(table)
+        if value is None or not isinstance(value.step, Made) or not isinstance(number, (int, float)):
+            return False
+        is_row = isinstance(index, tuple) and len(index) == len(value.shape) == 2 and isinstance(index[0], int)
+        if not is_row or not isinstance(index[1], slice) or self._is_shared(value, table):
+            return False
+        if not isinstance(value.step, Written):
+            if value.step.name not in FACTORIES:
+                return False
+            value = replace(value, step=Written(value.step.func, value.step.arguments))
+            self.record(table, value)
+        assert isinstance(value.step, Written)
+        first, end, stride = index[1].indices(value.shape[1])
+        value.step.writes.append((index[0] % value.shape[0], first, end, float(number)))
+        return stride == 1
 
     def _named(self, tensor: torch.Tensor, seen: list[Value], func: Callable[..., Any]) -> Any:
         value = self.value_of(tensor)
@@ -167,11 +270,20 @@ class _Recorder(TorchFunctionMode):
         if _is_in_place(func, kwargs) and (self._is_shared(args[0], output) or not has_rows):
             reason = "it writes to a tensor that others see, or to a weight"
             raise NotByRowsError(f"{reason}, in {func.__name__} (is it in training? call eval() on it)")
-        step: Step = Local(picking(func, pick), named)
+        step: Step = Made(func, named, pick)
         axis: RowAxis | None = None
         if has_rows:
             step, axis = made_by(Call(func, args, kwargs, output, pick))
+            self._add(*step.inputs, *step.parts)
         self.record(output, Value(tuple(output.shape), output.dtype, axis, step))
+
+    def _add(self, *inputs: Value) -> None:
+        """Remember the values with other rows that a rule made."""
+        for value in inputs:
+            if value not in self._known:
+                self._add(*([] if value.step is None else value.step.inputs))
+                self._known.add(value)
+                self.values.append(value)
 
     def _is_shared(self, written: Value, tensor: torch.Tensor) -> bool:
         """Whether another recorded tensor lies in the same memory."""

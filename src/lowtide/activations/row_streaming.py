@@ -8,88 +8,37 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from lowtide.activations.frame_cache import FrameCache
+from lowtide.activations.kept_frames import KeptOfOne, given_tensors, handed_back, kept_rows, of_one, said, simulated
 from lowtide.activations.meta_run import DryRun
 from lowtide.activations.pages import FilePages, MemoryPages, NoPages, Pages, pages_in_block
 from lowtide.activations.passes import Schedule, plan
 from lowtide.activations.recording import check_no_autocast, trace
-from lowtide.activations.rules import NotByRowsError
-from lowtide.activations.run import Progress, RowSink, Run
+from lowtide.activations.row_settings import RowForecast, RowSettings, check_disk
+from lowtide.activations.run import Beside, Progress, RowSink, Run
+from lowtide.activations.traced_call import NotByRowsError
 from lowtide.machine.host import host_memory
 from lowtide.memory.rule import Tier
 from lowtide.ops.meta_device import meant_device, meant_type, note_stored
-from lowtide.sizes import format_decimal, parse_bytes
+from lowtide.sizes import format_decimal
 
 LEAST_WORK = 8 * 2**20
 ROWS_AT_WORK = {4: 8, 5: 40}
 """Bands at work take the bytes of so many of the widest rows: for maps (4 dimensions) and for clips (5), whose bands
 would be thin with as few as for maps."""
 LARGEST_PAGE = 2**20
+CALLS_AHEAD = 2
+"""Calls after the first until a network that keeps frames goes on as before."""
 SCHEDULES_KEPT = 8
 """Plans of the forms last used, about 0.3 MB each; a clip has up to four: first, middle, last and only frames."""
 FREE_SHARE = 0.5
 """Rows rest in a memory if they take at most this share of what is free in it."""
-
-
-@dataclass(frozen=True)
-class RowSettings:
-    """Where rows rest, and how much memory row streaming may take; sizes in bytes.
-
-    `rows` is the tier where rows rest: DEVICE, HOST or DISK; None takes the first of these with room. `budget` limits
-    the memory of the device: rows that rest on it and bands at work together. `work` limits the bands at work; None
-    goes by the width of the rows. `folder` is the folder of the nameless file for rows on disk; None is the system's
-    temporary folder.
-    """
-
-    rows: Tier | None = None
-    budget: int | None = None
-    work: int | None = None
-    folder: str | os.PathLike[str] | None = None
-
-    @classmethod
-    def of(
-        cls,
-        rows: Tier | str | None = None,
-        budget: int | str | None = None,
-        work: int | str | None = None,
-        folder: str | os.PathLike[str] | None = None,
-    ) -> RowSettings:
-        """Settings as users write them; raises `ValueError` for settings that are not possible."""
-        if rows is not None and rows not in list(Tier):
-            raise ValueError(
-                f"rows={rows!r} is not possible: give 'device', 'host' or 'disk', or None for the first with room."
-            )
-        if folder is not None:
-            _check_folder(folder)
-        sizes = [None if size is None else parse_bytes(size) for size in (budget, work)]
-        return cls(None if rows is None else Tier(rows), sizes[0], sizes[1], folder)
-
-
-@dataclass(frozen=True)
-class RowForecast:
-    """What a run will take, before it begins: where rows rest, bytes of rows stored and of bands at work, passes."""
-
-    rows: Tier
-    stored: int
-    work: int
-    passes: int
-
-    @property
-    def peak(self) -> int:
-        """Bytes in the memory of the device, without the output, the copies of a pass's weights and the workspace of
-        convolutions.
-        """
-        return self.work + (self.stored if self.rows is Tier.DEVICE else 0)
 
 
 class RowStreaming:
@@ -107,8 +56,11 @@ class RowStreaming:
         self.watch: Callable[[Progress], None] | None = None
         self._schedules: dict[Any, Schedule] = {}
 
-    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The module's output for maps `[B, C, H, W]` or clips `[B, C, F, H, W]`, one of the batch at a time."""
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module's output for maps `[B, C, H, W]` or clips `[B, C, F, H, W]`, one of the batch at a time.
+
+        A module that keeps frames for its next call in lists or dictionaries finds `KeptRows` there in their place.
+        """
         _check_input(x)
         cache = _cache_in(args, kwargs)
         if len(x) > 1 and cache is not None:
@@ -116,14 +68,21 @@ class RowStreaming:
         if x.shape[0] == 0:
             raise ValueError(f"A batch {list(x.shape)} has no picture: give at least one.")
         output: torch.Tensor | None = None
-        pictures = x.split(1)
-        for place, picture in enumerate(pictures[:1] if x.is_meta else pictures):  # the others take no more memory
-            schedule = self.schedule(picture, args, kwargs)
+        kept: list[KeptOfOne] = []
+        pictures = x.split(self._together(x, kwargs))
+        for place, picture in enumerate(pictures):
+            beside = of_one((args, kwargs), place, len(pictures))
+            schedule = self.schedule(picture, *beside)
             if output is None:
                 output = x.new_empty((len(x), *schedule.trace.output.shape[1:]), dtype=schedule.trace.output.dtype)
-            self._run(picture, schedule, functools.partial(_put, output[place : place + 1]), cache)
+            part = output.split(len(picture))[place]
+            kept.append(self._run(picture, schedule, functools.partial(_put, part), beside))
+            if x.is_meta and schedule.trace.after is None:
+                break  # the others take no more memory
         assert output is not None
-        return output
+        if len(kept) > 1 and schedule.trace.kept:
+            self._note_room([clip.pages for clip in kept], kept[0].tier, x.device)
+        return handed_back(output, (args, kwargs), schedule.trace, kept)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for copies and pickles, which make their own plans."""
@@ -131,7 +90,7 @@ class RowStreaming:
 
     def stream(self, x: torch.Tensor, write: RowSink, *args: Any, **kwargs: Any) -> None:
         """Compute one picture `[1, C, H, W]` and hand finished rows to `write` from top to bottom."""
-        self._run(x, self.schedule(x, args, kwargs), write, _cache_in(args, kwargs))
+        self._run(x, self.schedule(x, args, kwargs), write, (args, kwargs))
 
     def forecast(self, shape: tuple[int, ...], dtype: torch.dtype | None = None, *args: Any) -> RowForecast:
         """What a run over one picture `[1, C, H, W]` or clip of this shape will take, without running it.
@@ -147,7 +106,7 @@ class RowStreaming:
         """Raise what a run over such a picture would raise: `ValueError`, or `OSError` for a disk that is too small."""
         forecast = self.forecast(shape, None, *args)
         if forecast.rows is Tier.DISK:
-            _check_disk(forecast.stored, self.settings.folder)
+            check_disk(forecast.stored, self.settings.folder)
 
     def schedule(self, x: torch.Tensor, args: Any, kwargs: Any) -> Schedule:
         """The plan for inputs of this form; raises `NotByRowsError`, a `ValueError`, for what has none.
@@ -156,14 +115,15 @@ class RowStreaming:
         """
         _check_input(x)
         check_no_autocast(self.module, x.device)
-        if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
-            raise ValueError(f"Row streaming of {type(self.module).__name__} takes one map and no other tensors.")
-        told = tree_map_only(FrameCache, lambda cache: (cache.has_before, cache.is_last), (args, kwargs))
-        key = (tuple(x.shape[1:]), x.dtype, repr(told), _form(self.module))
+        if any(tensor.ndim > 2 for tensor in given_tensors((args, kwargs))):
+            name = type(self.module).__name__
+            raise ValueError(f"Row streaming of {name} takes one map and no other tensors of more than two dimensions.")
+        batch = self._together(x, kwargs)
+        key = (batch, tuple(x.shape[1:]), x.dtype, said((args, kwargs)), _form(self.module))
         schedule = self._schedules.pop(key, None)
         if schedule is None:
             try:
-                schedule = plan(trace(self.module, (1, *x.shape[1:]), x.dtype, args, kwargs))
+                schedule = plan(trace(self.module, (batch, *x.shape[1:]), x.dtype, args, kwargs))
             except NotByRowsError as reason:
                 raise NotByRowsError(
                     f"{type(self.module).__name__} cannot be computed row by row: {reason}. Compute it whole, or, an "
@@ -174,24 +134,55 @@ class RowStreaming:
             del self._schedules[next(iter(self._schedules))]
         return schedule
 
-    def _run(self, x: torch.Tensor, schedule: Schedule, write: RowSink, cache: FrameCache | None) -> None:
+    @staticmethod
+    def _together(x: torch.Tensor, kwargs: dict[str, Any]) -> int:
+        """How many of a batch are computed at once: all if they are the frames of clips, as a number of frames says."""
+        return len(x) if "num_frames" in kwargs and x.ndim == 4 else 1
+
+    def _run(self, x: torch.Tensor, schedule: Schedule, write: RowSink, beside: Any) -> KeptOfOne:
         if torch.is_grad_enabled() and (x.requires_grad or _trains(self.module)):
             raise ValueError("Row streaming keeps nothing for gradients: call it under torch.no_grad(), or disable it.")
-        forecast = self._forecast(schedule, x.device)
+        forecast, cache, before = self._forecast(schedule, x.device), _cache_in(*beside), kept_rows(beside)
+        rows = forecast.rows
         with torch.no_grad():
-            if cache is None:
-                pages = self._pages(forecast, schedule, x.device)
+            if cache is not None:
+                pages, stores, rows = self._pages_of_clip(x, schedule, cache), cache.stores, cache.rows
+            elif before:
+                pages, rows = before[0].pages[0], before[0].tier
+                stores = {place: kept.stores[0] for place, kept in enumerate(before)}
             else:
-                pages = self._pages_of_clip(x, schedule, cache)
+                largest = self._largest_of_calls(x, schedule, beside)
+                forecast, stores = self._forecast(largest, x.device), {}
+                rows, pages = forecast.rows, self._pages(forecast, largest, x.device)
             pages.count_anew()
-            run = DryRun if x.is_meta else Run
-            run(self.module, schedule, pages, self._work(schedule), cache)(x, write, self.watch)
-        block = pages.page_bytes * pages_in_block(meant_type(x.device))
-        self.most_room = max(self.most_room, -(-pages.peak_bytes // block) * block)
-        rows = forecast.rows if cache is None else cache.rows
-        if meant_device() is not None and rows is Tier.DISK:
-            note_stored(pages.peak_bytes)
+            kind = DryRun if x.is_meta else Run
+            run = kind(self.module, schedule, pages, self._work(schedule), Beside(stores, given_tensors(beside)))
+            run(x, write, self.watch)
+        if cache is not None:
+            cache.stores = run.kept
+        self._note_room([pages], rows, x.device)
         self.last = RowForecast(rows, pages.peak_bytes, forecast.work, forecast.passes)
+        return KeptOfOne(run.kept, pages, rows)
+
+    def _note_room(self, together: list[Pages], tier: Tier, device: torch.device) -> None:
+        """Note the bytes of pages that exist at once."""
+        blocks = [pages.page_bytes * pages_in_block(meant_type(device)) for pages in together]
+        rooms = (-(-pages.peak_bytes // block) * block for pages, block in zip(together, blocks, strict=True))
+        self.most_room = max(self.most_room, sum(rooms))
+        if meant_device() is not None and tier is Tier.DISK:
+            note_stored(sum(pages.peak_bytes for pages in together))
+
+    def _largest_of_calls(self, x: torch.Tensor, schedule: Schedule, beside: Any) -> Schedule:
+        """The plan of this call or of those after it that stores most, for a network that keeps frames itself."""
+        largest = schedule
+        for _ in range(CALLS_AHEAD if schedule.trace.after is not None else 0):
+            beside = simulated(beside, schedule.trace)
+            try:
+                schedule = self.schedule(x, *beside)
+            except NotByRowsError:
+                break  # later calls have other arguments
+            largest = max(largest, schedule, key=lambda each: each.forecast(self._work(each))[0])
+        return largest
 
     def _pages_of_clip(self, x: torch.Tensor, schedule: Schedule, cache: FrameCache) -> Pages:
         """Pages for all batches of a clip, with room for the largest: one with frames before and after it."""
@@ -246,7 +237,7 @@ class RowStreaming:
         if device.type == "meta" and forecast.rows is not Tier.DEVICE:
             return NoPages(page)
         if forecast.rows is Tier.DISK:
-            _check_disk(forecast.stored, self.settings.folder)
+            check_disk(forecast.stored, self.settings.folder)
             return FilePages(page, self.settings.folder)
         return MemoryPages(page, device if forecast.rows is Tier.DEVICE else torch.device("cpu"))
 
@@ -298,9 +289,13 @@ def row_streaming_of(module: nn.Module) -> RowStreaming | None:
 
 def _form(module: nn.Module) -> tuple[Any, ...]:
     """What a plan depends on besides the input: the parts of a module, and the shapes and dtypes of its weights."""
-    parts = tuple((name, type(part), part.training) for name, part in module.named_modules())
+    parts = tuple((name, type(part), _flags(part)) for name, part in module.named_modules())
     weights = (*module.named_parameters(), *module.named_buffers())
     return parts, tuple((name, tensor.shape, tensor.dtype) for name, tensor in weights)
+
+
+def _flags(part: nn.Module) -> tuple[tuple[str, object], ...]:
+    return tuple((name, value) for name, value in vars(part).items() if isinstance(value, (bool, int, float, str)))
 
 
 def _trains(module: nn.Module) -> bool:
@@ -323,19 +318,3 @@ def _check_input(x: object) -> None:
     if not isinstance(x, torch.Tensor) or x.ndim not in (4, 5):
         given = list(x.shape) if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
         raise ValueError(f"Row streaming needs maps [B, C, H, W] or clips [B, C, F, H, W], and this is {given}.")
-
-
-def _check_folder(folder: object) -> None:
-    if not isinstance(folder, (str, os.PathLike)) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ValueError(f"folder={folder!r} is not possible: give an existing folder that can be written to, or None.")
-
-
-def _check_disk(nbytes: int, folder: str | os.PathLike[str] | None) -> None:
-    """Raise `OSError` for a disk that is too small before an hour of work, not after it."""
-    place = folder or tempfile.gettempdir()
-    free = shutil.disk_usage(place).free
-    if free < nbytes:
-        raise OSError(
-            f"{format_decimal(nbytes)} of rows do not fit in {place} (free: {format_decimal(free)}). Choose another "
-            "folder, a smaller picture, or half precision."
-        )

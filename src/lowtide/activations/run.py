@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from lowtide.activations.frame_cache import FrameCache
-from lowtide.activations.graph import Attend, GroupNorm, Local, Span, Value, inside, is_map
+from lowtide.activations.bands import Pass, attended, freed, overwritten, rows_alike
+from lowtide.activations.graph import Local, Made, Span, Value, inside, is_map
+from lowtide.activations.masks import mask_part
 from lowtide.activations.pages import Pages, RowStore
-from lowtide.activations.passes import Pass, Schedule, attended, freed, overwritten
+from lowtide.activations.passes import Schedule
+from lowtide.activations.steps import Attend, GroupNorm, Total
 from lowtide.machine.heap import trim_heap
 from lowtide.ops.attention import OnlineSoftmax
 from lowtide.ops.convolution import channels_last
@@ -35,21 +37,35 @@ class Progress:
     total: int
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What a run has beside its input: the rows of frames kept before it, by their places, and tensors without rows."""
+
+    stores: Mapping[int, RowStore] = field(default_factory=dict)
+    given: Sequence[torch.Tensor] = ()
+
+
 class Run:
-    """One run of a schedule over one input `[1, C, H, W]` or `[1, C, F, H, W]`; `cache` has the frames before it."""
+    """One run of a schedule over one input `[1, C, H, W]` or `[1, C, F, H, W]`.
+
+    `kept` are, after it, the rows of the frames that are kept for the next batch of frames, by their places.
+    """
 
     new_statistics = ChannelStatistics
 
     def __init__(
-        self, module: nn.Module, schedule: Schedule, pages: Pages, work_bytes: int, cache: FrameCache | None = None
+        self, module: nn.Module, schedule: Schedule, pages: Pages, work_bytes: int, beside: Beside | None = None
     ) -> None:
         self.module = module
         self.schedule = schedule
         self.pages = pages
         self.heights = schedule.heights(work_bytes)
-        self.cache = FrameCache() if cache is None else cache
-        before = (value for value in schedule.trace.values if value.place is not None)
-        self._stores: dict[Value, RowStore] = {value: self.cache.stores[value.place] for value in before}  # type: ignore[index]
+        self.kept: dict[int, RowStore] = {}
+        beside = beside or Beside()
+        self._given = beside.given
+        self._stores: dict[Value, RowStore] = {
+            value: beside.stores[value.place] for value in schedule.trace.values if value.place is not None
+        }
         self._statistics: dict[Value, ChannelStatistics] = {}
         self._constants: dict[Value, torch.Tensor] = {}
         self._affine: dict[Value, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -69,7 +85,9 @@ class Run:
             self._begin(pass_)
             self._sweep(pass_, spans, write)
             self._end(pass_)
-        self.cache.stores = {place: self._stores[value] for place, value in self.schedule.trace.kept.items()}
+        self.kept = {place: self._stores.pop(value) for place, value in self.schedule.trace.kept.items()}
+        for left in self._stores.values():  # of frames kept before that nobody read
+            left.close()
 
     def _look_at_input(self) -> None:
         """Take the statistics of norms that read the input itself, 16 rows at a time."""
@@ -77,7 +95,7 @@ class Run:
             self._statistics[value] = self.new_statistics()
             for first in range(0, value.rows, 16):
                 span = (first, min(first + 16, value.rows))
-                self._statistics[value].add(self._viewed(value, span, "statistics"))
+                self._statistics[value].add(_as_one_picture(self._made_again(value, span, "statistics")))
 
     # ---- passes
 
@@ -118,7 +136,7 @@ class Run:
             for source in [source for source in bands if uses[source] == 0]:
                 del bands[source]
         for value in pass_.norms:
-            self._statistics[value].add(bands[value][0])
+            self._statistics[value].add(_as_one_picture(bands[value][0]))
         for target in pass_.targets:
             rows = bands[target][0].to(target.dtype)
             if target is self.schedule.trace.output:
@@ -141,6 +159,7 @@ class Run:
         assert step is not None
         if span[0] == span[1]:
             return self._x.new_empty(value.rows_shape(0), dtype=value.dtype)
+        self._at_work = value, span[1] - span[0]
         inputs: list[torch.Tensor] = []
         for source, wanted in zip(step.inputs, step.needs(span), strict=True):
             band, has = bands[source]
@@ -148,21 +167,14 @@ class Run:
         if isinstance(step, GroupNorm):
             return self._normed(value, step, inputs[0], overwrite=overwrite)
         if isinstance(step, Attend):
-            return self._attended(step, inputs[0])
+            return self._attended(step, value, inputs[0], span)
         if overwrite and isinstance(step, Local):
             return step.overwrite(inputs, self._constant)
         return step.run(inputs, span, self._constant)
 
     def _normed(self, value: Value, step: GroupNorm, x: torch.Tensor, *, overwrite: bool) -> torch.Tensor:
         if value not in self._affine:
-            weight, bias = (None if part is None else self._constant(part) for part in (step.weight, step.bias))
-            statistics = self._statistics[step.inputs[0]]
-            shape = (1, -1, *[1] * (x.ndim - 2))
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            self._affine[value] = tuple(  # type: ignore[assignment]
-                part_C.to(dtype).view(shape)
-                for part_C in statistics.scale_and_shift(step.groups, weight, bias, step.eps)
-            )
+            self._affine[value] = self._factor_and_term(step, x)
         factor, term = self._affine[value]
         if x.dtype == term.dtype:
             return torch.addcmul(term, x, factor, out=x if overwrite else None)
@@ -171,22 +183,48 @@ class Run:
         wide = self._room((value, "wide"), x.numel() * term.itemsize).view(term.dtype).as_strided(x.shape, strides)
         return torch.addcmul(term, wide.copy_(x), factor, out=wide)
 
-    def _attended(self, step: Attend, query: torch.Tensor) -> torch.Tensor:
+    def _factor_and_term(self, step: GroupNorm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, bias = (None if part is None else self._constant(part) for part in (step.weight, step.bias))
+        pictures = len(x)  # whose channels count as those of one
+        if pictures > 1:
+            weight, bias = (None if part is None else part.repeat(pictures) for part in (weight, bias))
+        statistics = self._statistics[step.inputs[0]]
+        pair = statistics.scale_and_shift(step.groups * pictures, weight, bias, step.eps)
+        shape = (pictures, -1, *[1] * (x.ndim - 2))
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        factor, term = (part_C.to(dtype).view(shape) for part_C in pair)
+        return factor, term
+
+    def _attended(self, step: Attend, value: Value, query: torch.Tensor, span: Span) -> torch.Tensor:
         """Attend to all keys and values, a band of them at a time."""
         softmax = OnlineSoftmax(query, step.scale)
-        rows, queries = step.key.rows, query.shape[-2]
-        assert step.key.axis is not None
-        height = max(1, queries // step.key.axis.width)
-        for first in range(0, rows, height):
-            span = (first, min(first + height, rows))
-            softmax.add(self._viewed(step.key, span, "key"), self._viewed(step.value, span, "value"))
+        for keys in self._bands_of(step.key, rows_alike(value, span[1] - span[0], step.key)):
+            mask = None
+            if step.mask is not None:
+                mask = mask_part(step.mask, (value, span), (step.key, keys), self._constant, self._x.device)
+            key, heads = self._made_again(step.key, keys, "key"), self._made_again(step.value, keys, "value")
+            softmax.add(key, heads, mask)
         return softmax.result()
 
-    def _viewed(self, value: Value, span: Span, purpose: str) -> torch.Tensor:
-        """Read rows of a stored value, or of a view of a stored value."""
+    def _bands_of(self, value: Value, height: int) -> Iterator[Span]:
+        for first in range(0, value.rows, height):
+            yield first, min(first + height, value.rows)
+
+    def _summed(self, value: Value, step: Total) -> torch.Tensor:
+        """Add up the product of two maps over bands of all their rows, in double precision."""
+        total: torch.Tensor | None = None
+        for span in self._bands_of(step.first, rows_alike(*self._at_work, step.first)):
+            first, second = (self._made_again(part, span, "summed") for part in step.parts)
+            product = (first @ second).double()
+            total = product if total is None else total.add_(product)
+        assert total is not None
+        return total.to(value.dtype)
+
+    def _made_again(self, value: Value, span: Span, purpose: str) -> torch.Tensor:
+        """Read rows of a stored value, or make them from rows of a stored value by functions of single entries."""
         if value.step is None or value in self._stores:
             return self._read(value, span, purpose)
-        return value.step.run([self._viewed(value.step.inputs[0], span, purpose)], span, self._constant)
+        return value.step.run([self._made_again(value.step.inputs[0], span, purpose)], span, self._constant)
 
     def _read(self, value: Value, span: Span, purpose: str = "band") -> torch.Tensor:
         """Read rows of a stored value, into memory that is kept for one purpose."""
@@ -206,13 +244,23 @@ class Run:
     def _constant(self, value: Value) -> torch.Tensor:
         """A weight, or a tensor made of weights: read once a pass, so that the weight may rest in between."""
         if value not in self._constants:
-            if value.slot is not None:
-                tensor = _copy(_slot(self.module, value.slot))
-            else:
-                assert value.step is not None
-                tensor = value.step.run([], (0, 0), self._constant)
-            self._constants[value] = tensor
+            self._constants[value] = self._without_rows(value)
         return self._constants[value]
+
+    def _without_rows(self, value: Value) -> torch.Tensor:
+        if value.slot is not None:
+            return _copy(_slot(self.module, value.slot))
+        if value.given is not None:
+            return self._given[value.given]
+        if isinstance(value.step, Total):
+            return self._summed(value, value.step)
+        assert isinstance(value.step, Made)
+        return value.step.make(self._x.device, self._constant)
+
+
+def _as_one_picture(x: torch.Tensor) -> torch.Tensor:
+    """The pictures of a batch as groups of channels of one."""
+    return x if len(x) == 1 else x.flatten(0, 1)[None]
 
 
 def _slot(module: nn.Module, name: str) -> torch.Tensor:
@@ -231,7 +279,7 @@ def _copy(weight: torch.Tensor) -> torch.Tensor:
 def _order(value: Value) -> list[int]:
     """The order of dimensions in which rows are stored: that of the rows, those after it, those before it.
 
-    Maps and clips have their channels last, and the rows of each frame lie together.
+    Maps and clips have their channels last, and the rows of each frame or plane lie together.
     """
     assert value.axis is not None
     dim, ndim = value.axis.dim, len(value.shape)

@@ -1,6 +1,7 @@
-"""How results of elementwise operators are laid out by kernels; on meta PyTorch decides it in another way.
+"""How results of elementwise operators and of padding are laid out by kernels; on meta PyTorch decides it otherwise.
 
-The two differ where a dimension has size 1: such a dimension's stride says nothing of where numbers lie, but kernels
+Padding with what is inside a map keeps channels last on a CPU, and on meta it does not. For elementwise operators the
+two differ where a dimension has size 1: such a dimension's stride says nothing of where numbers lie, but kernels
 that come later look at it to see whether a map has its channels last.
 """
 
@@ -10,15 +11,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._prims_common import suggest_memory_format
+
+from lowtide.ops.meta_device import meant_device
 
 COPIES = {"clone", "_to_copy"}
 """Operators that PyTorch counts as elementwise, but that keep the strides they are given."""
+PADDING = {"reflection_pad2d", "reflection_pad3d", "replication_pad2d", "replication_pad3d"}
 Strides = tuple[int, ...]
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def laid_out(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
     """The result on meta of an operator, with the strides that a kernel would give it."""
+    if func.overloadpacket.__name__ in PADDING and meant_device() == "cpu":
+        layout = suggest_memory_format(args[0])
+        kept = result.is_contiguous(memory_format=layout)
+        return result if kept else result.new_empty(result.shape).contiguous(memory_format=layout)
     is_pointwise = torch.Tag.pointwise in func.tags and func.overloadpacket.__name__ not in COPIES
     is_new = isinstance(result, torch.Tensor) and is_pointwise and _allocates(func)
     if not is_new or 1 not in result.shape or result.ndim < 3:

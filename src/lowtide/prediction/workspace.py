@@ -183,7 +183,8 @@ def _native(conv: Convolution) -> int:
     columns = 0 if conv.is_pointwise and not conv.is_strided else _columns(conv)
     if conv.out.ndim == 5:
         return columns + sum(_nbytes(tensor) for tensor in (conv.x, conv.weight) if not tensor.is_contiguous())
-    reordered = _nbytes(conv.weight) if not conv.is_pointwise and not _same_order(conv) else 0
+    other = conv.weight if is_channels_last(conv.x) else conv.x  # the one without channels last is brought to them
+    reordered = _nbytes(other) if not conv.is_pointwise and not _same_order(conv) else 0
     is_whole = conv.x.is_contiguous() or is_channels_last(conv.x)
     return columns + reordered + (0 if is_whole else _nbytes(conv.x))
 

@@ -24,7 +24,7 @@ from lowtide.activations.pages import FilePages, MemoryPages, NoPages, Pages, pa
 from lowtide.activations.passes import Schedule, plan
 from lowtide.activations.recording import check_no_autocast, trace
 from lowtide.activations.rules import NotByRowsError
-from lowtide.activations.run import Progress, RowSink, Run
+from lowtide.activations.run import Progress, RowSink, Run, watch_here
 from lowtide.machine.host import host_memory
 from lowtide.memory.rule import Tier
 from lowtide.ops.meta_device import meant_device, meant_type, note_stored
@@ -171,7 +171,7 @@ class RowStreaming:
                 ) from reason.__cause__
         self._schedules[key] = schedule  # the last used is the last one
         while len(self._schedules) > SCHEDULES_KEPT:
-            del self._schedules[next(iter(self._schedules))]
+            self._schedules.pop(next(iter(self._schedules)), None)  # another thread may have done so
         return schedule
 
     def _run(self, x: torch.Tensor, schedule: Schedule, write: RowSink, cache: FrameCache | None) -> None:
@@ -185,7 +185,7 @@ class RowStreaming:
                 pages = self._pages_of_clip(x, schedule, cache)
             pages.count_anew()
             run = DryRun if x.is_meta else Run
-            run(self.module, schedule, pages, self._work(schedule), cache)(x, write, self.watch)
+            run(self.module, schedule, pages, self._work(schedule), cache)(x, write, self.watch or watch_here())
         block = pages.page_bytes * pages_in_block(meant_type(x.device))
         self.most_room = max(self.most_room, -(-pages.peak_bytes // block) * block)
         rows = forecast.rows if cache is None else cache.rows

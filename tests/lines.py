@@ -33,9 +33,11 @@ class Place(NamedTuple):
     def is_possible(self) -> bool:
         """Whether CPython looks for signals here.
 
-        It does not before it calls a function written in C, such as the `__exit__` of a lock.
+        It does not before it calls a function written in C, such as the `__exit__` of a lock, nor at a `try`, which is
+        an instruction that does nothing, and which no `with` around it covers.
         """
-        return not (self.leaves and self.source.endswith(("lock:", "locked():")))
+        before_comment = self.source.partition("  #")[0]
+        return before_comment != "try:" and not (self.leaves and before_comment.endswith(("lock:", "locked():")))
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}{' (end)' if self.leaves else ''}: {self.source}"

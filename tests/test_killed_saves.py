@@ -2,16 +2,22 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
+import torch
+from tests.forked import Parked, in_child
+from tests.lines import places
 
 from lowtide.configs import CheckpointError
 from lowtide.hub import Source
 from lowtide.killed_saves import MOVES, complete_saves, work_name
-from lowtide.media.unfinished import writer
+from lowtide.media.unfinished import is_running, writer
 
 MACHINE = writer().partition("-")[0]
 
@@ -62,7 +68,8 @@ def test_before_its_moves_were_written_down_it_is_forgotten(gone, tmp_path):
     assert not work.exists()
 
 
-def test_that_of_a_running_process_is_left_alone(tmp_path):
+def test_that_of_a_running_process_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowtide.killed_saves._WAIT_SECONDS", 0.1)
     work = half_saved(tmp_path, writer())
     complete_saves(tmp_path)
     assert content(tmp_path) == {"old"}
@@ -118,3 +125,84 @@ def test_a_folder_that_cannot_be_written_to_says_so(gone, tmp_path, monkeypatch)
     monkeypatch.setattr("pathlib.Path.rename", refuse)
     with pytest.raises(OSError, match=r"was killed midway.*Permission denied"):
         complete_saves(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize(
+    "line", ["if path not in arrived", "(source / path).rename", "(destination / path).parent.mkdir"]
+)
+def test_two_processes_that_load_at_once(gone, tmp_path, line):
+    """As several ranks do: one of them completes the save, and the others wait for it."""
+    work = half_saved(tmp_path, gone)
+    place = next(
+        place for place in places(lambda: complete_saves(copied(tmp_path)), ("killed_saves",)) if line in place.source
+    )
+
+    def load():
+        complete_saves(tmp_path)
+        return torch.tensor([name == "new" for name in sorted(content(tmp_path))])
+
+    with Parked(lambda: complete_saves(tmp_path), place) as parked:
+        assert parked.has_come
+        threading.Timer(0.2, parked._go_on.set).start()
+        assert in_child(load).tolist() == [True]
+    assert content(tmp_path) == {"new"}
+    assert not work.exists()
+    assert not [name for name in os.listdir(tmp_path) if ".saving-" in name]
+
+
+def copied(target):
+    return Path(shutil.copytree(target, target.parent / "copy", dirs_exist_ok=True))
+
+
+def test_a_complete_one_in_a_folder_that_cannot_be_written_to_is_no_error(gone, tmp_path, monkeypatch):
+    half_saved(tmp_path, gone, moved=("unet/weights", "model_index.json"))
+    monkeypatch.setattr("pathlib.Path.rename", lambda *_: 1 / 0)
+    complete_saves(tmp_path)
+    assert content(tmp_path) == {"new"}
+
+
+def test_what_cannot_be_completed_now_can_be_later(gone, tmp_path, monkeypatch):
+    work = half_saved(tmp_path, gone)
+    rename, renamed = Path.rename, []
+
+    def full(self, other):
+        renamed.append(self)
+        if len(renamed) == 2:
+            raise OSError(28, "No space left on device")
+        return rename(self, other)
+
+    monkeypatch.setattr("pathlib.Path.rename", full)
+    with pytest.raises(OSError, match=r"was killed midway.*No space left"):
+        complete_saves(tmp_path)
+    assert work.exists()
+    monkeypatch.undo()
+    complete_saves(tmp_path)
+    assert content(tmp_path) == {"new"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_save_that_goes_on_is_waited_for(tmp_path, monkeypatch):
+    work = half_saved(tmp_path, writer())
+    threading.Timer(0.1, (work / MOVES).unlink).start()
+    complete_saves(tmp_path)
+    assert not (work / MOVES).exists()
+    monkeypatch.setattr("lowtide.killed_saves._WAIT_SECONDS", 0.1)
+    (work / MOVES).write_text("{}")
+    complete_saves(tmp_path)  # not for ever
+
+
+@pytest.mark.parametrize("named", ["/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"])
+def test_ids_of_another_container_or_before_the_machine_was_started_anew(gone, tmp_path, named, monkeypatch):
+    """There the process may be running, or be another one."""
+    work = half_saved(tmp_path, writer(), moves=False)
+    ours = writer()
+    read, link = Path.read_text, os.readlink
+    monkeypatch.setattr("os.readlink", lambda path: "pid:[1]" if path == named else link(path))
+    monkeypatch.setattr(
+        "pathlib.Path.read_text", lambda path, **k: "another" if str(path) == named else read(path, **k)
+    )
+    assert writer() != ours
+    assert is_running(*ours.split("-")) is None
+    complete_saves(tmp_path)
+    assert work.exists()

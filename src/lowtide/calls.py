@@ -28,22 +28,27 @@ class Calls(Generic[C]):
     """
 
     def __init__(self) -> None:
-        self._calls: weakref.WeakSet[C] = weakref.WeakSet()
+        self.under_way: set[weakref.ref[C]] = set()
+        """For those who ask at every call of a leaf: true where there are any, and always the same set.
+
+        A plain one, of which each change and each copy is one instruction, which nothing comes into.
+        """
         tell_of_forks(self)
 
     def begin(self, call: C) -> None:
         """A call begins. Enter what ends it before this."""
-        self._calls.add(call)
+        self.under_way.add(weakref.ref(call, self.under_way.discard))
 
     def end(self, call: C) -> None:
         """It has ended, perhaps before it began."""
-        self._calls.discard(call)
+        self.under_way.discard(weakref.ref(call))
 
     def __iter__(self) -> Iterator[C]:
-        return iter(list(self._calls))
+        calls = (reference() for reference in list(self.under_way))
+        return iter([call for call in calls if call is not None])
 
     def __len__(self) -> int:
-        return len(self._calls)
+        return len(self.under_way)
 
     def after_fork(self) -> None:
         """Forget the calls of threads that a forked child has not."""

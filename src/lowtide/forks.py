@@ -7,9 +7,16 @@ would never end.
 from __future__ import annotations
 
 import os
+import re
+import sys
 import threading
 import weakref
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
+
+_OMP_PAUSE_HARD = 2
+"""`omp_pause_hard` of the OpenMP API 5.0, section 3.5.2: threads are ended too."""
 
 
 class Forked(Protocol):
@@ -24,15 +31,12 @@ _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 _others: weakref.WeakSet[Forked] = weakref.WeakSet()
 
 
-def new_lock() -> threading.Lock:
-    """A `threading.Lock` that is free in a forked child."""
-    lock = threading.Lock()
-    _locks.add(lock)
-    return lock
+def new_lock() -> Any:
+    """A `threading.RLock` that is free in a forked child, unless the thread that forked holds it.
 
-
-def new_rlock() -> Any:
-    """A `threading.RLock` that is free in a forked child, unless the thread that forked holds it."""
+    One that its thread may take again: a collection of garbage may come inside it, and end there what an interrupt left
+    and what takes it too.
+    """
     lock = threading.RLock()
     _locks.add(lock)
     return lock
@@ -49,9 +53,42 @@ def _begin_anew() -> None:
             lock.release()
         else:
             lock._at_fork_reinit()  # as the locks of the standard library do
+    broken: list[Exception] = []
     for thing in list(_others):
-        thing.after_fork()
+        try:
+            thing.after_fork()
+        except Exception as error:  # the others are told all the same
+            broken.append(error)
+    if broken:
+        raise broken[0]
+
+
+def _end_workers() -> None:
+    """Before a fork: end the threads with which GNU's OpenMP computes for this one. It makes them anew when needed.
+
+    Its child would wait for them in its first large kernel, and for ever; with one thread alone, the sums of that
+    kernel would be others. Other libraries see to it themselves.
+    """
+    with suppress(OSError):
+        for path in _gnu_openmp():
+            _end_workers_of(path)
+
+
+def _gnu_openmp() -> set[str]:
+    """The files from which GNU's OpenMP is loaded; none where nobody can have asked it for threads yet."""
+    if "torch" not in sys.modules or sys.platform != "linux":
+        return set()
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
+    return set(re.findall(r"/.*/libgomp[^/\n]*$", maps, re.MULTILINE))
+
+
+def _end_workers_of(path: str) -> None:
+    import ctypes
+
+    pause = getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)
+    if pause is not None:
+        pause(_OMP_PAUSE_HARD)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew)
+    os.register_at_fork(before=_end_workers, after_in_child=_begin_anew)

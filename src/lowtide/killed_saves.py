@@ -13,19 +13,21 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowtide.configs import CheckpointError, read_json
-from lowtide.media.unfinished import KEPT_SECONDS, is_running
+from lowtide.media.unfinished import KEPT_SECONDS, is_running, writer
 
 _WORK = re.compile(r"\..+\.saving-([0-9a-f]{8})-(\d{1,9})-\d+")
 MOVES = "moves.json"
 _MOST_BYTES = 16 * 2**20
 _MOVING_SECONDS = 60
 """Moves take milliseconds: a list of them as old as this, of a machine whose processes we cannot see, is of no one."""
+_WAIT_SECONDS = 5
+"""How long a load or a save waits for the moves of another process."""
 _numbers = itertools.count()
 
 
@@ -68,29 +70,45 @@ def complete_saves(target: Path) -> None:
             shutil.rmtree(work, ignore_errors=True)
             continue
         try:
-            _complete(target, work, Moves.read(work))
+            _complete(target, work)
         except OSError as error:
             raise OSError(
                 error.errno,
                 f"A save of {target} was killed midway, and it cannot be completed now ({error.strerror}). Load it "
                 "once where the folder can be written to, or save it anew.",
             ) from error
+    _wait_for_others(target)
 
 
-def _left_in(target: Path) -> Iterator[Path]:
+def _wait_for_others(target: Path) -> None:
+    """Wait while living processes of this machine move files in a checkpoint: it is half old and half new meanwhile."""
+    began = time.monotonic()
+    while time.monotonic() - began < _WAIT_SECONDS and any(_is_moving(work) for work in _works_in(target)):
+        time.sleep(0.01)
+
+
+def _is_moving(work: Path) -> bool:
+    match = _WORK.fullmatch(work.name)
+    return match is not None and (work / MOVES).is_file() and is_running(match[1], int(match[2])) is True
+
+
+def _left_in(target: Path) -> list[Path]:
     """The hidden folders of saves whose processes are gone."""
+    return [work for work in _works_in(target) if _is_over(work)]
+
+
+def _works_in(target: Path) -> list[Path]:
+    """The hidden folders of saves."""
     try:
         entries = [entry for entry in os.scandir(target) if entry.is_dir(follow_symlinks=False)]
     except OSError:  # whoever reads there says so
-        return
-    for entry in entries:
-        match = _WORK.fullmatch(entry.name)
-        if match is not None and _is_over(Path(entry.path), match[1], int(match[2])):
-            yield Path(entry.path)
+        return []
+    return [Path(entry.path) for entry in entries if _WORK.fullmatch(entry.name)]
 
 
-def _is_over(work: Path, machine: str, process: int) -> bool:
-    running = is_running(machine, process)
+def _is_over(work: Path) -> bool:
+    match = _WORK.fullmatch(work.name)
+    running = None if match is None else is_running(match[1], int(match[2]))
     if running is not None:
         return not running
     moves = work / MOVES
@@ -100,7 +118,36 @@ def _is_over(work: Path, machine: str, process: int) -> bool:
     return False
 
 
-def _complete(target: Path, work: Path, moves: Moves) -> None:
+def _complete(target: Path, work: Path) -> None:
+    try:
+        moves = Moves.read(work)
+    except FileNotFoundError:  # another process, which came first, completes it or has done so
+        return
+    if any(os.path.lexists(work / "new" / path) for path in moves.incoming):
+        work = _completed(target, work, moves)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _completed(target: Path, killed: Path, moves: Moves) -> Path:
+    """Make the moves, in the folder of a killed save under the name of this process, so that no other makes them too.
+
+    Returns that folder. If a move fails, it has its old name again.
+    """
+    work = killed.with_name(f"{killed.name.rpartition('.saving-')[0]}.saving-{writer()}-{next(_numbers)}")
+    try:
+        killed.rename(work)
+        _make(target, work, moves)
+    except BaseException as error:
+        if os.path.lexists(work):
+            with suppress(OSError):
+                work.rename(killed)
+            raise
+        if not isinstance(error, FileNotFoundError):  # else another process came first
+            raise
+    return work
+
+
+def _make(target: Path, work: Path, moves: Moves) -> None:
     new, old = work / "new", work / "old"
     waiting = [path for path in moves.incoming if os.path.lexists(new / path)]
     arrived = set(moves.incoming).difference(waiting)
@@ -109,7 +156,6 @@ def _complete(target: Path, work: Path, moves: Moves) -> None:
             _move(target, old, path)
     for path in waiting:
         _move(new, target, path)
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def _move(source: Path, destination: Path, path: Path) -> None:

@@ -42,6 +42,17 @@ def test_memory_of_a_gpu_leads_to_a_budget_of_it(capsys):
     assert "lowtide decode '/tmp/my latents' --vram auto" in ended(capsys, error)[1]
 
 
+def test_weights_of_another_model_are_one_line(capsys):
+    from lowtide.weights.fill import WeightsMismatchError
+
+    lists = "\nIn the model, not in the file (2):\n  a\n  b"
+    code, said = ended(
+        capsys, WeightsMismatchError(f"A model and its weights in x do not match: a (and 1 more).{lists}")
+    )
+    assert code == 2
+    assert said == "Error: A model and its weights in x do not match: a (and 1 more).\n"
+
+
 def test_sigterm_ends_as_ctrl_c_does_and_the_handler_is_put_back(capsys):
     before = signal.getsignal(signal.SIGTERM)
     tidied = []

@@ -4,17 +4,20 @@ import glob
 import tempfile
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tests import tiny
 from tests.fitting import fits
 from tests.fitting.fits import bare_machine  # noqa: F401
+from tests.lines import interrupted, places
 from tests.thinned import thinned
 
 from lowtide.fitting.meta_subject import meta_subject
 from lowtide.fitting.out_of_memory import OutOfMemoryError, is_of_device, is_out_of_memory
 from lowtide.fitting.prepare import prepare
+from lowtide.fitting.resuming import _State
 from lowtide.planning.plan import Budgets
 from lowtide.planning.planner import minimum
 from lowtide.schedulers import DPMSolverMultistepScheduler
@@ -91,6 +94,21 @@ def test_every_stage_goes_on_with_less(folders, plain, of_kind, error, monkeypat
     if stage == "denoise":
         assert len(done) == 4  # three steps, one of them begun anew: those completed are kept
     assert not list(own_folder.glob("lowtide-latents-*"))
+
+
+def test_an_interrupt_while_a_step_is_begun_anew():
+    """The scheduler is never without its settings, also for a child that is forked then."""
+    scheduler = tiny.scheduler()
+    for place in places(_State(SimpleNamespace(scheduler=scheduler), ()).put_back, ("fitting/resuming",)):
+        scheduler.set_timesteps(3)
+        before, steps = _State(SimpleNamespace(scheduler=scheduler), ()), scheduler.timesteps
+        scheduler.set_timesteps(5)
+        scheduler.more = 1
+        assert interrupted(before.put_back, place), str(place)
+        assert scheduler.config.beta_schedule == "scaled_linear", str(place)
+        before.put_back()
+        assert scheduler.timesteps is steps
+        assert not hasattr(scheduler, "more")
 
 
 def test_twice_in_one_run(folders, plain, monkeypatch):

@@ -1,6 +1,7 @@
 """The meter sees what a stage used, no more and no less, also when stages nest."""
 
 import mmap
+import os
 import platform
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import types
 from contextlib import contextmanager
 
 import pytest
+import torch
 from rich.console import Console
+from tests.forked import in_child
 
 from lowtide.measuring import meter, peaks
 from lowtide.memory import Meter
@@ -266,6 +269,32 @@ def test_the_table_joins_stages_of_one_name_and_adds_them_up():
     lines = [line.strip() for line in shown(m.table()).splitlines()]
     first_words = [line.split("  ")[0] for line in lines if line and line[0].isalpha()]
     assert first_words[:5] == ["stage", "denoise ×3", "unet ×3", "decode", "all"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_in_a_forked_child_stages_of_other_threads_are_over():
+    m, begun, goes_on = Meter(None), threading.Event(), threading.Event()
+    stages = Stages([m])
+
+    def run():
+        with stages.stage("denoise"):
+            begun.set()
+            goes_on.wait(60)
+
+    def depths():
+        with stages.stage("decode"):
+            pass
+        return torch.tensor([[reading.depth, reading.shared] for reading in m.report()])
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert begun.wait(60)
+    try:
+        assert in_child(depths).tolist() == [[0, 0]]
+    finally:
+        goes_on.set()
+        thread.join()
+    assert [reading.name for reading in m.report()] == ["denoise"]
 
 
 CHURN = """

@@ -84,7 +84,9 @@ def test_order_of_copies(
     with torch.no_grad():
         for _ in range(3):
             assert torch.equal(module(x), plain)
-    stream._reader._thread.submit(lambda: None).result()  # what was asked for ahead is done
+    for load in stream._live.values():
+        if load.reading is not None:
+            load.reading.wait()  # what was asked for ahead is done
     assert set(computing.log) <= {f"copy{n}" for n in range(1, copying.count + 1)}, "computing waits for copies"
     assert copying.log, "a copy waits until its buffer is free"
     assert set(copying.log) <= {f"compute{n}" for n in range(1, computing.count + 1)}
@@ -105,6 +107,28 @@ def make_flat(unit) -> None:
         weight.rest.copy_into(part)
         weight.rest = HostRest(part)
         place += size
+
+
+def test_a_forked_child_asks_cuda_for_nothing(
+    fake_cuda: tuple[FakeStream, FakeStream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could not: PyTorch raises then, and what else is told of the fork must be told."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    module, x = blocks(), torch.randn(3, 16)
+    stream = cuda.CudaStream(torch.device("cpu"), prefetch=1, zero_copy=False)
+    attach(module, Rule(Level.LEAF, Tier.HOST, prefetch=1), stream)
+    with torch.no_grad():
+        for _ in range(2):
+            module(x)
+    assert stream._live
+    monkeypatch.setattr(torch.cuda, "current_stream", refuse)
+    stream.after_fork()
+    assert all(load.reading is None for load in stream._live.values())
+    with pytest.raises(RuntimeError, match="forked subprocess"):
+        module(x)
 
 
 @pytest.mark.gpu

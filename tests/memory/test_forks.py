@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from tests.forked import Parked, in_child, received, send
-from tests.lines import Place
-from tests.memory.cases import RULES, all_at_rest
+from tests.lines import Place, places
+from tests.memory.cases import CPU, RULES, all_at_rest, toy
 from tests.memory.ruled import CASES, Ruled, expected, is_bounded, lines, lines_once, made
 from tests.thinned import thinned
 
 from lowtide import forks
 from lowtide.memory import detach
+from lowtide.memory.attach import attach
+from lowtide.memory.stream import Stream
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
@@ -124,6 +126,39 @@ def test_from_inside_a_call_which_goes_on_in_both(case: Ruled) -> None:
         assert torch.equal(result, expected(case))
         assert torch.equal(received(pipe, child), expected(case))
         assert all_at_rest(attachment)
+
+
+def test_what_another_module_of_the_stream_had_does_not_stay() -> None:
+    """The other thread is in the middle of one module, and the child calls another one of the same stream."""
+    rule = RULES["leaves ahead"]
+    one, other = toy(torch.float32), toy(torch.float32)
+    stream = Stream(CPU, prefetch=rule.prefetch, zero_copy=False)
+    attachments = [attach(case.module, rule, stream) for case in (one, other)]
+    expected = [case.run() for case in (one, other)]
+
+    def call() -> torch.Tensor:
+        stream.ledger.reset()
+        result = other.run()
+        assert stream.ledger.peak <= stream.bound
+        assert all(all_at_rest(attachment) for attachment in attachments)
+        return result
+
+    place = next(place for place in lines(Ruled("leaves ahead", False)) if "out_of_buffers(call" in place.source)
+    with Parked(one.run, place) as parked:
+        assert torch.equal(in_child(call), expected[1])
+    assert torch.equal(parked.result, expected[0])
+
+
+@pytest.mark.parametrize("case", [Ruled("leaves ahead"), CASES[-1]], ids=str)
+def test_while_another_thread_has_emptied_slots(case: Ruled) -> None:
+    """As it does where a rule, or a casting, follows a change of the module."""
+    module, _ = made(case)
+    example, _ = made(case)
+    for place in places(lambda: example.module.to(torch.float32), ("weights/slots",))[::2]:
+        with Parked(lambda: module.module.to(torch.float32), place) as parked:
+            assert parked.has_come, str(place)
+            assert torch.equal(in_child(module.run), expected(case)), str(place)
+        assert torch.equal(module.run(), expected(case)), str(place)
 
 
 def test_a_rule_ends_in_a_child_too() -> None:

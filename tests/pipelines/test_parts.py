@@ -103,6 +103,45 @@ def test_parts_put_together_by_hand(tmp_path):
         tiny_video.pipeline(tmp_path, transformer=tiny_video.transformer("5b", in_channels=8))
 
 
+ASSIGNED = [
+    ("unet", lambda: tiny.unet(in_channels=9), "an inpainting model.*in_channels=9, vae latent_channels=4"),
+    ("vae", lambda: tiny.vae(latent_channels=16), "in_channels=4, vae latent_channels=16"),
+]
+
+
+@pytest.mark.parametrize("tiling", [False, "exact"])
+@pytest.mark.parametrize(("name", "made", "message"), ASSIGNED, ids=["unet", "vae"])
+def test_a_part_assigned_later_is_looked_at_before_any_work(tmp_path, name, made, message, tiling):
+    """In the same words as one that is loaded; only in a call, since several may be assigned one after another."""
+    pipe = tiny.pipeline(tmp_path)
+    before, steps = getattr(pipe, name), []
+    setattr(pipe, name, made())
+    pipe.enable_vae_tiling(tiling)
+    for call in (
+        lambda: pipe("a", 16, 16, 1, callback_on_step_end=lambda *a: steps.append(1)),
+        pipe.running().__enter__,
+    ):
+        with pytest.raises(UnfitPartsError, match=f"These parts make no pipeline: .*{message}"):
+            call()
+    assert steps == []
+    setattr(pipe, name, before)
+    pipe("a", 16, 16, 1, output_type="latent")
+
+
+def test_a_part_of_a_clip_pipeline_assigned_later(tmp_path):
+    pipe = tiny_video.pipeline(tmp_path)
+    pipe.transformer = tiny_video.transformer("5b", in_channels=8)
+    with pytest.raises(UnfitPartsError, match="a picture-to-video model"):
+        pipe("a", num_inference_steps=1)
+
+
+def test_parts_that_fit_each_other_may_be_assigned_one_after_another(tmp_path):
+    pipe = tiny.pipeline(tmp_path)
+    pipe.unet = tiny.unet(in_channels=6, out_channels=6)
+    pipe.vae = tiny.vae("no quant convs")
+    pipe("a", 16, 16, 1)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

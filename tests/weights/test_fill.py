@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -213,6 +214,26 @@ def test_mismatch_lists_both_sides_at_once(tmp_path):
     assert "norm.num_batches_tracked: torch.int64 in the model, torch.float32 in the file" in message
     assert "Small" in message
     assert "x.safetensors" in message
+
+
+FIRST = {
+    "linear.weight": (torch.ones(4, 3), r"linear\.weight: \[3, 4\] in the model, \[4, 3\] in the file"),
+    "a\nstray": (torch.ones(3), r"a stray \[3\] is not in the model"),
+    "norm.bias": (None, r"norm\.bias is not in the file"),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_the_first_line_says_where_what_and_how_many_more(tmp_path, name):
+    state, (tensor, said) = Small().state_dict(), FIRST[name]
+    for more, count in (("", ""), ("another", r" \(and 1 more\)")):
+        changed = {**state, **({more: torch.ones(1)} if more else {})}
+        changed = {**changed, name: tensor} if tensor is not None else {k: v for k, v in changed.items() if k != name}
+        with pytest.raises(WeightsMismatchError) as caught:
+            fill(on_meta(Small), saved(changed, tmp_path), buffers=POSITIONS)
+        first = str(caught.value).splitlines()[0]
+        advice = r"Check that the configuration belongs to these weights\."
+        assert re.fullmatch(rf"Small and its weights in .*x\.safetensors do not match: {said}{count}\. {advice}", first)
 
 
 def test_long_lists_are_cut_with_their_counts(tmp_path):

@@ -21,7 +21,7 @@ from lowtide.activations.pages import FilePages, MemoryPages, NoPages, Pages, pa
 from lowtide.activations.passes import Schedule, plan
 from lowtide.activations.recording import check_no_autocast, trace
 from lowtide.activations.row_settings import RowForecast, RowSettings, check_disk
-from lowtide.activations.run import Beside, Progress, RowSink, Run
+from lowtide.activations.run import Beside, Progress, RowSink, Run, watch_here
 from lowtide.activations.traced_call import NotByRowsError
 from lowtide.machine.host import host_memory
 from lowtide.memory.rule import Tier
@@ -131,7 +131,7 @@ class RowStreaming:
                 ) from reason.__cause__
         self._schedules[key] = schedule  # the last used is the last one
         while len(self._schedules) > SCHEDULES_KEPT:
-            del self._schedules[next(iter(self._schedules))]
+            self._schedules.pop(next(iter(self._schedules)), None)  # another thread may have done so
         return schedule
 
     @staticmethod
@@ -157,7 +157,7 @@ class RowStreaming:
             pages.count_anew()
             kind = DryRun if x.is_meta else Run
             run = kind(self.module, schedule, pages, self._work(schedule), Beside(stores, given_tensors(beside)))
-            run(x, write, self.watch)
+            run(x, write, self.watch or watch_here())
         if cache is not None:
             cache.stores = run.kept
         self._note_room([pages], rows, x.device)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +46,26 @@ class Beside:
 
     stores: Mapping[int, RowStore] = field(default_factory=dict)
     given: Sequence[torch.Tensor] = ()
+
+
+_watch: ContextVar[weakref.ref[Callable[[Progress], None]] | None] = ContextVar("lowtide_rows_watch", default=None)
+
+
+@contextmanager
+def watched(watch: Callable[[Progress], None]) -> Generator[None]:
+    """Have `watch` called after every band of the runs in this thread that have no other; it is kept by who calls."""
+    before = _watch.get()
+    try:
+        _watch.set(weakref.ref(watch))
+        yield
+    finally:
+        _watch.set(before)
+
+
+def watch_here() -> Callable[[Progress], None] | None:
+    """What watches the runs in this thread; none that an interrupt left here."""
+    reference = _watch.get()
+    return None if reference is None else reference()
 
 
 class Run:

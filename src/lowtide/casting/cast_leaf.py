@@ -39,6 +39,8 @@ class Leaf:
 
     def install(self) -> None:
         """Let the placeholders in, and the calls through this leaf."""
+        for module in self.owners:
+            self._overrides.mark(module, _MARK, self)
         for weight in self.weights:
             weight.lay_down()
         if any(not weight.gives_rows for weight in self.weights):
@@ -51,7 +53,6 @@ class Leaf:
         for module in self.owners:
             self._overrides.set(module, "_apply", self._applied(module, module._apply))
             self._overrides.set(module, "_load_from_state_dict", self._loaded(module._load_from_state_dict))
-            module.__dict__[_MARK] = self
         for module in {*self.owners, *self._triggers}:
             self._overrides.set_state(module)
 

@@ -42,7 +42,8 @@ def cast(
     """
     chosen = set(_chosen(module, casting))
     meant = [leaf for leaf in leaves(module) if not chosen.isdisjoint(leaf.owners)]
-    _undo([leaf for leaf in meant if not all(_is_so(weight, casting) for weight in leaf.weights)], at_rest=at_rest)
+    other = [leaf for leaf in meant if not all(_is_so(weight, casting) for weight in leaf.weights)]
+    _undo(other, _left(module), at_rest=at_rest)
     weights = meant_by(casting, module, _own_weights(module))
     compute = None if casting.compute is None else getattr(torch, casting.compute)
     made: list[CastWeight] = []
@@ -61,15 +62,23 @@ def uncast(module: nn.Module, *, at_rest: bool = False) -> None:
     With `at_rest` another rule takes them over. Others keep the values that their 8 bits hold, in the dtype they
     compute in; a warning says so.
     """
-    _undo(leaves(module), at_rest=at_rest)
+    _undo(leaves(module), _left(module), at_rest=at_rest)
 
 
-def _undo(undone: list[Leaf], *, at_rest: bool) -> None:
-    rounded = [weight.name for leaf in undone for weight in leaf.weights if weight.original is None]
+def _left(module: nn.Module) -> list[CastWeight]:
+    """Weights that rest in 8 bits in no leaf: an interrupt came into their casting, or into the end of it."""
+    cast = dict.fromkeys(small for slot in slots(module) if (small := small_of(slot.tensor)) is not None)
+    in_leaves = {weight for leaf in leaves(module) for weight in leaf.weights}
+    return [weight for weight in cast if weight not in in_leaves]
+
+
+def _undo(undone: list[Leaf], left: list[CastWeight], *, at_rest: bool) -> None:
     for leaf in undone:
         leaf.undo()
-        for weight in leaf.weights:
-            weight.restore_numbers(at_rest=at_rest)
+    weights = [*(weight for leaf in undone for weight in leaf.weights), *left]
+    rounded = [weight.name for weight in weights if weight.original is None]
+    for weight in weights:
+        weight.restore_numbers(at_rest=at_rest)
     if rounded:
         warnings.warn(
             f"{len(rounded)} weights ({rounded[0]} and so on) are in no file, so they keep the values that their 8 "

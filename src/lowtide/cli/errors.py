@@ -116,6 +116,8 @@ def _message(error: Exception, *, has_budget: bool) -> str:
         budget = "" if has_budget else "--vram" if "CUDA" in str(error) else "--ram"
         said = [_first_line(error) or "out of memory", _advice(budget)]
         return "\n".join([*said, *_way_on(error, f" {budget} auto" if budget else "")])
+    if _is_mismatch(error):
+        return _first_line(error)
     if isinstance(error, ValueError | OSError | Warning):
         return "\n".join([str(error) or type(error).__name__, *_way_on(error)])
     said = f"{type(error).__name__}: {_first_line(error)}".rstrip(": ")
@@ -144,6 +146,15 @@ def _is_out_of_memory(error: Exception) -> bool:
     from lowtide.fitting.out_of_memory import OutOfMemoryError, is_out_of_memory
 
     return is_out_of_memory(error) or isinstance(error, OutOfMemoryError)
+
+
+def _is_mismatch(error: Exception) -> bool:
+    """Whether weights are not the model's: what follows the first line lists hundreds of them."""
+    if "torch" not in sys.modules:
+        return False
+    from lowtide.weights.fill import WeightsMismatchError
+
+    return isinstance(error, WeightsMismatchError)
 
 
 def _first_line(error: Exception) -> str:

@@ -28,6 +28,8 @@ from lowtide.planning.plan import Budgets, ComponentPlan, Plan
 from lowtide.sizes import format_decimal
 
 _UNPLANNED = ComponentPlan()
+_BETWEEN = "between two castings"
+"""That of a network whose casting is being changed: an interrupt, or a fork, may leave it like that."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,22 @@ class AppliedPlan:
         modules = self.subject.modules()
         chosen = {name: plan.components.get(name, _UNPLANNED) for name in modules}
         for name in sorted(chosen, key=lambda name: chosen[name].rule is None):  # what gives room first
-            put_under(modules[name], chosen[name], self.castings.get(name), fit.device)
-            self.castings[name] = chosen[name].casting
+            self._cast(name, modules[name], chosen[name].casting)
+            put_under(modules[name], chosen[name], fit.device)
         for stage, ways in self.subject.ways().items():
             ways.set(plan.way(stage))
         self.fit, self.plan = fit, plan
         trim_heap()
+
+    def _cast(self, name: str, module: nn.Module, casting: str | None) -> None:
+        before = self.castings.get(name)
+        if casting != before:
+            self.castings[name] = _BETWEEN
+            if before is not None:
+                remove_casting(module)
+            if casting is not None:
+                apply_casting(module, casting_for(module, casting))
+            self.castings[name] = casting
 
     def castings_shared_with(self, fit: Fit) -> dict[str, str | None]:
         """The castings of networks that another preparation has too: those that were replaced have none of ours."""
@@ -169,13 +181,8 @@ class AppliedPlan:
         return run_report(self.plan, self.last_call.readings, self.last_call.flows, self.degradations)
 
 
-def put_under(module: nn.Module, chosen: ComponentPlan, casting_now: str | None, device: torch.device) -> None:
-    """Have one network as a plan says; one that the plan does not know comes as a whole when it is called."""
-    if chosen.casting != casting_now:
-        if casting_now is not None:
-            remove_casting(module)
-        if chosen.casting is not None:
-            apply_casting(module, casting_for(module, chosen.casting))
+def put_under(module: nn.Module, chosen: ComponentPlan, device: torch.device) -> None:
+    """Have the weights of one network rest as a plan says; one that it does not know comes whole when it is called."""
     rule = model_rule(device) if chosen is _UNPLANNED else chosen.rule
     attachment = attachment_of(module)
     if rule is None:

@@ -6,14 +6,14 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from lowtide.calls import Call, Calls
-from lowtide.forks import new_rlock
+from lowtide.forks import new_lock
 
 
 class CallLock:
     """Other threads wait for the end of a call; what is asked for from inside a call is refused."""
 
     def __init__(self) -> None:
-        self._lock = new_rlock()
+        self._lock = new_lock()
         self._calls: Calls[Call] = Calls()
 
     @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,7 +75,8 @@ class MetaSubject:
     device: torch.device
     original: Original | None = None
     traced: Traces = field(default_factory=dict)
-    _tracing: threading.Lock = field(default_factory=new_lock, repr=False)
+    _lock: Any = field(default_factory=new_lock, repr=False)
+    _is_being_traced: bool = False
 
     def is_of(self, subject: Subject) -> bool:
         """Whether this stands for the networks that a subject has now, as they are set now."""
@@ -98,13 +98,24 @@ class MetaSubject:
         """
         blended = size.frames is None or "blended_tiling" in allow
         key = blended, replace(size, steps=1)
-        with self._tracing, quiet(), torch.no_grad(), without_collecting():
+        with self._lock, quiet(), torch.no_grad(), without_collecting():
             if key not in self.traced:
-                self.traced[key] = self._trace(size, (SLICED, EXACT_ON_DISK, *([BLENDED] if blended else [])))
+                self._trace_anew(key, size, (SLICED, EXACT_ON_DISK, *([BLENDED] if blended else [])))
             components, traced = self.traced[key]
             calls = self.subject.calls_in_steps(size.steps)
         stages = tuple(replace(stage, calls=calls.get(stage.name, stage.calls)) for stage in traced)
         return Workload(components, stages, dtype_name(self.subject.dtype), size.to_dict())
+
+    def _trace_anew(self, key: tuple[bool, RunSize], size: RunSize, other_ways: Sequence[str]) -> None:
+        if self._is_being_traced:  # an interrupt, or a fork, came into the end of a trace, which changes the subject
+            self.subject = self.subject.on_meta()
+        self._is_being_traced = True
+        try:
+            self.traced[key] = self._trace(size, other_ways)
+        except Exception:
+            self._is_being_traced = False
+            raise
+        self._is_being_traced = False
 
     def _trace(self, size: RunSize, other_ways: Sequence[str]) -> tuple[dict[str, Component], tuple[Stage, ...]]:
         components: dict[str, Component] = {}

@@ -77,7 +77,9 @@ class _State:
 
     def put_back(self) -> None:
         if self._scheduler is not None:
-            vars(self._scheduler).clear()
-            vars(self._scheduler).update(self._before)
+            now = vars(self._scheduler)
+            now.update(self._before)  # and never empty: an interrupt, or a fork, may come in between
+            for name in now.keys() - self._before.keys():
+                now.pop(name, None)
         for generator, state in self._generators:
             generator.set_state(state)

@@ -12,7 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from lowtide.calls import Call, Calls
-from lowtide.forks import new_lock, new_rlock, tell_of_forks
+from lowtide.forks import new_lock, tell_of_forks
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -26,7 +26,7 @@ class _Collector:
     """Whether Python looks for garbage: not while anybody asks for that."""
 
     def __init__(self) -> None:
-        self._lock = new_rlock()  # a collection of garbage in here may come here again
+        self._lock = new_lock()
         self._asking: Calls[Call] = Calls()
         self._was_on = False
         tell_of_forks(self)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lowtide.calls import Call
+from lowtide.forks import tell_of_forks
 from lowtide.measuring.peaks import Peaks, PeakSource, cuda_in_use
 from lowtide.measuring.timeline import Samples, StageMark, Timeline
 from lowtide.sizes import format_decimal
@@ -47,6 +50,7 @@ class Meter:
         self._source = PeakSource(interval, None if self._samples is None else self._samples.add)
         self._open: list[_OpenStage] = []
         self._begun: list[_OpenStage] = []
+        tell_of_forks(self)
 
     def stage_started(self, name: str, steps: int | None) -> None:
         """Begin to measure `name`."""
@@ -72,6 +76,10 @@ class Meter:
                 self._open[-1].add(stage.peaks)
         if not self._open:
             self._source.stop()
+
+    def after_fork(self) -> None:
+        """In a forked child the stages of other threads do not go on."""
+        self._open = [stage for stage in self._open if stage.thread == threading.get_ident()]
 
     @property
     def exact_rss(self) -> bool:
@@ -120,8 +128,9 @@ class _Moment:
         return start.event.elapsed_time(self.event) / 1000
 
 
-class _OpenStage:
+class _OpenStage(Call):
     def __init__(self, name: str, depth: int) -> None:
+        super().__init__()
         self.name = name
         self.depth = depth
         self.peaks = Peaks(0)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from lowtide.calls import Call, Calls
 from lowtide.forks import new_lock, tell_of_forks
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -53,7 +53,7 @@ class Peaks:
         )
 
 
-class PeakSource:
+class PeakSource(Call):
     """Hands out the peaks since the last `take`; `start` and `stop` open and close it, and run the sampling thread.
 
     `interval` is in seconds; `None` means no thread: only calls of `sample` and `take` are seen. `seen` is handed every
@@ -61,6 +61,7 @@ class PeakSource:
     """
 
     def __init__(self, interval: float | None = 0.01, seen: Callable[[Peaks], None] | None = None) -> None:
+        super().__init__()
         self.exact_rss = _can_reset_high_water_mark()
         self._seen = seen
         self._interval = interval
@@ -72,6 +73,7 @@ class PeakSource:
 
     def start(self) -> None:
         """Begin a first interval now."""
+        self.thread = threading.get_ident()
         _MARKS.open(self)
         self._stop.clear()
         if self._interval is not None:
@@ -125,19 +127,19 @@ class _Marks:
 
     def __init__(self) -> None:
         self._lock = new_lock()
-        self._open: weakref.WeakSet[PeakSource] = weakref.WeakSet()
+        self._open: Calls[PeakSource] = Calls()
 
     def open(self, source: PeakSource) -> None:
         """Hand what the marks say to `source` too from now on."""
         with self._lock:
-            self._open.add(source)
+            self._open.begin(source)
             self._hand_on(Peaks(0))
 
     def close(self, source: PeakSource) -> None:
         """Hand it nothing more."""
         with self._lock:
             self._hand_on(Peaks(0))
-            self._open.discard(source)
+            self._open.end(source)
 
     def taken_for(self, source: PeakSource) -> Peaks:
         """Begin the marks anew for all, and the interval of one source, whose peaks these are."""

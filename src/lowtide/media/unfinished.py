@@ -23,7 +23,7 @@ _numbers = itertools.count()
 
 
 def writer() -> str:
-    """This process, for the name of a file: a word for the machine, since folders are shared, and the process id."""
+    """This process, for the name of a file: a word for where its id is known, since folders are shared, and the id."""
     return f"{_machine()}-{os.getpid()}"
 
 
@@ -121,4 +121,12 @@ def is_running(machine: str, process: int) -> bool | None:
 
 
 def _machine() -> str:
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+    """This machine as long as it runs, and where process ids are counted by container, this container.
+
+    After that another process may have the id.
+    """
+    words = [platform.node()]
+    with suppress(OSError):
+        words.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
+        words.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("".join(words).encode()).hexdigest()[:8]

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from lowtide.calls import Call, Calls
 from lowtide.memory.blocks import split
 from lowtide.memory.copy_out import out_of_buffers
+from lowtide.memory.inputs import on_device
 from lowtide.memory.module_weights import gather, refill, refill_left
 from lowtide.memory.no_tracing import Uncompiled, refuse_tracing
 from lowtide.memory.order import Order
@@ -57,6 +57,7 @@ class Attachment:
         self._overrides = Overrides(_KEEPER, _MARK)
         self._calls: Calls[Call] = Calls()
         self._is_settled = True
+        self.is_at_work = False
 
     @property
     def device(self) -> torch.device:
@@ -90,6 +91,7 @@ class Attachment:
 
     def let_go(self) -> None:
         """Leave placeholders in every slot and the module as it was otherwise; the weights keep their resting place."""
+        self.is_at_work = False
         self._overrides.put_back()
         self.stream.dismiss(self.units)
         self.units, self.order = [], Order()
@@ -158,7 +160,7 @@ class Attachment:
     def enter(self, unit: Unit) -> None:
         """A call that needs `unit` begins."""
         self.stream.enter(unit)
-        if self._calls and self.stream.looks_ahead and not unit.stays and not unit.aside:
+        if self._calls.under_way and self.stream.looks_ahead and not unit.stays and not unit.aside:
             if unit.count == 1:
                 self.order.entered(unit)
             self.stream.look_ahead(self.order.upcoming(self.rule.prefetch))
@@ -166,6 +168,7 @@ class Attachment:
     # ---- the overrides
 
     def _override(self) -> None:
+        self._overrides.mark(self.root, _MARK, self)
         by_module: dict[nn.Module, list[Unit]] = {}
         if self.rule.level is not Level.WHOLE:
             for unit in self.units:
@@ -184,11 +187,11 @@ class Attachment:
             for name in ("_apply", "load_state_dict"):
                 self._overrides.set(module, name, self._set_aside(module, name))
             self._overrides.set_state(module)
-            module.__dict__[_KEEPER] = self
-        self.root.__dict__[_MARK] = self
+            self._overrides.mark(module, _KEEPER, self)
+        self.is_at_work = True
 
     def _around(self, module: nn.Module, call: Callable[..., Any], units: list[Unit]) -> Callable[..., Any]:
-        enter, leave = Uncompiled(self.enter), Uncompiled(self.stream.leave)
+        enter, leave, under_way = Uncompiled(self.enter), Uncompiled(self.stream.leave), self._calls.under_way
 
         def entered_call(*args: Any, **kwargs: Any) -> Any:
             refuse_tracing(module)
@@ -200,7 +203,7 @@ class Attachment:
                 return out_of_buffers(call(*args, **kwargs), begun)
             finally:
                 for unit in reversed(begun):
-                    leave(unit, module, may_wait=self.is_running)
+                    leave(unit, module, may_wait=bool(under_way))
 
         return entered_call if units else call
 
@@ -209,18 +212,10 @@ class Attachment:
         def bracketed_call(*args: Any, **kwargs: Any) -> Any:
             refuse_tracing(self.root)
             with self.running():
-                args, kwargs = self._inputs(args, kwargs)
+                args, kwargs = on_device(self.device, args, kwargs, self.exclude_kwargs)
                 return out_of_buffers(method(*args, **kwargs), self._whole)
 
         return bracketed_call
-
-    def _inputs(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The inputs, on the device."""
-        if self.device.type == "cpu":
-            return args, kwargs
-        moved = {name: value for name, value in kwargs.items() if name not in self.exclude_kwargs}
-        args, moved = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), (args, moved))
-        return args, {**kwargs, **moved}
 
     def _set_aside(self, module: nn.Module, name: str) -> Callable[..., Any]:
         method = getattr(module, name)
@@ -308,7 +303,7 @@ def set_aside(module: nn.Module) -> Generator[bool]:
     while one of the modules is being called.
     """
     keepers = (keeper for inner in module.modules() if (keeper := inner.__dict__.get(_KEEPER)) is not None)
-    attachments = list(dict.fromkeys(keepers))
+    attachments = list(dict.fromkeys([*keepers, *_inside(module)]))
     for attachment in attachments:
         _check_idle(attachment)
     try:
@@ -322,11 +317,13 @@ def set_aside(module: nn.Module) -> Generator[bool]:
 
 def attachment_of(module: nn.Module) -> Attachment | None:
     """The rule at work on `module`, if there is one."""
-    return module.__dict__.get(_MARK)
+    mark = module.__dict__.get(_MARK)
+    return mark if mark is not None and mark.is_at_work else None
 
 
 def _inside(module: nn.Module) -> list[Attachment]:
-    return [attachment for inner in module.modules() if (attachment := attachment_of(inner)) is not None]
+    """Those on a module and its parts, also one whose coming or going was cut short."""
+    return [mark for inner in module.modules() if (mark := inner.__dict__.get(_MARK)) is not None]
 
 
 def _free_from_others(root: nn.Module) -> None:

@@ -72,11 +72,17 @@ class CudaStream(Stream):
         current = torch.cuda.current_stream(self.device)
         if load.event is not None:
             current.wait_event(load.event)  # also a copy that nobody waited for must end before the buffer is reused
-        elif load.buffer is not None and (load.future is None or not load.future.cancelled()):
+        elif load.buffer is not None and (load.reading is None or not load.reading.is_called_off):
             current.wait_stream(self._copier)  # something may have come between a copy and its event
         if load.buffer is not None:
             load.buffer.free = current.record_event()
         super()._release(load)
+
+    def after_fork(self) -> None:
+        """Wait for nobody. A forked child cannot use CUDA: PyTorch says so when a call comes to it."""
+        self._reader.begin_anew()
+        for load in self._live.values():
+            load.reading = None
 
 
 def pin(flat: torch.Tensor) -> bool:

@@ -9,7 +9,11 @@ from torch import nn
 
 
 class Overrides:
-    """A set of overrides that are undone together; `marks` are entries of modules that go with them."""
+    """A set of overrides that are undone together; `marks` are entries of modules that go with them.
+
+    The last of the marks is set first and goes last: who finds it, in a forked child or after an interrupt, can undo
+    all that is there.
+    """
 
     def __init__(self, *marks: str) -> None:
         self._marks = marks
@@ -19,6 +23,11 @@ class Overrides:
         """Let `module.name` be `method` from now on."""
         self._before.append((module, name, module.__dict__.get(name)))
         module.__dict__[name] = method
+
+    def mark(self, module: nn.Module, name: str, owner: object) -> None:
+        """Let `module` have a mark from now on."""
+        self._before.append((module, name, None))
+        module.__dict__[name] = owner
 
     def set_state(self, module: nn.Module) -> None:
         """Have copies and pickles of `module` made without the overrides."""
@@ -38,11 +47,11 @@ class Overrides:
     def put_back(self) -> None:
         """Undo all of them."""
         for module, name, before in reversed(self._before):
-            if before is None:
-                module.__dict__.pop(name, None)
-            else:
+            if before is not None:
                 module.__dict__[name] = before
-        for module, _, _ in reversed(self._before):  # after all of that: who finds a mark can undo it again
-            for mark in self._marks:
+            elif name not in self._marks:
+                module.__dict__.pop(name, None)
+        for mark in self._marks:
+            for module, _, _ in self._before:
                 module.__dict__.pop(mark, None)
         self._before = []

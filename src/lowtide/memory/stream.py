@@ -7,7 +7,6 @@ go through a ring of `depth` flat buffers, which are made when first needed and 
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from lowtide.calls import Call, Calls
-from lowtide.forks import new_rlock, tell_of_forks
+from lowtide.forks import new_lock, tell_of_forks
 from lowtide.memory.bounds import ROWS_READ, Sizes, aligned, bound, depth, largest
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.reader import Reader
@@ -38,7 +37,7 @@ class Stream:
         self.prefetch = prefetch
         self.zero_copy = zero_copy
         self.ledger = Ledger()
-        self.lock = new_rlock()
+        self.lock = new_lock()
         self.holders: Calls[Call] = Calls()
         self.depth = depth(prefetch, several=False)
         """Units that may be on the device at once, those that stay or stand aside not counted."""
@@ -86,6 +85,8 @@ class Stream:
         this = Call()
         with self.lock:
             try:
+                if not self.holders:
+                    self.abandon(list(self._live))  # an interrupt may have come into the end of the last call
                 self.holders.begin(this)
                 yield
             finally:
@@ -143,7 +144,6 @@ class Stream:
             unit.place(load, self._tensors(load))
 
     def _wait_for(self, load: Load) -> None:
-        """Wait for a load, by the clock."""
         unit, began = load.unit, time.perf_counter()
         try:
             self._wait(load)
@@ -181,11 +181,12 @@ class Stream:
         """Take a unit off the device, whatever state it is in."""
         with self.lock:
             if unit.load is not None:
-                unit.lift(functools.partial(self._keep_changes, unit))
+                unit.lift(self._keep_changes)
             load = self._live.get(unit)
             if load is None:
                 return
-            self._reader.call_off(load)
+            if load.reading is not None:
+                load.reading.call_off()
             del self._live[unit]  # not before: its buffer is in use until then
             if load.buffer is not None or load.window_bytes:
                 self._release(load)
@@ -221,12 +222,17 @@ class Stream:
             self.ledger.recount(self._ring.held + sum(load.bytes_alone for load in self._live.values()))
 
     def after_fork(self) -> None:
-        """In a forked child there is no reader: what it was asked for is dropped, to be asked for again."""
+        """In a forked child: drop what the parent's reader was to bring, and what calls of other threads had.
+
+        Calls hold the lock.
+        """
         self._reader.begin_anew()
         for unit, load in list(self._live.items()):
-            has_come, load.future = load.future is None or unit.load is load, None
+            has_come, load.reading = load.reading is None or unit.load is load, None
             if not has_come:
                 self.drop(unit)
+        if not self.lock._is_owned():
+            self.abandon(list(self._live))
 
     # ---- the work itself
 
@@ -242,9 +248,6 @@ class Stream:
     def _total(self, unit: Unit) -> int:
         return self._sizes[unit].total
 
-    def _is_idle(self, unit: Unit) -> bool:
-        return unit.count == 0 and not unit.stays
-
     def _count(self) -> int:
         """Units that take a place in the ring or pages of a window: not those that work where they rest."""
         return sum(not unit.stays and not unit.aside and self._total(unit) > 0 for unit in self._live)
@@ -253,7 +256,7 @@ class Stream:
         """Before `unit` is loaded: others leave, those loaded ahead first, then those that linger."""
         if unit.stays or unit.aside or self._total(unit) == 0:
             return
-        idle = [live for live in self._live if self._is_idle(live) and not live.aside]
+        idle = [live for live in self._live if live.count == 0 and not live.stays and not live.aside]
         for victim in sorted(idle, key=lambda live: live.load is not None):
             if self._count() < self.depth:
                 return
@@ -285,8 +288,8 @@ class Stream:
             self._window(load.unit).bring_in()
 
     def _wait(self, load: Load) -> None:
-        if load.future is not None:
-            load.future.result()
+        if load.reading is not None:
+            load.reading.wait()
 
     def _release(self, load: Load) -> None:
         self._window(load.unit).let_go()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from lowtide.memory.blocks import Part
 from lowtide.memory.placeholder import spoil
+from lowtide.memory.reader import Reading
 from lowtide.memory.weight import Weight
 
 
@@ -49,11 +49,11 @@ class Unit:
         for weight, group in zip(self.weights, tensors, strict=True):
             weight.put(group)
 
-    def lift(self, keep: Callable[[Weight, list[torch.Tensor]], None]) -> None:
+    def lift(self, keep: Callable[[Unit, Weight, list[torch.Tensor]], None]) -> None:
         """Put the placeholders back, and have kept what the module has changed. Right also after an interrupt in it."""
         for weight, (group, versions) in zip(self.weights, self.placed, strict=True):
             if weight.is_changed(group, versions):
-                keep(weight, group)
+                keep(self, weight, group)
             weight.lay_down()
         placed = self.placed
         self.load = None
@@ -79,7 +79,7 @@ class Load:
     unit: Unit
     buffer: Buffer | None
     window_bytes: int
-    future: Future[None] | None = None
+    reading: Reading | None = None
     event: Any = None
 
     @property

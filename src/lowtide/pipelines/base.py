@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,6 +35,7 @@ from lowtide.pipelines.decode_ways import DecodeWays
 from lowtide.pipelines.decoding import check_streaming
 from lowtide.pipelines.load import open_checkpoint, pipeline_config, pipeline_from
 from lowtide.pipelines.memory_settings import MemorySettings
+from lowtide.pipelines.offloading import held
 from lowtide.pipelines.on_meta import on_meta
 from lowtide.pipelines.running_call import RunningCall
 from lowtide.pipelines.scheduler_claim import claimed
@@ -267,30 +268,48 @@ class DiffusionPipeline(PeerNames, RunningCall, MemorySettings):
         """Pixels a latent is high and wide."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    def check_call(self, others: Mapping[str, Any]) -> None:
+        """Raise for a call with arguments of the peer's among `others`, and for parts assigned since that do not fit.
+
+        Before anything of the call is looked at: `UnfitPartsError`, a `ValueError`, says what is wrong with the parts.
+        """
+        refuse_arguments(type(self).__name__, others)
+        self.check_parts()
+
     @contextmanager
     def running(self, size: RunSize | None = None) -> Generator[None]:
         """Bracket one call: no gradients, a progress bar, and everything put back whatever happens inside.
 
         Under a budget a call of another `size` than the last is planned anew; raises `BudgetError` if no plan fits.
-        One thread at a time: another waits. Raises `CheckpointError` if a file in use was cut off or changed, and
-        `RuntimeError` if the call is made from inside another one, such as from a callback, or while another pipeline
-        goes through the same scheduler: the scheduler's state would be lost.
+        One thread at a time: another waits. Raises `CheckpointError` if a file in use was cut off or changed, or parts
+        assigned since do not fit each other, and `RuntimeError` if the call is made from inside another one, such as
+        from a callback, or while another pipeline goes through the same scheduler: its state would be lost.
         """
-        with self.call_lock.call(), claimed(self.scheduler), torch.no_grad(), ExitStack() as stack:
+        with self.call_lock.call(), claimed(self.scheduler), _without_gradients():
+            self.check_parts()
             if size is not None:
                 fitting.before_call(self, size)
             check_streaming(self.vae, self.device, size)
             check_files(tensor for module in self.modules().values() for tensor in module.parameters())
-            for stream in self.streams():
-                stack.enter_context(stream.held())
-            if self.applied is not None:
-                stack.enter_context(self.applied.measured())
             bar = ProgressBar(**self._progress_options)
             tidy = Tidy(self.streams, every_step=self.applied is not None)
-            stack.enter_context(self.stages.observed(bar, tidy))
-            yield
+            measured = nullcontext() if self.applied is None else self.applied.measured()
+            # And no `ExitStack`: what an interrupt in its end leaves waits for a collection of garbage, in any thread.
+            with held(self.streams()), measured, self.stages.observed(bar, tidy):
+                yield
 
     @resumed("denoise")
     def take_step(self, noise_pred: torch.Tensor, timestep: Any, latents: torch.Tensor, **options: Any) -> torch.Tensor:
         """The latents after one step of the scheduler."""
         return self.scheduler.step(noise_pred, timestep, latents, **options).prev_sample
+
+
+@contextmanager
+def _without_gradients() -> Generator[None]:
+    """`torch.no_grad`, whose end is Python code: an interrupt that comes into it leaves gradients off for good."""
+    before = torch.is_grad_enabled()
+    try:
+        torch._C._set_grad_enabled(False)
+        yield
+    finally:
+        torch._C._set_grad_enabled(before)

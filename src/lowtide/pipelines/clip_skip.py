@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import weakref
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
@@ -20,21 +22,46 @@ def check_clip_skip(text_encoder: Any, clip_skip: int | None) -> None:
         )
 
 
+class _Skipped:
+    """Layers that are left out, as long as the frame that says so keeps this."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self.layers = frozenset(layers)
+
+
+_here: ContextVar[weakref.ref[_Skipped] | None] = ContextVar("lowtide_skipped_layers", default=None)
+
+
 @contextmanager
 def skipping_layers(text_encoder: Any, clip_skip: int | None) -> Generator[None]:
-    """Have the last `clip_skip` layers hand on what they are given; the norm after them is computed.
+    """Have the last `clip_skip` layers hand on what they are given, in this thread; the norm after them is computed.
 
     They are called all the same, so that weights come and go as ever, and no more memory is taken.
     """
-    with ExitStack() as hooks:
-        if clip_skip:
-            for layer in _layers(text_encoder)[-clip_skip:]:
-                handle = layer.register_forward_hook(_handed_on, with_kwargs=True)
-                hooks.callback(handle.remove)
+    if not clip_skip:
         yield
+        return
+    this, before = _Skipped(_layers(text_encoder)[-clip_skip:]), _here.get()
+    with ExitStack() as hooks:
+        try:
+            _here.set(weakref.ref(this))
+            for layer in this.layers:
+                hooks.callback(layer.register_forward_hook(_handed_on, with_kwargs=True).remove)
+            yield
+        finally:
+            _here.set(before)
 
 
-def _handed_on(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _handed_on(layer: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> Any:
+    """What a layer gives in place of its output, in a thread that leaves it out.
+
+    Its hook may be there for another thread, or for none any more: after an interrupt, and in a forked child. PyTorch
+    leaves keywords out where another thread removes a hook just now.
+    """
+    skipped = reference() if (reference := _here.get()) is not None else None
+    if skipped is None or layer not in skipped.layers:
+        return None
+    kwargs, output = kwargs_and_output
     given = args[0] if args else kwargs["hidden_states"]
     return (given, *output[1:]) if isinstance(output, tuple) else given
 

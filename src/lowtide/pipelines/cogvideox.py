@@ -13,7 +13,6 @@ from lowtide.activations.frame_cache import frame_batches, frames_made
 from lowtide.fitting.resuming import resumed
 from lowtide.fitting.subject import TracedStage
 from lowtide.models.video_positions import rotary_embedding
-from lowtide.peer_names import refuse_arguments
 from lowtide.pipelines import checks
 from lowtide.pipelines.base import DiffusionPipeline
 from lowtide.pipelines.callbacks import Callbacks, StepCallback
@@ -92,7 +91,7 @@ class CogVideoXPipeline(DiffusionPipeline):
         `num_frames`, a warning says how many there will be. Raises `ValueError` for arguments that are not possible,
         before any work is done.
         """
-        refuse_arguments(type(self).__name__, others)
+        self.check_call(others)
         height, width, num_frames = self.clip_size(height, width, num_frames)
         checks.check_attention_kwargs(attention_kwargs)
         checks.check_generator(generator)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lowtide.activations.recording import check_no_autocast
 from lowtide.activations.row_streaming import RowStreaming, row_streaming_of
-from lowtide.activations.run import Progress
+from lowtide.activations.run import Progress, watched
 from lowtide.planning.run_size import RunSize
 from lowtide.stages import Stage, Stages
 
@@ -40,11 +40,9 @@ def decoding(stages: Stages, vae: Any, pictures: int, frames: int | None = None)
         if streaming is None:
             yield lambda done: _advance(stage, done)
             return
-        try:
-            streaming.watch = _percent_of(stage, pictures)
+        watch = _percent_of(stage, pictures)
+        with watched(watch):
             yield lambda done: None
-        finally:
-            streaming.watch = None
 
 
 def _percent_of(stage: Stage, pictures: int) -> Callable[[Progress], None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from lowtide.memory.attach import detach
 from lowtide.memory.presets import attach_all
 from lowtide.memory.rule import Rule
+from lowtide.memory.stream import Stream
 
 
 def offload(
@@ -33,3 +35,13 @@ def end_offload(modules: Mapping[str, nn.Module]) -> None:
     """Undo any offload of networks: their weights are where they were before."""
     for module in modules.values():
         detach(module)
+
+
+@contextmanager
+def held(streams: Sequence[Stream]) -> Generator[None]:
+    """While this lasts, whole networks stay loaded after their calls until another one needs the room."""
+    if not streams:
+        yield
+        return
+    with streams[0].held(), held(streams[1:]):
+        yield

@@ -121,7 +121,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         `enable_vae_tiling`): to `output_path`, numbered where there are several, or to new names in the current folder.
         Raises `ValueError` or `TypeError` for arguments that are not possible, before any work is done.
         """
-        refuse_arguments(type(self).__name__, others)
+        self.check_call(others)
         height, width = self.image_size(height, width)
         checks.check_prompt(prompt, prompt_embeds, ("prompt", "prompt_embeds"))
         negatives = ("negative_prompt", "negative_prompt_embeds")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,11 +65,10 @@ def drive(
     memory = Memory(GRAIN[device])
     watch = Watch(memory, repeats or Repeats())
     following = _Following(memory, watch)
-    with ExitStack() as stack:
-        contexts = (torch.no_grad(), standing_for(device), watch.seeing(networks.values()))
-        for context in (*contexts, following.around(networks, entries), watch, Rewritten()):
-            stack.enter_context(context)
-        absent = stack.enter_context(absent_numbers())
+    with (
+        torch.no_grad(), standing_for(device), watch.seeing(networks.values()), following.around(networks, entries),
+        watch, Rewritten(), absent_numbers() as absent,
+    ):  # fmt: skip
         taken_note()
         try:
             result = run()

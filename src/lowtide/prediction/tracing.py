@@ -96,9 +96,7 @@ def trace(
         memory.add(tensor)
     memory.reached(0)
     watch = Watch(memory, Repeats())
-    with ExitStack() as stack:
-        for context in (torch.no_grad(), standing_for(device), watch.seeing(networks), watch, Rewritten()):
-            stack.enter_context(context)
+    with torch.no_grad(), standing_for(device), watch.seeing(networks), watch, Rewritten():
         before = memory.alive
         taken_note()
         result = fn()
@@ -184,8 +182,8 @@ class Watch(TorchDispatchMode):
             for module in dict.fromkeys(part for network in networks for part in network.modules()):
                 overrides = Overrides()
                 stack.callback(overrides.put_back)
+                overrides.set_state(module)  # first: at no moment is a copy made with what it has only here
                 overrides.set(module, "_call_impl", self._seen(module, module._call_impl))
-                overrides.set_state(module)
             yield
 
     def _seen(self, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:

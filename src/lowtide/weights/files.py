@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lowtide.forks import new_rlock
+from lowtide.forks import new_lock
 from lowtide.weights.index import CheckpointError
 from lowtide.weights.layout import is_reordered
 
@@ -42,7 +42,7 @@ class WeightFile:
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)) if descriptor is None else descriptor
         self._closer = weakref.finalize(self, os.close, self._descriptor)
         self._mapped: dict[str, weakref.ref[Mapping]] = {}
-        self._lock = new_rlock()
+        self._lock = new_lock()
         self.stamp = self._stamp()
 
     @property
@@ -188,7 +188,7 @@ class _Mappings:
 
     def __init__(self) -> None:
         self._by_address: weakref.WeakValueDictionary[int, Mapping] = weakref.WeakValueDictionary()
-        self._lock = new_rlock()  # a collection of garbage in here may come here again
+        self._lock = new_lock()
 
     def add(self, mapping: Mapping) -> None:
         with self._lock:
@@ -196,9 +196,7 @@ class _Mappings:
 
     def holding(self, address: int) -> tuple[Mapping, int] | None:
         """The mapping that an address is in, and the offset in it."""
-        with (
-            self._lock
-        ):  # `valuerefs` is a copy: threads that drop mappings change the dictionary while it is gone through
+        with self._lock:  # `valuerefs` is a copy: threads that drop mappings change the dictionary meanwhile
             starts = sorted(reference.key for reference in self._by_address.valuerefs())  # type: ignore[attr-defined]
         place = bisect_right(starts, address) - 1
         mapping = self._by_address.get(starts[place]) if place >= 0 else None

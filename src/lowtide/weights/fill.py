@@ -30,7 +30,10 @@ _ROW_LENGTH = 300
 
 
 class WeightsMismatchError(CheckpointError):
-    """The tensors of a checkpoint are not those of the module."""
+    """The tensors of a checkpoint are not those of the module.
+
+    The first line of the message stands alone: file, first difference, and how many more; the others list all of them.
+    """
 
 
 def state_names(module: nn.Module) -> set[str]:
@@ -201,12 +204,25 @@ def _check_match(module: nn.Module, index: CheckpointIndex, groups: list[list[Sl
     differing += [fault for group in groups if (fault := _tie_fault([s.name for s in group if s.name in index], index))]
     if missing or unexpected or differing:
         raise WeightsMismatchError(
-            f"{type(module).__name__} and its weights in {', '.join(map(str, index.files))} do not match. "
-            "Check that the configuration belongs to these weights."
+            f"{type(module).__name__} and its weights in {_where(index)} do not match: "
+            f"{_first(differing, missing, unexpected)}. Check that the configuration belongs to these weights."
             + _listed("In the model, not in the file", missing)
             + _listed("In the file, not in the model", unexpected)
             + _listed("Different in the two", differing)
         )
+
+
+def _where(index: CheckpointIndex) -> str:
+    """The file, or the folder of several."""
+    return ", ".join(map(str, index.files)) if len(index.files) < 2 else str(index.files[0].parent)
+
+
+def _first(differing: list[str], missing: list[str], unexpected: list[str]) -> str:
+    """The first fault in one line, and how many more there are."""
+    faults = [*differing, *(f"{row} is not in the file" for row in missing)]
+    faults += [f"{row} is not in the model" for row in unexpected]
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return " ".join(faults[0][:_ROW_LENGTH].split()) + more
 
 
 def _fault(slot: Slot, entry: TensorEntry) -> str | None:

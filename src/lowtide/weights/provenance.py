@@ -69,7 +69,9 @@ def noted_origin(tensor: torch.Tensor) -> Origin | None:
     if mapped is not None and mapped[1] + nbytes <= mapped[0].file.size:
         return Origin(mapped[0].file, mapped[1], nbytes, tensor.dtype)
     note = _notes.get(id(tensor))
-    return note.origin if note is not None and note.facts == _Facts.of(tensor, _version(tensor)) else None
+    if note is None or note.tensor() is not tensor:  # an interrupt in the end of another tensor may leave its note
+        return None
+    return note.origin if note.facts == _Facts.of(tensor, _version(tensor)) else None
 
 
 def holds(tensor: torch.Tensor, origin: Origin) -> bool:

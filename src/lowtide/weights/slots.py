@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from lowtide.calls import Call
+from lowtide.forks import tell_of_forks
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,8 +25,8 @@ class Slot:
     tensor: torch.Tensor
     kind: Literal["parameter", "buffer", "transient"]
 
-    def put(self, tensor: torch.Tensor) -> None:
-        """Let `tensor` be what the module computes with; a parameter's slot takes a parameter."""
+    def put(self, tensor: torch.Tensor | None) -> None:
+        """Let `tensor`, if there is one, be what the module computes with; a parameter's slot takes a parameter."""
         if self.kind == "parameter" and isinstance(self.owner, nn.RNNBase):
             setattr(self.owner, self.leaf, tensor)  # these keep a second list of their parameters
         else:
@@ -38,25 +42,41 @@ class Slot:
         return self.owner._parameters if self.kind == "parameter" else self.owner._buffers
 
 
+class _Emptied(Call):
+    """Places where nothing is for a while, with what was there."""
+
+    def __init__(self, places: Iterable[Slot]) -> None:
+        super().__init__()
+        self._held = [(slot, slot.now()) for slot in places]
+        tell_of_forks(self)
+
+    def empty(self) -> None:
+        for slot, _ in self._held:
+            slot.table[slot.leaf] = None
+
+    def put_back(self) -> None:
+        for slot, tensor in self._held:
+            slot.put(tensor)
+
+    def after_fork(self) -> None:
+        """In a forked child, the thread that would put them back may not go on."""
+        if self.thread != threading.get_ident():
+            self.put_back()
+
+
 @contextmanager
 def emptied(places: Iterable[Slot]) -> Generator[None]:
     """While this lasts, nothing is in these places; afterwards what was there is there again."""
-    held = [(slot, slot.now()) for slot in places]
+    this = _Emptied(places)
     try:
-        for slot, _ in held:
-            slot.table[slot.leaf] = None
+        this.empty()
         yield
     finally:
         try:
-            _put_back(held)
+            this.put_back()
         except BaseException:
-            _put_back(held)  # an interrupt came into it, and nobody else has them
+            this.put_back()  # an interrupt came into it, and nobody else has them
             raise
-
-
-def _put_back(held: list[tuple[Slot, torch.Tensor | None]]) -> None:
-    for slot, tensor in held:
-        slot.table[slot.leaf] = tensor
 
 
 def slots(module: nn.Module) -> Iterator[Slot]:

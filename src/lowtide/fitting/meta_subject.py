@@ -15,7 +15,6 @@ from lowtide.fitting.subject import Size, StagedSubject, Subject, TracedStage
 from lowtide.forks import new_lock
 from lowtide.loading.blueprint import InFiles
 from lowtide.machine.heap import without_collecting
-from lowtide.planning.run_size import RunSize
 from lowtide.planning.workload import BLENDED, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Workload
 from lowtide.prediction.component import Traced, component, trace
 from lowtide.prediction.meta_copy import weights_in_files
@@ -106,9 +105,9 @@ class MetaSubject:
         stages = tuple(replace(stage, calls=calls.get(stage.name, stage.calls)) for stage in traced)
         return Workload(components, stages, dtype_name(self.subject.dtype), size.to_dict())
 
-    def _trace_anew(self, key: tuple[bool, RunSize], size: RunSize, other_ways: Sequence[str]) -> None:
+    def _trace_anew(self, key: tuple[bool, Size], size: Any, other_ways: Sequence[str]) -> None:
         if self._is_being_traced:  # an interrupt, or a fork, came into the end of a trace, which changes the subject
-            self.subject = self.subject.on_meta()
+            self.subject = self.subject.with_networks_on_meta()
         self._is_being_traced = True
         try:
             self.traced[key] = self._trace(size, other_ways)
@@ -117,7 +116,7 @@ class MetaSubject:
             raise
         self._is_being_traced = False
 
-    def _trace(self, size: RunSize, other_ways: Sequence[str]) -> tuple[dict[str, Component], tuple[Stage, ...]]:
+    def _trace(self, size: Any, other_ways: Sequence[str]) -> tuple[dict[str, Component], tuple[Stage, ...]]:
         components: dict[str, Component] = {}
         stages: list[Stage] = []
         for stage in self.subject.traced_stages(size):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -31,7 +31,7 @@ class Brackets:
         self._overrides = Overrides()
         self._inner: dict[_Inner, Callable[..., Any]] = {}
         self._stage: Stage | None = None
-        self._open = ExitStack()
+        self._open: AbstractContextManager[Stage] | None = None
         self._is_inside = False
 
     @contextmanager
@@ -44,7 +44,7 @@ class Brackets:
             try:
                 self._put_off()
             finally:
-                self._open.close()
+                self._end_stage()
 
     def _put_on(self, networks: Mapping[str, nn.Module]) -> None:
         for name, network in networks.items():
@@ -92,7 +92,12 @@ class Brackets:
 
     def _in_stage(self, name: str) -> Stage:
         if self._stage is None or self._stage.name != name:
-            self._open.close()
-            self._stage = None
-            self._stage = self._open.enter_context(self._subject.stages.stage(name))
+            self._end_stage()
+            self._open = self._subject.stages.stage(name)
+            self._stage = self._open.__enter__()
         return self._stage
+
+    def _end_stage(self) -> None:
+        opened, self._open, self._stage = self._open, None, None
+        if opened is not None:
+            opened.__exit__(None, None, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -42,14 +42,13 @@ class DrivenGuest(MetaSubject):
         Raises `ValueError` where the pipeline's own code cannot go through it, with the reason that it gives.
         """
         key = "blended_tiling" in allow, size
-        with self._tracing, quiet(), torch.no_grad(), without_collecting():
+        with self._lock, quiet(), torch.no_grad(), without_collecting():
             if key not in self.traced:
-                ways = (SLICED, EXACT_ON_DISK, *([BLENDED] if key[0] else []))
-                self.traced[key] = self._driven(size, ways)
+                self._trace_anew(key, size, (SLICED, EXACT_ON_DISK, *([BLENDED] if key[0] else [])))
         components, stages = self.traced[key]
         return Workload(components, stages, dtype_name(self.subject.dtype), size.to_dict())
 
-    def _driven(self, size: GuestCall, other_ways: Iterable[str]) -> tuple[dict[str, Component], tuple[Stage, ...]]:
+    def _trace(self, size: GuestCall, other_ways: Sequence[str]) -> tuple[dict[str, Component], tuple[Stage, ...]]:
         guest = self.subject
         run = lambda: guest.pipe(**harmless(size.arguments))  # noqa: E731
         networks = guest.modules()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from lowtide.guests.quantized import bytes_where_quantized
 from lowtide.loading.blueprint import InFiles
 from lowtide.memory.attach import attachment_of
 from lowtide.memory.stream import Stream
+from lowtide.pipelines.offloading import held
 from lowtide.pipelines.scheduler_claim import claimed
 from lowtide.planning.workload import WHOLE
 from lowtide.prediction.meta_copy import weights_in_files
@@ -84,10 +85,15 @@ class Guest:
         for name, network in self.modules().items():
             if name not in files:
                 files[name] = weights_in_files(network)
+        ghost = self.with_networks_on_meta()
+        return DrivenGuest(ghost, files, device, Original.of(self), quantized=bytes_where_quantized(self.modules()))
+
+    def with_networks_on_meta(self) -> Guest:
+        """A guest that is a copy with networks on meta, which decodes at once."""
         ghost = Guest(ghost_of(self.pipe))
         for ways in ghost.ways().values():
             ways.set(WHOLE)
-        return DrivenGuest(ghost, files, device, Original.of(self), quantized=bytes_where_quantized(self.modules()))
+        return ghost
 
     # ---- calls
 
@@ -99,16 +105,13 @@ class Guest:
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The pipeline's own call, within the budget. Raises what it raises, and `BudgetError` before it begins."""
         asked = GuestCall.bound(self.pipe, args, kwargs)
-        with self.call_lock.call(), claimed(self.scheduler), ExitStack() as stack:
+        with self.call_lock.call(), claimed(self.scheduler):
             fitting.before_call(self, asked)
             check_files(tensor for network in self.modules().values() for tensor in network.parameters())
-            for stream in self.streams():
-                stack.enter_context(stream.held())
-            if self.applied is not None:
-                stack.enter_context(self.applied.measured())
-            stack.enter_context(self.stages.observed(Tidy(self.streams, every_step=True)))
-            stack.enter_context(Brackets(self).on())
-            return self.own_class.__call__(self.pipe, *args, **kwargs)
+            measured = nullcontext() if self.applied is None else self.applied.measured()
+            tidy = Tidy(self.streams, every_step=True)
+            with held(self.streams()), measured, self.stages.observed(tidy), Brackets(self).on():
+                return self.own_class.__call__(self.pipe, *args, **kwargs)
 
     def streams(self) -> list[Stream]:
         """The streams that bring the networks' weights to work, each once."""

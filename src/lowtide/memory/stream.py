@@ -1,8 +1,7 @@
 """The stream: brings the weights of units to the device, a few ahead of computing, in a fixed number of buffers.
 
-The only place that knows copy streams, events, reader threads and mapped pages. On a CPU, a weight whose file has the
-dtype that is computed in is not copied: pages of the mapped file are read ahead and dropped behind. All other weights
-go through a ring of `depth` flat buffers, which are made when first needed and used over and over.
+It alone knows copy streams, events, reader threads and mapped pages. On a CPU a weight in a file of its own dtype is not
+copied: mapped pages are read ahead and dropped behind. All others go through a ring of `depth` flat buffers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The stream: brings the weights of units to the device, a few ahead of computing, in a fixed number of buffers.
 
-It alone knows copy streams, events, reader threads and mapped pages. On a CPU a weight in a file of its own dtype is not
+It alone knows copy streams, events, reader threads and mapped pages. On a CPU a weight in a file of its dtype is not
 copied: mapped pages are read ahead and dropped behind. All others go through a ring of `depth` flat buffers.
 """
 

@@ -29,6 +29,14 @@ def result(name):
     return run(built(name))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left():
+    """The pipelines go with the tests of this file."""
+    yield
+    for kept in (built, result):
+        kept.cache_clear()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_it_runs_and_repeats_its_bits(name):
     first = result(name)

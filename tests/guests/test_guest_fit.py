@@ -36,6 +36,14 @@ def flux():
     unfit(family.pipeline)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left():
+    """The pipelines go with the tests of this file."""
+    yield
+    for kept in (built, plain):
+        kept.cache_clear()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_under_every_plan(name):
     family, expected = built(name), plain(name)

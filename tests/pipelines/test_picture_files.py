@@ -111,7 +111,7 @@ def test_a_decode_that_cannot_be_is_told_before_any_step(pipe, output_type, monk
     with pytest.raises(ValueError, match=r"budget=0\.1 kB is too small"):
         draw(pipe, output_type=output_type)
     pipe.enable_vae_tiling("exact", rows="disk")
-    monkeypatch.setattr("lowtide.activations.row_streaming.shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr("lowtide.activations.row_settings.shutil.disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(OSError, match="do not fit in"):
         draw(pipe, output_type=output_type)
     with pytest.raises(ZeroDivisionError):

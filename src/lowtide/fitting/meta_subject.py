@@ -57,8 +57,9 @@ def _settings(network: nn.Module, but: Collection[str]) -> Iterator[tuple[str, A
     """
     for module in network.modules():
         for name, value in module.__dict__.items():
-            if name not in but and not name.startswith("_"):
-                yield name, value if type(value) in _PLAIN or _is_frozen(value) else type(value)
+            is_plain = type(value) in _PLAIN or _is_frozen(value)
+            if name not in but and (is_plain or not name.startswith("_")):
+                yield name, value if is_plain else type(value)
 
 
 def _is_frozen(value: object) -> bool:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
 from lowtide.fitting.out_of_memory import OutOfMemoryError, is_of_device, is_out_of_memory
 from lowtide.fitting.subject import Subject
+
+if TYPE_CHECKING:
+    from lowtide.fitting.applied_plan import AppliedPlan
 
 S = TypeVar("S", bound=Subject)
 P = ParamSpec("P")
@@ -28,39 +31,54 @@ def resumed(stage: str) -> Callable[[Callable[Concatenate[S, P], R]], Callable[C
     def decorate(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
         @functools.wraps(method)
         def begun_anew(subject: S, *args: P.args, **kwargs: P.kwargs) -> R:
-            given = (*args, *kwargs.values())
-            return go_on(subject, stage, given, lambda: method(subject, *args, **kwargs))
+            attempts = Attempts(subject, stage, (*args, *kwargs.values()))
+            while True:
+                with attempts:
+                    return method(subject, *args, **kwargs)
 
         return begun_anew
 
     return decorate
 
 
-def go_on(subject: Subject, stage: str, given: tuple[Any, ...], attempt: Callable[[], R]) -> R:
-    """Try something in a stage until it succeeds, under a smaller plan each time that memory runs out; see `resumed`.
+class Attempts:
+    """Attempts at something in a stage, in a loop: `while True: with attempts: return ...`; see `resumed`.
 
-    `given` are values among which generators may be that it draws from.
+    Memory that runs out in one ends it without an error, and the next one begins under a smaller plan. `given` are
+    values among which generators may be that it draws from.
     """
-    while True:
-        applied = subject.applied
-        state = None if applied is None else _State(subject, given)
-        try:
-            return attempt()
-        except BaseException as error:
-            if not is_out_of_memory(error):
-                raise
-            if applied is None or state is None:
-                error.add_note(ADVICE)
-                raise
-            reason = str(error).partition("\n")[0][:160] or type(error).__name__
-            of_host = not is_of_device(error, applied.fit.device)
-        # Here the error is gone, and with it the frames that held what was being made.
-        state.put_back()
-        if not applied.shrink(stage, reason, of_host=of_host):
-            raise OutOfMemoryError(
-                f"Memory ran out in {stage!r} under the smallest plan there is ({reason}). Close other programs, ask "
-                "for less (size, pictures at once), or allow more, as in allow=('int8',)."
-            )
+
+    def __init__(self, subject: Subject, stage: str, given: tuple[Any, ...]) -> None:
+        self._subject, self._stage, self._given = subject, stage, given
+        self._failed: Callable[[], None] | None = None
+
+    def __enter__(self) -> None:
+        if self._failed is not None:
+            self._failed()  # only now: the error is gone, and with it the frames that held what was being made
+            self._failed = None
+        self._applied = self._subject.applied
+        self._state = None if self._applied is None else _State(self._subject, self._given)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> bool:
+        if error is None or not is_out_of_memory(error):
+            return False
+        applied, state = self._applied, self._state
+        if applied is None or state is None:
+            error.add_note(ADVICE)
+            return False
+        reason = str(error).partition("\n")[0][:160] or type(error).__name__
+        of_host = not is_of_device(error, applied.fit.device)
+        self._failed = functools.partial(_go_on_smaller, applied, state, self._stage, reason, of_host=of_host)
+        return True
+
+
+def _go_on_smaller(applied: AppliedPlan, state: _State, stage: str, reason: str, *, of_host: bool) -> None:
+    state.put_back()
+    if not applied.shrink(stage, reason, of_host=of_host):
+        raise OutOfMemoryError(
+            f"Memory ran out in {stage!r} under the smallest plan there is ({reason}). Close other programs, ask "
+            "for less (size, pictures at once), or allow more, as in allow=('int8',)."
+        )
 
 
 class _State:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lowtide.fitting.resuming import go_on
+from lowtide.fitting.resuming import Attempts
 from lowtide.fitting.subject import Subject
 from lowtide.guests.driven_guest import stage_name
 from lowtide.memory.attach import ENTRY_POINTS
@@ -73,9 +73,12 @@ class Brackets:
     def _called(self, key: _Inner, args: Any, kwargs: Any) -> Any:
         name = stage_name(*key)
         stage = self._in_stage(name)
-        result = go_on(self._subject, name, (*args, *kwargs.values()), lambda: self._tried(key, args, kwargs))
-        stage.advance()
-        return result
+        attempts = Attempts(self._subject, name, (*args, *kwargs.values()))
+        while True:
+            with attempts:
+                result = self._tried(key, args, kwargs)
+                stage.advance()
+                return result
 
     def _tried(self, key: _Inner, args: Any, kwargs: Any) -> Any:
         """One try. Where it fails the brackets are off, so that rules may change; the next one puts them on again."""

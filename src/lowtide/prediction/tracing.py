@@ -21,7 +21,7 @@ from lowtide.memory.overrides import Overrides
 from lowtide.ops.meta_device import meant_device, standing_for, taken_note
 from lowtide.planning.workload import Call, Work
 from lowtide.prediction.operators import REWRITTEN, made_by, work_of
-from lowtide.prediction.repeats import Operators, Signatures, form_of_call, forms_of_result, is_unchanged, made_again
+from lowtide.prediction.repeats import Operators, Signatures, form_of_call, forms_of_result, made_again
 from lowtide.prediction.workspace import workspace
 
 GRAIN = {"cpu": 1, "cuda": 512}
@@ -202,10 +202,14 @@ class Watch(TorchDispatchMode):
         begun, alive, outer = len(self.segments), self._memory.alive, (self._memory.peak, self._memory.workspace)
         self._memory.peak = self._memory.workspace = 0
         self._memory.reached(0)
+        seen, identities = form[0], [id(tensor) for tensor in form[1]]
+        del form  # a list may be emptied by the call, and the tensors in it go then
         result = self._followed(module, call, args, kwargs)
         peak, beside = self._memory.peak, self._memory.workspace
         self._memory.peak, self._memory.workspace = max(outer, (peak, beside), key=lambda marks: marks[0])
-        forms = forms_of_result(result, form[1]) if is_unchanged(form, args, kwargs) else None
+        now = form_of_call(args, kwargs)
+        is_unchanged = now is not None and now[0] == seen and [id(tensor) for tensor in now[1]] == identities
+        forms = forms_of_result(result, now[1]) if now is not None and is_unchanged else None
         if forms is not None and forms[1] == self._memory.alive - alive:  # else it keeps something, or lets go of it
             inside = tuple(
                 Segment(segment.inside[len(self._inside) :], segment.work)

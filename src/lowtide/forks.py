@@ -13,8 +13,9 @@ import threading
 import weakref
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+T = TypeVar("T")
 _OMP_PAUSE_HARD = 2
 """`omp_pause_hard` of the OpenMP API 5.0, section 3.5.2: threads are ended too."""
 
@@ -27,8 +28,9 @@ class Forked(Protocol):
         ...
 
 
-_locks: weakref.WeakSet[Any] = weakref.WeakSet()
-_others: weakref.WeakSet[Forked] = weakref.WeakSet()
+_locks: set[weakref.ref[Any]] = set()
+_others: set[weakref.ref[Forked]] = set()
+"""Plain sets: a `WeakSet` runs Python code where something ends, and an interrupt that comes into that is lost."""
 
 
 def new_lock() -> Any:
@@ -38,29 +40,34 @@ def new_lock() -> Any:
     and what takes it too.
     """
     lock = threading.RLock()
-    _locks.add(lock)
+    _locks.add(weakref.ref(lock, _locks.discard))
     return lock
 
 
 def tell_of_forks(thing: Forked) -> None:
     """Have `thing.after_fork` called in forked children, as long as something else keeps it."""
-    _others.add(thing)
+    _others.add(weakref.ref(thing, _others.discard))
 
 
 def _begin_anew() -> None:
-    for lock in list(_locks):
+    for lock in _living(_locks):
         if lock.acquire(blocking=False):
             lock.release()
         else:
             lock._at_fork_reinit()  # as the locks of the standard library do
     broken: list[Exception] = []
-    for thing in list(_others):
+    for thing in _living(_others):
         try:
             thing.after_fork()
         except Exception as error:  # the others are told all the same
             broken.append(error)
     if broken:
         raise broken[0]
+
+
+def _living(references: set[weakref.ref[T]]) -> list[T]:
+    things = [reference() for reference in list(references)]
+    return [thing for thing in things if thing is not None]
 
 
 def _end_workers() -> None:

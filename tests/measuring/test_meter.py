@@ -1,5 +1,6 @@
 """The meter sees what a stage used, no more and no less, also when stages nest."""
 
+import linecache
 import mmap
 import os
 import platform
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import threading
 import types
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -295,6 +296,68 @@ def test_in_a_forked_child_stages_of_other_threads_are_over():
         goes_on.set()
         thread.join()
     assert [reading.name for reading in m.report()] == ["denoise"]
+
+
+def test_a_meter_that_nobody_keeps_samples_no_more():
+    """As that of a call whose end an interrupt cut short."""
+    m = Meter(0.001)
+    m.stage_started("denoise", None)
+    thread = m._source._thread
+    assert thread.is_alive()
+    del m
+    thread.join(10)
+    assert not thread.is_alive()
+    alone = Meter(None)
+    with Stages([alone]).stage("decode"):
+        pass
+    assert not alone.report()[0].shared
+
+
+def at_lines(call, at):
+    """Call, and before every line of Python's own threads call `at` with its number."""
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename != threading.__file__:
+            return None
+        if event == "line":
+            at(frame.f_lineno)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+
+
+def ends_when_cut_at(line):
+    """Whether a source whose start or end an interrupt cuts short there can be ended."""
+    source = peaks.PeakSource(0.001)
+
+    def interrupt(now):
+        if now == line:
+            raise KeyboardInterrupt
+
+    def run():
+        for call in (source.start, source.stop):
+            with suppress(KeyboardInterrupt, RuntimeError):  # "release unlocked lock": Python's own, and no wait
+                at_lines(call, interrupt)
+        with suppress(RuntimeError):
+            source.stop()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(5)
+    return not thread.is_alive()
+
+
+def test_an_interrupt_in_the_code_of_threads_blocks_nobody():
+    source, lines = peaks.PeakSource(0.001), {}
+    at_lines(source.start, lambda line: lines.setdefault(line))
+    at_lines(source.stop, lambda line: lines.setdefault(line))
+    sources = {line: linecache.getline(threading.__file__, line).strip() for line in lines}
+    possible = [line for line, text in sources.items() if text != "try:" and "_lock:" not in text]
+    assert [line for line in possible if not ends_when_cut_at(line)] == []
 
 
 CHURN = """

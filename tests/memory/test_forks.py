@@ -180,6 +180,6 @@ def test_without_beginning_anew_a_child_hangs(monkeypatch: pytest.MonkeyPatch) -
     module, _ = made(Ruled("leaves ahead"))
     module.run()
     monkeypatch.setattr("tests.forked.SECONDS", 2)
-    monkeypatch.setattr(forks, "_others", ())
+    monkeypatch.setattr(forks, "_others", set())
     with pytest.raises(AssertionError, match="ended with -14"):
         in_child(module.run)

@@ -14,9 +14,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import psutil
@@ -67,7 +69,7 @@ class PeakSource(Call):
         self._interval = interval
         self._lock = new_lock()
         self._seen_so_far: Peaks | None = None
-        self._stop = threading.Event()
+        self._end: SimpleQueue[None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         tell_of_forks(self)
 
@@ -75,23 +77,24 @@ class PeakSource(Call):
         """Begin a first interval now."""
         self.thread = threading.get_ident()
         _MARKS.open(self)
-        self._stop.clear()
         if self._interval is not None:
-            self._thread = threading.Thread(target=self._sample_until_stopped, name="lowtide-meter", daemon=True)
+            self._end = SimpleQueue()  # and no event: an interrupt in the Python code of one leaves its lock held
+            given = weakref.ref(self), self._interval, self._end
+            self._thread = threading.Thread(target=_sample_until, args=given, name="lowtide-meter", daemon=True)
             self._thread.start()
         self.take()
 
     def stop(self) -> None:
         """End the sampling thread; peaks are not seen any more."""
         _MARKS.close(self)
-        self._stop.set()
-        if self._thread is not None and self._thread.ident is not None:  # an interrupt may have come before its start
+        self._end.put(None)
+        if self._thread is not None and self._thread.is_alive():  # an interrupt may have come into its start
             self._thread.join()
         self._thread = None
 
     def after_fork(self) -> None:
         """In a forked child nothing is sampled beside what runs."""
-        self._stop, self._thread = threading.Event(), None
+        self._thread = None
 
     def sample(self) -> None:
         """Look once at the memory in use."""
@@ -117,9 +120,20 @@ class PeakSource(Call):
         assert peaks is not None
         return peaks
 
-    def _sample_until_stopped(self) -> None:
-        while not self._stop.wait(self._interval):
-            self.sample()
+
+def _sample_until(reference: weakref.ref[PeakSource], interval: float, end: SimpleQueue[None]) -> None:
+    """Until the end, or until nobody keeps the source: an interrupt may keep it from being ended."""
+    while True:
+        try:
+            end.get(timeout=interval)
+        except Empty:
+            source = reference()
+            if source is None:
+                return
+            source.sample()
+            del source
+        else:
+            return
 
 
 class _Marks:

@@ -353,8 +353,8 @@ def ends_when_cut_at(line):
 
 def test_an_interrupt_in_the_code_of_threads_blocks_nobody():
     source, lines = peaks.PeakSource(0.001), {}
-    at_lines(source.start, lambda line: lines.setdefault(line))
-    at_lines(source.stop, lambda line: lines.setdefault(line))
+    at_lines(source.start, lines.setdefault)
+    at_lines(source.stop, lines.setdefault)
     sources = {line: linecache.getline(threading.__file__, line).strip() for line in lines}
     possible = [line for line, text in sources.items() if text != "try:" and "_lock:" not in text]
     assert [line for line in possible if not ends_when_cut_at(line)] == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from lowtide.activations.row_streaming import (
     remove_row_streaming,
     row_streaming_of,
 )
-from lowtide.planning.workload import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, Call, Work
+from lowtide.pipelines.decode_ways import ROWS, by_rows
+from lowtide.planning.workload import BLENDED, EXACT_ON_DISK, SLICED, WHOLE, Call, Work
 
-_ROWS = {EXACT: "device", EXACT_ON_DISK: "disk"}
 _LEVELS = 4
 """How often rows are written and read again, at the usual number of an autoencoder's levels."""
 
@@ -43,7 +42,7 @@ class GuestDecode:
         for name, is_on in (("use_slicing", way == SLICED), ("use_tiling", way == BLENDED)):
             if hasattr(autoencoder, name):
                 setattr(autoencoder, name, is_on)
-        rows = _ROWS.get(way)
+        rows = ROWS.get(way)
         streaming = row_streaming_of(autoencoder.decoder)
         if rows is None:
             remove_row_streaming(autoencoder.decoder)
@@ -74,7 +73,7 @@ class GuestDecode:
                 continue
             with self._trying(way):
                 call = trace()
-                calls |= self._by_rows(call, whole) if way == EXACT_ON_DISK else {way: call}
+                calls |= self._with_rows(call, whole) if way == EXACT_ON_DISK else {way: call}
         return calls
 
     @contextmanager
@@ -93,12 +92,6 @@ class GuestDecode:
             return hasattr(self._autoencoder, "use_slicing") and bool(inputs) and len(inputs[0]) > 1
         return hasattr(self._autoencoder, "use_tiling") if way == BLENDED else True
 
-    def _by_rows(self, call: Call, work: Work) -> dict[str, Call]:
-        """Both ways by rows, of a call with its rows in a file: the work of the whole one, and moving the rows."""
-        streaming = row_streaming_of(self._autoencoder.decoder)
-        assert streaming is not None
-        widened = 2.0 if next(self._autoencoder.parameters()).itemsize == 2 else 0.0  # norms of 16 bits take 32
-        moved = Work(touched=widened * work.touched + 2.0 * call.stored * _LEVELS)
-        on_disk = replace(call, work=work + moved)
-        room = streaming.most_room
-        return {EXACT: replace(on_disk, peak=call.peak + room, stored=0, paged=room), EXACT_ON_DISK: on_disk}
+    def _with_rows(self, call: Call, whole: Work) -> dict[str, Call]:
+        itemsize = next(self._autoencoder.parameters()).itemsize
+        return by_rows(self._autoencoder.decoder, call, whole, levels=_LEVELS, itemsize=itemsize)

@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from lowtide.activations.row_streaming import RowSettings, row_streaming_of
 from lowtide.planning.workload import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, Call, Work
 
-_ROWS = {EXACT: "device", EXACT_ON_DISK: "disk"}
+ROWS = {EXACT: "device", EXACT_ON_DISK: "disk"}
+"""Where rows rest, by the way."""
 
 
 class DecodeWays:
@@ -30,8 +32,8 @@ class DecodeWays:
         self._vae.disable_slicing()
         if way == SLICED:
             self._vae.enable_slicing()
-        elif way in _ROWS:
-            self._vae.enable_tiling("exact", rows=_ROWS[way])
+        elif way in ROWS:
+            self._vae.enable_tiling("exact", rows=ROWS[way])
         elif way == BLENDED:
             self._vae.enable_tiling("blended")
 
@@ -40,7 +42,7 @@ class DecodeWays:
         streaming = row_streaming_of(self._vae.decoder)
         if streaming is None or self._vae.use_slicing:
             return None
-        ways = {RowSettings.of(rows, None, None, None): way for way, rows in _ROWS.items()}
+        ways = {RowSettings.of(rows, None, None, None): way for way, rows in ROWS.items()}
         return ways.get(streaming.settings)
 
     def now(self) -> tuple[Any, ...]:
@@ -71,7 +73,7 @@ class DecodeWays:
                 self.set(way)
                 if way != BLENDED or self._vae.needs_tiles(inputs[0], self._vae.config.scale):
                     call = trace()
-                    calls |= self._by_rows(call, whole) if way == EXACT_ON_DISK else {way: call}
+                    calls |= self._with_rows(call, whole) if way == EXACT_ON_DISK else {way: call}
             except ValueError:
                 continue  # a network that does not go by rows
             finally:
@@ -83,12 +85,20 @@ class DecodeWays:
             return pictures > 1 and hasattr(self._vae, "enable_slicing")
         return hasattr(self._vae, "enable_tiling") and hasattr(self._vae, "needs_tiles")
 
-    def _by_rows(self, call: Call, work: Work) -> dict[str, Call]:
-        """Both ways by rows, of a call with its rows in a file: the work of the whole one, and moving the rows."""
-        streaming = row_streaming_of(self._vae.decoder)
-        assert streaming is not None
-        widened = 2.0 if next(self._vae.parameters()).itemsize == 2 else 0.0  # norms of 16-bit numbers take 32 bits
-        moved = Work(touched=widened * work.touched + 2.0 * call.stored * len(self._vae.config.block_out_channels))
-        on_disk = replace(call, work=work + moved)
-        room = streaming.most_room
-        return {EXACT: replace(on_disk, peak=call.peak + room, stored=0, paged=room), EXACT_ON_DISK: on_disk}
+    def _with_rows(self, call: Call, whole: Work) -> dict[str, Call]:
+        vae = self._vae
+        levels, itemsize = len(vae.config.block_out_channels), next(vae.parameters()).itemsize
+        return by_rows(vae.decoder, call, whole, levels=levels, itemsize=itemsize)
+
+
+def by_rows(decoder: nn.Module, call: Call, work: Work, *, levels: int, itemsize: int) -> dict[str, Call]:
+    """Both ways by rows, of a call with its rows in a file: the `work` of the whole one, and moving the rows.
+
+    Rows are written and read again at so many `levels`; numbers of the autoencoder have `itemsize` bytes.
+    """
+    streaming = row_streaming_of(decoder)
+    assert streaming is not None
+    widened = 2.0 if itemsize == 2 else 0.0  # norms of 16-bit numbers take 32 bits
+    on_disk = replace(call, work=work + Work(touched=widened * work.touched + 2.0 * call.stored * levels))
+    room = streaming.most_room
+    return {EXACT: replace(on_disk, peak=call.peak + room, stored=0, paged=room), EXACT_ON_DISK: on_disk}

@@ -25,7 +25,7 @@ ENABLED: dict[str, Callable[[Any], object]] = {
     "sequential offload": lambda pipe: pipe.enable_sequential_cpu_offload(device="cpu"),
     "leaves ahead": lambda pipe: pipe.enable_group_offload("cpu", offload_type="leaf_level", use_stream=True),
     "8 bits": lambda pipe: [pipe.unet.enable_layerwise_casting(), pipe.enable_model_cpu_offload(device="cpu")],
-    "a plan": lambda pipe: pipe.fit(ram="2GB", height=8, width=8, steps=1),
+    "a plan": lambda pipe: pipe.fit(ram="8GB", height=8, width=8, steps=1),
 }
 SOURCES = ("self._refuse(", "_claims.begin", "stage_started(name", "self._hand_on", "told.pop()", "result = call(")
 """Of lines at which another thread is: where it holds a lock, computes, or has begun what it would end."""

@@ -28,7 +28,7 @@ ENABLED: dict[str, Callable[[Any], object]] = {
     "nothing": lambda pipe: None,
     "model offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
     "leaves ahead": lambda pipe: pipe.enable_group_offload("cpu", offload_type="leaf_level", use_stream=True),
-    "a plan": lambda pipe: pipe.fit(ram="2GB", height=8, width=8, steps=1),
+    "a plan": lambda pipe: pipe.fit(ram="8GB", height=8, width=8, steps=1),
 }
 
 

@@ -43,7 +43,7 @@ def test_each_of_them_changes_the_picture(folder, told, name):
 def test_where_weights_rest_changes_no_bit(folder, told, how):
     if how == "fitted":
         pipe = fits.load(folder, "pictures")
-        pipe.fit(ram="1GB", **PLANNED)
+        pipe.fit(ram="8GB", **PLANNED)
     else:
         pipe = fits.load(folder, "pictures", offload=how, offload_device="cpu")
     assert torch.equal(fits.make(pipe, **SMALL, **CALL), told)
@@ -65,7 +65,7 @@ def test_layers_are_skipped_for_one_call_alone(folder):
 def test_tiles_that_are_set_are_planned_for_anew(folder):
     """And those that a plan sets itself are not."""
     pipe = fits.load(folder, "pictures")
-    pipe.fit(ram="1GB", **PLANNED)
+    pipe.fit(ram="8GB", **PLANNED)
     seen = Original.of(pipe)
     assert pipe.applied.fit.meta.is_of(pipe)
     pipe.vae.use_slicing = True
@@ -82,6 +82,6 @@ def test_a_function_that_checks_can_be_fitted(folder):
     pipe = fits.load(folder, "pictures")
     plain = fits.make(pipe, **SMALL)
     pipe.safety_checker = lambda images, **kwargs: (images.flip(-1), [False] * len(images))
-    pipe.fit(ram="1GB", **PLANNED)
+    pipe.fit(ram="8GB", **PLANNED)
     assert torch.allclose(fits.make(pipe, **SMALL), plain.flip(-1), atol=1e-5)
     assert tiny.difference(plain, plain.flip(-1)) > 1e-2  # negative control

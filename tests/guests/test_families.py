@@ -46,6 +46,7 @@ def test_it_runs_and_repeats_its_bits(name):
     assert not torch.equal(run(built(name), seed=1), first)  # the control: other noise, other bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_built_anew_it_has_the_same_weights(name):
     ours, anew = (modules_of(family.pipeline) for family in (built(name), FAMILIES[name]()))
@@ -58,6 +59,7 @@ def test_built_anew_it_has_the_same_weights(name):
         assert sum(weight.numel() for weight in module.parameters()) <= LARGEST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_saved_and_loaded_by_its_own_class(name, tmp_path):
     if built(name).not_saved:

@@ -41,7 +41,7 @@ def in_turn(family, part):
 
 
 @pytest.mark.parametrize("name", [pytest.param("SDXL", marks=pytest.mark.slow), "Flux2 Klein"])
-@pytest.mark.parametrize("is_least", [True, False], ids=["least", "plenty"])
+@pytest.mark.parametrize("is_least", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["least", "plenty"])
 def test_a_lora_comes_and_goes(name, is_least):
     part, expected = KIND[name], in_turn(FAMILIES[name](), KIND[name])
     assert len({tuple(result.flatten().tolist()) for result in expected}) >= 4  # it makes a difference

@@ -128,7 +128,7 @@ def test_a_trace_of_weights_that_come_and_go_is_refused(plan, way):
     WAYS[way](module, inputs())
 
 
-@pytest.mark.parametrize("plan", [pytest.param(p, marks=() if p == "whole" else pytest.mark.slow) for p in PLANS])
+@pytest.mark.parametrize("plan", [pytest.param(p, marks=() if p is whole else pytest.mark.slow) for p in PLANS])
 def test_compiling_goes_around_the_plan(plan):
     module = unet()
     plan(module)

@@ -62,6 +62,24 @@ def watched(call: Callable[[], T], at: Callable[[Place], None], parts: tuple[str
         sys.settrace(before)
 
 
+def at_lines_of(file: str, call: Callable[[], T], at: Callable[[int], None]) -> T:
+    """Call, and before every line of a file of others call `at` with its number."""
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename != file:
+            return None
+        if event == "line":
+            at(frame.f_lineno)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return call()
+    finally:
+        sys.settrace(before)
+
+
 def places(call: Callable[[], Any], parts: tuple[str, ...] = ("",)) -> list[Place]:
     """The places that a call comes to, in order, each once."""
     seen: dict[Place, None] = {}

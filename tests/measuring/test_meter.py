@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 from tests.forked import in_child
+from tests.lines import at_lines_of
 
 from lowtide.measuring import meter, peaks
 from lowtide.memory import Meter
@@ -313,23 +314,6 @@ def test_a_meter_that_nobody_keeps_samples_no_more():
     assert not alone.report()[0].shared
 
 
-def at_lines(call, at):
-    """Call, and before every line of Python's own threads call `at` with its number."""
-
-    def trace(frame, event, _):
-        if frame.f_code.co_filename != threading.__file__:
-            return None
-        if event == "line":
-            at(frame.f_lineno)
-        return trace
-
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(None)
-
-
 def ends_when_cut_at(line):
     """Whether a source whose start or end an interrupt cuts short there can be ended."""
     source = peaks.PeakSource(0.001)
@@ -341,7 +325,7 @@ def ends_when_cut_at(line):
     def run():
         for call in (source.start, source.stop):
             with suppress(KeyboardInterrupt, RuntimeError):  # "release unlocked lock": Python's own, and no wait
-                at_lines(call, interrupt)
+                at_lines_of(threading.__file__, call, interrupt)
         with suppress(RuntimeError):
             source.stop()
 
@@ -353,8 +337,8 @@ def ends_when_cut_at(line):
 
 def test_an_interrupt_in_the_code_of_threads_blocks_nobody():
     source, lines = peaks.PeakSource(0.001), {}
-    at_lines(source.start, lines.setdefault)
-    at_lines(source.stop, lines.setdefault)
+    for call in (source.start, source.stop):
+        at_lines_of(threading.__file__, call, lines.setdefault)
     sources = {line: linecache.getline(threading.__file__, line).strip() for line in lines}
     possible = [line for line, text in sources.items() if text != "try:" and "_lock:" not in text]
     assert [line for line in possible if not ends_when_cut_at(line)] == []

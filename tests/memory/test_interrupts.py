@@ -7,10 +7,11 @@ out is what cannot happen: an interrupt between the block of a lock and its rele
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import pytest
 import torch
-from tests.lines import Place, interrupted, places
+from tests.lines import Place, at_lines_of, interrupted, places
 from tests.memory.cases import Case, all_at_rest
 from tests.memory.ruled import CASES, Ruled, expected, is_bounded, lines, lines_once, made, ruled_again
 
@@ -64,6 +65,43 @@ def test_while_modules_are_held(case: Ruled) -> None:
         assert all_at_rest(attachment), str(place)
         assert ledger.in_use == ring.held == 0, str(place)
         assert ledger.peak <= attachment.bound, str(place)
+
+
+def test_gradients_stay_on() -> None:
+    """The ends of PyTorch's modes are Python code: where an interrupt comes into one, it ends late, or never."""
+    assert not off_after(lambda: made(Ruled("leaves ahead", zero_copy=False))[0])
+    assert off_after(lambda: Case(torch.nn.Linear(1, 1), in_a_mode)), "a control"
+
+
+def in_a_mode(module: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode(mode=False):
+        return module(torch.ones(1, 1))
+
+
+def off_after(anew: Callable[[], Case]) -> list[int]:
+    """The lines of PyTorch's modes after which an interrupted call leaves gradients off."""
+    file, lines, off = torch.autograd.grad_mode.__file__, dict[int, None](), list[int]()
+
+    def call(case: Case) -> torch.Tensor:
+        torch._C._set_grad_enabled(False)
+        try:
+            return case.call(case.module)
+        finally:
+            torch._C._set_grad_enabled(True)
+
+    at_lines_of(file, lambda: call(anew()), lines.setdefault)
+    for line in lines:
+        case = anew()
+
+        def at(now: int, line: int = line) -> None:
+            if now == line:
+                raise KeyboardInterrupt
+
+        with suppress(KeyboardInterrupt):
+            at_lines_of(file, lambda case=case: call(case), at)
+        off.extend([] if torch.is_grad_enabled() else [line])
+        torch._C._set_grad_enabled(True)
+    return off
 
 
 CHANGES: dict[str, Callable[[Case, Ruled], object]] = {

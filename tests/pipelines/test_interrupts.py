@@ -7,6 +7,7 @@ observer's own `stage_finished`), an observer that the user keeps, such as a met
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
-from tests.lines import Place, interrupted, places, watched
+from tests.lines import Place, at_lines_of, interrupted, places, watched
 
 from lowtide.machine.heap import MALLOC
 from lowtide.measuring.meter import Meter
@@ -82,18 +83,58 @@ def check_free(pipe: Any, place: Place) -> None:
     assert torch.is_grad_enabled(), str(place)
     assert not MALLOC._wishes, str(place)
     assert len(pipe.stages.watching) == 1, str(place)
-    thread = threading.Thread(target=lambda: free.append(is_free(pipe.call_lock)))
+    assert is_free_for_others(pipe), str(place)
+
+
+def is_free_for_others(pipe: Any) -> bool:
+    """Whether other threads may call."""
+    locks = [pipe.call_lock._lock, *(stream.lock for stream in pipe.streams())]
     free: list[bool] = []
+    thread = threading.Thread(target=lambda: free.extend(map(is_free, locks)))
     thread.start()
     thread.join()
-    assert free == [True], str(place)
+    return all(free)
 
 
-def is_free(call_lock: Any) -> bool:
-    if not call_lock._lock.acquire(timeout=1):
+def is_free(lock: Any) -> bool:
+    if not lock.acquire(timeout=1):
         return False
-    call_lock._lock.release()
+    lock.release()
     return True
+
+
+def test_in_the_code_of_context_managers(pipe: Any) -> None:
+    """What is left there ends at once, and not by a collection of garbage, which may come in another thread."""
+    expected = draw(pipe)
+    ENABLED["leaves ahead"](pipe)
+    lines: dict[int, None] = {}
+    pipe.stages.observers[:] = [Meter(None)]
+    gc.disable()
+    try:
+        at_lines_of(contextlib.__file__, lambda: draw(pipe), lines.setdefault)
+        for line in lines:
+            place = Place(contextlib.__file__, line, leaves=False)
+            if place.is_possible and interrupted_the_second_time(lambda: draw(pipe), place):
+                assert is_free_for_others(pipe), str(place)
+                assert torch.equal(draw(pipe), expected), str(place)
+    finally:
+        gc.enable()
+        pipe.disable_model_cpu_offload()
+
+
+def interrupted_the_second_time(call: Callable[[], Any], place: Place) -> bool:
+    passed: list[int] = []
+
+    def at(line: int) -> None:
+        passed.extend([line] if line == place.line else [])
+        if line == place.line and len(passed) == 2:
+            raise KeyboardInterrupt
+
+    try:
+        at_lines_of(place.file, call, at)
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
 def test_an_interrupt_that_is_kept_says_so_and_harms_once(tmp_path: Path) -> None:

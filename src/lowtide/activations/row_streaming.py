@@ -26,6 +26,7 @@ from lowtide.activations.traced_call import NotByRowsError
 from lowtide.machine.host import host_memory
 from lowtide.memory.rule import Tier
 from lowtide.ops.meta_device import meant_device, meant_type, note_stored
+from lowtide.ops.modes import without_gradients
 from lowtide.sizes import format_decimal
 
 LEAST_WORK = 8 * 2**20
@@ -144,7 +145,7 @@ class RowStreaming:
             raise ValueError("Row streaming keeps nothing for gradients: call it under torch.no_grad(), or disable it.")
         forecast, cache, before = self._forecast(schedule, x.device), _cache_in(*beside), kept_rows(beside)
         rows = forecast.rows
-        with torch.no_grad():
+        with without_gradients():
             if cache is not None:
                 pages, stores, rows = self._pages_of_clip(x, schedule, cache), cache.stores, cache.rows
             elif before:

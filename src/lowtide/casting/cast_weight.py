@@ -13,6 +13,7 @@ from lowtide.memory.ledger import Ledger
 from lowtide.memory.placeholder import AtRest
 from lowtide.memory.store import DeviceRest, DiskRest, HostRest, Rest
 from lowtide.memory.weight import View, Weight, became, numbers_in_file
+from lowtide.ops.modes import outside_inference_mode
 from lowtide.ops.quantization import dequantize, fits_bfloat16, fp8_linear, holds_nan, quantize
 from lowtide.weights.files import Origin
 from lowtide.weights.layout import same_order
@@ -63,7 +64,7 @@ class CastWeight(Weight):
     def _quantize(self, numbers: torch.Tensor, *, scaled: bool) -> None:
         dtype = None if numbers.dtype == self.dtype else self.dtype
         try:
-            with torch.inference_mode(mode=False), torch.no_grad():  # what rests must serve in every mode
+            with outside_inference_mode(), torch.no_grad():  # what rests must serve in every mode
                 values, self.scale = quantize(
                     numbers, self.storage, scaled=scaled, channel_dim=self.channel_dim, dtype=dtype
                 )
@@ -144,7 +145,7 @@ class CastWeight(Weight):
         return self._dequantized(self.values())
 
     def _dequantized(self, values: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with outside_inference_mode(), torch.no_grad():
             out = torch.empty_strided(values.shape, values.stride(), dtype=self.dtype, device=values.device)
             return self._fill(values, out).as_strided((self.nbytes,), (1,)).view(torch.uint8)
 
@@ -228,7 +229,7 @@ class CastWeight(Weight):
             raise ValueError(f"{self.name} cannot compute in {now.dtype}; it rests in 8 bits already.")
         if not same_order(view.shape, view.stride, now.stride):
             values = self._shaped(self.rest.on_host() if self.device.type == "cpu" else self._on_device())
-            with torch.inference_mode(mode=False):
+            with outside_inference_mode():
                 ordered = torch.empty_strided(view.shape, now.stride, dtype=values.dtype, device=values.device)
             self.rest = _rest(ordered.copy_(values))
         self.views = [replace(view, stride=now.stride, dtype=now.dtype) for view in self.views]

@@ -6,6 +6,8 @@ import threading
 
 import torch
 
+from lowtide.ops.modes import outside_inference_mode
+
 
 class Scratch(threading.local):
     """Flat buffers, lent and given back. Who takes one while another is lent gets one of their own.
@@ -22,7 +24,7 @@ class Scratch(threading.local):
         if kept is not None and kept.numel() >= nbytes:
             return kept
         del kept  # before the larger one is made
-        with torch.inference_mode(mode=False):
+        with outside_inference_mode():
             return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def give(self, flat: torch.Tensor) -> None:

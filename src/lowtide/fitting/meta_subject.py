@@ -15,6 +15,7 @@ from lowtide.fitting.subject import Size, StagedSubject, Subject, TracedStage
 from lowtide.forks import new_lock
 from lowtide.loading.blueprint import InFiles
 from lowtide.machine.heap import without_collecting
+from lowtide.ops.modes import without_gradients
 from lowtide.planning.workload import BLENDED, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Workload
 from lowtide.prediction.component import Traced, component, trace
 from lowtide.prediction.meta_copy import weights_in_files
@@ -98,7 +99,7 @@ class MetaSubject:
         """
         blended = size.frames is None or "blended_tiling" in allow
         key = blended, replace(size, steps=1)
-        with self._lock, quiet(), torch.no_grad(), without_collecting():
+        with self._lock, quiet(), without_gradients(), without_collecting():
             if key not in self.traced:
                 self._trace_anew(key, size, (SLICED, EXACT_ON_DISK, *([BLENDED] if blended else [])))
             components, traced = self.traced[key]

@@ -16,6 +16,7 @@ from lowtide.guests.library import muted
 from lowtide.guests.quantized import that_stays
 from lowtide.machine.heap import without_collecting
 from lowtide.memory.attach import ENTRY_POINTS
+from lowtide.ops.modes import without_gradients
 from lowtide.planning.workload import BLENDED, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Work, Workload
 from lowtide.prediction.component import Traced, trace
 from lowtide.prediction.driving import FORWARD, Driven, NetworkCall, drive
@@ -42,7 +43,7 @@ class DrivenGuest(MetaSubject):
         Raises `ValueError` where the pipeline's own code cannot go through it, with the reason that it gives.
         """
         key = "blended_tiling" in allow, size
-        with self._lock, quiet(), torch.no_grad(), without_collecting():
+        with self._lock, quiet(), without_gradients(), without_collecting():
             if key not in self.traced:
                 self._trace_anew(key, size, (SLICED, EXACT_ON_DISK, *([BLENDED] if key[0] else [])))
         components, stages = self.traced[key]

@@ -9,6 +9,7 @@ import torch
 from lowtide.memory.bounds import STAGE_BYTES
 from lowtide.memory.stream import Stream
 from lowtide.memory.unit import Load
+from lowtide.ops.modes import outside_inference_mode
 
 
 def pinned_buffer(nbytes: int) -> torch.Tensor:
@@ -45,7 +46,7 @@ class CudaStream(Stream):
 
     def _read(self, load: Load) -> None:
         assert load.buffer is not None
-        with torch.inference_mode(mode=False), torch.cuda.device(self.device), torch.cuda.stream(self._copier):
+        with outside_inference_mode(), torch.cuda.device(self.device), torch.cuda.stream(self._copier):
             self._copier.wait_event(load.buffer.free)
             for weight, place in self._copies(load.unit):
                 for start in range(0, weight.nbytes, STAGE_BYTES):

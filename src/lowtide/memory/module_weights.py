@@ -13,6 +13,7 @@ from lowtide.memory.placeholder import AtRest
 from lowtide.memory.read_only import ReadOnly
 from lowtide.memory.store import DeviceRest, HostRest
 from lowtide.memory.weight import View, Weight, span
+from lowtide.ops.modes import outside_inference_mode
 from lowtide.weights.provenance import noted_origin
 from lowtide.weights.slots import Slot, slots
 
@@ -86,7 +87,7 @@ def _real(group: list[tuple[int, int, Slot]]) -> Weight:
     start, end = min(span[0] for span in group), max(span[1] for span in group)
     lowest = next(slot.tensor for first, _, slot in group if first == start)
     views = [_view(slot, first - start, slot.tensor.requires_grad) for first, _, slot in group]
-    with torch.inference_mode(mode=False):
+    with outside_inference_mode():
         storage = lowest.untyped_storage()
         flat = torch.empty(0, dtype=torch.uint8, device=lowest.device)
         flat.set_(storage, lowest.storage_offset() * lowest.itemsize, (end - start,))  # type: ignore[call-overload]

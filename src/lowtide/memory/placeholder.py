@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from lowtide.memory.read_only import ReadOnly, written
+from lowtide.ops.modes import outside_inference_mode
 
 if TYPE_CHECKING:
     from lowtide.memory.weight import View, Weight
@@ -30,7 +31,7 @@ class AtRest(torch.Tensor):
     @staticmethod
     def __new__(cls: type[AtRest], weight: Weight, view: View) -> AtRest:
         """Make the placeholder of one view."""
-        with torch.inference_mode(mode=False):
+        with outside_inference_mode():
             made: Any = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
                 cls,
                 view.shape,

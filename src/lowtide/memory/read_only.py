@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
+from lowtide.ops.modes import outside_inference_mode
+
 
 class ReadOnly(torch.Tensor):
     """An ordinary tensor in host memory, but for writes: they raise `RuntimeError`, through views of it too.
@@ -23,7 +25,7 @@ class ReadOnly(torch.Tensor):
     @staticmethod
     def __new__(cls: type[ReadOnly], plain: torch.Tensor, weight_name: str) -> ReadOnly:
         """The same bytes as `plain`, of the weight called `weight_name`."""
-        with torch.inference_mode(mode=False):
+        with outside_inference_mode():
             made: Any = torch.Tensor._make_subclass(cls, plain)  # type: ignore[attr-defined]
         made.plain, made.weight_name = plain, weight_name
         return made

@@ -6,6 +6,7 @@ import torch
 
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.unit import Buffer
+from lowtide.ops.modes import outside_inference_mode
 
 
 class Ring:
@@ -29,7 +30,7 @@ class Ring:
 
     def new(self, nbytes: int, *, in_ring: bool = False) -> Buffer:
         """A buffer of this size."""
-        with torch.inference_mode(mode=False):
+        with outside_inference_mode():
             flat = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         self.ledger.take(nbytes)
         return Buffer(flat, in_ring)

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from lowtide.memory.rule import Tier
+from lowtide.ops.modes import outside_inference_mode
 from lowtide.sizes import format_decimal
 from lowtide.weights.files import CHUNK_BYTES, Mapping, Origin, SpillFile, WeightFile, read
 from lowtide.weights.layout import is_reordered
@@ -190,5 +191,5 @@ class Spill:
 
 
 def _flat(mapping: Mapping, origin: Origin) -> torch.Tensor:
-    with torch.inference_mode(mode=False):
+    with outside_inference_mode():
         return torch.frombuffer(mapping, dtype=torch.uint8, count=origin.nbytes, offset=origin.offset)

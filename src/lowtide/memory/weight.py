@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.placeholder import AtRest
 from lowtide.memory.store import DiskRest, HostRest, Rest
+from lowtide.ops.modes import outside_inference_mode
 from lowtide.weights.files import Origin
 from lowtide.weights.layout import is_by_rows, is_reordered
 from lowtide.weights.provenance import remember_origin
@@ -207,7 +208,7 @@ class View:
         It requires a gradient if the slot's did: some kernels sum in another order then, also where none is taken.
         """
         length = span(self.shape, self.stride) * self.dtype.itemsize
-        with torch.inference_mode(mode=False):
+        with outside_inference_mode():
             # .data: a version counter of its own, so that a write to one tensor is not taken for a write to another
             tensor = flat[self.offset : self.offset + length].view(self.dtype).as_strided(self.shape, self.stride).data
             return nn.Parameter(tensor, self.requires_grad) if self.slot.kind == "parameter" else tensor

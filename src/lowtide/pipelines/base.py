@@ -30,6 +30,7 @@ from lowtide.machine.heap import trim_heap
 from lowtide.memory.presets import execution_device
 from lowtide.models.load_arguments import AskedDtypes, check_not_pickled, chosen_dtypes, mapped_device
 from lowtide.models.put_weights import offload_named
+from lowtide.ops.modes import without_gradients
 from lowtide.peer_names import INSTEAD, PeerNames, refuse_arguments
 from lowtide.pipelines.decode_ways import DecodeWays
 from lowtide.pipelines.decoding import check_streaming
@@ -285,7 +286,7 @@ class DiffusionPipeline(PeerNames, RunningCall, MemorySettings):
         assigned since do not fit each other, and `RuntimeError` if the call is made from inside another one, such as
         from a callback, or while another pipeline goes through the same scheduler: its state would be lost.
         """
-        with self.call_lock.call(), claimed(self.scheduler), _without_gradients():
+        with self.call_lock.call(), claimed(self.scheduler), without_gradients():
             self.check_parts()
             if size is not None:
                 fitting.before_call(self, size)
@@ -302,14 +303,3 @@ class DiffusionPipeline(PeerNames, RunningCall, MemorySettings):
     def take_step(self, noise_pred: torch.Tensor, timestep: Any, latents: torch.Tensor, **options: Any) -> torch.Tensor:
         """The latents after one step of the scheduler."""
         return self.scheduler.step(noise_pred, timestep, latents, **options).prev_sample
-
-
-@contextmanager
-def _without_gradients() -> Generator[None]:
-    """`torch.no_grad`, whose end is Python code: an interrupt that comes into it leaves gradients off for good."""
-    before = torch.is_grad_enabled()
-    try:
-        torch._C._set_grad_enabled(False)
-        yield
-    finally:
-        torch._C._set_grad_enabled(before)

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from lowtide.memory.overrides import Overrides
 from lowtide.ops.meta_device import standing_for, taken_note
+from lowtide.ops.modes import without_gradients
 from lowtide.planning.workload import Call, Work
 from lowtide.prediction.absent_numbers import PICTURE_BYTES, TooManyNumbersError, absent_numbers, on_meta
 from lowtide.prediction.tracing import GRAIN, Memory, Repeats, Rewritten, Segment, Watch
@@ -66,7 +66,7 @@ def drive(
     watch = Watch(memory, repeats or Repeats())
     following = _Following(memory, watch)
     with (
-        torch.no_grad(), standing_for(device), watch.seeing(networks.values()), following.around(networks, entries),
+        without_gradients(), standing_for(device), watch.seeing(networks.values()), following.around(networks, entries),
         watch, Rewritten(), absent_numbers() as absent,
     ):  # fmt: skip
         taken_note()

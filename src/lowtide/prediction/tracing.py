@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowtide.memory.overrides import Overrides
 from lowtide.ops.meta_device import meant_device, standing_for, taken_note
+from lowtide.ops.modes import without_gradients
 from lowtide.planning.workload import Call, Work
 from lowtide.prediction.operators import REWRITTEN, made_by, work_of
 from lowtide.prediction.repeats import Operators, Signatures, form_of_call, forms_of_result, made_again
@@ -96,7 +97,7 @@ def trace(
         memory.add(tensor)
     memory.reached(0)
     watch = Watch(memory, Repeats())
-    with torch.no_grad(), standing_for(device), watch.seeing(networks), watch, Rewritten():
+    with without_gradients(), standing_for(device), watch.seeing(networks), watch, Rewritten():
         before = memory.alive
         taken_note()
         result = fn()

@@ -6,6 +6,7 @@ import dis
 import functools
 import linecache
 import sys
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import CodeType, FrameType
@@ -97,16 +98,21 @@ def each_once(by_case: Mapping[C, Sequence[Place]]) -> dict[C, list[Place]]:
 
 
 def interrupted(call: Callable[[], Any], where: Place) -> bool:
-    """Press Ctrl-C where a call comes to a place for the first time; whether the call ended by it."""
+    """Press Ctrl-C where a call comes to a place for the first time; whether the call ended by it.
+
+    At the end of a `with open(...)` it leaves the file to the collector, which closes it, and warns of that.
+    """
 
     def at(place: Place) -> None:
         if place == where:
             raise KeyboardInterrupt
 
-    try:
-        watched(call, at, (where.file,))
-    except KeyboardInterrupt:
-        return True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        try:
+            watched(call, at, (where.file,))
+        except KeyboardInterrupt:
+            return True
     return False
 
 

@@ -11,6 +11,7 @@ who are open then.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
@@ -27,6 +28,9 @@ from lowtide.calls import Call, Calls
 from lowtide.forks import new_lock, tell_of_forks
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+_LONGEST_STATUS = 1 << 16
+"""Bytes; some 1,500 are usual, and the list of allowed processors grows with the machine."""
 
 
 @dataclass(frozen=True)
@@ -178,14 +182,24 @@ def _can_reset_high_water_mark() -> bool:
 
 
 def _take_high_water_mark() -> int:
-    peak = _high_water_mark()
-    _CLEAR_REFS.write_text("5", encoding="ascii")
-    return peak
+    """The mark, which begins anew at what is resident now.
+
+    What another thread took and gave back between the look and the reset would be in no peak. `ctypes.PyDLL` keeps the
+    interpreter's lock, so that no Python code runs between the two.
+    """
+    content, libc = ctypes.create_string_buffer(_LONGEST_STATUS), ctypes.PyDLL(None)
+    with open(_STATUS, "rb", buffering=0) as status, open(_CLEAR_REFS, "wb", buffering=0) as reset:
+        looked_at, reset_at = status.fileno(), reset.fileno()
+        _ = libc.read(looked_at, content, _LONGEST_STATUS), libc.write(reset_at, b"5", 1)
+    return _high_water_mark_in(content.value)
 
 
 def _high_water_mark() -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    kibibytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return _high_water_mark_in(_STATUS.read_bytes())
+
+
+def _high_water_mark_in(status: bytes) -> int:
+    kibibytes = next(line.split()[1] for line in status.splitlines() if line.startswith(b"VmHWM:"))
     return int(kibibytes) * 1024
 
 
@@ -230,10 +244,10 @@ def _take_cuda() -> tuple[int | None, int | None]:
     cuda = cuda_in_use()
     if cuda is None:
         return None, None
-    devices = range(cuda.device_count())
-    allocated = sum(cuda.max_memory_allocated(device) for device in devices)
-    reserved = sum(cuda.max_memory_reserved(device) for device in devices)
-    for device in devices:
+    allocated = reserved = 0
+    for device in range(cuda.device_count()):
+        allocated += cuda.max_memory_allocated(device)
+        reserved += cuda.max_memory_reserved(device)
         cuda.reset_peak_memory_stats(device)
     return allocated, reserved
 

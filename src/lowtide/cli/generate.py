@@ -97,7 +97,7 @@ def generate(
     sheet: Annotated[
         bool, typer.Option("--sheet", help="Beside each video, a picture with some of its frames.")
     ] = False,
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, xpu, mps; cuda:N.")] = "auto",
     dtype: Annotated[
         DType,
         typer.Option(metavar="NAME", help="float32, bfloat16, float16; auto: float32 on a CPU, float16 on a GPU."),

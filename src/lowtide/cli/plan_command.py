@@ -16,6 +16,7 @@ from lowtide.cli.guest_options import Images, Settings, check_none_for_ours, gue
 from lowtide.cli.guest_plan import GuestAsked, guest_options, look_at_guest
 from lowtide.cli.request import VIDEO_SIZE_STEP, DType, check_guidance, check_steps, parse_size, resolve_model, sides
 from lowtide.cli.video import VIDEO_PIPELINE, made_by
+from lowtide.machine.device_names import KINDS
 from lowtide.planning.alternatives import Outlook, look, what_to_try
 
 
@@ -76,7 +77,7 @@ def plan(
         float | None,
         typer.Option(metavar="X", help="1 turns guidance off: half the work.", show_default="7.5; 6 for videos"),
     ] = None,
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda, which need not be here.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, xpu, mps: need not be here.")] = "auto",
     dtype: Annotated[
         DType,
         typer.Option(metavar="NAME", help="float32, bfloat16, float16; auto: float32 on a CPU, float16 on a GPU."),
@@ -187,19 +188,16 @@ def check_plot(path: Path | None, option: str = "--plot") -> None:
 
 def _device(name: str, budget: Budget) -> str:
     """The kind of device to plan for: a GPU if there is one, or if a budget of its memory is given."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {name}: possible are auto, cpu and cuda.")
+    if name not in ("auto", "cpu", *KINDS):
+        raise InputError(f"--device {name}: possible are auto, cpu, {', '.join(KINDS)}.")
     if name == "cpu" and budget.vram is not None:
         raise InputError(f"--vram {budget.vram} with --device cpu: there all memory is --ram. Leave one of them out.")
     if name != "auto":
         return name
-    return "cuda" if budget.vram is not None or _has_gpu() else "cpu"
+    from lowtide.machine.accelerators import best_device
 
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+    here = best_device().type
+    return "cuda" if budget.vram is not None and here == "cpu" else here
 
 
 def _check(asked: Asked) -> None:

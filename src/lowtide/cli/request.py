@@ -14,6 +14,7 @@ from typing import Any
 from lowtide.cli.budget_options import Budget
 from lowtide.cli.errors import InputError
 from lowtide.hub import local_path
+from lowtide.machine.device_names import DEVICE_NAMES, is_device_name
 from lowtide.pipelines import number_checks
 
 SHIPPED_MODEL = "seascapes"
@@ -171,8 +172,8 @@ def check_guidance(guidance: float) -> None:
 
 def check_device(name: str) -> None:
     """Raise `InputError` for a name that is no device; whether it is here, `device_and_dtype.resolve_device` tells."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name, re.ASCII):
-        raise InputError(f"--device {name}: possible are auto, cpu, cuda and cuda:N (the N-th GPU, from 0).")
+    if name != "auto" and not is_device_name(name):
+        raise InputError(f"--device {name}: possible are auto, {DEVICE_NAMES} (the N-th of its kind, from 0).")
 
 
 def parse_size(text: str, step: int = 8) -> tuple[int, int]:

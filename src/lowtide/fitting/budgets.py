@@ -83,12 +83,12 @@ def parse_budgets(device: torch.device, vram: Asked = None, ram: Asked = None, d
 
 
 def _vram(device: torch.device, asked: Asked) -> int | None:
-    import torch
+    from lowtide.machine.accelerators import accelerator, is_here
 
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info(device)
-        own = torch.cuda.memory_reserved(device)
-        return budget_bytes("auto" if asked is None else asked, "vram", total=total, free=free + own)
+    kind = accelerator(device)
+    if kind is not None and is_here(device):
+        memory = kind.memory(device)
+        return budget_bytes("auto" if asked is None else asked, "vram", total=memory.total, free=memory.free)
     try:
         return None if asked is None else parse_bytes(asked)
     except ValueError as error:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
+from lowtide.machine.accelerators import is_here, obstacle
 from lowtide.memory.attach import attachment_of, detach
 from lowtide.memory.stream import Stream
 from lowtide.pipelines.load import save_pipeline
@@ -53,8 +54,8 @@ class Components:
                 dtype = target
             else:
                 device = torch.device(target)
-        if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={str(device)!r} is not possible: PyTorch sees no CUDA device here. Use 'cpu'.")
+        if device is not None and torch.device(device).type != "meta" and not is_here(torch.device(device)):
+            raise ValueError(f"device={str(device)!r} is not possible: {obstacle(torch.device(device))}. Use 'cpu'.")
         for module in self.modules().values():
             if device is not None:
                 detach(module)

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 import lowtide
+from lowtide.machine.accelerators import accelerator
 from lowtide.machine.child_process import ChildError, run_module
+from lowtide.machine.device_names import KINDS
 from lowtide.machine.disk_and_link import DiskRate, disk_read_rate, link_rates
 from lowtide.machine.figure_cache import keep, recall
 from lowtide.machine.host import host_memory, processor_name_and_flags, usable_cpus
@@ -133,7 +135,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Ra
         attention=REACHED * computing.attention(),
         touched=touched,
         kernel=computing.kernel() + MODULE,
-        link=(disk.mapped or _USUAL_MAPPED) if on_cpu else link_rates(device.index or 0)[0],
+        link=(disk.mapped or _USUAL_MAPPED) if on_cpu else link_rates(device)[0],
         converted=disk.again or _USUAL_AGAIN,
         disk=disk.read or USUAL_DISK,
         cache=host_memory().available,
@@ -175,8 +177,8 @@ def _disk(folder: Path) -> DiskRate:
 
 
 def _key(device: torch.device, dtype: torch.dtype, folder: Path) -> list[Any]:
-    on_cpu = device.type == "cpu"
-    name = processor_name_and_flags()[0] if on_cpu else torch.cuda.get_device_name(device)
+    kind = accelerator(device)
+    name = processor_name_and_flags()[0] if kind is None else kind.name(device)
     disk = os.stat(folder).st_dev if folder.is_dir() else None
     numbers = (usable_cpus(), torch.get_num_threads(), disk)
     return [_FORMAT, lowtide.__version__, torch.__version__, device.type, name, str(dtype), *numbers]
@@ -184,7 +186,7 @@ def _key(device: torch.device, dtype: torch.dtype, folder: Path) -> list[Any]:
 
 def _is_complete(rates: Mapping[str, Any]) -> bool:
     """Whether figures from a file are all there, and are rates that can be computed with."""
-    if set(rates) != {field.name for field in fields(Rates)} or rates["device"] not in ("cpu", "cuda"):
+    if set(rates) != {field.name for field in fields(Rates)} or rates["device"] not in ("cpu", *KINDS):
         return False
     positive = (
         "convolution",

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from lowtide.casting.casting import NAMED_CASTINGS
+from lowtide.machine.device_names import KINDS
 from lowtide.memory.rule import Rule
 from lowtide.planning.explain import describe
 from lowtide.planning.workload import BLENDED, EXACT, EXACT_ON_DISK, WAYS, WHOLE
@@ -213,7 +214,7 @@ class Plan:
         check_allowed(self.allow)
         sizes = [getattr(self.budgets, name) for name in ("vram", "ram", "disk")]
         is_sound = (
-            self.device in ("cpu", "cuda")
+            self.device in ("cpu", *KINDS)
             and all(size is None or type(size) is int for size in sizes)
             and all(part.casting in (None, *NAMED_CASTINGS) for part in self.components.values())
             and all(stage.way in WAYS for stage in self.stages)

@@ -154,8 +154,9 @@ class Sim(Accelerator):
 
     reads_at_once = True
 
-    def __init__(self, *, early: bool, pins: bool = True, unified: bool = False) -> None:
+    def __init__(self, *, early: bool, pins: bool = True, unified: bool = False, streams: bool = True) -> None:
         super().__init__("sim")
+        self.has_streams = streams
         self.early, self.pins, self.unified = early, pins, unified
         self.devices = [Device(self, 0), Device(self, 1)]
         self.pinned = 0

@@ -228,10 +228,10 @@ def _(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) ->
 
 
 @contextmanager
-def simulated(*, early: bool = False, pins: bool = True, unified: bool = False) -> Generator[Sim]:
+def simulated(*, early: bool = False, pins: bool = True, unified: bool = False, streams: bool = True) -> Generator[Sim]:
     """Have such devices here; fails at the end where there were problems."""
     with pytest.MonkeyPatch.context() as patch:
-        sim = Sim(early=early, pins=pins, unified=unified)
+        sim = Sim(early=early, pins=pins, unified=unified, streams=streams)
         patch.setattr(Here, "sim", sim)
         patch.setitem(accelerators._KINDS, "sim", sim)
         released = DeviceStream._release
@@ -245,7 +245,9 @@ def simulated(*, early: bool = False, pins: bool = True, unified: bool = False) 
         patch.setattr(module_weights, "PLAIN", {*module_weights.PLAIN, SimTensor})
         for module in (plan, machine_rates):
             patch.setattr(module, "KINDS", (*device_names.KINDS, "sim"))
-        patch.setattr(prepare, "machine_rates", lambda *_: replace(assumed_rates("float32"), device="sim"))
+        patch.setattr(
+            prepare, "machine_rates", lambda *_: replace(assumed_rates("float32"), device="sim", unified=unified)
+        )
         patch.setattr(process, "alone", lambda *_: (USUAL_BASE, 0))
         yield sim
         assert not sim.problems

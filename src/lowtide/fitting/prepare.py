@@ -71,7 +71,7 @@ class Fit:
 
     def limited(self, budgets: Budgets, nbytes: int, *, of_host: bool = False) -> Budgets:
         """Budgets with so many bytes of the device's memory, or `of_host`."""
-        return replace(budgets, **{"ram" if of_host or self.device.type == "cpu" else "vram": nbytes})
+        return replace(budgets, **{"ram" if of_host or self.rates.one_memory else "vram": nbytes})
 
     def _planner(self, workload: Workload) -> Planner:
         return Planner(workload, self.rates, self.allow)

@@ -26,7 +26,7 @@ from lowtide.machine.kernel_rates import Computing
 from lowtide.planning.rates import Rates
 from lowtide.weights.fill import dtype_name
 
-_FORMAT = 11
+_FORMAT = 12
 USUAL_DISK = 5e8
 """Bytes a second, assumed where the disk cannot be measured."""
 _USUAL_MAPPED, _USUAL_AGAIN = 2e9, 3e9
@@ -126,7 +126,7 @@ def assumed_rates(dtype: str = "float16") -> Rates:
 
 def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Rates:
     """Measure the rates now, in this process."""
-    disk, computing = _disk(folder), Computing(device, dtype)
+    disk, computing, kind = _disk(folder), Computing(device, dtype), accelerator(device)
     on_cpu, touched = device.type == "cpu", REACHED * computing.touched()
     rates = Rates(
         device=device.type,
@@ -145,6 +145,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Ra
         dequantized=computing.dequantized(),
         contention=_contention() if on_cpu else 0.0,
         channels_last=REACHED * computing.channels_last(),
+        unified=kind is not None and kind.shares_host_memory(device),
     )
     return replace(rates, frugal_touched=1 / (1 / touched + computing.renewing())) if on_cpu else rates
 
@@ -200,7 +201,7 @@ def _is_complete(rates: Mapping[str, Any]) -> bool:
         "dequantized",
         "channels_last",
     )
-    numbers = [value for name, value in rates.items() if name not in ("device", "assumed")]
+    numbers = [value for name, value in rates.items() if name not in ("device", "unified", "assumed")]
     are_numbers = all(isinstance(number, int | float) and 0 <= number < float("inf") for number in numbers)
     return are_numbers and all(rates[name] > 0 for name in positive)
 

@@ -124,7 +124,7 @@ class StagePlan:
 class Plan:
     """How a pipeline will use memory: a rule for each component, a way for each stage, and what they will take.
 
-    `why` gives the reasons in words. A plan can be printed, saved with `to_json`, and applied with `pipe.apply_plan`.
+    `why` gives the reasons in words. `unified` says that the device's memory is the host's. A plan can be printed, saved with `to_json`, and applied with `pipe.apply_plan`.
     """
 
     device: str
@@ -135,6 +135,7 @@ class Plan:
     allow: tuple[str, ...] = ()
     why: tuple[str, ...] = ()
     made_for: Mapping[str, Any] = field(default_factory=dict)
+    unified: bool = False
     assumed: bool = False
 
     def __str__(self) -> str:

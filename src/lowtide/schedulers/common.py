@@ -227,7 +227,7 @@ class SchedulerBase(PeerNames, Generic[ConfigT]):
         self.alphas_cumprod = _training_alphas(config, zero_snr) if alphas_cumprod is None else alphas_cumprod
         self.timesteps = torch.arange(config.num_train_timesteps - 1, -1, -1)
         self.num_inference_steps: int | None = None
-        self._on_host: tuple[Tensor, list[int | float]] | None = None
+        self._on_host: tuple[Tensor, list[float]] | None = None
 
     @property
     def init_noise_sigma(self) -> float:
@@ -240,7 +240,7 @@ class SchedulerBase(PeerNames, Generic[ConfigT]):
         if place is None:
             return timestep.item() if isinstance(timestep, Tensor) else timestep
         if self._on_host is None or self._on_host[0] is not self.timesteps:
-            self._on_host = self.timesteps, self.timesteps.tolist()
+            self._on_host = self.timesteps, [float(number) for number in self.timesteps.cpu()]
         return self._on_host[1][place]
 
     def _place_in_timesteps(self, timestep: Timestep) -> int | None:

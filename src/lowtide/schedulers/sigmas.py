@@ -126,7 +126,7 @@ class SigmaScheduler(SchedulerBase[SigmaConfigT]):
     def _find(self, timestep: Timestep) -> int:
         """The first place of `timestep` in `timesteps`; raises `ValueError` if it is not among them."""
         value = float(self.number_of(timestep))
-        place = next((place for place, known in enumerate(self.timesteps.tolist()) if known == value), None)
+        place = next((place for place, known in enumerate(self.timesteps.cpu()) if float(known) == value), None)
         if place is None:
             raise ValueError(
                 f"Timestep {value:g} is none of {type(self).__name__}.timesteps: take one that set_timesteps laid out."

@@ -124,7 +124,8 @@ class StagePlan:
 class Plan:
     """How a pipeline will use memory: a rule for each component, a way for each stage, and what they will take.
 
-    `why` gives the reasons in words. `unified` says that the device's memory is the host's. A plan can be printed, saved with `to_json`, and applied with `pipe.apply_plan`.
+    `why` gives the reasons in words. `unified` says that the device's memory is the host's. A plan can be printed,
+    saved with `to_json`, and applied with `pipe.apply_plan`.
     """
 
     device: str

@@ -12,7 +12,14 @@ import typer
 
 from lowtide.cli.budget_options import Allow, Budget
 from lowtide.cli.errors import BAD_INPUT, InputError, reported, tell
-from lowtide.cli.guest_options import Images, Settings, check_none_for_ours, guest_class, images_and_settings
+from lowtide.cli.guest_options import (
+    Config,
+    Images,
+    Settings,
+    check_none_for_ours,
+    guest_class,
+    images_and_settings,
+)
 from lowtide.cli.guest_plan import GuestAsked, guest_options, look_at_guest
 from lowtide.cli.request import VIDEO_SIZE_STEP, DType, check_guidance, check_steps, parse_size, resolve_model, sides
 from lowtide.cli.video import VIDEO_PIPELINE, made_by
@@ -48,8 +55,8 @@ def plan(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[DIR_OR_ID]",
-            help="Model folder or Hub id; its configs are enough.",
+            metavar="[MODEL]",
+            help="Model folder or Hub id, whose configs are enough, or a .safetensors file of a whole pipeline.",
             show_default="the shipped model",
         ),
     ] = None,
@@ -90,6 +97,7 @@ def plan(
         str | None, typer.Option(metavar="NAME", help="Weight files to take, such as fp16.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
+    config: Config = None,
     images: Images = None,
     settings: Settings = None,
     plot: Annotated[
@@ -107,15 +115,15 @@ def plan(
     """
     with reported(debug=debug):
         budget = Budget(vram, ram, disk, tuple(dict.fromkeys(change.value for change in allow or ())))
-        folder = resolve_model(model)
+        folder = resolve_model(model, files=True)
         check_plot(plot)
-        guest = guest_class(folder)
+        guest = guest_class(folder, config)
         if guest is not None:
             options = guest_options(batch, steps, size, frames, guidance)
             image, values = images_and_settings(images, settings)
             own_dtype = None if dtype is DType.AUTO else dtype.value
             own_asked = GuestAsked(
-                folder, guest, _device(device, budget), own_dtype, variant, {**options, **image}, values
+                folder, guest, _device(device, budget), own_dtype, variant, {**options, **image}, values, config
             )
             show(look_at_guest(own_asked, budget), folder, as_json=as_json, plot=plot)
             return

@@ -160,6 +160,7 @@ class Sim(Accelerator):
         self.early, self.pins, self.unified = early, pins, unified
         self.devices = [Device(self, 0), Device(self, 1)]
         self.pinned = 0
+        self.captures = False
         self.failing: dict[str, list[BaseException | None]] = {}
         self._chosen = threading.local()
 
@@ -226,6 +227,9 @@ class Sim(Accelerator):
     def chosen(self, device: Device) -> SimStream | None:
         stream = getattr(self._chosen, "stream", None)
         return stream if stream is not None and stream.device is device else None
+
+    def is_capturing(self, device: torch.device) -> bool:
+        return self.captures
 
     def timed_event(self, device: torch.device) -> Event:
         return self.computing(device).record_event()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.memory.cases import CASES, plain
+from torch import nn
 
 from lowtide import hooks
 from lowtide.memory import Level, Rule, Tier, apply_residency, attachment_of
@@ -143,3 +144,11 @@ def test_rules_are_kept_as_json() -> None:
         assert Rule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
     with pytest.raises(ValueError, match="has no"):
         Rule.from_dict({"size": 1})
+
+
+def test_a_part_that_is_compiled_is_refused_by_its_name() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    module[1].compile()
+    with pytest.raises(ValueError, match="'1' of Sequential is compiled"):
+        apply_residency(module, device="cpu")
+    assert attachment_of(module) is None

@@ -119,6 +119,21 @@ def test_a_copy_that_fails_midway_leaves_nothing_to_wait_for(rest: str, *, pins:
         assert attachment.stream.ledger.peak <= attachment.bound
 
 
+def test_a_captured_call_that_would_load_is_refused_by_name() -> None:
+    with simulated() as sim, torch.no_grad():
+        module, x = blocks(), torch.randn(3, 16).to(DEVICE)
+        plain = module(x.cpu())
+        put(module, "block", "host")
+        sim.captures = True
+        with pytest.raises(RuntimeError, match="captured in a graph"):
+            module(x)
+        sim.captures = False
+        assert torch.equal(module(x).cpu(), plain)
+        put(module, "block", "host", share=2)
+        sim.captures = True
+        assert torch.equal(module(x).cpu(), plain), "all of it stays"
+
+
 # ---- what the stand-in is there for
 
 

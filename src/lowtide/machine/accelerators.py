@@ -108,6 +108,10 @@ class Accelerator:
         event.record(self.computing(device))
         return event
 
+    def is_capturing(self, device: torch.device) -> bool:
+        """Whether what this thread asks for now is recorded in a graph, and not done."""
+        return False
+
     @contextmanager
     def on(self, device: torch.device, stream: Any = None) -> Generator[None]:
         """Make `device`, and where one is given its `stream`, those of this thread for a while."""
@@ -141,6 +145,11 @@ class Cuda(Accelerator):
     def capability(self, device: torch.device) -> str:
         """Such as "9.0"."""
         return ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+    def is_capturing(self, device: torch.device) -> bool:
+        """As CUDA says."""
+        with torch.cuda.device(device):
+            return torch.cuda.is_current_stream_capturing()
 
     def pin(self, flat: torch.Tensor) -> bool:
         """Registers the very bytes: PyTorch's own allocator of pinned memory rounds up to a power of two."""

@@ -264,10 +264,10 @@ def attach(
     `index` is needed for weights on meta. Raises `ValueError` for modules that cannot be moved as bytes, `OSError` and
     `CheckpointError` if files cannot be read or written; the module is as it was before then, without a rule.
     """
-    if getattr(root, "_compiled_call_impl", None) is not None:
-        raise ValueError(
-            f"{type(root).__name__} is compiled, which freezes how its parts are called. Offload it first."
-        )
+    compiled = next((name for name, part in root.named_modules() if part._compiled_call_impl is not None), None)
+    if compiled is not None:
+        part = f"{compiled!r} of {type(root).__name__}" if compiled else type(root).__name__
+        raise ValueError(f"{part} is compiled, which freezes how its parts are called. Offload it first.")
     gather(slots(root))  # raises what it raises before anything is changed
     for other in _inside(root):
         _check_idle(other)

@@ -32,6 +32,12 @@ class DeviceStream(Stream):
     def _begin(self, load: Load) -> None:
         if load.buffer is None:
             return
+        if self._accelerator.is_capturing(self.device):
+            raise RuntimeError(
+                f"{load.unit.name} would be loaded while its call is captured in a graph, which replays without the "
+                "engine. Keep all weights on the device for a capture: lowtide.memory.detach(module), or a budget with "
+                "room for them."
+            )
         if load.buffer.free is None:  # new: what its memory was before is in use until now
             load.buffer.free = self._computing().record_event()
         flat = load.unit.host_flat

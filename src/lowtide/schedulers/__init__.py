@@ -4,15 +4,14 @@ from lowtide.schedulers.cogvideox_ddim import CogVideoXDDIMConfig, CogVideoXDDIM
 from lowtide.schedulers.cogvideox_dpm import CogVideoXDPMConfig, CogVideoXDPMScheduler
 from lowtide.schedulers.common import (
     CONFIG_NAME,
-    Generators,
     Scheduler,
     SchedulerConfig,
     StepOutput,
-    draw_noise,
 )
 from lowtide.schedulers.ddim import DDIMConfig, DDIMScheduler
 from lowtide.schedulers.dpmsolver import DPMSolverMultistepConfig, DPMSolverMultistepScheduler
 from lowtide.schedulers.euler import EulerDiscreteConfig, EulerDiscreteScheduler
+from lowtide.schedulers.fresh_noise import Generators, draw_noise
 from lowtide.schedulers.pndm import PNDMConfig, PNDMScheduler
 from lowtide.schedulers.unipc import UniPCMultistepConfig, UniPCMultistepScheduler
 

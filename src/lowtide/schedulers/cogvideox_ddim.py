@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from lowtide.schedulers.cogvideox_noise import CogVideoXConfig, CogVideoXScheduler
-from lowtide.schedulers.common import Generators, StepOutput, Timestep
+from lowtide.schedulers.common import StepOutput, Timestep
+from lowtide.schedulers.fresh_noise import Generators
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lowtide.schedulers.cogvideox_noise import CogVideoXConfig, CogVideoXScheduler
-from lowtide.schedulers.common import Generators, StepOutput, Timestep, draw_noise
+from lowtide.schedulers.common import StepOutput, Timestep
+from lowtide.schedulers.fresh_noise import Generators, draw_noise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

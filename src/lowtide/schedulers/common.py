@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from lowtide.config_checks import check_types
 from lowtide.configs import Config, frozen, write_json
 from lowtide.hub import Source
-from lowtide.machine.accelerators import brought_to
 from lowtide.peer_names import PeerNames, refuse_arguments
 from lowtide.schedulers import noise_schedule
+from lowtide.schedulers.fresh_noise import Generators
 from lowtide.schedulers.scheduler_entries import (
     MOST_TIMESTEPS,
     RANGES,
@@ -29,7 +29,6 @@ from lowtide.schedulers.scheduler_entries import (
 CONFIG_NAME = "scheduler_config.json"
 FORMAT_VERSION = "0.42.1"  # the diffusers release whose file format we write
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
 Timestep = int | float | Tensor
 
 
@@ -321,25 +320,6 @@ def spread(values: Tensor, sample: Tensor) -> Tensor:
     """`values`, B of them or a single one, with the device and dtype of `sample`, shaped to multiply its B items."""
     values = values.flatten().to(sample.device, sample.dtype)
     return values.reshape(-1, *[1] * (sample.dim() - 1))
-
-
-def draw_noise(
-    shape: Sequence[int], *, generator: Generators, device: torch.device | str, dtype: torch.dtype
-) -> Tensor:
-    """Standard normal noise of `shape`, drawn where the generator is: a CPU generator gives the same noise everywhere.
-
-    Each generator of a list draws one item of the batch; raises `ValueError` if their number is not `shape[0]`.
-    """
-    if isinstance(generator, Sequence):
-        if len(generator) != shape[0]:
-            raise ValueError(
-                f"{len(generator)} generators were given for a batch of {shape[0]}: give one for each item."
-            )
-        items = [draw_noise((1, *shape[1:]), generator=g, device=device, dtype=dtype) for g in generator]
-        return torch.cat(items)
-    source = generator.device if generator is not None else device
-    noise = torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype)
-    return brought_to(torch.device(device), noise)
 
 
 def betas_of(config: SchedulerConfig, *, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from lowtide.schedulers import noise_schedule
 from lowtide.schedulers.common import (
-    Generators,
     SchedulerBase,
     SchedulerConfig,
     StepOutput,
     Timestep,
-    draw_noise,
 )
+from lowtide.schedulers.fresh_noise import Generators, draw_noise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lowtide.schedulers import noise_schedule
-from lowtide.schedulers.common import Generators, StepOutput, Timestep, draw_noise
+from lowtide.schedulers.common import StepOutput, Timestep
+from lowtide.schedulers.fresh_noise import Generators, draw_noise
 from lowtide.schedulers.multistep import MultistepConfig, MultistepScheduler, Prediction
 from lowtide.schedulers.noise_schedule import NoiseLevel
 from lowtide.schedulers.scheduler_entries import unsupported

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowtide.schedulers import noise_schedule
-from lowtide.schedulers.common import Generators, StepOutput, Timestep, draw_noise
+from lowtide.schedulers.common import StepOutput, Timestep
+from lowtide.schedulers.fresh_noise import Generators, draw_noise
 from lowtide.schedulers.sigmas import SigmaConfig, SigmaScheduler
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lowtide.schedulers import noise_schedule
-from lowtide.schedulers.common import Generators, SchedulerBase, SchedulerConfig, StepOutput, Timestep
+from lowtide.schedulers.common import SchedulerBase, SchedulerConfig, StepOutput, Timestep
+from lowtide.schedulers.fresh_noise import Generators
 
 RUNGE_KUTTA_STEPS = 3  # the first steps of a run, with four model calls each
 RUNGE_KUTTA_CALLS = 4 * RUNGE_KUTTA_STEPS

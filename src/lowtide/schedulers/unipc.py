@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lowtide.schedulers import noise_schedule
-from lowtide.schedulers.common import Generators, StepOutput, Timestep
+from lowtide.schedulers.common import StepOutput, Timestep
+from lowtide.schedulers.fresh_noise import Generators
 from lowtide.schedulers.multistep import MultistepConfig, MultistepScheduler, Prediction
 from lowtide.schedulers.noise_schedule import FloatArray, NoiseLevel
 from lowtide.schedulers.scheduler_entries import are_all, check_apart, check_needs, unsupported

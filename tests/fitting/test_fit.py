@@ -381,3 +381,14 @@ def test_sizes_that_make_no_sense_are_refused_at_once(folders, size):
     pipe = fits.load(folders["pictures"], "pictures")
     with pytest.raises(ValueError, match="not possible"):
         pipe.fit(ram="1GB", **size)
+
+
+def test_a_size_may_be_asked_for_by_the_arguments_of_a_call(folders):
+    pipe = fits.load(folders["pictures"], "pictures")
+    call = {"num_inference_steps": 3, "num_images_per_prompt": 2, "output_type": "pt", "guidance_scale": 1.0}
+    plan = pipe.fit(ram="1GB", prompt=["a boat", "the sea"], **call)
+    assert plan.made_for == {**plan.made_for, "steps": 3, "pictures": 4, "prompts": 2, "output": "pt", "guided": False}
+    with pytest.raises(ValueError, match="num_inference_steps and steps are both given"):
+        pipe.fit(ram="1GB", num_inference_steps=3, steps=3)
+    clips = fits.load(folders["clips"], "clips")
+    assert clips.fit(ram="1GB", num_frames=9).made_for["frames"] == 9

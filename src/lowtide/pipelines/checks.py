@@ -38,8 +38,40 @@ LARGEST_SIDE = 32768
 """Pixels; plans are made for sides up to this length."""
 
 
+CALL_NAMES = {
+    "num_inference_steps": "steps",
+    "num_frames": "frames",
+    "num_images_per_prompt": "pictures",
+    "num_videos_per_prompt": "pictures",
+    "output_type": "output",
+}
+"""Arguments of a pipeline's call, and what they are called in a run's size."""
+
+
+def size_of_call(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's size by the names of `RunSize`, where it is asked for by the arguments of a call.
+
+    `guidance_scale` says whether the run is guided; a list as `prompt`, how many prompts there are. Raises `ValueError`
+    for what is asked for under both names.
+    """
+    size: dict[str, Any] = {}
+    for name, value in asked.items():
+        own = CALL_NAMES.get(name, name)
+        if own in size or (own != name and own in asked):
+            raise ValueError(f"{name} and {own} are both given, and mean the same: give one of them.")
+        size[own] = value
+    if "guidance_scale" in size:
+        size.setdefault("guided", size.pop("guidance_scale") > 1)
+    prompt = size.pop("prompt", None)
+    if isinstance(prompt, list | tuple):
+        size.setdefault("prompts", len(prompt))
+        size["pictures"] = len(prompt) * (size.get("pictures") or 1)
+    return size
+
+
 def run_size(height: int, width: int, **asked: Any) -> RunSize:
     """The size of a run; raises `ValueError` for names that `RunSize` does not have, and for impossible values."""
+    asked = size_of_call(asked)
     possible = [field.name for field in fields(RunSize)]
     unknown = sorted(set(asked) - set(possible))
     if unknown:

@@ -324,6 +324,7 @@ class CogVideoXPipeline(DiffusionPipeline):
 
     def usual_size(self, **asked: Any) -> RunSize:
         """The size of a run, the model's own where nothing is asked; raises `ValueError` as `checks.run_size` does."""
+        asked = checks.size_of_call(asked)
         sides = asked.pop("height", None), asked.pop("width", None), asked.pop("frames", None)
         height, width, frames = self.clip_size(*sides)
         return checks.run_size(height, width, frames=frames, **asked)

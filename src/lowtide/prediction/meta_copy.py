@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowtide.memory.attach import attachment_of
 from lowtide.memory.placeholder import AtRest
+from lowtide.memory.rule_changes import attachment_of
 from lowtide.memory.store import DiskRest
 from lowtide.memory.weight import Weight
 from lowtide.weights.files import InFile

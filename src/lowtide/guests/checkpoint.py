@@ -20,7 +20,7 @@ from lowtide.guests.empty_networks import dtype_in_configs, empty_network, is_qu
 from lowtide.guests.guest import Guest
 from lowtide.guests.library import component_class, pipeline_class
 from lowtide.guests.published_names import NamesError, by_own_names, weights_in
-from lowtide.guests.within_budget import put_within
+from lowtide.guests.within_budget import guest_to_be, put_within
 from lowtide.hub import Source
 from lowtide.loading.blueprint import InFiles
 from lowtide.loading.model_index import MODEL_INDEX, ComponentSpec, component_folder, read_model_index
@@ -170,7 +170,7 @@ class GuestCheckpoint:
         plan = fit.choose()
         built = {name: self._filled(name, part, plan, device) for name, part in parts.items()}
         with quiet():
-            guest = Guest(self.pipeline_class(**self.given, **built))
+            guest = guest_to_be(self.pipeline_class(**self.given, **built))
         fit.meta.adopt(guest)
         put_under_plan(guest, fit, plan, as_planned={name for name, part in parts.items() if part.index is not None})
         put_within(guest)

@@ -20,6 +20,7 @@ from lowtide.memory import attachment_of, detach
 from lowtide.memory.placeholder import AtRest
 from lowtide.memory.stream import Stream
 from lowtide.pipelines.offloading import held
+from lowtide.prediction.meta_copy import meta_copy
 
 BY_RING = Ruled("leaves ahead", zero_copy=False)
 AT_WORK = line_of("memory/attach.py", "return out_of_buffers(call(")
@@ -198,6 +199,21 @@ def test_what_a_state_dict_gives_is_at_rest() -> None:
     state, of_a_part = (state.ended() for state in states)
     assert all(torch.equal(state[name], tensor) for name, tensor in given.items() if name != "calls")
     assert all(torch.equal(of_a_part[name], given[f"blocks.{name}"]) for name in of_a_part)
+
+
+def test_a_copy_on_meta_and_a_call_wait_for_each_other() -> None:
+    """Between two looks at a slot weights would come, and be copied."""
+    module, _ = made(BY_RING)
+    with Parked(module.run, AT_WORK):
+        copied = Beside(lambda: meta_copy(module.module))
+        assert copied.waits
+    copying = line_of("prediction/meta_copy.py", "return copy.deepcopy(module, on_meta)")
+    with Parked(lambda: meta_copy(module.module), copying) as parked:
+        call = Beside(module.run)
+        assert call.waits
+    assert torch.equal(call.ended(), expected(BY_RING))
+    for made_of in (copied.ended(), parked.result):
+        assert all(tensor.is_meta for tensor in (*made_of.parameters(), *made_of.buffers()))
 
 
 def test_modules_in_different_orders_do_not_wait_for_each_other() -> None:

@@ -11,6 +11,11 @@ from torch import nn
 _OVERRIDES = "_lowtide_overrides"  # on every method that is set
 
 
+def is_override(value: object) -> bool:
+    """Whether an entry of a module is a method of ours that stands in for its own."""
+    return _OVERRIDES in getattr(value, "__dict__", {})
+
+
 class Overrides:
     """A set of overrides that are undone together; `marks` are entries of modules that go with them.
 
@@ -55,8 +60,7 @@ class Overrides:
 
         It is still there in the middle of a change, and where an interrupt or a fork cut one short.
         """
-        entry = module.__dict__.get(name)
-        is_there = getattr(entry, "__dict__", {}).get(_OVERRIDES) is self
+        is_there = getattr(module.__dict__.get(name), _OVERRIDES, None) is self
         return self.plain(module, name) if is_there else getattr(module, name)
 
     def set_state(self, module: nn.Module) -> None:

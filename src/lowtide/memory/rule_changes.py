@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -63,20 +63,34 @@ def _nobody() -> None:
     return None
 
 
-@contextmanager
-def changing(module: nn.Module, claim: Claim | None = None) -> Generator[list[Any]]:
+def changing(module: nn.Module, claim: Claim | None = None) -> AbstractContextManager[list[Any]]:
     """Bracket a change of the rules on `module` and its parts, and with a `claim` to it, of those around it, too.
 
     Yields them, as claims. Waits for calls of other threads; raises `RuntimeError` inside a call of one of the modules.
     """
+    return _undisturbed(module, inside if claim is None else concerned, _check_idle, claim)
+
+
+def undisturbed(module: nn.Module) -> AbstractContextManager[list[Any]]:
+    """While this lasts, no other thread calls what is under a rule in `module`, or changes it. It waits for those."""
+    return _undisturbed(module, concerned)
+
+
+@contextmanager
+def _undisturbed(
+    module: nn.Module,
+    find: Callable[[nn.Module], list[Claim]],
+    check: Callable[[list[Claim]], None] = lambda _: None,
+    claim: Claim | None = None,
+) -> Generator[list[Claim]]:
     mine = [] if claim is None else [claim]
     while True:
-        claims = concerned(module) if mine else inside(module)
+        claims = find(module)
         with locked(in_turn(each.stream for each in (*claims, *mine))):
             with _claims_lock:
-                has_changed = claims != (concerned(module) if mine else inside(module))
+                has_changed = claims != find(module)
                 if not has_changed:
-                    _check_idle(claims)
+                    check(claims)
                     for each in mine:
                         each.take_over(claims)
             if not has_changed:

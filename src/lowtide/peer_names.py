@@ -56,7 +56,7 @@ INSTEAD: dict[str, str] = {
     "output_loading_info": "keys that do not match are errors, so there is nothing to tell",
     "ignore_mismatched_sizes": "every shape must match",
     # attributes of pipelines
-    "from_single_file": "single-file checkpoints are not read: convert them to a folder",
+    "from_single_file": "lowtide.load(FILE) loads the pipeline of a .safetensors file",
     "from_config": "load with from_pretrained, or give the components to the class itself",
     "load_config": "read pipe.config, or the model_index.json",
     "download": "from_pretrained downloads what it needs",

@@ -19,7 +19,7 @@ def options(rows=("original", "half"), **changes):
 
 def reading(latency=1.0, peak=10**9, checksum="a", **changes):
     given = {
-        "load": 0.1, "apply": 0.2, "peak_rss": peak, "cuda_allocated": None, "cuda_reserved": None,
+        "load": 0.1, "apply": 0.2, "peak_rss": peak, "device_allocated": None, "device_reserved": None,
         "gpu": None, "versions": {"torch": "2"},
     }  # fmt: skip
     return Reading(latency=latency, checksum=checksum, **{**given, **changes})

@@ -31,7 +31,7 @@ def test_a_failed_run_leaves_the_readings_before_it():
 
 def test_a_gpus_memory_goes_before_the_hosts():
     assert samples.reading(peak=5).peak == 5
-    assert samples.reading(peak=5, cuda_allocated=3).peak == 3
+    assert samples.reading(peak=5, device_allocated=3).peak == 3
     assert summaries([samples.run("half", samples.reading(peak=None))])[HALF].peak is None
 
 

@@ -63,7 +63,7 @@ def test_every_technique_runs_and_is_measured(name, spec, half):
         found = one_run.measured(spec(name, **larger))
     assert min(found.load, found.apply, found.latency) >= 0
     assert found.latency > 0
-    assert found.cuda_allocated is None
+    assert found.device_allocated is None
     assert found.peak_rss is None or found.peak_rss > 10**7
     assert set(found.versions) == {"python", "torch", "transformers", "lowtide"}
     if name in SAME_AS_HALF:

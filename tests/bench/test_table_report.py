@@ -52,13 +52,13 @@ def test_a_peer_has_its_own_columns_and_ratios():
 
 
 def test_on_a_gpu_reserved_and_host_memory_are_there_too():
-    on_gpu = samples.reading(cuda_allocated=10**9, cuda_reserved=2 * 10**9, peak=3 * 10**9, gpu="A GPU")
+    on_gpu = samples.reading(device_allocated=10**9, device_reserved=2 * 10**9, peak=3 * 10**9, gpu="A GPU")
     report = samples.report(samples.run("half", on_gpu))
     heads, _, row = lines(report)
     assert heads[3:] == ["peak memory, GB", "of half precision", "reserved, GB", "host, GB"]
     assert row[3:] == ["1.00", "100%", "2.00", "3.00"]
     assert "A GPU" in reports.title(report)
-    assert "allocator" in reports.how(report)
+    assert "allocated on the device" in reports.how(report)
 
 
 def test_a_failure_fills_its_cell_and_leaves_the_others():

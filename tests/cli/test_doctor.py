@@ -84,7 +84,7 @@ def test_the_dtype_advice_follows_the_measured_rates(processor, said, unsaid):
 
 
 def test_with_a_gpu_the_advice_is_for_the_gpu():
-    gpu = Gpu(0, "GPU", "9.0", 2**34, 2**33, 1e10, 1e10)
+    gpu = Gpu("cuda:0", "GPU", "9.0", False, 2**34, 2**33, 1e10, 1e10)
     assert "On the GPU" in diagnosis._dtype_advice(cpu(300.0, 3.0), (gpu,))
 
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 from tests.planning import plans
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from lowtide.cli import plan_command as command
 from lowtide.cli.app import app
 from lowtide.cli.plan_text import plans_table, shown_plans
+from lowtide.machine import accelerators
 from lowtide.planning.alternatives import More, Outlook, thinned
 from lowtide.planning.plan import Budgets, Plan
 from lowtide.sizes import parse_bytes
@@ -42,7 +44,7 @@ def found(monkeypatch, tmp_path):
         return seen["answer"]
 
     monkeypatch.setattr(command, "look_at", look_at)
-    monkeypatch.setattr(command, "_has_gpu", lambda: False)
+    monkeypatch.setattr(accelerators, "best_device", lambda: torch.device("cpu"))
     monkeypatch.chdir(tmp_path)
     return seen
 
@@ -202,7 +204,7 @@ def test_the_picture_is_written(found, make):
         (["--ram", "120%"], "at most 100 %"),
         (["--disk", "1 parsec"], "--disk"),
         (["--vram", "6GB", "--device", "cpu"], "all memory is --ram"),
-        (["--device", "tpu"], "auto, cpu and cuda"),
+        (["--device", "tpu"], "auto, cpu, cuda, xpu, mps"),
         (["--batch", "0"], "--batch 0"),
         (["--steps", "0"], "--steps=0 is not possible: it must be a whole number, at least 1"),
         (["--guidance", "-1"], "7.5 is usual"),

@@ -160,7 +160,7 @@ def test_the_meter_keeps_a_timeline_if_asked():
     assert len(inside) > 5
     assert 0 <= denoise.start < denoise.end <= decode.start
     assert all(sample.rss > MB for sample in inside)
-    assert not timeline.has_cuda
+    assert not timeline.has_device
     with pytest.raises(ValueError, match="timeline=True"):
         Meter().timeline()
 

@@ -23,18 +23,18 @@ ONE_LEVEL = {
 """What `autoencoder` takes for latents of one pixel."""
 
 
-def clip_text(tokenizer: Any, *, projected: bool = False, seed: int = 0) -> Any:
+def clip_text(tokenizer: Any, *, projected: bool = False, seed: int = 0, width: int = WIDTH) -> Any:
     """CLIP's text encoder, with or without the projection of its pooled state."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     entries = {
         "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
+        "hidden_size": width,
         "intermediate_size": 48,
         "num_hidden_layers": 3,
         "num_attention_heads": 2,
         "max_position_embeddings": tokenizer.model_max_length,
-        "projection_dim": WIDTH,
+        "projection_dim": width,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from tests.guests.families import FAMILIES, run
+from tests.guests.family import ready
 from tests.guests.guest_cases import WARNINGS, least
+from tests.memory_peaks import peak_bytes
 
 from lowtide.guests.doors import fit, plan_of, unfit
+from lowtide.guests.guest import Guest
 from lowtide.memory.attach import attachment_of
 
 pytest.importorskip("diffusers")
@@ -84,6 +87,24 @@ def with_gguf(transformer):
             linear.weight, linear.bias = GGUFParameter(torch.from_numpy(packed.copy()), quant_type=kind), module.bias
             owner, _, leaf = name.rpartition(".")
             setattr(transformer.get_submodule(owner), leaf, linear)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_unpacking_takes_is_foreseen():
+    from diffusers import Flux2Transformer2DModel
+
+    family = FAMILIES["Flux2 Klein"]()
+    sizes = {**family.pipeline.transformer.config, "attention_head_dim": 32, "axes_dims_rope": (8,) * 4}
+    family.pipeline.transformer = ready(Flux2Transformer2DModel.from_config(sizes, num_attention_heads=8))
+    with_gguf(family.pipeline.transformer)
+    guest = Guest(family.pipeline)
+    workload = guest.on_meta(torch.device("cpu")).workload(guest.usual_size(**family.call))
+    predicted = max(stage.ways["whole"].peak for stage in workload.stages)
+    run(family)
+    measured = peak_bytes(lambda: run(family))
+    assert measured - 4096 <= predicted <= 1.05 * measured
+    largest = max(weight.numel() * weight.itemsize for weight in family.pipeline.transformer.parameters())
+    assert measured > 5 * largest  # of which most is what unpacking takes
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

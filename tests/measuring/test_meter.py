@@ -175,35 +175,28 @@ def test_without_procfs_resident_memory_is_sampled_and_its_parts_unknown(monkeyp
     assert "sampled (resident memory)" in shown(m.table())
 
 
-class FakeCuda:
-    """Enough of `torch.cuda` for the meter: two devices, and a clock that runs in milliseconds."""
+class FakeKind:
+    """Enough of an accelerator for the meter: two devices, and a clock that runs in milliseconds."""
 
-    def __init__(self):
+    def __init__(self, monkeypatch):
         self.peak = [0, 0]
         self.clock = 0.0
+        for module in (peaks, meter):
+            monkeypatch.setattr(module, "accelerators_in_use", lambda: [(0, self), (1, self)])
 
-    def device_count(self):
-        return 2
+    def peaks(self, device):
+        return self.peak[device], 2 * self.peak[device]
 
-    def max_memory_allocated(self, device):
-        return self.peak[device]
-
-    def max_memory_reserved(self, device):
-        return 2 * self.peak[device]
-
-    def reset_peak_memory_stats(self, device):
+    def begin_peaks(self, device):
         self.peak[device] = 0
 
-    def Event(self, *, enable_timing):  # noqa: N802
-        return FakeEvent(self)
+    def timed_event(self, device):
+        return FakeEvent(self.clock)
 
 
 class FakeEvent:
-    def __init__(self, cuda):
-        self.cuda = cuda
-
-    def record(self):
-        self.at = self.cuda.clock
+    def __init__(self, at):
+        self.at = at
 
     def synchronize(self):
         pass
@@ -212,10 +205,8 @@ class FakeEvent:
         return end.at - self.at
 
 
-def test_cuda_peaks_and_the_devices_own_time(monkeypatch):
-    cuda = FakeCuda()
-    monkeypatch.setattr(peaks, "cuda_in_use", lambda: cuda)
-    monkeypatch.setattr(meter, "cuda_in_use", lambda: cuda)
+def test_peaks_on_devices_and_their_own_time(monkeypatch):
+    cuda = FakeKind(monkeypatch)
     m = Meter(interval=None)
     stages = Stages([m])
     with stages.stage("denoise"):
@@ -224,17 +215,17 @@ def test_cuda_peaks_and_the_devices_own_time(monkeypatch):
     with stages.stage("decode"):
         cuda.peak = [2 * MIB, 0]
     denoise, decode = m.report()
-    assert (denoise.peak_cuda, denoise.peak_cuda_reserved, denoise.seconds) == (6 * MIB, 12 * MIB, 1.5)
-    assert (decode.peak_cuda, decode.seconds) == (2 * MIB, 0.0)
+    assert (denoise.peak_device, denoise.peak_device_reserved, denoise.seconds) == (6 * MIB, 12 * MIB, 1.5)
+    assert (decode.peak_device, decode.seconds) == (2 * MIB, 0.0)
     assert "6.3 MB" in shown(m.table())
 
 
 def test_while_another_thread_imports_torch_there_is_no_device_yet(monkeypatch):
     unfinished = types.ModuleType("torch")
     monkeypatch.setitem(sys.modules, "torch", unfinished)
-    assert peaks.cuda_allocated() is None
+    assert peaks.device_allocated() is None
     unfinished.cuda = types.ModuleType("torch.cuda")
-    assert peaks.cuda_allocated() is None
+    assert peaks.device_allocated() is None
 
 
 @pytest.mark.gpu
@@ -249,8 +240,8 @@ def test_cuda_peaks_on_a_device():
     with Stages([m]).stage("quiet"):
         pass
     denoise, quiet = m.report()
-    assert denoise.peak_cuda - before == BLOCK
-    assert quiet.peak_cuda == before
+    assert denoise.peak_device - before == BLOCK
+    assert quiet.peak_device == before
 
 
 def shown(table):

@@ -7,9 +7,9 @@ from threading import Barrier
 import pytest
 from tests.forked import Parked
 from tests.lines import places
-from tests.measuring.test_meter import BLOCK, MIB, SLACK, FakeCuda, shown, touch
+from tests.measuring.test_meter import BLOCK, MIB, SLACK, FakeKind, shown, touch
 
-from lowtide.measuring import meter, peaks
+from lowtide.measuring import peaks
 from lowtide.memory import Meter
 from lowtide.stages import Stages
 
@@ -75,17 +75,15 @@ def test_no_peak_is_lost_while_another_meter_begins_the_marks_anew():
         assert m.report()[0].peak_rss - before >= SLACK, str(place)
 
 
-def test_cuda_peaks_are_handed_on_too(monkeypatch):
-    cuda = FakeCuda()
-    for module in (peaks, meter):
-        monkeypatch.setattr(module, "cuda_in_use", lambda: cuda)
+def test_peaks_on_devices_are_handed_on_too(monkeypatch):
+    cuda = FakeKind(monkeypatch)
     outer, inner = Meter(interval=None), Meter(interval=None)
     with Stages([outer]).stage("long"):
         cuda.peak = [5 * MIB, MIB]
         with Stages([inner]).stage("short"):
             cuda.peak = [2 * MIB, 0]
-    assert outer.report()[0].peak_cuda == 6 * MIB
-    assert inner.report()[0].peak_cuda == 2 * MIB
+    assert outer.report()[0].peak_device == 6 * MIB
+    assert inner.report()[0].peak_device == 2 * MIB
 
 
 def test_a_meter_alone_shares_nothing_and_the_caption_says_where_one_does():

@@ -23,6 +23,7 @@ from lowtide.activations.recording import check_no_autocast, trace
 from lowtide.activations.row_settings import RowForecast, RowSettings, check_disk
 from lowtide.activations.run import Beside, Progress, RowSink, Run, watch_here
 from lowtide.activations.traced_call import NotByRowsError
+from lowtide.machine.accelerators import accelerator
 from lowtide.machine.host import host_memory
 from lowtide.memory.rule import Tier
 from lowtide.ops.meta_device import meant_device, meant_type, note_stored
@@ -312,7 +313,8 @@ def _cache_in(args: Any, kwargs: Any) -> FrameCache | None:
 
 
 def _free(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory().available
+    kind = accelerator(device)
+    return host_memory().available if kind is None else kind.memory(device).free
 
 
 def _check_input(x: object) -> None:

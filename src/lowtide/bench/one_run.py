@@ -43,9 +43,10 @@ def measured(spec: Spec) -> Reading:
     """Load, apply the technique, call once to warm up, then time one call of the whole pipeline."""
     import torch
 
+    from lowtide.machine.accelerators import accelerator
     from lowtide.measuring.peaks import process_peak
 
-    device = torch.device(spec.device)
+    device, kind = torch.device(spec.device), accelerator(spec.device)
     library = importlib.import_module(spec.library)
     began = time.perf_counter()
     pipe = loaded(library, spec, getattr(torch, spec.dtype))
@@ -60,10 +61,10 @@ def measured(spec: Spec) -> Reading:
         apply=applied - load,
         latency=latency,
         peak_rss=process_peak(),
-        cuda_allocated=allocated,
-        cuda_reserved=reserved,
+        device_allocated=allocated,
+        device_reserved=reserved,
         checksum=hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest(),
-        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        gpu=None if kind is None else kind.name(device),
         versions=versions(library),
     )
 
@@ -102,27 +103,28 @@ def versions(library: ModuleType) -> dict[str, str]:
 
 
 def _timed(pipe: Any, spec: Spec, device: torch.device) -> tuple[float, list[Any], int | None, int | None]:
-    """Seconds of one call, its pictures, and the CUDA allocator's peaks of allocated and of reserved bytes."""
-    import torch
+    """Seconds of one call, its pictures, and the device allocator's peaks of allocated and of reserved bytes."""
+    from lowtide.machine.accelerators import accelerator
 
+    kind = accelerator(device)
     _finish(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if kind is not None:
+        kind.begin_peaks(device)
     began = time.perf_counter()
     images = pictures(pipe, spec, spec.steps)
     _finish(device)
     latency = time.perf_counter() - began
-    if device.type != "cuda":
-        return latency, images, None, None
-    return latency, images, torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    allocated, reserved = (None, None) if kind is None else kind.peaks(device)
+    return latency, images, allocated, reserved
 
 
 def _finish(device: torch.device) -> None:
     """Wait for the device, so that its work is in the time measured."""
-    import torch
+    from lowtide.machine.accelerators import accelerator
 
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    kind = accelerator(device)
+    if kind is not None:
+        kind.synchronize(device)
 
 
 if __name__ == "__main__":

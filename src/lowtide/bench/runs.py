@@ -40,7 +40,7 @@ class Spec:
 class Reading:
     """What one run took, in seconds and bytes; `None` where this machine cannot measure a figure.
 
-    `peak_rss` is the peak of the whole process from its start, imports and loading included; the CUDA peaks are those
+    `peak_rss` is the peak of the whole process from its start, imports and loading included; those of the device are
     of the timed call alone. `checksum` is of the pictures' bytes. `gpu` is the name of the GPU, if one computed.
     """
 
@@ -48,8 +48,8 @@ class Reading:
     apply: float
     latency: float
     peak_rss: int | None
-    cuda_allocated: int | None
-    cuda_reserved: int | None
+    device_allocated: int | None
+    device_reserved: int | None
     checksum: str
     gpu: str | None
     versions: dict[str, str]
@@ -57,7 +57,7 @@ class Reading:
     @property
     def peak(self) -> int | None:
         """The peak that the table shows: of GPU memory if a GPU computed, otherwise of the process."""
-        return self.peak_rss if self.cuda_allocated is None else self.cuda_allocated
+        return self.peak_rss if self.device_allocated is None else self.device_allocated
 
 
 @dataclass(frozen=True)

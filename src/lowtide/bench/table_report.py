@@ -60,7 +60,7 @@ def headings(report: Report) -> list[str]:
     """The headings of the columns."""
     first = TECHNIQUES[report.reference].title
     own = ["technique", "latency, s", "speed-up", "peak memory, GB", f"of {first}"]
-    own += ["reserved, GB", "host, GB"] if _with_cuda(report) else []
+    own += ["reserved, GB", "host, GB"] if _with_device(report) else []
     peer = report.options.peer
     if peer is None:
         return own
@@ -73,8 +73,8 @@ def cells(report: Report, row: str, tell: Tell) -> list[str]:
     ours, first = by_job.get(Job(row, OURS)), by_job.get(Job(report.reference, OURS))
     own = [_latency(ours, tell), _times(ratio(_median(first), _median(ours))), _gigabytes(_peak(ours))]
     own.append(_share(ratio(_peak(ours), _peak(first))))
-    if _with_cuda(report):
-        own += [_gigabytes(ours.largest(name) if ours else None) for name in ("cuda_reserved", "peak_rss")]
+    if _with_device(report):
+        own += [_gigabytes(ours.largest(name) if ours else None) for name in ("device_reserved", "peak_rss")]
     if report.options.peer is None:
         return [TECHNIQUES[row].title, *own]
     theirs = by_job.get(Job(row, report.options.peer))
@@ -150,9 +150,9 @@ def how(report: Report) -> str:
     """How the table was measured, for a reader who has nothing but the table."""
     asked = report.options
     memory = (
-        "what the CUDA allocator allocated in that call (in the next columns: what it reserved, and the process's "
+        "what PyTorch allocated on the device in that call (in the next columns: what it reserved, and the process's "
         "resident memory)"
-        if _with_cuda(report)
+        if _with_device(report)
         else "the resident memory of the whole process, imports and loading included"
     )
     parts = [
@@ -228,8 +228,8 @@ def _maybe_dict(reading: Reading | None) -> dict[str, Any] | None:
     return None if reading is None else asdict(reading)
 
 
-def _with_cuda(report: Report) -> bool:
-    return any(run.reading is not None and run.reading.cuda_allocated is not None for run in report.runs)
+def _with_device(report: Report) -> bool:
+    return any(run.reading is not None and run.reading.device_allocated is not None for run in report.runs)
 
 
 def _median(summary: Summary | None) -> float | None:

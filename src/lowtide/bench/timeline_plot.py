@@ -30,9 +30,9 @@ def plot_timeline(timeline: Timeline, plan: Plan | None, path: Path) -> Path:
     _draw_bands(axes, outer)
     _draw_memory(axes, timeline)
     if plan is not None:
-        _draw_plan(axes, outer, plan, on_gpu=timeline.has_cuda)
+        _draw_plan(axes, outer, plan, on_gpu=timeline.has_device)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=6, frameon=False, fontsize=FONT)
-    names = [(f"{stage.name} {_peak(stage, on_gpu=timeline.has_cuda)}", stage.start, stage.end) for stage in outer]
+    names = [(f"{stage.name} {_peak(stage, on_gpu=timeline.has_device)}", stage.start, stage.end) for stage in outer]
     name_spans(figure, axes, names, _top(timeline, outer, plan))
     return save(figure, path)
 
@@ -46,8 +46,12 @@ def _draw_bands(axes: Axes, stages: list[StageMark]) -> None:
 def _draw_memory(axes: Axes, timeline: Timeline) -> None:
     """Draw a line for each kind of memory that was sampled."""
     kinds = {
-        "cuda": ("allocated on the GPU", BLUE, 1.4),
-        "rss": ("host memory" if timeline.has_cuda else "resident memory", GREY if timeline.has_cuda else BLUE, 1.4),
+        "device": ("allocated on the GPU", BLUE, 1.4),
+        "rss": (
+            "host memory" if timeline.has_device else "resident memory",
+            GREY if timeline.has_device else BLUE,
+            1.4,
+        ),
         "anonymous": ("anonymous", ORANGE, 0.9),
         "file": ("mapped files", "#3f8f4f", 0.9),
     }
@@ -73,7 +77,7 @@ def _draw_plan(axes: Axes, stages: list[StageMark], plan: Plan, *, on_gpu: bool)
 
 
 def _peak(stage: StageMark, *, on_gpu: bool) -> str:
-    return format_decimal(stage.peak_cuda or 0 if on_gpu else stage.peak_rss)
+    return format_decimal(stage.peak_device or 0 if on_gpu else stage.peak_rss)
 
 
 def _top(timeline: Timeline, stages: list[StageMark], plan: Plan | None) -> float:

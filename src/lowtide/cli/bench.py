@@ -53,7 +53,7 @@ def table(
     model: Annotated[
         str | None, typer.Option(metavar="DIR_OR_ID", help="Model folder or Hub id.", show_default="the shipped model")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, xpu, mps; cuda:N.")] = "auto",
     dtype: Annotated[
         Half,
         typer.Option(metavar="NAME", help="Half precision: float16, bfloat16; auto: bfloat16 on a CPU, else float16."),

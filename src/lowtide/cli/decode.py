@@ -25,7 +25,8 @@ def decode(
         str | None, typer.Option(metavar="DIR_OR_ID", help="Where the model is now.", show_default="where it was")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.", show_default="as before")
+        str | None,
+        typer.Option(metavar="NAME", help="auto, cpu, cuda, xpu, mps; cuda:N.", show_default="as before"),
     ] = None,
     how: Annotated[
         Decode | None,

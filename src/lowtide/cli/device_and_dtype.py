@@ -15,15 +15,11 @@ def resolve_device(name: str) -> torch.device:
     """The device called `name`; "auto" is a GPU where there is one. Raises `InputError` for one that is not here."""
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda" if count else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= count:
-        obstacle = (
-            f"PyTorch sees {count} CUDA device{'s' if count != 1 else ''}" if count else "PyTorch sees no CUDA device"
-        )
-        raise InputError(f"--device {name}: {obstacle} here. Use --device cpu; `lowtide doctor` tells more.")
+    from lowtide.machine.accelerators import best_device, is_here, obstacle
+
+    device = best_device() if name == "auto" else torch.device(name)
+    if not is_here(device):
+        raise InputError(f"--device {name}: {obstacle(device)}. Use --device cpu; `lowtide doctor` tells more.")
     return device
 
 

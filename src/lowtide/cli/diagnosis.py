@@ -15,6 +15,8 @@ import lowtide
 from lowtide.machine import disk_and_link
 
 if TYPE_CHECKING:
+    import torch
+
     from lowtide.planning.rates import Rates
 
 _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "pillow")
@@ -49,11 +51,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA device: memory in bytes, link rates from and to pinned host memory in bytes per second."""
+    """One accelerator: memory in bytes, link rates from and to the host's memory in bytes per second.
 
-    index: int
+    `capability` is CUDA's. One that `shares_host_memory` has none of its own: its budget is the host's.
+    """
+
+    device: str
     name: str
-    capability: str
+    capability: str | None
+    shares_host_memory: bool
     total: int
     free: int
     to_device: float
@@ -145,18 +151,19 @@ def _memory() -> Memory:
 
 
 def _gpus() -> tuple[Gpu, ...]:
-    import torch
+    from lowtide.machine.accelerators import devices_here
 
-    return tuple(_gpu(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))
+    return tuple(map(_gpu, devices_here()))
 
 
-def _gpu(index: int) -> Gpu:
-    import torch
+def _gpu(device: torch.device) -> Gpu:
+    from lowtide.machine.accelerators import accelerator
 
-    major, minor = torch.cuda.get_device_capability(index)
-    free, total = torch.cuda.mem_get_info(index)
-    name = torch.cuda.get_device_name(index)
-    return Gpu(index, name, f"{major}.{minor}", total, free, *disk_and_link.link_rates(index))
+    kind = accelerator(device)
+    assert kind is not None
+    memory, rates = kind.memory(device), disk_and_link.link_rates(device)
+    shares = kind.shares_host_memory(device)
+    return Gpu(str(device), kind.name(device), kind.capability(device), shares, memory.total, memory.free, *rates)
 
 
 def _disk(folder: Path) -> Disk:
@@ -180,7 +187,7 @@ def _planning(processor: Processor, gpus: tuple[Gpu, ...], *, refresh: bool) -> 
     from lowtide.planning.machine_rates import machine_rates
 
     on_cpu = "bfloat16" if processor.matmul["bfloat16"] >= processor.matmul["float32"] else "float32"
-    device, dtype = ("cuda:0", "float16") if gpus else ("cpu", on_cpu)
+    device, dtype = (gpus[0].device, "float16") if gpus else ("cpu", on_cpu)
     rates = machine_rates(device, getattr(torch, dtype), refresh=refresh)
     base, on_device = alone(torch.device(device), getattr(torch, dtype))
     folder = cache_folder()

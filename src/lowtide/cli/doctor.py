@@ -99,10 +99,14 @@ def _memory_rows(memory: Memory) -> Rows:
     ]
 
 
+def _whose(gpu: Gpu) -> str:
+    return ", the host's: --ram is the budget of both" if gpu.shares_host_memory else ""
+
+
 def _gpu_rows(gpu: Gpu) -> Rows:
     return [
-        (f"cuda:{gpu.index}", f"{gpu.name}, capability {gpu.capability}"),
-        ("  memory", f"{format_decimal(gpu.total)}, {format_decimal(gpu.free)} free"),
+        (gpu.device, gpu.name + ("" if gpu.capability is None else f", capability {gpu.capability}")),
+        ("  memory", f"{format_decimal(gpu.total)}, {format_decimal(gpu.free)} free{_whose(gpu)}"),
         ("  link", f"{_rate(gpu.to_device)} to the device, {_rate(gpu.to_host)} back"),
     ]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lowtide.cli.errors import tell
 from lowtide.cli.live import Sources, StepLines
 from lowtide.cli.request import sides
-from lowtide.measuring.peaks import cuda_allocated, resident_memory
+from lowtide.measuring.peaks import device_allocated, resident_memory
 from lowtide.measuring.transfers import FlowMeter, ledgers_of, total_flow
 from lowtide.progress import ProgressBar
 
@@ -90,4 +90,4 @@ def run_size(request: Request) -> dict[str, Any]:
 
 
 def _in_use(plan: Plan) -> Any:
-    return resident_memory if plan.device == "cpu" else lambda: cuda_allocated() or 0
+    return resident_memory if plan.device == "cpu" else lambda: device_allocated() or 0

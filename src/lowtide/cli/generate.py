@@ -15,6 +15,7 @@ from lowtide.cli.device_and_dtype import resolve_device, resolve_dtype
 from lowtide.cli.errors import reported, tell
 from lowtide.cli.fitted import FittedRun, budget_options, write_timeline
 from lowtide.cli.guest_options import (
+    Config,
     Images,
     Loras,
     Settings,
@@ -64,7 +65,8 @@ WHOLE_UP_TO = 512 * 512
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)],
     model: Annotated[
-        str | None, typer.Option(metavar="DIR_OR_ID", help="Model folder or Hub id.", show_default="the shipped model")
+        str | None,
+        typer.Option(metavar="MODEL", help="Folder, Hub id or .safetensors file.", show_default="the shipped model"),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(metavar="N", help="Denoising steps.", show_default="25; 50 for videos")
@@ -97,7 +99,7 @@ def generate(
     sheet: Annotated[
         bool, typer.Option("--sheet", help="Beside each video, a picture with some of its frames.")
     ] = False,
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, xpu, mps; cuda:N.")] = "auto",
     dtype: Annotated[
         DType,
         typer.Option(metavar="NAME", help="float32, bfloat16, float16; auto: float32 on a CPU, float16 on a GPU."),
@@ -137,6 +139,7 @@ def generate(
             metavar="NAME", help="With a budget: fp8, int8, blended_tiling may change the result; repeatable."
         ),
     ] = None,
+    config: Config = None,
     images: Images = None,
     loras: Loras = None,
     settings: Settings = None,
@@ -157,14 +160,15 @@ def generate(
     within a budget. They decide what is left out, and whether videos are made. Several are made at once.
     """
     with reported(debug=debug):
-        folder = resolve_model(model, video=video)
-        guest = guest_class(folder)
+        folder = resolve_model(model, video=video, files=True)
+        guest = guest_class(folder, config)
     if guest is not None:
         with reported(debug=debug, has_budget=True):
             check_own_options(own_choice(offload, casting, decode), scheduler)
             own_image, own_settings = images_and_settings(images, settings)
             guest_request = GuestRequest(
                 model=folder,
+                config=config,
                 class_name=guest,
                 prompt=prompt,
                 seeds=seeds_from(seed, count),

@@ -23,8 +23,8 @@ _LACKING = (PROMPT, "--negative", "--seed", "--count")
 class GuestAsked:
     """The call to plan: a model, the class of its pipeline, a device ("cpu" or "cuda", which need not be here).
 
-    `dtype` None is that of the files. `options` are values by option of `lowtide.guests.asked.NAMES`, `settings` by the
-    call's own names.
+    `dtype` None is that of the files, `config` where the configurations of a file are. `options` are values by option
+    of `lowtide.guests.asked.NAMES`, `settings` by the call's own names.
     """
 
     model: str
@@ -34,6 +34,7 @@ class GuestAsked:
     variant: str | None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    config: str | None = None
 
 
 def guest_options(
@@ -75,7 +76,7 @@ def look_at_guest(asked: GuestAsked, budget: Budget) -> Outlook:
     device = torch.device(asked.device)
     dtype = None if asked.dtype is None else getattr(torch, asked.dtype)
     with in_one_line(asked.class_name, hint_for(call, arguments)):
-        checkpoint = GuestCheckpoint.opened(Source(asked.model), arguments, dtype, asked.variant)
+        checkpoint = GuestCheckpoint.opened(Source(asked.model), arguments, dtype, asked.variant, asked.config)
         budgets = parse_budgets(device, budget.vram, budget.ram, budget.disk)
         parts = checkpoint.parts(may_lack_weights=True)
         fit = checkpoint.prepared(parts, budgets, budget.allow, device)

@@ -25,8 +25,8 @@ class GuestRequest:
     """One call of a pipeline of diffusers; None for what is not asked for, which the pipeline decides itself.
 
     `class_name` is the pipeline's, `size` (width, height) in pixels, `images` and `settings` what `--image` and `--set`
-    said. There is a seed for each picture or clip. `is_seeded` says that seeds were asked for; else a pipeline that
-    draws from none is no error.
+    said, `config` where the configurations of a file are. There is a seed for each picture or clip. `is_seeded` says
+    that seeds were asked for; else a pipeline that draws from none is no error.
     """
 
     model: str
@@ -49,6 +49,7 @@ class GuestRequest:
     device: str = "auto"
     dtype: DType = DType.AUTO
     variant: str | None = None
+    config: str | None = None
     budget: Budget = field(default_factory=Budget)
     timeline: Path | None = None
 

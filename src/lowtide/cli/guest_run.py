@@ -70,7 +70,7 @@ def load(request: GuestRequest, call: NamedCall, device: torch.device) -> tuple[
 
     dtype = None if request.dtype is DType.AUTO else resolve_dtype(request.dtype, device)
     arguments = {**call.arguments, **_generators(request, call)}
-    checkpoint = GuestCheckpoint.opened(Source(request.model), arguments, dtype, request.variant)
+    checkpoint = GuestCheckpoint.opened(Source(request.model), arguments, dtype, request.variant, request.config)
     budget = request.budget
     if not request.loras:
         from lowtide.fitting.budgets import parse_budgets

@@ -12,10 +12,18 @@ import typer
 
 from lowtide.cli.budget_options import Allow, Budget
 from lowtide.cli.errors import BAD_INPUT, InputError, reported, tell
-from lowtide.cli.guest_options import Images, Settings, check_none_for_ours, guest_class, images_and_settings
+from lowtide.cli.guest_options import (
+    Config,
+    Images,
+    Settings,
+    check_none_for_ours,
+    guest_class,
+    images_and_settings,
+)
 from lowtide.cli.guest_plan import GuestAsked, guest_options, look_at_guest
 from lowtide.cli.request import VIDEO_SIZE_STEP, DType, check_guidance, check_steps, parse_size, resolve_model, sides
 from lowtide.cli.video import VIDEO_PIPELINE, made_by
+from lowtide.machine.device_names import KINDS
 from lowtide.planning.alternatives import Outlook, look, what_to_try
 
 
@@ -47,8 +55,8 @@ def plan(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[DIR_OR_ID]",
-            help="Model folder or Hub id; its configs are enough.",
+            metavar="[MODEL]",
+            help="Model folder or Hub id, whose configs are enough, or a .safetensors file of a whole pipeline.",
             show_default="the shipped model",
         ),
     ] = None,
@@ -76,7 +84,7 @@ def plan(
         float | None,
         typer.Option(metavar="X", help="1 turns guidance off: half the work.", show_default="7.5; 6 for videos"),
     ] = None,
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda, which need not be here.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, xpu, mps: need not be here.")] = "auto",
     dtype: Annotated[
         DType,
         typer.Option(metavar="NAME", help="float32, bfloat16, float16; auto: float32 on a CPU, float16 on a GPU."),
@@ -89,6 +97,7 @@ def plan(
         str | None, typer.Option(metavar="NAME", help="Weight files to take, such as fp16.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
+    config: Config = None,
     images: Images = None,
     settings: Settings = None,
     plot: Annotated[
@@ -106,15 +115,15 @@ def plan(
     """
     with reported(debug=debug):
         budget = Budget(vram, ram, disk, tuple(dict.fromkeys(change.value for change in allow or ())))
-        folder = resolve_model(model)
+        folder = resolve_model(model, files=True)
         check_plot(plot)
-        guest = guest_class(folder)
+        guest = guest_class(folder, config)
         if guest is not None:
             options = guest_options(batch, steps, size, frames, guidance)
             image, values = images_and_settings(images, settings)
             own_dtype = None if dtype is DType.AUTO else dtype.value
             own_asked = GuestAsked(
-                folder, guest, _device(device, budget), own_dtype, variant, {**options, **image}, values
+                folder, guest, _device(device, budget), own_dtype, variant, {**options, **image}, values, config
             )
             show(look_at_guest(own_asked, budget), folder, as_json=as_json, plot=plot)
             return
@@ -187,19 +196,16 @@ def check_plot(path: Path | None, option: str = "--plot") -> None:
 
 def _device(name: str, budget: Budget) -> str:
     """The kind of device to plan for: a GPU if there is one, or if a budget of its memory is given."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {name}: possible are auto, cpu and cuda.")
+    if name not in ("auto", "cpu", *KINDS):
+        raise InputError(f"--device {name}: possible are auto, cpu, {', '.join(KINDS)}.")
     if name == "cpu" and budget.vram is not None:
         raise InputError(f"--vram {budget.vram} with --device cpu: there all memory is --ram. Leave one of them out.")
     if name != "auto":
         return name
-    return "cuda" if budget.vram is not None or _has_gpu() else "cpu"
+    from lowtide.machine.accelerators import best_device
 
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+    here = best_device().type
+    return "cuda" if budget.vram is not None and here == "cpu" else here
 
 
 def _check(asked: Asked) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from lowtide.cli.budget_options import Budget
 from lowtide.cli.errors import InputError
 from lowtide.hub import local_path
+from lowtide.machine.device_names import DEVICE_NAMES, is_device_name
 from lowtide.pipelines import number_checks
 
 SHIPPED_MODEL = "seascapes"
@@ -171,8 +172,8 @@ def check_guidance(guidance: float) -> None:
 
 def check_device(name: str) -> None:
     """Raise `InputError` for a name that is no device; whether it is here, `device_and_dtype.resolve_device` tells."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name, re.ASCII):
-        raise InputError(f"--device {name}: possible are auto, cpu, cuda and cuda:N (the N-th GPU, from 0).")
+    if name != "auto" and not is_device_name(name):
+        raise InputError(f"--device {name}: possible are auto, {DEVICE_NAMES} (the N-th of its kind, from 0).")
 
 
 def parse_size(text: str, step: int = 8) -> tuple[int, int]:
@@ -222,8 +223,11 @@ def video_from(video: bool, frames: int | None, fps: float | None, sheet: bool) 
     return Video(frames, 8.0 if fps is None else fps, sheet) if video else None
 
 
-def resolve_model(model: str | None, *, video: bool = False) -> str:
-    """The folder or Hub id to load: the shipped model where none is given. It makes pictures."""
+def resolve_model(model: str | None, *, video: bool = False, files: bool = False) -> str:
+    """The folder or Hub id to load: the shipped model where none is given. It makes pictures.
+
+    With `files`, .safetensors files of whole pipelines as well.
+    """
     if model is None and video:
         raise InputError("--video: no video model is shipped. Give --model, such as THUDM/CogVideoX-2b.")
     if model is None:
@@ -233,17 +237,22 @@ def resolve_model(model: str | None, *, video: bool = False) -> str:
     folder = local_path(model)
     if folder.is_dir():
         return str(folder)
+    if folder.is_file() and not (files and folder.suffix.lower() == ".safetensors"):
+        also = ", or a .safetensors file of a whole pipeline" if files else ""
+        raise InputError(
+            f"--model {model}: this is a file. Give the folder that holds model_index.json, or a Hub id{also}."
+        )
     if folder.is_file():
-        raise InputError(f"--model {model}: this is a file. Give the folder that holds model_index.json, or a Hub id.")
+        return str(folder)
     if not _HUB_ID.fullmatch(model):
         raise InputError(f"--model {model}: there is no such folder, and it is no Hub id (those look like owner/name).")
     return model
 
 
 def model_name(model: str) -> str:
-    """A Hub id as it is; of a folder the last name alone, since pictures are passed on and paths are private."""
+    """A Hub id as it is; of a path the last name alone, since pictures are passed on and paths are private."""
     folder = Path(model)
-    return folder.resolve().name if folder.is_dir() else model
+    return folder.resolve().name if folder.exists() else model
 
 
 def seeds_in_words(seeds: tuple[int, ...]) -> str:

@@ -65,8 +65,9 @@ def check_budget(asked: Asked, name: str) -> None:
 def parse_budgets(device: torch.device, vram: Asked = None, ram: Asked = None, disk: Asked = None) -> Budgets:
     """Budgets in bytes on this machine; what is not given is what is free, but for a little.
 
-    On a CPU `vram` has no effect, and a warning says so. Of a GPU that is not here, it must be a size, or None for no
-    limit. Raises `ValueError` for what means nothing.
+    On a CPU `vram` has no effect, and a warning says so. On a device whose memory is the host's, both are one budget:
+    the smaller of those given. Of a GPU that is not here, it must be a size, or None for no limit. Raises `ValueError`
+    for what means nothing.
     """
     for name, asked in (("vram", vram), ("ram", ram), ("disk", disk)):
         check_budget(asked, name)
@@ -75,20 +76,29 @@ def parse_budgets(device: torch.device, vram: Asked = None, ram: Asked = None, d
     host, own = host_memory(), resident_memory()
     free = min(host.available + own, host.total)  # pages of libraries may count for another container
     on_disk = shutil.disk_usage(tempfile.gettempdir())
-    return Budgets(
-        None if device.type == "cpu" else _vram(device, vram),
-        budget_bytes("auto" if ram is None else ram, "ram", total=host.total, free=free),
-        budget_bytes("auto" if disk is None else disk, "disk", total=on_disk.total, free=on_disk.free),
-    )
+    on_host = budget_bytes("auto" if ram is None else ram, "ram", total=host.total, free=free)
+    on_device = None if device.type == "cpu" else _vram(device, vram)
+    if _is_unified(device):
+        on_host = min(size for size in (on_host, on_device) if size is not None)
+        on_device = None
+    temporary = budget_bytes("auto" if disk is None else disk, "disk", total=on_disk.total, free=on_disk.free)
+    return Budgets(on_device, on_host, temporary)
+
+
+def _is_unified(device: torch.device) -> bool:
+    from lowtide.machine.accelerators import accelerator, is_here
+
+    kind = accelerator(device)
+    return kind is not None and is_here(device) and kind.shares_host_memory(device)
 
 
 def _vram(device: torch.device, asked: Asked) -> int | None:
-    import torch
+    from lowtide.machine.accelerators import accelerator, is_here
 
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info(device)
-        own = torch.cuda.memory_reserved(device)
-        return budget_bytes("auto" if asked is None else asked, "vram", total=total, free=free + own)
+    kind = accelerator(device)
+    if kind is not None and is_here(device):
+        memory = kind.memory(device)
+        return budget_bytes("auto" if asked is None else asked, "vram", total=memory.total, free=memory.free)
     try:
         return None if asked is None else parse_bytes(asked)
     except ValueError as error:

@@ -11,6 +11,7 @@ from torch import nn
 from lowtide.fitting.meta_subject import MetaSubject
 from lowtide.fitting.process import process_rates, usual_base
 from lowtide.fitting.subject import Size
+from lowtide.machine.accelerators import is_here
 from lowtide.planning.machine_rates import assumed_rates, machine_rates
 from lowtide.planning.plan import Budgets, Plan
 from lowtide.planning.planner import Planner
@@ -70,7 +71,7 @@ class Fit:
 
     def limited(self, budgets: Budgets, nbytes: int, *, of_host: bool = False) -> Budgets:
         """Budgets with so many bytes of the device's memory, or `of_host`."""
-        return replace(budgets, **{"ram" if of_host or self.device.type == "cpu" else "vram": nbytes})
+        return replace(budgets, **{"ram" if of_host or self.rates.one_memory else "vram": nbytes})
 
     def _planner(self, workload: Workload) -> Planner:
         return Planner(workload, self.rates, self.allow)
@@ -97,7 +98,7 @@ def prepare(
 def _rates(meta: MetaSubject, loaded: Mapping[str, nn.Module]) -> Rates:
     """Of a device that is not here, usual ones."""
     device, dtype = meta.device, meta.subject.dtype
-    if device.type == "cpu" or torch.cuda.is_available():
+    if is_here(device):
         return process_rates(machine_rates(device, dtype), meta.subject, device, loaded)
     base, context = usual_base(device)
     return replace(assumed_rates(dtype_name(dtype)), base=base, device_base=context)

@@ -15,6 +15,7 @@ import lowtide
 from lowtide.fitting.meta_subject import nbytes
 from lowtide.fitting.subject import Subject
 from lowtide.forks import new_lock
+from lowtide.machine.accelerators import accelerator
 from lowtide.machine.child_process import ChildError, run_module
 from lowtide.machine.figure_cache import keep, recall
 from lowtide.machine.heap import trim_heap
@@ -64,7 +65,8 @@ def alone(device: torch.device, dtype: torch.dtype, imports: Sequence[str] = IMP
         return figures["host"], figures["device"]
     if device.type == "cpu" and host_memory().available < ROOM_TO_MEASURE:
         return usual_base(device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    kind = accelerator(device)
+    free = 0 if kind is None else kind.memory(device).free
     try:
         printed = run_module("lowtide.machine.own_memory", str(device), dtype_name(dtype), *imports)
     except ChildError as error:

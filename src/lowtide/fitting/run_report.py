@@ -155,8 +155,8 @@ def _above(stage: StageReport, budget: int) -> str:
 
 
 def _stage_report(stage: StagePlan, readings: Sequence[StageReading], flow: Flow) -> StageReport:
-    on_gpu = any(reading.peak_cuda is not None for reading in readings)
-    peaks = [reading.peak_cuda if on_gpu else reading.peak_rss for reading in readings]
+    on_gpu = any(reading.peak_device is not None for reading in readings)
+    peaks = [reading.peak_device if on_gpu else reading.peak_rss for reading in readings]
     times = len(readings)
     return StageReport(
         name=stage.name,

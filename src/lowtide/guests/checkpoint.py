@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ from torch import nn
 from lowtide.casting.casting import NAMED_CASTINGS
 from lowtide.fitting.applied_plan import put_under_plan
 from lowtide.fitting.prepare import Fit, prepare
+from lowtide.guests.conversions import NotInFileError, converted
 from lowtide.guests.empty_networks import dtype_in_configs, empty_network, is_quantized
 from lowtide.guests.guest import Guest
 from lowtide.guests.library import component_class, pipeline_class
+from lowtide.guests.packed_files import packed
 from lowtide.guests.published_names import NamesError, by_own_names, weights_in
+from lowtide.guests.single_files import NOT_IN_FILES, configurations, file_of, opened
+from lowtide.guests.unloaded import Part, beside_computed, computed_in, floating, in_dtypes, kept_in_float32, lying
 from lowtide.guests.within_budget import guest_to_be, put_within
 from lowtide.hub import Source
 from lowtide.loading.blueprint import InFiles
@@ -31,9 +36,8 @@ from lowtide.models.put_weights import Offload, put_weights
 from lowtide.models.vocabulary import check_vocabulary
 from lowtide.planning.plan import Budgets, Plan
 from lowtide.quiet import quiet
-from lowtide.weights.files import InFile
-from lowtide.weights.index import CheckpointIndex, TensorEntry
-from lowtide.weights.slots import slots
+from lowtide.weights.gguf import GgufIndex
+from lowtide.weights.index import CheckpointError, CheckpointIndex
 
 SMALL_FILES = ("*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja")
 """Files of a checkpoint that say what its components are like, and vocabularies."""
@@ -42,29 +46,11 @@ LARGEST_VOCABULARY = 64_000_000
 
 
 @dataclass(frozen=True)
-class Part:
-    """One component: as it is if it is no network, else a network without weights, and where these are.
-
-    `index` is None for what its own library loads, with `reason` saying why, and for weights that are not here, as in
-    a folder of configurations; `keep` are patterns of the names of weights that stay float32.
-    """
-
-    built: Any
-    index: CheckpointIndex | None = None
-    keep: tuple[str, ...] = ()
-    reason: str = ""
-    is_here: bool = True
-
-    @property
-    def computed(self) -> list[str]:
-        """Names of buffers that the files could hold and do not: they are as the class computes them."""
-        held = () if self.index is None else self.index
-        return [slot.name for slot in slots(self.built) if slot.kind == "buffer" and slot.name not in held]
-
-
-@dataclass(frozen=True)
 class GuestCheckpoint:
-    """A checkpoint of a guest that is not loaded yet: the class of its pipeline, its components, and a call."""
+    """A checkpoint of a guest that is not loaded yet: the class of its pipeline, its components, and a call.
+
+    `whole` are the weights of a file that holds several components, `files` those of files for single ones.
+    """
 
     source: Source
     pipeline_class: type[Any]
@@ -74,6 +60,8 @@ class GuestCheckpoint:
     call: Mapping[str, Any]
     dtype: torch.dtype | None
     variant: str | None
+    whole: CheckpointIndex | None = None
+    files: Mapping[str, CheckpointIndex] = field(default_factory=dict)
 
     @classmethod
     def opened(
@@ -82,19 +70,29 @@ class GuestCheckpoint:
         arguments: Mapping[str, Any],
         dtype: torch.dtype | None = None,
         variant: str | None = None,
+        config: str | os.PathLike[str] | None = None,
     ) -> GuestCheckpoint:
         """A checkpoint, its index read: nothing of it is built. Raises as `lowtide.guests.load_any.load` does.
 
-        `arguments` are components to take in place of its own, and arguments of the call that is planned for.
+        `arguments` are components to take in place of its own, or files of their weights, and arguments of the call
+        that is planned for. `config` is where the configurations of a file are.
         """
+        file = file_of(source.name)
+        whole = None if file is None else opened(file)
+        if whole is not None:
+            source = configurations(source, whole, config)
         class_name, specs, settings = read_model_index(source.fetch([MODEL_INDEX]))
         own_class = pipeline_class(class_name)
         names = set(inspect.signature(own_class.__init__).parameters) - {"self"}
         parts = names | set(specs)
-        given = {name: value for name, value in {**settings, **arguments}.items() if name in names}
+        files = {name: opened(value) for name, value in arguments.items() if is_file_for(specs.get(name), value)}
+        given = {name: value for name, value in {**settings, **arguments}.items() if name in names - set(files)}
+        if whole is not None:
+            given |= {name: None for name in NOT_IN_FILES if specs.get(name) is not None and name not in arguments}
         call = {name: value for name, value in arguments.items() if name not in parts}
         to_load = {name: spec for name, spec in specs.items() if name in names and name not in given}
-        return cls(source, own_class, source.fetch(SMALL_FILES), to_load, given, call, dtype, variant)
+        folder = source.fetch(SMALL_FILES)
+        return cls(source, own_class, folder, to_load, given, call, dtype, variant, whole, files)
 
     def parts(self, *, may_lack_weights: bool = False) -> dict[str, Part]:
         """The components, networks without weights. First of all raises `CheckpointError` for classes of no library.
@@ -129,21 +127,61 @@ class GuestCheckpoint:
                 return Part(own_class.from_pretrained(folder))
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} has no config.json, of which its {own_class.__name__} would be built.")
+        index = self.files.get(name, self.whole)
+        if index is not None:
+            try:
+                return self._in_one_file(name, own_class, folder, index)
+            except NotInFileError as error:
+                if name in self.files:
+                    raise CheckpointError(f"{name}: {error}.") from error
+                if not may_lack_weights and not any(self._with_weights(name).glob("*.safetensors*")):
+                    raise FileNotFoundError(
+                        f"{name}: {error}, and {folder} has none either. Give its weights or the network: "
+                        f"load(..., {name}=...)."
+                    ) from error
         if may_lack_weights and not any(folder.glob("*.safetensors*")):
             dtype = self.dtype or dtype_in_configs(self.folder, (name, *self.specs))
             network = empty_network(own_class, folder, dtype)
-            return Part(_in_dtypes(network, {}, None, _kept_in_float32(network, dtype)), is_here=False)
+            return Part(in_dtypes(network, {}, None, kept_in_float32(network, dtype)), is_here=False)
         index = weights_in(self._with_weights(name), self.variant)
-        dtype = self.dtype or _floating(index)
-        network = empty_network(own_class, folder, dtype)
-        keep = _kept_in_float32(network, dtype)
+        network, keep = self._empty(own_class, folder, index)
         if is_quantized(folder):
             return Part(network, reason="its weights are in a quantized form of its library's own")
         try:
             own = by_own_names(network, index)
         except NamesError as error:
             return Part(network, reason=str(error))
-        return Part(_in_dtypes(network, own, self.dtype, keep), own, keep)
+        dtype = self.dtype or computed_in(own, index)
+        return Part(in_dtypes(network, own, dtype, keep), own, dtype, keep)
+
+    def _empty(self, own_class: type[Any], folder: Path, index: CheckpointIndex) -> tuple[Any, tuple[str, ...]]:
+        """A network on meta for weights like these, and patterns of the names of those that it keeps in float32."""
+        dtype = self.dtype or floating(index)
+        network = empty_network(own_class, folder, dtype)
+        return network, kept_in_float32(network, dtype)
+
+    def _in_one_file(self, name: str, own_class: type[Any], folder: Path, index: CheckpointIndex) -> Part:
+        """A network whose weights are in a file under other names. Raises `NotInFileError` where they are not."""
+        file = index.files[0]
+        if isinstance(index, GgufIndex):
+            dtype = self.dtype or dtype_in_configs(self.folder, self.specs)
+            network = empty_network(own_class, folder, dtype)
+            try:
+                held = packed(network, index, dtype)
+            except NamesError as error:
+                raise CheckpointError(f"{name}: {file}: {error}. Load the component and pass it in.") from error
+            held.put_on_meta(network)
+            return Part(network, file=file, packed=held)
+        network, keep = self._empty(own_class, folder, index)
+        try:
+            held = converted(network, index, alone=name in self.files)
+        except NamesError as error:
+            if not hasattr(own_class, "from_single_file"):
+                raise CheckpointError(f"{name}: {file}: {error}. Load the component and pass it in.") from error
+            return Part(network, reason=str(error), file=file)
+        dtype = self.dtype or computed_in(held.index, index)
+        network = in_dtypes(network, held.index, dtype, keep)
+        return Part(network, held.index, dtype, keep, file=file, converted=held)
 
     def _with_weights(self, name: str) -> Path:
         """The folder of a component. From the Hub its weights come with it, since their headers tell their dtypes."""
@@ -157,10 +195,11 @@ class GuestCheckpoint:
         built = {name: part.built for name, part in parts.items()}
         with quiet():
             guest = Guest(self.pipeline_class(**self.given, **built))
-        in_files: InFiles = {name: _in_files(part) for name, part in parts.items() if part.index is not None}
+        in_files: InFiles = {name: lying(part) for name, part in parts.items() if part.index is not None}
         in_files |= {name: None for name, part in parts.items() if not part.is_here}
         meta = guest.on_meta(device, in_files)
         loaded = {name: part for name, part in self.given.items() if isinstance(part, nn.Module)}
+        budgets = beside_computed(parts, budgets)
         return prepare(meta, budgets, guest.usual_size(**self.call), allow=allow, loaded=loaded)
 
     def load(self, budgets: Budgets, allow: tuple[str, ...], device: torch.device) -> Any:
@@ -189,16 +228,20 @@ class GuestCheckpoint:
     def _filled(self, name: str, part: Part, plan: Plan | None, device: torch.device) -> Any:
         if not isinstance(part.built, nn.Module):
             return part.built
+        if part.packed is not None:
+            part.packed.read_into(part.built)
+            return part.built
         if part.index is None:
             return self._by_its_library(name, part)
         planned = None if plan is None else plan.components.get(name)
         rule = None if planned is None else planned.rule
         casting = None if planned is None or planned.casting is None else NAMED_CASTINGS[planned.casting]
         offload = None if rule is None else Offload(rule, stream_for(device, rule))
-        put_weights(
-            part.built, part.index, dtype=self.dtype, offload=offload, casting=casting, leave=part.computed,
-            own_dtypes=dict.fromkeys(part.keep, torch.float32),
-        )  # fmt: skip
+        with nullcontext(part.index) if part.converted is None else part.converted.at_hand() as index:
+            put_weights(
+                part.built, index, dtype=part.dtype, offload=offload, casting=casting, leave=part.computed,
+                own_dtypes=dict.fromkeys(part.keep, torch.float32),
+            )  # fmt: skip
         return part.built
 
     def _by_its_library(self, name: str, part: Part) -> nn.Module:
@@ -207,44 +250,15 @@ class GuestCheckpoint:
             f"{name} is loaded by its own library, which takes the memory of all its weights: {part.reason}.",
             stacklevel=5,
         )
+        if part.file is not None:
+            place = {"config": str(self.folder), "subfolder": name}
+            with quiet():
+                return type(part.built).from_single_file(str(part.file), torch_dtype=self.dtype, **place)
         folder = self._with_weights(name)
         with quiet():
             return type(part.built).from_pretrained(folder, torch_dtype=self.dtype, variant=self.variant)
 
 
-def _floating(index: CheckpointIndex) -> torch.dtype:
-    dtypes = (entry.dtype for entry in index.values())
-    return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), torch.float32)
-
-
-def _kept_in_float32(network: Any, dtype: torch.dtype) -> tuple[str, ...]:
-    """Patterns of the names of weights that a class keeps in float32 when it is loaded in this dtype."""
-    if dtype == torch.float32:
-        return ()
-    kept = list(getattr(network, "_keep_in_fp32_modules_strict", None) or [])
-    if dtype == torch.float16 or not hasattr(network, "base_model_prefix"):  # diffusers does for all dtypes
-        kept += getattr(network, "_keep_in_fp32_modules", None) or []
-    return tuple(pattern for name in kept for pattern in (f"{name}.*", f"*.{name}.*", f"*.{name}", name))
-
-
-def _in_dtypes(
-    network: nn.Module, index: Mapping[str, TensorEntry], dtype: torch.dtype | None, keep: tuple[str, ...]
-) -> nn.Module:
-    """Give a network on meta the dtypes that it is loaded in."""
-    made: dict[int, nn.Parameter] = {}
-    for slot in slots(network):
-        entry = index.get(slot.name)
-        if slot.kind != "parameter" or not slot.tensor.is_meta or not slot.tensor.is_floating_point():
-            continue
-        in_file = slot.tensor.dtype if entry is None else entry.dtype
-        chosen = torch.float32 if any(fnmatch(slot.name, pattern) for pattern in keep) else dtype or in_file
-        if id(slot.tensor) not in made:
-            empty = torch.empty_like(slot.tensor, dtype=chosen)
-            made[id(slot.tensor)] = nn.Parameter(empty, requires_grad=False)
-        slot.put(made[id(slot.tensor)])
-    return network
-
-
-def _in_files(part: Part) -> Mapping[str, InFile]:
-    assert part.index is not None
-    return {name: InFile.at(entry.offset, entry.dtype) for name, entry in part.index.items()}
+def is_file_for(spec: ComponentSpec | None, given: Any) -> bool:
+    """Whether what is given for a component is a file of its weights, and not the component."""
+    return spec is not None and isinstance(given, (str, os.PathLike))

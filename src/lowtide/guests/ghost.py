@@ -19,9 +19,8 @@ _CPU = torch.device("cpu")
 
 def ghost_of(pipe: Any) -> Any:
     """The copy. It says that it computes on the CPU, so that all that is small and real stays there."""
-    copies = {
-        id(network): with_plain_linears(meta_copy(network), _dtype(network)) for network in networks_of(pipe).values()
-    }
+    networks = networks_of(pipe).values()
+    copies = {id(network): with_plain_linears(meta_copy(network), network, _dtype(network)) for network in networks}
     return _ghost(pipe, copies, {})
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from lowtide.fitting.budgets import Asked, parse_budgets
-from lowtide.guests.checkpoint import GuestCheckpoint
+from lowtide.guests.checkpoint import GuestCheckpoint, is_file_for
+from lowtide.guests.single_files import file_of
 from lowtide.hub import Source
 from lowtide.loading.model_index import MODEL_INDEX, read_model_index
 from lowtide.memory.presets import execution_device
@@ -35,28 +36,36 @@ def load(
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    config: str | os.PathLike[str] | None = None,
     native: bool = True,
     **components_and_call: Any,
 ) -> Any:
     """Load any pipeline within budgets of bytes, and keep it within them.
 
-    `model` is a folder with a `model_index.json`, or a Hub id. It is planned from configurations alone; then every
-    network is filled from its own files, or left there, as the plan says. The pipeline is of our class where we have
-    one, and of diffusers' else, or with `native=False`. `dtype` (or `torch_dtype`) is the one to compute in; None keeps
-    that of the files. Further arguments are components to use in place of the checkpoint's, and arguments of the call
-    to plan for, such as `height`; both by the pipeline's own names. See `lowtide.fit` for budgets and `allow`.
+    `model` is a folder with a `model_index.json`, a Hub id, or a `.safetensors` file of a whole pipeline, whose
+    configurations are in the folder or Hub id `config` (None: on the Hub, where diffusers finds them). It is planned
+    from configurations alone; then every network is filled from its own files, or left there, as the plan says. The
+    pipeline is of our class where we have one, and of diffusers' else, for files, or with `native=False`. `dtype` (or
+    `torch_dtype`) is the one to compute in; None keeps that of the files. Further arguments are components to use in
+    place of the checkpoint's, or `.safetensors` and `.gguf` files of their weights, and arguments of the call to plan
+    for, such as `height`; both by the pipeline's own names. See `lowtide.fit` for budgets and `allow`.
     Raises `BudgetError` before a byte of weights is read where no plan fits, `FileNotFoundError` for a missing model,
-    file or variant, `CheckpointError` for malformed files and for components whose code is in no library,
-    `NoGuestsError`, an `ImportError`, where diffusers is needed and not installed.
+    file or variant, and for configurations of a file that cannot be fetched, `CheckpointError` for malformed files and
+    for components whose code is in no library, `NoGuestsError`, an `ImportError`, where diffusers is needed and not
+    installed.
     """
     check_allowed(allow)
     cache = None if cache_dir is None else Path(cache_dir)
     source = Source(os.fspath(model), revision, cache, token, local_files_only)
     chosen = execution_device(device)
     budgets = parse_budgets(chosen, vram, ram, disk)
-    class_name, specs, _ = read_model_index(source.fetch([MODEL_INDEX]))
     asked = torch_dtype if dtype is None else dtype
-    if native and class_name in KINDS:
+    is_file = file_of(model) is not None
+    class_name, specs, _ = ("", {}, {}) if is_file else read_model_index(source.fetch([MODEL_INDEX]))
+    if config is not None and not is_file:
+        raise ValueError(f"config={os.fspath(config)!r} is for a file of weights; {source.name} has its own.")
+    has_files = any(is_file_for(specs.get(name), value) for name, value in components_and_call.items())
+    if native and class_name in KINDS and not has_files:
         given = {name: value for name, value in components_and_call.items() if name in specs}
         size = {name: value for name, value in components_and_call.items() if name not in specs}
         return DiffusionPipeline.from_pretrained(
@@ -65,5 +74,5 @@ def load(
             offload_device=chosen, size=size, **given,
         )  # fmt: skip
     in_dtype = None if asked is None else chosen_dtype(asked, None)
-    checkpoint = GuestCheckpoint.opened(source, components_and_call, in_dtype, variant)
+    checkpoint = GuestCheckpoint.opened(source, components_and_call, in_dtype, variant, config)
     return checkpoint.load(budgets, tuple(allow), chosen)

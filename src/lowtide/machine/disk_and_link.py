@@ -52,16 +52,20 @@ def matmul_rate(dtype: torch.dtype, size: int) -> float:
     return 2 * size**3 / _usual_seconds(lambda: matrix @ matrix, at_most=0.3)
 
 
-def link_rates(device: int) -> tuple[float, float]:
-    """Bytes per second from pinned host memory to CUDA device number `device`, and back."""
+def link_rates(device: torch.device) -> tuple[float, float]:
+    """Bytes per second from the host's memory, pinned where that is possible, to an accelerator, and back."""
     import torch
 
-    host = torch.ones(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
-    remote = torch.empty_like(host, device=f"cuda:{device}")
+    from lowtide.machine.accelerators import accelerator
+
+    kind = accelerator(device)
+    assert kind is not None
+    host = kind.pinned_buffer(_COPY_BYTES).fill_(1)
+    remote = torch.empty_like(host, device=device, pin_memory=False)
 
     def copy(target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize(device)
+        kind.synchronize(device)
 
     forth = _usual_seconds(lambda: copy(remote, host), at_most=0.3)
     back = _usual_seconds(lambda: copy(host, remote), at_most=0.3)

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from lowtide.machine.accelerators import accelerator
 from lowtide.machine.heap import steady_malloc
 from lowtide.ops.quantization import dequantize, quantize
 
@@ -148,5 +149,6 @@ class Computing:
         return max(time.perf_counter() - start, 1e-9)
 
     def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        kind = accelerator(self.device)
+        if kind is not None:
+            kind.synchronize(self.device)

@@ -13,6 +13,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
+from lowtide.machine.accelerators import accelerator
 from lowtide.machine.heap import steady_malloc, trim_heap
 
 
@@ -35,9 +36,10 @@ def main(device_name: str, dtype: str, *modules: str) -> None:
     with torch.no_grad():
         compute_a_little(device, getattr(torch, dtype))
     free = 0
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    kind = accelerator(device)
+    if kind is not None:
+        kind.synchronize(device)
+        free = kind.memory(device).free
     trim_heap()
     print(psutil.Process().memory_info().rss, free)
 

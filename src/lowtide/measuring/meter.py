@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowtide.calls import Call
 from lowtide.forks import tell_of_forks
-from lowtide.measuring.peaks import Peaks, PeakSource, cuda_in_use
+from lowtide.measuring.peaks import Peaks, PeakSource, accelerators_in_use
 from lowtide.measuring.timeline import Samples, StageMark, Timeline
 from lowtide.sizes import format_decimal
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 class StageReading:
     """What one stage took; sizes in bytes, `None` where this machine cannot tell.
 
-    `peak_rss` and the CUDA peaks are exact; `peak_anonymous` and `peak_file` are sampled, so they are lower bounds,
-    reached at different moments: they need not add up to `peak_rss`. `depth` is 0 for an outermost stage. `shared`
-    tells whether another meter was open at the same time: peaks are those of the process, so they cover both runs.
+    `peak_rss` and the peaks on devices are exact; `peak_anonymous` and `peak_file` are sampled, so they are lower
+    bounds, reached at different moments: they need not add up to `peak_rss`. `depth` is 0 for an outermost stage.
+    `shared` tells whether another meter was open at the same time: peaks are those of the process, so they cover both
+    runs.
     """
 
     name: str
@@ -32,8 +33,8 @@ class StageReading:
     peak_rss: int
     peak_anonymous: int | None
     peak_file: int | None
-    peak_cuda: int | None
-    peak_cuda_reserved: int | None
+    peak_device: int | None
+    peak_device_reserved: int | None
     shared: bool = False
 
 
@@ -98,7 +99,7 @@ class Meter:
         ended = [(stage, stage.end) for stage in self._begun if stage.end is not None]
         marks = (
             StageMark(
-                stage.name, stage.depth, stage.start.host - begin, end.host - begin, stage.peaks.rss, stage.peaks.cuda
+                stage.name, stage.depth, stage.start.host - begin, end.host - begin, stage.peaks.rss, stage.peaks.device
             )
             for stage, end in ended
         )
@@ -110,22 +111,18 @@ class Meter:
 
 
 class _Moment:
-    """A point in time, for the host and, where a CUDA device is in use, for the work queued on its stream."""
+    """A point in time, for the host and, where accelerators are in use, for the work queued on their streams."""
 
     def __init__(self) -> None:
         self.host = time.perf_counter()
-        self.event: Any = None
-        cuda = cuda_in_use()
-        if cuda is not None:
-            self.event = cuda.Event(enable_timing=True)
-            self.event.record()
+        self.events: dict[Any, Any] = {device: kind.timed_event(device) for device, kind in accelerators_in_use()}
 
     def seconds_since(self, start: _Moment) -> float:
-        """Kernels run after the call that queued them, so the device's own clock decides where both have one."""
-        if self.event is None or start.event is None:
-            return self.host - start.host
-        self.event.synchronize()
-        return start.event.elapsed_time(self.event) / 1000
+        """Kernels run after the call that queued them, so the clock of a device decides where both have one."""
+        both = [(start.events[device], event) for device, event in self.events.items() if device in start.events]
+        for _, event in both:
+            event.synchronize()
+        return max((began.elapsed_time(event) / 1000 for began, event in both), default=self.host - start.host)
 
 
 class _OpenStage(Call):
@@ -145,7 +142,7 @@ class _OpenStage(Call):
         p = self.peaks
         seconds = self.end.seconds_since(self.start)
         return StageReading(
-            self.name, self.depth, seconds, p.rss, p.anonymous, p.file, p.cuda, p.cuda_reserved, p.shared
+            self.name, self.depth, seconds, p.rss, p.anonymous, p.file, p.device, p.device_reserved, p.shared
         )
 
 
@@ -160,23 +157,23 @@ def _table(readings: list[StageReading], *, exact_rss: bool) -> Table:
     from rich import box
     from rich.table import Table
 
-    with_cuda = any(reading.peak_cuda is not None for reading in readings)
+    with_device = any(reading.peak_device is not None for reading in readings)
     table = Table(box=box.SIMPLE, caption=_caption(readings, exact_rss=exact_rss), caption_justify="left")
     table.add_column("stage")
-    for heading in ("seconds", "peak memory", "anonymous", "files", *(["CUDA"] if with_cuda else [])):
+    for heading in ("seconds", "peak memory", "anonymous", "files", *(["on device"] if with_device else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for (depth, name), group in _merged_by_name(readings).items():
         repeated = f" ×{len(group)}" if len(group) > 1 else ""
-        table.add_row("  " * depth + name + repeated, *_cells(group, with_cuda=with_cuda))
+        table.add_row("  " * depth + name + repeated, *_cells(group, with_device=with_device))
     outermost = [reading for reading in readings if reading.depth == 0]
     if len(outermost) > 1:
         table.add_section()
-        table.add_row("all", *_cells(outermost, with_cuda=with_cuda))
+        table.add_row("all", *_cells(outermost, with_device=with_device))
     return table
 
 
-def _cells(group: list[StageReading], *, with_cuda: bool) -> list[str]:
-    columns = ["peak_rss", "peak_anonymous", "peak_file", *(["peak_cuda"] if with_cuda else [])]
+def _cells(group: list[StageReading], *, with_device: bool) -> list[str]:
+    columns = ["peak_rss", "peak_anonymous", "peak_file", *(["peak_device"] if with_device else [])]
     peaks = [[size for r in group if (size := getattr(r, column)) is not None] for column in columns]
     return [f"{sum(r.seconds for r in group):.2f}", *(format_decimal(max(p)) if p else "–" for p in peaks)]
 

@@ -1,12 +1,12 @@
-"""Peak memory of this process and its CUDA devices over consecutive intervals.
+"""Peak memory of this process and its accelerators over consecutive intervals.
 
 Exact: the peak of resident memory on Linux (`VmHWM`, reset by writing 5 to `/proc/self/clear_refs`; the kernel's
-counters may lag by some 100 KiB) and the peak of PyTorch's CUDA allocator.
+counters may lag by some 100 KiB) and the peak of PyTorch's allocator for the device.
 Sampled, so lower bounds: the split into anonymous and file-backed memory, for which the kernel keeps no high-water
 mark; and resident memory where `clear_refs` is missing. A thread samples every `interval` seconds.
 File-backed counts the touched pages of mapped files and shared memory: both can be dropped or are shared.
-The marks of the kernel and of CUDA are those of the whole process: whoever begins them anew hands what they said to all
-who are open then.
+The marks of the kernel and of PyTorch are those of the whole process: whoever begins them anew hands what they said to
+all who are open then.
 """
 
 from __future__ import annotations
@@ -20,12 +20,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING
 
 import psutil
 
 from lowtide.calls import Call, Calls
 from lowtide.forks import new_lock, tell_of_forks
+
+if TYPE_CHECKING:
+    import torch
+
+    from lowtide.machine.accelerators import Accelerator
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -43,8 +48,8 @@ class Peaks:
     rss: int
     anonymous: int | None = None
     file: int | None = None
-    cuda: int | None = None
-    cuda_reserved: int | None = None
+    device: int | None = None
+    device_reserved: int | None = None
     shared: bool = False
 
     def merged(self, other: Peaks) -> Peaks:
@@ -53,8 +58,8 @@ class Peaks:
             max(self.rss, other.rss),
             _larger(self.anonymous, other.anonymous),
             _larger(self.file, other.file),
-            _larger(self.cuda, other.cuda),
-            _larger(self.cuda_reserved, other.cuda_reserved),
+            _larger(self.device, other.device),
+            _larger(self.device_reserved, other.device_reserved),
             self.shared or other.shared,
         )
 
@@ -162,8 +167,8 @@ class _Marks:
     def taken_for(self, source: PeakSource) -> Peaks:
         """Begin the marks anew for all, and the interval of one source, whose peaks these are."""
         with self._lock:
-            cuda, reserved = _take_cuda()
-            marks = Peaks(_take_high_water_mark() if source.exact_rss else 0, cuda=cuda, cuda_reserved=reserved)
+            device, reserved = _take_device()
+            marks = Peaks(_take_high_water_mark() if source.exact_rss else 0, device=device, device_reserved=reserved)
             source.add(marks)
             self._hand_on(marks)
             return source.begin_anew()
@@ -227,29 +232,29 @@ def resident_memory() -> int:
     return _in_use().rss
 
 
-def cuda_allocated() -> int | None:
-    """Bytes that PyTorch has allocated now on all CUDA devices; None if it uses none."""
-    cuda = cuda_in_use()
-    return None if cuda is None else sum(map(cuda.memory_allocated, range(cuda.device_count())))
+def device_allocated() -> int | None:
+    """Bytes that PyTorch has allocated now on all accelerators; None if it uses none."""
+    using = accelerators_in_use()
+    return sum(kind.allocated(device) for device, kind in using) if using else None
 
 
-def cuda_in_use() -> Any | None:
-    """The module `torch.cuda` if this process has already begun to use a CUDA device; imports nothing."""
-    cuda = getattr(sys.modules.get("torch"), "cuda", None)  # another thread may be about to import torch
-    return cuda if cuda is not None and hasattr(cuda, "is_initialized") and cuda.is_initialized() else None
+def accelerators_in_use() -> list[tuple[torch.device, Accelerator]]:
+    """The devices that this process has begun to use, each with its kind; imports and begins nothing."""
+    if not hasattr(getattr(sys.modules.get("torch"), "cuda", None), "is_initialized"):
+        return []  # another thread may be about to import torch
+    from lowtide.machine.accelerators import devices_in_use
+
+    return devices_in_use()
 
 
-def _take_cuda() -> tuple[int | None, int | None]:
+def _take_device() -> tuple[int | None, int | None]:
     """Peak allocated and reserved bytes, summed over the devices, since the last call."""
-    cuda = cuda_in_use()
-    if cuda is None:
-        return None, None
-    allocated = reserved = 0
-    for device in range(cuda.device_count()):
-        allocated += cuda.max_memory_allocated(device)
-        reserved += cuda.max_memory_reserved(device)
-        cuda.reset_peak_memory_stats(device)
-    return allocated, reserved
+    using = accelerators_in_use()
+    peaks: list[tuple[int, int]] = []
+    for device, kind in using:
+        peaks.append(kind.peaks(device))
+        kind.begin_peaks(device)
+    return (sum(peak for peak, _ in peaks), sum(peak for _, peak in peaks)) if using else (None, None)
 
 
 def _larger(first: int | None, second: int | None) -> int | None:

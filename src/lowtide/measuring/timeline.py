@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from lowtide.forks import new_lock
-from lowtide.measuring.peaks import Peaks, cuda_allocated
+from lowtide.measuring.peaks import Peaks, device_allocated
 
 _MOST = 20_000
 
@@ -19,12 +19,12 @@ class Sample:
     rss: int
     anonymous: int | None = None
     file: int | None = None
-    cuda: int | None = None
+    device: int | None = None
 
     def merged(self, later: Sample) -> Sample:
         """One sample for both: of each kind the larger, at the moment of the larger memory."""
-        when = max((self, later), key=lambda sample: sample.cuda if sample.cuda is not None else sample.rss).seconds
-        parts = (_larger(getattr(self, name), getattr(later, name)) for name in ("anonymous", "file", "cuda"))
+        when = max((self, later), key=lambda sample: sample.device if sample.device is not None else sample.rss).seconds
+        parts = (_larger(getattr(self, name), getattr(later, name)) for name in ("anonymous", "file", "device"))
         return Sample(when, max(self.rss, later.rss), *parts)
 
 
@@ -37,7 +37,7 @@ class StageMark:
     start: float
     end: float
     peak_rss: int
-    peak_cuda: int | None = None
+    peak_device: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Timeline:
     stages: tuple[StageMark, ...]
 
     @property
-    def has_cuda(self) -> bool:
-        """Whether a CUDA device was in use at any time."""
-        return any(sample.cuda is not None for sample in self.samples)
+    def has_device(self) -> bool:
+        """Whether an accelerator was in use at any time."""
+        return any(sample.device is not None for sample in self.samples)
 
 
 class Samples:
@@ -65,7 +65,7 @@ class Samples:
     def add(self, peaks: Peaks) -> None:
         """Keep what is in use now."""
         now = time.perf_counter() - self.begin
-        sample = Sample(now, peaks.rss, peaks.anonymous, peaks.file, cuda_allocated())
+        sample = Sample(now, peaks.rss, peaks.anonymous, peaks.file, device_allocated())
         with self._lock:
             self._samples.append(sample)
             if len(self._samples) > self._most:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowtide.machine.accelerators import accelerator, best_device, is_here, obstacle
 from lowtide.memory.attach import Attachment, attach, detach
+from lowtide.memory.device_stream import DeviceStream
 from lowtide.memory.rule import Level, Rule, Tier
 from lowtide.memory.stream import Stream
 from lowtide.sizes import parse_bytes
@@ -19,33 +21,32 @@ OFFLOAD_TYPES = {"block_level": Level.BLOCK, "leaf_level": Level.LEAF}
 
 
 def execution_device(device: torch.device | str | int | None = None, gpu_id: int | None = None) -> torch.device:
-    """The device to compute on: the one asked for; else the CUDA device `gpu_id`, or the CPU where there is none.
+    """The device to compute on: the one asked for; else the accelerator `gpu_id`, or the CPU where there is none.
 
     Raises `ValueError` for a device that is not there, or for two that contradict each other.
     """
     asked = None if device is None else torch.device(device)
     if asked is None and gpu_id is None:
-        asked = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        asked = best_device()
     elif asked is None:
-        asked = torch.device("cuda", int(gpu_id or 0))
+        asked = torch.device(best_device().type.replace("cpu", "cuda"), int(gpu_id or 0))
     elif gpu_id is not None and asked.index not in (None, gpu_id):
         raise ValueError(f"gpu_id={gpu_id} and device={str(asked)!r} contradict each other: give one of them.")
     elif gpu_id is not None and asked.type != "cpu":
         asked = torch.device(asked.type, int(gpu_id))
-    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
+    if not is_here(asked):
         raise ValueError(
-            f"device={str(asked)!r} is not possible: PyTorch sees {torch.cuda.device_count()} CUDA devices here. Leave "
-            "it out or say 'cpu': weights then rest on disk and come to memory when they are needed."
+            f"device={str(asked)!r} is not possible: {obstacle(asked)}. Leave it out or say 'cpu': weights then rest "
+            "on disk and come to memory when they are needed."
         )
-    if asked.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={str(asked)!r} is not possible: weights can be streamed to 'cuda' and 'cpu'.")
-    return torch.device("cuda", asked.index or 0) if asked.type == "cuda" else torch.device("cpu")
+    return torch.device("cpu") if asked.type == "cpu" else torch.device(asked.type, asked.index or 0)
 
 
 def resting_tier(device: torch.device, rest: Tier | str | None = None) -> Tier:
-    """Where weights rest unless said otherwise: on the host beside an accelerator, on disk beside a CPU."""
+    """Where weights rest unless said otherwise: on the host beside a device with memory of its own, else on disk."""
     if rest is None:
-        return Tier.HOST if device.type != "cpu" else Tier.DISK
+        kind = accelerator(device)
+        return Tier.DISK if kind is None or kind.shares_host_memory(device) else Tier.HOST
     if rest not in (Tier.HOST, Tier.DISK):
         raise ValueError(f"rest={rest!r} is not possible: weights rest on 'host' or on 'disk'.")
     return Tier(rest)
@@ -53,10 +54,9 @@ def resting_tier(device: torch.device, rest: Tier | str | None = None) -> Tier:
 
 def stream_for(device: torch.device, rule: Rule) -> Stream:
     """A stream that serves `rule` on `device`."""
-    if device.type == "cuda":
-        from lowtide.memory.cuda import CudaStream
-
-        return CudaStream(device, prefetch=rule.prefetch)
+    kind = accelerator(device)
+    if kind is not None and kind.has_streams:
+        return DeviceStream(device, kind, prefetch=rule.prefetch)
     return Stream(device, prefetch=rule.prefetch)
 
 

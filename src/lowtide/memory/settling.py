@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from lowtide.machine.accelerators import accelerator
 from lowtide.machine.host import host_memory
 from lowtide.memory.bounds import aligned, spread
-from lowtide.memory.cuda import pin
 from lowtide.memory.rule import Rule, Tier
 from lowtide.memory.store import DiskRest, HostRest, Rest, Spill
 from lowtide.memory.unit import Unit
@@ -55,13 +55,14 @@ class _Mover:
     def __init__(self, rule: Rule, device: torch.device) -> None:
         self.rule = rule
         self.device = device
+        self.accelerator = accelerator(device)
         self.spill = Spill(rule.spill_folder)
         self.host_used = 0
         self.pinned = 0
 
     def move(self, unit: Unit) -> None:
         tier = self._tier(unit)
-        if tier is Tier.HOST and self.device.type != "cpu" and not unit.stays:
+        if tier is Tier.HOST and self.accelerator is not None and not unit.stays:
             self._flatten(unit)
         for weight in unit.weights:
             if unit.host_flat is None:
@@ -91,7 +92,9 @@ class _Mover:
         """One run of host memory for the whole unit, so that it is one copy to the device."""
         sizes = [aligned(weight.nbytes) for weight in unit.weights]
         flat = torch.empty(sum(sizes), dtype=torch.uint8)
-        if self.rule.pin and self.pinned + flat.numel() <= host_memory().total * PINNED_SHARE and pin(flat):
+        has_room = self.pinned + flat.numel() <= host_memory().total * PINNED_SHARE
+        unit.is_pinned = self.rule.pin and has_room and self.accelerator is not None and self.accelerator.pin(flat)
+        if unit.is_pinned:
             self.pinned += flat.numel()
         place = 0
         for weight, size in zip(unit.weights, sizes, strict=True):

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from lowtide.memory.bounds import STAGE_BYTES
 from lowtide.memory.rule import Tier
 from lowtide.ops.modes import outside_inference_mode
 from lowtide.sizes import format_decimal
@@ -33,6 +34,15 @@ class Rest(Protocol):
     def copy_into(self, target: torch.Tensor, start: int = 0) -> None:
         """Fill a flat uint8 tensor in host memory with the bytes from `start` on."""
         ...
+
+
+def copy_in_pieces(rest: Rest, target: torch.Tensor) -> None:
+    """Fill flat bytes of a device without streams. A file is read, not mapped, since the pages would stay."""
+    piece = torch.empty(min(STAGE_BYTES, target.numel()), dtype=torch.uint8)
+    for start in range(0, target.numel(), STAGE_BYTES):
+        part = target[start : start + STAGE_BYTES]
+        rest.copy_into(piece[: part.numel()], start)
+        part.copy_(piece[: part.numel()])
 
 
 class HostRest:

@@ -20,7 +20,7 @@ from lowtide.memory.bounds import ROWS_READ, Sizes, aligned, bound, depth, large
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.reader import Reader
 from lowtide.memory.ring import Ring
-from lowtide.memory.store import DeviceRest, DiskRest, Window
+from lowtide.memory.store import DeviceRest, DiskRest, Window, copy_in_pieces
 from lowtide.memory.unit import Buffer, Load, Unit
 from lowtide.memory.weight import Weight
 
@@ -280,7 +280,7 @@ class Stream:
             if self.device.type == "cpu":
                 weight.rest.copy_into(target)
             else:
-                target.copy_(weight.rest.on_host())
+                copy_in_pieces(weight.rest, target)
         if not load.unit.by_rows:
             self._window(load.unit).bring_in()
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lowtide.fitting.call_lock import CallLock
+from lowtide.machine.accelerators import is_here, obstacle
 from lowtide.memory.attach import detach
 from lowtide.memory.rule_changes import attachment_of
 from lowtide.memory.stream import Stream
@@ -57,8 +58,8 @@ class Components:
                 dtype = target
             else:
                 device = torch.device(target)
-        if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={str(device)!r} is not possible: PyTorch sees no CUDA device here. Use 'cpu'.")
+        if device is not None and torch.device(device).type != "meta" and not is_here(torch.device(device)):
+            raise ValueError(f"device={str(device)!r} is not possible: {obstacle(torch.device(device))}. Use 'cpu'.")
         with self.call_lock.alone():
             for module in self.modules().values():
                 if device is not None:

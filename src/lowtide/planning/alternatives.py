@@ -158,7 +158,7 @@ def minimum_in_words(minimum: Budgets, device: str) -> str:
 
 
 def _more(planner: Planner, budgets: Budgets) -> Iterator[More]:
-    for name in ("ram",) if planner.rates.on_cpu else ("vram", "ram"):
+    for name in ("ram",) if planner.rates.one_memory else ("vram", "ram"):
         if getattr(budgets, name) is None:
             continue
         plan = planner.with_more(budgets, name)

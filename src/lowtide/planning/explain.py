@@ -42,13 +42,13 @@ def _budget_nouns(on_cpu: bool) -> dict[str, str]:
 
 
 def _header(plan: Plan) -> list[str]:
-    on_cpu = plan.device == "cpu"
+    on_cpu = plan.device == "cpu" or plan.unified
     peak = f"at most {format_decimal(plan.peak)}" + ("" if on_cpu else " of GPU memory")
     host = "" if on_cpu else f", {format_decimal(plan.host_peak)} of host memory"
     assumed = " (assumed from usual figures of such a device, not measured)" if plan.assumed else ""
     within = budgets_in_words(plan.budgets, on_cpu=on_cpu)
     return [
-        f"Plan for {_run(plan) or 'a run'} on {'the CPU' if on_cpu else plan.device}",
+        f"Plan for {_run(plan) or 'a run'} on {'the CPU' if plan.device == 'cpu' else plan.device}",
         f"  given     {within}",
         f"  predicted {peak}{host}, {seconds_in_words(plan.seconds)}{assumed}",
         f"  result    {plan.exactness}",

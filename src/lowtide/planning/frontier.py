@@ -99,7 +99,7 @@ def _all_trades(groups: list[list[Choice]], rates: Rates, limits: Limits) -> Ite
 def _further_limits(groups: list[list[Choice]], rates: Rates, limits: Limits) -> Iterator[tuple[int, int | None]]:
     """Pairs of limits: the bytes of rows on disk, and what they leave for the second sum."""
     stored = sorted({choice.stored for group in groups for choice in group})
-    if not rates.on_cpu or limits.disk is None:
+    if not rates.one_memory or limits.disk is None:
         yield max(stored, default=0) if limits.disk is None else limits.disk, limits.host
         return
     for size in stored:
@@ -202,7 +202,7 @@ def _choice(
         option,
         ways,
         over + option.working.total - option.kept.total,
-        option.spilled if rates.on_cpu else option.host if limits.host is not None else 0,
+        option.spilled if rates.one_memory else option.host if limits.host is not None else 0,
         max((call.stored for _, call in calls), default=0),
         ticks * _TICK + losses * _LOSS + simple,
     )
@@ -210,7 +210,7 @@ def _choice(
 
 def base(rates: Rates) -> int:
     """Bytes on the device before anything is loaded."""
-    return rates.base if rates.on_cpu else rates.device_base
+    return (rates.base if rates.one_memory else 0) + rates.device_base
 
 
 def slack(stage: Stage, call: Call, rates: Rates) -> int:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 import lowtide
+from lowtide.machine.accelerators import accelerator
 from lowtide.machine.child_process import ChildError, run_module
+from lowtide.machine.device_names import KINDS
 from lowtide.machine.disk_and_link import DiskRate, disk_read_rate, link_rates
 from lowtide.machine.figure_cache import keep, recall
 from lowtide.machine.host import host_memory, processor_name_and_flags, usable_cpus
@@ -24,7 +26,7 @@ from lowtide.machine.kernel_rates import Computing
 from lowtide.planning.rates import Rates
 from lowtide.weights.fill import dtype_name
 
-_FORMAT = 11
+_FORMAT = 12
 USUAL_DISK = 5e8
 """Bytes a second, assumed where the disk cannot be measured."""
 _USUAL_MAPPED, _USUAL_AGAIN = 2e9, 3e9
@@ -124,7 +126,7 @@ def assumed_rates(dtype: str = "float16") -> Rates:
 
 def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Rates:
     """Measure the rates now, in this process."""
-    disk, computing = _disk(folder), Computing(device, dtype)
+    disk, computing, kind = _disk(folder), Computing(device, dtype), accelerator(device)
     on_cpu, touched = device.type == "cpu", REACHED * computing.touched()
     rates = Rates(
         device=device.type,
@@ -133,7 +135,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Ra
         attention=REACHED * computing.attention(),
         touched=touched,
         kernel=computing.kernel() + MODULE,
-        link=(disk.mapped or _USUAL_MAPPED) if on_cpu else link_rates(device.index or 0)[0],
+        link=(disk.mapped or _USUAL_MAPPED) if on_cpu else link_rates(device)[0],
         converted=disk.again or _USUAL_AGAIN,
         disk=disk.read or USUAL_DISK,
         cache=host_memory().available,
@@ -143,6 +145,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Ra
         dequantized=computing.dequantized(),
         contention=_contention() if on_cpu else 0.0,
         channels_last=REACHED * computing.channels_last(),
+        unified=kind is not None and kind.shares_host_memory(device),
     )
     return replace(rates, frugal_touched=1 / (1 / touched + computing.renewing())) if on_cpu else rates
 
@@ -175,8 +178,8 @@ def _disk(folder: Path) -> DiskRate:
 
 
 def _key(device: torch.device, dtype: torch.dtype, folder: Path) -> list[Any]:
-    on_cpu = device.type == "cpu"
-    name = processor_name_and_flags()[0] if on_cpu else torch.cuda.get_device_name(device)
+    kind = accelerator(device)
+    name = processor_name_and_flags()[0] if kind is None else kind.name(device)
     disk = os.stat(folder).st_dev if folder.is_dir() else None
     numbers = (usable_cpus(), torch.get_num_threads(), disk)
     return [_FORMAT, lowtide.__version__, torch.__version__, device.type, name, str(dtype), *numbers]
@@ -184,7 +187,7 @@ def _key(device: torch.device, dtype: torch.dtype, folder: Path) -> list[Any]:
 
 def _is_complete(rates: Mapping[str, Any]) -> bool:
     """Whether figures from a file are all there, and are rates that can be computed with."""
-    if set(rates) != {field.name for field in fields(Rates)} or rates["device"] not in ("cpu", "cuda"):
+    if set(rates) != {field.name for field in fields(Rates)} or rates["device"] not in ("cpu", *KINDS):
         return False
     positive = (
         "convolution",
@@ -198,7 +201,7 @@ def _is_complete(rates: Mapping[str, Any]) -> bool:
         "dequantized",
         "channels_last",
     )
-    numbers = [value for name, value in rates.items() if name not in ("device", "assumed")]
+    numbers = [value for name, value in rates.items() if name not in ("device", "unified", "assumed")]
     are_numbers = all(isinstance(number, int | float) and 0 <= number < float("inf") for number in numbers)
     return are_numbers and all(rates[name] > 0 for name in positive)
 

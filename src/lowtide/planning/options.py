@@ -76,7 +76,7 @@ def component_options(
     options: list[Option] = []
     for casting in (None, *[name for name in castings if name in component.castings]):
         options.append(_resident(component, rates, casting))
-        if not (rates.on_cpu and casting):
+        if not (rates.one_memory and casting):
             options += _offloaded(component, rates, casting, scarce_host=scarce_host)
     return options
 
@@ -100,7 +100,7 @@ def _offloaded(component: Component, rates: Rates, casting: str | None, *, scarc
         sizes = [unit.nbytes for unit in units_of(component, level, casting)]
         for resident in _resident_sizes(sizes) if level is Level.BLOCK else [0]:
             rule = Rule(level, prefetch=prefetch, resident_bytes=resident)
-            if rates.on_cpu:
+            if rates.one_memory:
                 yield under_rule(component, rates, replace(rule, rest=Tier.DISK, spill=not component.in_file), casting)
                 continue
             streamed = sum(sizes) - sum(sizes[place] for place in spread(sizes, resident))
@@ -141,6 +141,7 @@ def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | No
     working = bound([kept], ring, aside, depth(rule.prefetch, several=several)) + Sizes(leaf)
     resting = sum(units[stream.place].nbytes for stream in streamed if not stream.on_disk)
     staging = 2 * STAGE_BYTES if not rates.on_cpu and (staying or any(stream.on_disk for stream in streamed)) else 0
+    working += Sizes(staging if rates.unified else 0)
     spilled = sum(units[stream.place].nbytes for stream in streamed) if rule.spill else 0
     nbytes = sum(unit.nbytes for unit in units)
     plan = ComponentPlan(rule, casting, nbytes, kept.total, len(units), len(staying))

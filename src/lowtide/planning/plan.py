@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from lowtide.casting.casting import NAMED_CASTINGS
+from lowtide.machine.device_names import KINDS
 from lowtide.memory.rule import Rule
 from lowtide.planning.explain import describe
 from lowtide.planning.workload import BLENDED, EXACT, EXACT_ON_DISK, WAYS, WHOLE
@@ -123,7 +124,8 @@ class StagePlan:
 class Plan:
     """How a pipeline will use memory: a rule for each component, a way for each stage, and what they will take.
 
-    `why` gives the reasons in words. A plan can be printed, saved with `to_json`, and applied with `pipe.apply_plan`.
+    `why` gives the reasons in words. `unified` says that the device's memory is the host's. A plan can be printed,
+    saved with `to_json`, and applied with `pipe.apply_plan`.
     """
 
     device: str
@@ -134,6 +136,7 @@ class Plan:
     allow: tuple[str, ...] = ()
     why: tuple[str, ...] = ()
     made_for: Mapping[str, Any] = field(default_factory=dict)
+    unified: bool = False
     assumed: bool = False
 
     def __str__(self) -> str:
@@ -213,7 +216,7 @@ class Plan:
         check_allowed(self.allow)
         sizes = [getattr(self.budgets, name) for name in ("vram", "ram", "disk")]
         is_sound = (
-            self.device in ("cpu", "cuda")
+            self.device in ("cpu", *KINDS)
             and all(size is None or type(size) is int for size in sizes)
             and all(part.casting in (None, *NAMED_CASTINGS) for part in self.components.values())
             and all(stage.way in WAYS for stage in self.stages)

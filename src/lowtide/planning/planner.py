@@ -136,7 +136,7 @@ class Planner:
 
     @property
     def _device_budget(self) -> str:
-        return "ram" if self.rates.on_cpu else "vram"
+        return "ram" if self.rates.one_memory else "vram"
 
     def _best(self, budgets: Budgets) -> Point | None:
         """The fastest trade within the budgets; None where none fits."""
@@ -148,8 +148,8 @@ class Planner:
         return replace(budgets, **{self._device_budget: nbytes})
 
     def _limits(self, budgets: Budgets) -> Limits:
-        on_gpu = not self.rates.on_cpu
-        return Limits(budgets.ram - self.rates.base if on_gpu and budgets.ram is not None else None, budgets.disk)
+        beside = not self.rates.one_memory
+        return Limits(budgets.ram - self.rates.base if beside and budgets.ram is not None else None, budgets.disk)
 
     def _groups(self, limits: Limits) -> list[list[Choice]]:
         per_component = options_by_component(self.workload, self.rates, self.allow, limits)
@@ -175,7 +175,7 @@ class Planner:
             for name in LOSSY
             if name not in self.allow
         }
-        on_cpu = self.rates.on_cpu
+        on_cpu = self.rates.one_memory
         advice = explain.advice(budgets, least, helping, on_cpu=on_cpu)
         return BudgetError(explain.refusal(smallest, budgets, least, on_cpu=on_cpu), advice, least)
 
@@ -198,6 +198,7 @@ class Planner:
             budgets,
             self.allow,
             made_for=self.workload.made_for,
+            unified=rates.unified,
             assumed=rates.assumed,
         )
         return replace(plan, why=explain.reasons(plan, self.workload))
@@ -219,7 +220,7 @@ class Planner:
             carried=stage.carried,
             base=base(rates),
             slack=slack(stage, call, rates),
-            host=0 if rates.on_cpu else resting,
+            host=0 if rates.one_memory else resting,
             disk=call.stored + sum(option.spilled for option in options.values()),
             seconds=pace.seconds,
             compute_seconds=pace.compute,
@@ -227,7 +228,7 @@ class Planner:
             disk_seconds=pace.disk,
             frugal=rates.gives_back(stage),
         )
-        return replace(planned, host=planned.peak) if rates.on_cpu else planned
+        return replace(planned, host=planned.peak) if rates.one_memory else planned
 
 
 def _of_scheme(group: list[Choice], scheme: tuple[Level | None, int], way: str) -> Choice:

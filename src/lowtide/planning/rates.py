@@ -24,8 +24,8 @@ class Rates:
     Files of up to `cache` bytes stay in the system's memory, so that they are read from the disk once. The process
     itself takes `base` bytes on the host and `device_base` bytes on the device before anything is loaded. An allocator
     takes `slack`, a share of activations, on top of them, at most `slack_most` bytes. Each second of loading beside
-    computing costs computing `contention` seconds: on a CPU the reader takes processor time. `assumed` marks usual
-    figures, which were not measured.
+    computing costs computing `contention` seconds: on a CPU the reader takes processor time. `unified` marks an
+    accelerator whose memory is the host's. `assumed` marks usual figures, which were not measured.
     """
 
     device: str
@@ -46,12 +46,18 @@ class Rates:
     dequantized: float = 1e10
     contention: float = 0.0
     channels_last: float = 0.0
+    unified: bool = False
     assumed: bool = False
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the device's memory is the host's."""
+        """Whether a CPU computes."""
         return self.device == "cpu"
+
+    @property
+    def one_memory(self) -> bool:
+        """Whether the device's memory is the host's, so that one budget holds for both."""
+        return self.on_cpu or self.unified
 
     def in_workload(self, workload: Workload) -> Rates:
         """The rates for a run: a CPU's heap keeps at most what the stages that keep a heap have in use."""

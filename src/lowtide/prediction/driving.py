@@ -18,7 +18,7 @@ from lowtide.ops.meta_device import standing_for, taken_note
 from lowtide.ops.modes import without_gradients
 from lowtide.planning.workload import Call, Work
 from lowtide.prediction.absent_numbers import PICTURE_BYTES, TooManyNumbersError, absent_numbers, on_meta
-from lowtide.prediction.tracing import GRAIN, Memory, Repeats, Rewritten, Segment, Watch
+from lowtide.prediction.tracing import Memory, Repeats, Rewritten, Segment, Watch, grain
 
 FORWARD = "forward"
 
@@ -62,7 +62,7 @@ def drive(
     `entries` names methods of networks that are calls of them besides `forward`. `repeats` remembers what was seen in
     earlier drives of the same networks. Raises what `run` raises.
     """
-    memory = Memory(GRAIN[device])
+    memory = Memory(grain(device))
     watch = Watch(memory, repeats or Repeats())
     following = _Following(memory, watch)
     with (

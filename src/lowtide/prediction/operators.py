@@ -176,8 +176,10 @@ def chosen_kernel(
     enable_gqa: bool = False,
 ) -> int:
     """The number of the kernel that PyTorch chooses on the meant device."""
-    if meant_device() == "cuda":
-        return _chosen_on_cuda(query, attn_mask).value
+    if meant_device() in ("cuda", "xpu"):
+        return _chosen_on_gpu(query, attn_mask).value
+    if meant_device() not in ("cpu", None):
+        return SDPBackend.MATH.value
     with standing_for(None):
         q, k, v, mask = (
             None if tensor is None else _without_numbers(tensor) for tensor in (query, key, value, attn_mask)
@@ -186,7 +188,7 @@ def chosen_kernel(
         return choose(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-def _chosen_on_cuda(query: torch.Tensor, mask: torch.Tensor | None) -> SDPBackend:
+def _chosen_on_gpu(query: torch.Tensor, mask: torch.Tensor | None) -> SDPBackend:
     if query.ndim != 4 or query.shape[-1] > LARGEST_HEAD_ON_CUDA or query.dtype == torch.float64:
         return SDPBackend.MATH
     is_half = query.dtype in (torch.float16, torch.bfloat16)
@@ -216,7 +218,7 @@ def group_norm(
 def rms_norm(
     x: torch.Tensor, normalized_shape: Any, weight: torch.Tensor | None = None, eps: float | None = None
 ) -> torch.Tensor:
-    """`F.rms_norm` as the meant device does it: one kernel on CUDA, its parts on a CPU."""
+    """`F.rms_norm` as the meant device does it: one kernel on CUDA, its parts elsewhere."""
     if meant_device() == "cuda":
         return aten._fused_rms_norm(x, normalized_shape, weight, eps)[0]
     return torch.rms_norm(x, normalized_shape, weight, eps)

@@ -25,8 +25,12 @@ from lowtide.prediction.operators import REWRITTEN, made_by, work_of
 from lowtide.prediction.repeats import Operators, Signatures, form_of_call, forms_of_result, made_again
 from lowtide.prediction.workspace import workspace
 
-GRAIN = {"cpu": 1, "cuda": 512}
-"""Bytes that a device's allocator rounds up to; on a CPU it is asked for exactly what is needed."""
+_GRAIN = 512
+
+
+def grain(device: str) -> int:
+    """Bytes that the allocator of a kind of device rounds up to; on a CPU it is asked for exactly what is needed."""
+    return 1 if device == "cpu" else _GRAIN
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +96,7 @@ def trace(
     `networks` are those that it calls: copies that nobody else calls while this lasts. `inputs` are the tensors that
     are there from beginning to end. Raises what `fn` raises.
     """
-    memory = Memory(GRAIN[device])
+    memory = Memory(grain(device))
     for tensor in inputs:
         memory.add(tensor)
     memory.reached(0)

@@ -144,7 +144,7 @@ class Convolution:
 
 
 def _of_convolution(conv: Convolution) -> int:
-    if meant_device() == "cuda":
+    if meant_device() not in ("cpu", None):
         # cuDNN's largest workspace is about the maps and the weight once more (against published figures: -0.01 to
         # -0.26 % of whole runs, and -15 to -18 % without).
         return sum(map(_nbytes, (conv.x, conv.weight, conv.out)))
@@ -202,16 +202,17 @@ def _channels_last(conv: Convolution) -> int:
 def _brought_to_channels_last(conv: Convolution) -> int:
     """AMX with channels first: source and result are brought to channels last and back."""
     result = _nbytes(conv.out)
-    return max(_scratchpad(conv) + _nbytes(conv.x) + _weight_in_blocks(conv), 2 * result)
+    return _copied_before(conv) + max(_scratchpad(conv) + _nbytes(conv.x) + _weight_in_blocks(conv), 2 * result)
+
+
+def _copied_before(conv: Convolution) -> int:
+    """PyTorch copies what has gaps, or its dimensions in another order."""
+    return sum(_nbytes(tensor) for tensor in (conv.x, conv.weight) if not tensor.is_contiguous())
 
 
 def _blocked(conv: Convolution) -> int:
-    """Else, with channels first: everything is brought in blocks of channels, and the result back.
-
-    Before that PyTorch copies what has gaps, or its dimensions in another order.
-    """
+    """Else, with channels first: everything is brought in blocks of channels, and the result back."""
     x, out = conv.x, conv.out
-    copied = sum(_nbytes(tensor) for tensor in (x, conv.weight) if not tensor.is_contiguous())
     channels_in, channels_out = _up(x.shape[1], BLOCK), _up(out.shape[1], BLOCK)
     is_flat = x.shape[1] < BLOCK and not conv.is_pointwise  # the source as it is
     taken_in = x.shape[1] if is_flat else channels_in
@@ -225,7 +226,7 @@ def _blocked(conv: Convolution) -> int:
         scratch += torch.get_num_threads() * channels_in * out[0, 0].numel() * x.itemsize + BOOKED
     if conv.is_pointwise and x.itemsize == 2:
         scratch += _sums(conv, channels_out)
-    return copied + max(scratch + source + weight + result - _nbytes(out), result)
+    return _copied_before(conv) + max(scratch + source + weight + result - _nbytes(out), result)
 
 
 def _sums(conv: Convolution, channels: int) -> int:
@@ -286,7 +287,7 @@ def _of_flash_attention(given: list[torch.Tensor]) -> int:
 
 def _of_product(given: list[torch.Tensor], made: torch.Tensor) -> int:
     """oneDNN's products in half precision: what it arranges of the matrices at a time."""
-    if meant_device() == "cuda" or made.itemsize != 2:
+    if meant_device() not in ("cpu", None) or made.itemsize != 2:
         return 0
     first, second = given[-2:]
     rows, inner, columns = first.shape[-2], first.shape[-1], second.shape[-1]

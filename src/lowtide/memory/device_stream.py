@@ -1,4 +1,4 @@
-"""The stream on a CUDA device: a copy stream of its own, and events instead of waiting."""
+"""The stream on an accelerator: a copy stream of its own, and events instead of waiting."""
 
 from __future__ import annotations
 
@@ -6,57 +6,61 @@ from typing import Any
 
 import torch
 
+from lowtide.machine.accelerators import Accelerator
 from lowtide.memory.bounds import STAGE_BYTES
 from lowtide.memory.stream import Stream
 from lowtide.memory.unit import Load
 from lowtide.ops.modes import outside_inference_mode
 
 
-def pinned_buffer(nbytes: int) -> torch.Tensor:
-    """Host memory that CUDA copies at full speed, flat uint8."""
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-
-
-class CudaStream(Stream):
-    """Loads units by copies that run beside computing.
+class DeviceStream(Stream):
+    """Loads units by copies that run beside computing, on a device of the kind that `accelerator` is.
 
     A buffer is overwritten only after an event that was recorded when computing had used it last, and computing waits
     for the event of the copy: the host waits for neither. Pinned units are one copy each. Other bytes, those of files
     too, go through two pinned buffers in the reader's thread.
     """
 
-    def __init__(self, device: torch.device, *, prefetch: int = 1, zero_copy: bool = True) -> None:
+    def __init__(
+        self, device: torch.device, accelerator: Accelerator, *, prefetch: int = 1, zero_copy: bool = True
+    ) -> None:
         super().__init__(device, prefetch=prefetch, zero_copy=zero_copy)
-        self._copier = torch.cuda.Stream(device)
+        self._accelerator = accelerator
+        self._copier = accelerator.new_stream(device)
         self._stages: list[tuple[torch.Tensor, Any]] = []
 
     def _begin(self, load: Load) -> None:
         if load.buffer is None:
             return
         if load.buffer.free is None:  # new: what its memory was before is in use until now
-            load.buffer.free = torch.cuda.current_stream(self.device).record_event()
+            load.buffer.free = self._computing().record_event()
         flat = load.unit.host_flat
-        if flat is not None and flat.is_pinned():
-            with torch.cuda.stream(self._copier):
+        if flat is not None and load.unit.is_pinned:
+            with self._accelerator.on(self.device, self._copier):
                 self._copier.wait_event(load.buffer.free)
                 load.buffer.flat[: flat.numel()].copy_(flat, non_blocking=True)
                 load.event = self._copier.record_event()
         else:
             super()._begin(load)
 
+    def _computing(self) -> Any:
+        return self._accelerator.computing(self.device)
+
     def _read(self, load: Load) -> None:
         assert load.buffer is not None
-        with outside_inference_mode(), torch.cuda.device(self.device), torch.cuda.stream(self._copier):
+        with outside_inference_mode(), self._accelerator.on(self.device, self._copier):
             self._copier.wait_event(load.buffer.free)
-            for weight, place in self._copies(load.unit):
-                for start in range(0, weight.nbytes, STAGE_BYTES):
-                    count = min(STAGE_BYTES, weight.nbytes - start)
-                    self._through_stage(weight.rest, load.buffer.flat[place + start : place + start + count], start)
-            load.event = self._copier.record_event()
+            try:
+                for weight, place in self._copies(load.unit):
+                    for start in range(0, weight.nbytes, STAGE_BYTES):
+                        count = min(STAGE_BYTES, weight.nbytes - start)
+                        self._through_stage(weight.rest, load.buffer.flat[place + start : place + start + count], start)
+            finally:  # also where reading fails midway: what was copied until then is waited for
+                load.event = self._copier.record_event()
 
     def _through_stage(self, rest: Any, target: torch.Tensor, start: int) -> None:
         if len(self._stages) < 2:
-            stage = pinned_buffer(STAGE_BYTES)
+            stage = self._accelerator.pinned_buffer(STAGE_BYTES)
         else:
             stage, used = self._stages.pop(0)
             used.synchronize()
@@ -67,10 +71,10 @@ class CudaStream(Stream):
     def _wait(self, load: Load) -> None:
         super()._wait(load)
         if load.event is not None:
-            torch.cuda.current_stream(self.device).wait_event(load.event)
+            self._computing().wait_event(load.event)
 
     def _release(self, load: Load) -> None:
-        current = torch.cuda.current_stream(self.device)
+        current = self._computing()
         if load.event is not None:
             current.wait_event(load.event)  # also a copy that nobody waited for must end before the buffer is reused
         elif load.buffer is not None and (load.reading is None or not load.reading.is_called_off):
@@ -80,24 +84,7 @@ class CudaStream(Stream):
         super()._release(load)
 
     def after_fork(self) -> None:
-        """Wait for nobody. A forked child cannot use CUDA: PyTorch says so when a call comes to it."""
+        """Wait for nobody. A forked child cannot use an accelerator: PyTorch says so when a call comes to it."""
         self._reader.begin_anew()
         for load in self._live.values():
             load.reading = None
-
-
-def pin(flat: torch.Tensor) -> bool:
-    """Lock a tensor's memory so that CUDA copies it at full speed; whether that was possible.
-
-    Registers the very bytes: PyTorch's own allocator of pinned memory rounds up to a power of two.
-    """
-    import weakref
-
-    if not torch.cuda.is_available():
-        return False
-    address = flat.data_ptr()
-    runtime: Any = torch.cuda.cudart()
-    if int(runtime.cudaHostRegister(address, flat.numel(), 0)) != 0:
-        return False
-    weakref.finalize(flat.untyped_storage(), runtime.cudaHostUnregister, address)
-    return True

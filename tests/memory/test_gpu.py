@@ -1,8 +1,6 @@
-"""The CUDA stream on a GPU, where there is one; everywhere the order of its calls, on a stand-in for `torch.cuda`."""
+"""The engine on a GPU, where there is one: `test_device_stream` and its siblings say the same of a stand-in."""
 
 from __future__ import annotations
-
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,125 +8,17 @@ from torch import nn
 
 from lowtide.casting.apply_casting import apply_casting
 from lowtide.casting.casting import Casting
-from lowtide.memory import cuda, detach
+from lowtide.memory import detach
 from lowtide.memory.attach import attach
-from lowtide.memory.bounds import aligned
 from lowtide.memory.presets import apply_residency, stream_for
 from lowtide.memory.rule import Level, Rule, Tier
-from lowtide.memory.store import HostRest
 from lowtide.ops.quantization import FP8_CAPABILITY
-
-
-class FakeEvent:
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def synchronize(self) -> None:
-        pass
-
-
-class FakeStream:
-    """A stream that notes what it was asked to wait for."""
-
-    log: list[str]
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.count = 0
-        self.log = []
-
-    def record_event(self) -> FakeEvent:
-        self.count += 1
-        return FakeEvent(f"{self.name}{self.count}")
-
-    def wait_event(self, event: FakeEvent) -> None:
-        assert isinstance(event, FakeEvent)
-        self.log.append(event.name)
-
-
-@pytest.fixture
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeStream, FakeStream]:
-    computing, copying = FakeStream("compute"), FakeStream("copy")
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: copying)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computing)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    monkeypatch.setattr(cuda, "pinned_buffer", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
-    monkeypatch.setattr(cuda, "STAGE_BYTES", 300)
-    return computing, copying
 
 
 def blocks(dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
     block = [nn.Sequential(nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 16)) for _ in range(5)]
     return nn.Sequential(nn.Linear(16, 16), nn.Sequential(*block), nn.LayerNorm(16)).eval().to(dtype)
-
-
-@pytest.mark.parametrize("is_pinned", [False, True])
-@pytest.mark.parametrize("level", [Level.BLOCK, Level.LEAF, Level.WHOLE])
-def test_order_of_copies(
-    fake_cuda: tuple[FakeStream, FakeStream], monkeypatch: pytest.MonkeyPatch, level: Level, *, is_pinned: bool
-) -> None:
-    computing, copying = fake_cuda
-    module = blocks()
-    x = torch.randn(3, 16)
-    with torch.no_grad():
-        plain = module(x)
-    prefetch = 0 if level is Level.WHOLE else 1
-    stream = cuda.CudaStream(torch.device("cpu"), prefetch=prefetch, zero_copy=False)
-    attachment = attach(module, Rule(level, Tier.HOST, prefetch=prefetch), stream)
-    if is_pinned:
-        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)
-        for unit in attachment.units:
-            make_flat(unit)
-    with torch.no_grad():
-        for _ in range(3):
-            assert torch.equal(module(x), plain)
-    for load in stream._live.values():
-        if load.reading is not None:
-            load.reading.wait()  # what was asked for ahead is done
-    assert set(computing.log) <= {f"copy{n}" for n in range(1, copying.count + 1)}, "computing waits for copies"
-    assert copying.log, "a copy waits until its buffer is free"
-    assert set(copying.log) <= {f"compute{n}" for n in range(1, computing.count + 1)}
-    loads = sum(account.loads for account in stream.ledger.by_unit.values())
-    assert len(copying.log) == loads, "every load waits for its buffer"
-    assert stream.ledger.peak <= attachment.bound
-    detach(module)
-    with torch.no_grad():
-        assert torch.equal(module(x), plain)
-
-
-def make_flat(unit) -> None:
-    sizes = [aligned(weight.nbytes) for weight in unit.weights]
-    unit.host_flat = torch.empty(sum(sizes), dtype=torch.uint8)
-    place = 0
-    for weight, size in zip(unit.weights, sizes, strict=True):
-        part = unit.host_flat[place : place + weight.nbytes]
-        weight.rest.copy_into(part)
-        weight.rest = HostRest(part)
-        place += size
-
-
-def test_a_forked_child_asks_cuda_for_nothing(
-    fake_cuda: tuple[FakeStream, FakeStream], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It could not: PyTorch raises then, and what else is told of the fork must be told."""
-
-    def refuse(*_: object) -> None:
-        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
-
-    module, x = blocks(), torch.randn(3, 16)
-    stream = cuda.CudaStream(torch.device("cpu"), prefetch=1, zero_copy=False)
-    attach(module, Rule(Level.LEAF, Tier.HOST, prefetch=1), stream)
-    with torch.no_grad():
-        for _ in range(2):
-            module(x)
-    assert stream._live
-    monkeypatch.setattr(torch.cuda, "current_stream", refuse)
-    stream.after_fork()
-    assert all(load.reading is None for load in stream._live.values())
-    with pytest.raises(RuntimeError, match="forked subprocess"):
-        module(x)
 
 
 @pytest.mark.gpu

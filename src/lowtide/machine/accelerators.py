@@ -1,0 +1,268 @@
+"""Accelerators: all that is asked of a device beside the CPU, for each kind that PyTorch drives.
+
+Everything else in the library asks here, so that no call goes to "the current device" by accident, and so that a kind
+that is missing something is known for it in one place. `accelerator(device)` is None for a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowtide.machine.device_names import KINDS
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of a device's memory: `free` for this process, what its allocator holds and does not use among them."""
+
+    free: int
+    total: int
+
+
+class Accelerator:
+    """A kind of device that has streams, such as CUDA's (ROCm's is called so too) and XPU's.
+
+    `has_streams` says whether copies can run beside computing, ordered by events; `reads_at_once`, whether a copy of
+    host memory that is not pinned has read all of it when the call returns, although it is not done.
+    """
+
+    has_streams = True
+    reads_at_once = False
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    @property
+    def _torch(self) -> Any:
+        return getattr(torch, self.kind)
+
+    # ---- what is here
+
+    def count(self) -> int:
+        """How many of them PyTorch can use here."""
+        return self._torch.device_count() if self._torch.is_available() else 0
+
+    def is_in_use(self, device: torch.device) -> bool:
+        """Whether this process holds memory of it; nothing is begun by asking."""
+        return self._torch.is_initialized() and self._torch.memory_reserved(device) > 0
+
+    def name(self, device: torch.device) -> str:
+        """What its maker calls it."""
+        return self._torch.get_device_name(device)
+
+    def capability(self, device: torch.device) -> str | None:
+        """The version of what it can compute, where its maker counts so."""
+        return None
+
+    def shares_host_memory(self, device: torch.device) -> bool:
+        """Whether its memory is the host's, as in integrated devices: what rests on the host then takes it twice."""
+        return bool(getattr(self._torch.get_device_properties(device), "is_integrated", False))
+
+    # ---- memory
+
+    def memory(self, device: torch.device) -> DeviceMemory:
+        """What is free for this process, and what there is."""
+        free, total = self._torch.mem_get_info(device)
+        unused = self._torch.memory_reserved(device) - self._torch.memory_allocated(device)
+        return DeviceMemory(free + max(unused, 0), total)
+
+    def allocated(self, device: torch.device) -> int:
+        """Bytes of tensors now."""
+        return self._torch.memory_allocated(device)
+
+    def peaks(self, device: torch.device) -> tuple[int, int]:
+        """The most bytes of tensors, and the most that the allocator held, since `begin_peaks`."""
+        return self._torch.max_memory_allocated(device), self._torch.max_memory_reserved(device)
+
+    def begin_peaks(self, device: torch.device) -> None:
+        """Begin the peaks anew."""
+        self._torch.reset_peak_memory_stats(device)
+
+    def give_back(self, device: torch.device) -> None:
+        """Have the allocator return to the driver what it holds and does not use."""
+        with self.on(device):
+            self._torch.empty_cache()
+
+    # ---- streams and time
+
+    def synchronize(self, device: torch.device) -> None:
+        """Wait until the device has done all that it was asked for."""
+        self._torch.synchronize(device)
+
+    def new_stream(self, device: torch.device) -> Any:
+        """A stream beside the one that computes; it has `record_event`, `wait_event` and `wait_stream`."""
+        return self._torch.Stream(device)
+
+    def computing(self, device: torch.device) -> Any:
+        """The stream of this thread."""
+        return self._torch.current_stream(device)
+
+    def timed_event(self, device: torch.device) -> Any:
+        """An event of this thread's stream, recorded now, with `elapsed_time` (in milliseconds) to a later one."""
+        event = self._torch.Event(enable_timing=True)
+        event.record(self.computing(device))
+        return event
+
+    @contextmanager
+    def on(self, device: torch.device, stream: Any = None) -> Generator[None]:
+        """Make `device`, and where one is given its `stream`, those of this thread for a while."""
+        with self._torch.device(device):
+            if stream is None:
+                yield
+            else:
+                with self._torch.stream(stream):
+                    yield
+
+    # ---- host memory that the device reads
+
+    def pinned_buffer(self, nbytes: int) -> torch.Tensor:
+        """Host memory that is copied at full speed, flat uint8."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def pin(self, flat: torch.Tensor) -> bool:
+        """Lock a tensor's memory so that it is copied at full speed; whether that was possible."""
+        return False
+
+
+class Cuda(Accelerator):
+    """NVIDIA's devices, and AMD's through ROCm.
+
+    A copy from pageable memory goes through memory of the driver, which is filled at once (CUDA Runtime API, "API
+    synchronization behavior").
+    """
+
+    reads_at_once = True
+
+    def capability(self, device: torch.device) -> str:
+        """Such as "9.0"."""
+        return ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+    def pin(self, flat: torch.Tensor) -> bool:
+        """Registers the very bytes: PyTorch's own allocator of pinned memory rounds up to a power of two."""
+        import weakref
+
+        address = flat.data_ptr()
+        runtime: Any = torch.cuda.cudart()
+        if int(runtime.cudaHostRegister(address, flat.numel(), 0)) != 0:
+            return False
+        weakref.finalize(flat.untyped_storage(), runtime.cudaHostUnregister, address)
+        return True
+
+
+class Mps(Accelerator):
+    """Apple's devices: one of them, which shares the host's memory, with one queue for copying and computing."""
+
+    has_streams = False
+
+    def count(self) -> int:
+        """One, or none."""
+        return int(torch.backends.mps.is_available())
+
+    def is_in_use(self, device: torch.device) -> bool:
+        """Whether this process holds memory of it."""
+        return torch.mps.driver_allocated_memory() > 0
+
+    def name(self, device: torch.device) -> str:
+        """What PyTorch calls it."""
+        return "Apple MPS"
+
+    def shares_host_memory(self, device: torch.device) -> bool:
+        """It does."""
+        return True
+
+    def memory(self, device: torch.device) -> DeviceMemory:
+        """Of what Metal recommends that a process uses."""
+        total = torch.mps.recommended_max_memory()
+        return DeviceMemory(max(total - torch.mps.current_allocated_memory(), 0), total)
+
+    def allocated(self, device: torch.device) -> int:
+        """Bytes of tensors now."""
+        return torch.mps.current_allocated_memory()
+
+    def peaks(self, device: torch.device) -> tuple[int, int]:
+        """What is in use now: Metal keeps no peaks."""
+        return torch.mps.current_allocated_memory(), torch.mps.driver_allocated_memory()
+
+    def begin_peaks(self, device: torch.device) -> None:
+        """There are none."""
+
+    def give_back(self, device: torch.device) -> None:
+        """Have the allocator return what it holds and does not use."""
+        torch.mps.empty_cache()
+
+    def synchronize(self, device: torch.device) -> None:
+        """Wait until the device has done all that it was asked for."""
+        torch.mps.synchronize()
+
+    def timed_event(self, device: torch.device) -> Any:
+        """An event recorded now."""
+        event = torch.mps.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def on(self, device: torch.device, stream: Any = None) -> Generator[None]:
+        """There is one device, and one stream."""
+        yield
+
+
+_KINDS = {kind: {"cuda": Cuda, "mps": Mps}.get(kind, Accelerator)(kind) for kind in KINDS}
+
+
+def accelerator(device: torch.device | str) -> Accelerator | None:
+    """The accelerator that a device is; None for a CPU. Raises `ValueError` for kinds that are not supported."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return None
+    if kind not in _KINDS:
+        raise ValueError(f"device={str(device)!r} is not possible: weights can be streamed to {_possible()}.")
+    return _KINDS[kind]
+
+
+def brought_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on a device; the host does not wait until the device comes to the copy, where it need not."""
+    kind = _KINDS.get(device.type)
+    may_go_on = kind is not None and kind.reads_at_once and tensor.device.type == "cpu" and not tensor.is_pinned()
+    return tensor.to(device, non_blocking=may_go_on)
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether this very device can be used here; a CPU can."""
+    kind = accelerator(device)
+    return kind is None or (device.index or 0) < kind.count()
+
+
+def best_device() -> torch.device:
+    """The first accelerator that is here; the CPU where there is none."""
+    kind = next((kind for kind in _KINDS.values() if kind.count()), None)
+    return torch.device("cpu") if kind is None else torch.device(kind.kind, 0)
+
+
+def devices_here() -> list[torch.device]:
+    """All accelerators that are here."""
+    return [torch.device(kind.kind, index) for kind in _KINDS.values() for index in range(kind.count())]
+
+
+def devices_in_use() -> list[tuple[torch.device, Accelerator]]:
+    """Those of which this process holds memory, each with its kind; nothing is begun by asking."""
+    here = [(device, _KINDS[device.type]) for device in devices_here()]
+    return [(device, kind) for device, kind in here if kind.is_in_use(device)]
+
+
+def obstacle(device: torch.device) -> str:
+    """Why a device that is not here cannot be used, as part of a sentence."""
+    kind = accelerator(device)
+    assert kind is not None
+    count, upper = kind.count(), kind.kind.upper()
+    seen = f"{count or 'no'} {upper} device{'' if count == 1 else 's'}"
+    others = ", ".join(str(other) for other in devices_here())
+    return f"PyTorch sees {seen} here" + (f", but {others}" if others and not count else "")
+
+
+def _possible() -> str:
+    return ", ".join(f"'{kind}'" for kind in ("cpu", *_KINDS))

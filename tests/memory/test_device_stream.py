@@ -1,0 +1,172 @@
+"""Every rule on an accelerator, on a stand-in that does not forgive: the same bits, and nothing used too early.
+
+Mutants of the stream show that the stand-in catches what it is there for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.sim_device import Device, Event
+from tests.sim_tensor import SimTensor, simulated
+from torch import nn
+
+from lowtide.casting.apply_casting import apply_casting
+from lowtide.casting.casting import Casting
+from lowtide.memory import Attachment, apply_residency, detach, device_stream
+from lowtide.memory.device_stream import DeviceStream
+from lowtide.weights.page_map import PAGE
+
+DEVICE = torch.device("sim", 1)
+"""Not the first, so that what asks for the current device is found out."""
+LEVELS = ("block", "leaf", "whole")
+MODES = [(early, pins) for early in (False, True) for pins in (False, True)]
+CASTINGS = {"int8": Casting("int8"), "fp8": Casting("float8_e4m3fn", scaled=True)}
+
+
+@pytest.fixture(autouse=True)
+def small_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_stream, "STAGE_BYTES", PAGE // 4)
+
+
+def blocks(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    block = [nn.Sequential(nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 16)) for _ in range(5)]
+    return nn.Sequential(nn.Linear(16, 16), nn.Sequential(*block), nn.LayerNorm(16)).eval().to(dtype)
+
+
+def put(module: nn.Module, level: str, rest: str, share: float = 0.0, prefetch: int = 1) -> Attachment:
+    nbytes = sum(weight.numel() * weight.itemsize for weight in module.parameters())
+    prefetch = 0 if level == "whole" else prefetch
+    return apply_residency(
+        module, int(share * nbytes), rest=rest, level=level, prefetch=prefetch, device=DEVICE, spill_folder=None
+    )
+
+
+def check(
+    module: nn.Module, level: str, rest: str, share: float = 0, prefetch: int = 1, casting: str | None = None
+) -> Device:
+    """Under the rule, and after it, the module computes what it did before."""
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        if casting is not None:
+            apply_casting(module, CASTINGS[casting])
+        plain = module(x)
+        attachment = put(module, level, rest, share, prefetch)
+        for _ in range(4):
+            out = module(x)
+            assert isinstance(out, SimTensor)
+            assert out.device == DEVICE
+            assert torch.equal(out.cpu(), plain)
+        assert attachment.stream.ledger.peak <= attachment.bound
+        assert next(module.parameters()).device == DEVICE, "the placeholders say where the module computes"
+        detach(module)
+        assert torch.equal(module(x), plain)
+    device: Device = out.home.device
+    return device
+
+
+@pytest.mark.parametrize(("early", "pins"), MODES)
+@pytest.mark.parametrize("rest", ["host", "disk"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_equal_under_every_rule(level: str, rest: str, *, early: bool, pins: bool) -> None:
+    with simulated(early=early, pins=pins) as sim:
+        for share in (0, 0.5):
+            for prefetch in (0, 1, 3):
+                check(blocks(), level, rest, share, prefetch)
+        assert sim.devices[0].counts.launches == 0, "nothing was done on the current device by accident"
+
+
+@pytest.mark.parametrize("casting", CASTINGS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_cast_weights_are_the_same_numbers(level: str, casting: str) -> None:
+    with simulated():
+        check(blocks(torch.bfloat16).float(), level, "host", 0, casting=casting)
+
+
+def test_a_copy_is_one_for_a_pinned_unit_and_nothing_is_allocated_in_later_steps() -> None:
+    with simulated() as sim, torch.no_grad():
+        module, x = blocks(), torch.randn(3, 16)
+        attachment = put(module, "block", "host")
+        for _ in range(2):
+            module(x)
+        counts = sim.devices[1].counts
+        copies, allocations, waits = counts.copies, counts.allocations, len(counts.waits)
+        module(x)
+        assert counts.copies - copies == len(attachment.units) + 1, "and the input"
+        launched = counts.allocations - allocations
+        module(x)
+        assert counts.allocations - allocations == 2 * launched
+        assert len(counts.waits) == waits, "the host waits for nothing in a step"
+
+
+@pytest.mark.parametrize("rest", ["host", "disk"])
+@pytest.mark.parametrize("pins", [False, True])
+def test_a_copy_that_fails_midway_leaves_nothing_to_wait_for(rest: str, *, pins: bool) -> None:
+    with simulated(pins=pins) as sim, torch.no_grad():
+        module, x = blocks(), torch.randn(3, 16)
+        plain = module(x)
+        attachment = put(module, "block", rest)
+        module(x)
+        sim.fail("copy", OSError(5, "Input/output error"), after=3)
+        with pytest.raises(OSError, match="Input/output error"):
+            module(x)
+        for _ in range(2):
+            assert torch.equal(module(x).cpu(), plain)
+        assert attachment.stream.ledger.peak <= attachment.bound
+
+
+# ---- what the stand-in is there for
+
+
+def waits_for_nothing(self: DeviceStream, load: Any) -> None:
+    if load.reading is not None:
+        load.reading.wait()
+
+
+def overwrites_too_early(self: DeviceStream, load: Any) -> None:
+    load.buffer.free = Event(self._computing(), 0)
+    BEGIN(self, load)
+
+
+def stage_used_again_at_once(self: DeviceStream, rest: Any, target: torch.Tensor, start: int) -> None:
+    self._stages = [(stage, SimpleEvent()) for stage, _ in self._stages]
+    THROUGH(self, rest, target, start)
+
+
+class SimpleEvent:
+    def synchronize(self) -> None:
+        """Not even once."""
+
+
+def frees_before_use(self: DeviceStream, load: Any) -> None:
+    before = None if load.buffer is None else load.buffer.free
+    RELEASE(self, load)
+    if load.buffer is not None:
+        load.buffer.free = before
+
+
+BEGIN, THROUGH, RELEASE = DeviceStream._begin, DeviceStream._through_stage, DeviceStream._release
+MUTANTS: dict[str, Callable[..., None]] = {
+    "_wait": waits_for_nothing,
+    "_begin": overwrites_too_early,
+    "_through_stage": stage_used_again_at_once,
+    "_release": frees_before_use,
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeviceStream, name, MUTANTS[name])
+    with pytest.raises(AssertionError):
+        check_all()
+
+
+def check_all() -> None:
+    with simulated():
+        for level in LEVELS:
+            for rest in ("host", "disk"):
+                check(blocks(), level, rest)

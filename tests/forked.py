@@ -16,6 +16,8 @@ from tests.lines import Place, watched
 
 SECONDS = 60
 """After which a child hangs; a call here takes less than one."""
+BRIEFLY = 0.3
+"""Seconds after which a thread waits that has not ended: where it would not wait, a slow machine hides that."""
 
 
 def in_child(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -87,3 +89,33 @@ class Parked:
             self.has_come = True
             self._stopped.set()
             self._go_on.wait()
+
+
+class Beside:
+    """`call` in a thread of its own, begun at once. `ended` gives what it returned, or raises what it raised."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has not ended in a time in which calls of tiny modules end."""
+        self._thread.join(BRIEFLY)
+        return self._thread.is_alive()
+
+    def ended(self) -> Any:
+        self._thread.join(SECONDS)
+        assert not self._thread.is_alive(), "two threads wait for each other"
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def _run(self) -> None:
+        try:
+            self._result = self._call()
+        except BaseException as error:
+            self._error = error

@@ -44,6 +44,12 @@ class Place(NamedTuple):
         return f"{self.file}:{self.line}{' (end)' if self.leaves else ''}: {self.source}"
 
 
+def line_of(file: str, source: str) -> Place:
+    """The first line of a file of the library that begins so."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return Place(file, next(at for at, line in enumerate(lines, 1) if line.strip().startswith(source)), leaves=False)
+
+
 def watched(call: Callable[[], T], at: Callable[[Place], None], parts: tuple[str, ...] = ("",)) -> T:
     """Call, and before every line of a file that begins with one of `parts` call `at`; once that raises no more."""
 

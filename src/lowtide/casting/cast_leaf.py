@@ -61,10 +61,17 @@ class Leaf:
         """The layers."""
         return {view.slot.owner for weight in self.weights for view in weight.views}
 
+    def check_idle(self) -> None:
+        """Raise `RuntimeError` if a layer is being called."""
+        if self._calls:
+            names = " and ".join(sorted({type(module).__name__ for module in self._triggers}))
+            raise RuntimeError(f"{names} is being called, so it cannot be changed now. Wait for the end.")
+
     def undo(self) -> None:
         """Put placeholders into the slots, and put everything else of the modules back."""
-        self._overrides.put_back()
-        self._disown_replaced()
+        with self._lock:
+            self._overrides.put_back()
+            self._disown_replaced()
 
     def _working(self) -> list[CastWeight]:
         return [weight for weight in self.weights if weight.is_dequantized]
@@ -145,13 +152,15 @@ class Leaf:
         """`_apply` (`.to`, `.half` and so on) for a module: its 8-bit weights follow without being dequantized."""
 
         def apply(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-            self._disown_replaced()
-            own = [weight for weight in self.weights if any(view.slot.owner is module for view in weight.views)]
-            with emptied(view.slot for weight in own for view in weight.views if view.slot.owner is module):
-                method(fn, recurse)
-            for weight in own:
-                weight.follow(fn)
-            return module
+            with self._lock:
+                self.check_idle()
+                self._disown_replaced()
+                own = [weight for weight in self.weights if any(view.slot.owner is module for view in weight.views)]
+                with emptied(view.slot for weight in own for view in weight.views if view.slot.owner is module):
+                    method(fn, recurse)
+                for weight in own:
+                    weight.follow(fn)
+                return module
 
         return apply
 
@@ -159,19 +168,21 @@ class Leaf:
         """`_load_from_state_dict`: what is loaded is quantized."""
 
         def load(*args: Any, **kwargs: Any) -> None:
-            self._disown_replaced()
-            before = [(weight, weight.tensors(weight.flat_for_now())) for weight in self.weights]
-            versions = [[tensor._version for tensor in tensors] for _, tensors in before]
-            for weight, tensors in before:
-                weight.put(tensors)
-            try:
-                method(*args, **kwargs)
-            finally:
-                for (weight, tensors), version in zip(before, versions, strict=True):
-                    loaded = weight.views[0].slot.now()
-                    if weight.is_changed(tensors, version) and loaded is not None:
-                        weight.take(loaded)
-                    weight.lay_down()
+            with self._lock:
+                self.check_idle()
+                self._disown_replaced()
+                before = [(weight, weight.tensors(weight.flat_for_now())) for weight in self.weights]
+                versions = [[tensor._version for tensor in tensors] for _, tensors in before]
+                for weight, tensors in before:
+                    weight.put(tensors)
+                try:
+                    method(*args, **kwargs)
+                finally:
+                    for (weight, tensors), version in zip(before, versions, strict=True):
+                        loaded = weight.views[0].slot.now()
+                        if weight.is_changed(tensors, version) and loaded is not None:
+                            weight.take(loaded)
+                        weight.lay_down()
 
         return load
 

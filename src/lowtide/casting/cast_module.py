@@ -38,7 +38,7 @@ def cast(
     Weights whose name matches a pattern (`fnmatch`) of `own_dtypes` compute in the dtype that it gives.
     With `at_rest` another rule takes them over afterwards. Layers that `casting` means and that are cast in another way
     are cast anew. Raises `ValueError` for weights that are on meta, or that a scale is not possible for; what was cast
-    until then stays so.
+    until then stays so. Raises `RuntimeError` for layers that are being called, by this thread or another.
     """
     chosen = set(_chosen(module, casting))
     meant = [leaf for leaf in leaves(module) if not chosen.isdisjoint(leaf.owners)]
@@ -60,7 +60,7 @@ def uncast(module: nn.Module, *, at_rest: bool = False) -> None:
     """Undo a cast: weights of a checkpoint are as its file has them again.
 
     With `at_rest` another rule takes them over. Others keep the values that their 8 bits hold, in the dtype they
-    compute in; a warning says so.
+    compute in; a warning says so. Raises `RuntimeError` for layers that are being called, by this thread or another.
     """
     _undo(leaves(module), _left(module), at_rest=at_rest)
 
@@ -73,6 +73,8 @@ def _left(module: nn.Module) -> list[CastWeight]:
 
 
 def _undo(undone: list[Leaf], left: list[CastWeight], *, at_rest: bool) -> None:
+    for leaf in undone:
+        leaf.check_idle()
     for leaf in undone:
         leaf.undo()
     weights = [*(weight for leaf in undone for weight in leaf.weights), *left]

@@ -21,9 +21,10 @@ from lowtide.fitting.subject import Subject
 from lowtide.machine.heap import steady_malloc, trim_heap
 from lowtide.measuring.meter import Meter, StageReading
 from lowtide.measuring.transfers import Flow, FlowMeter, ledgers_of, total_flow
-from lowtide.memory.attach import attach, attachment_of, detach
+from lowtide.memory.attach import attach, detach
 from lowtide.memory.presets import model_rule, stream_for
 from lowtide.memory.rule import Rule
+from lowtide.memory.rule_changes import attachment_of
 from lowtide.planning.plan import Budgets, ComponentPlan, Plan
 from lowtide.sizes import format_decimal
 
@@ -60,8 +61,9 @@ def _a_weight(module: nn.Module) -> torch.Tensor | None:
 
 @dataclass(frozen=True)
 class CallTook:
-    """What the last call took: stages as a meter read them, and bytes moved by the stage's name."""
+    """What the last call took under which plan: stages as a meter read them, and bytes moved by the stage's name."""
 
+    plan: Plan
     readings: tuple[StageReading, ...]
     flows: Mapping[str, Flow]
 
@@ -172,13 +174,14 @@ class AppliedPlan:
             with stages.observed(flows, *watching, *([ours] if meter is None else [])):
                 yield
         finally:
-            self.last_call = CallTook(tuple(ours.report()[earlier:]), dict(flows.report()))
+            self.last_call = CallTook(self.plan, tuple(ours.report()[earlier:]), dict(flows.report()))
 
     def report(self) -> RunReport:
         """What the last call took beside what its plan said; raises `RuntimeError` before the first one."""
-        if self.last_call is None or not self.last_call.readings:
+        last = self.last_call  # once: another thread's call may end now
+        if last is None or not last.readings:
             raise RuntimeError("There is nothing to report, since nothing has run since the budget was given.")
-        return run_report(self.plan, self.last_call.readings, self.last_call.flows, self.degradations)
+        return run_report(last.plan, last.readings, last.flows, self.degradations)
 
 
 def put_under(module: nn.Module, chosen: ComponentPlan, device: torch.device) -> None:

@@ -32,6 +32,12 @@ class CallLock:
                 self._calls.end(this)
 
     @contextmanager
+    def alone(self) -> Generator[None]:
+        """Bracket what is possible inside a call too, and not beside one of another thread."""
+        with self._lock:
+            yield
+
+    @contextmanager
     def between_calls(self, changed: str) -> Generator[None]:
         """Bracket a change. Raises `RuntimeError`, saying what was to be `changed`, inside a call."""
         with self._lock:

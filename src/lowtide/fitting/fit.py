@@ -106,9 +106,10 @@ def report(pipe: Subject) -> RunReport:
 
     Raises `RuntimeError` where no budget was given, or nothing has run since.
     """
-    if pipe.applied is None:
+    applied = pipe.applied  # once: another thread may undo it now
+    if applied is None:
         raise RuntimeError("There is nothing to report, since no budget was given: call pipe.fit(...) first.")
-    return pipe.applied.report()
+    return applied.report()
 
 
 def _meta(pipe: Subject, device: torch.device) -> MetaSubject:

@@ -15,6 +15,7 @@ from lowtide.fitting.subject import Size, StagedSubject, Subject, TracedStage
 from lowtide.forks import new_lock
 from lowtide.loading.blueprint import InFiles
 from lowtide.machine.heap import without_collecting
+from lowtide.memory.overrides import is_override
 from lowtide.ops.modes import without_gradients
 from lowtide.planning.workload import BLENDED, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Workload
 from lowtide.prediction.component import Traced, component, trace
@@ -57,9 +58,9 @@ def _settings(network: nn.Module, but: Collection[str]) -> Iterator[tuple[str, A
     Of other objects, such as those that compute the attention of modules, the type.
     """
     for module in network.modules():
-        for name, value in module.__dict__.items():
+        for name, value in list(module.__dict__.items()):  # another thread's call may set something now
             is_plain = type(value) in _PLAIN or _is_frozen(value)
-            if name not in but and (is_plain or not name.startswith("_")):
+            if name not in but and (is_plain or not name.startswith("_")) and not is_override(value):
                 yield name, value if is_plain else type(value)
 
 

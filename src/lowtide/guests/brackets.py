@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -23,7 +24,8 @@ _Inner = tuple[str, str]
 class Brackets:
     """While they are on, a call of a network is a step of its stage, and begun anew when memory runs out in it.
 
-    A stage begins with the first call of a network, or of another entry of it, and ends when another one begins.
+    A stage begins with the first call of a network, or of another entry of it, and ends when another one begins. Calls
+    that another thread makes of the networks are none of the run's.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -33,6 +35,7 @@ class Brackets:
         self._stage: Stage | None = None
         self._open: AbstractContextManager[Stage] | None = None
         self._is_inside = False
+        self._thread = threading.get_ident()
 
     @contextmanager
     def on(self) -> Generator[None]:
@@ -60,7 +63,7 @@ class Brackets:
 
         @functools.wraps(inner)
         def bracketed(*args: Any, **kwargs: Any) -> Any:
-            if self._is_inside:
+            if self._is_inside or threading.get_ident() != self._thread:
                 return inner(*args, **kwargs)
             return self._called(key, args, kwargs)
 

@@ -25,7 +25,7 @@ from lowtide.guests.packed_files import packed
 from lowtide.guests.published_names import NamesError, by_own_names, weights_in
 from lowtide.guests.single_files import NOT_IN_FILES, configurations, file_of, opened
 from lowtide.guests.unloaded import Part, beside_computed, computed_in, floating, in_dtypes, kept_in_float32, lying
-from lowtide.guests.within_budget import put_within
+from lowtide.guests.within_budget import guest_to_be, put_within
 from lowtide.hub import Source
 from lowtide.loading.blueprint import InFiles
 from lowtide.loading.model_index import MODEL_INDEX, ComponentSpec, component_folder, read_model_index
@@ -209,7 +209,7 @@ class GuestCheckpoint:
         plan = fit.choose()
         built = {name: self._filled(name, part, plan, device) for name, part in parts.items()}
         with quiet():
-            guest = Guest(self.pipeline_class(**self.given, **built))
+            guest = guest_to_be(self.pipeline_class(**self.given, **built))
         fit.meta.adopt(guest)
         put_under_plan(guest, fit, plan, as_planned={name for name, part in parts.items() if part.index is not None})
         put_within(guest)

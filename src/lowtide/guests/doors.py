@@ -13,7 +13,7 @@ from lowtide.fitting.run_report import RunReport
 from lowtide.fitting.subject import Subject
 from lowtide.guests.guest import Guest
 from lowtide.guests.networks import is_pipeline
-from lowtide.guests.within_budget import guest_of, put_within, take_out
+from lowtide.guests.within_budget import guest_begun, guest_of, guest_to_be, put_within, take_out
 from lowtide.pipelines.base import DiffusionPipeline
 from lowtide.planning.plan import Plan
 
@@ -36,25 +36,28 @@ def fit(
     Raises `BudgetError`, naming the minimum, where no plan fits, `TypeError` for what is no pipeline and for arguments
     that its call does not take, and `ValueError` for what is not possible.
     """
-    subject = _subject(pipe) or Guest(pipe)
-    plan = fitting.fit(subject, vram, ram, disk=disk, allow=allow, device=device, **call)
-    if isinstance(subject, Guest):
-        put_within(subject)
+    subject = _subject(pipe) or guest_to_be(pipe)
+    with subject.call_lock.between_calls("its budget"):
+        plan = fitting.fit(subject, vram, ram, disk=disk, allow=allow, device=device, **call)
+        if isinstance(subject, Guest):
+            put_within(subject)
     return plan
 
 
 def apply_plan(pipe: Any, plan: Plan, device: torch.device | str | None = None) -> None:
     """Put a plan to work on any pipeline, such as one saved as JSON; see `lowtide.fitting.fit.apply_plan`."""
-    subject = _subject(pipe) or Guest(pipe)
-    fitting.apply_plan(subject, plan, device)
-    if isinstance(subject, Guest):
-        put_within(subject)
+    subject = _subject(pipe) or guest_to_be(pipe)
+    with subject.call_lock.between_calls("its plan"):
+        fitting.apply_plan(subject, plan, device)
+        if isinstance(subject, Guest):
+            put_within(subject)
 
 
 def plan_of(pipe: Any) -> Plan | None:
     """The plan at work on a pipeline, for the call that was made last; None where no budget was given."""
     subject = _subject(pipe)
-    return None if subject is None or subject.applied is None else subject.applied.plan
+    applied = None if subject is None else subject.applied  # once: another thread may undo it now
+    return None if applied is None else applied.plan
 
 
 def report(pipe: Any) -> RunReport:
@@ -70,11 +73,13 @@ def unfit(pipe: Any) -> None:
 
     Raises `RuntimeError` inside a call.
     """
-    subject = _subject(pipe)
-    if subject is not None:
+    subject = _subject(pipe) or guest_begun(pipe)
+    if subject is None:
+        return
+    with subject.call_lock.between_calls("its budget"):
         fitting.unfit(subject)
-    if isinstance(subject, Guest):
-        take_out(subject)
+        if isinstance(subject, Guest):
+            take_out(subject)
 
 
 def _subject(pipe: Any) -> Subject | None:

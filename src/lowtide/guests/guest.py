@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from lowtide.guests.networks import components_of, networks_of
 from lowtide.guests.own_files import remember_files
 from lowtide.guests.quantized import bytes_where_quantized
 from lowtide.loading.blueprint import InFiles
-from lowtide.memory.attach import attachment_of
+from lowtide.memory.rule_changes import attachment_of
 from lowtide.memory.stream import Stream
 from lowtide.pipelines.offloading import held
 from lowtide.pipelines.scheduler_claim import claimed
@@ -100,17 +99,18 @@ class Guest:
     @property
     def device(self) -> torch.device | None:
         """Where the plan computes; None without one."""
-        return None if self.applied is None else self.applied.fit.device
+        applied = self.applied  # once: another thread may undo it now
+        return None if applied is None else applied.fit.device
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The pipeline's own call, within the budget. Raises what it raises, and `BudgetError` before it begins."""
-        asked = GuestCall.bound(self.pipe, args, kwargs)
         with self.call_lock.call(), claimed(self.scheduler):
-            fitting.before_call(self, asked)
+            if self.applied is None:  # undone by another thread, for which this one has waited
+                return self.own_class.__call__(self.pipe, *args, **kwargs)
+            fitting.before_call(self, GuestCall.bound(self.pipe, args, kwargs))
             check_files(tensor for network in self.modules().values() for tensor in network.parameters())
-            measured = nullcontext() if self.applied is None else self.applied.measured()
             tidy = Tidy(self.streams, every_step=True)
-            with held(self.streams()), measured, self.stages.observed(tidy), Brackets(self).on():
+            with held(self.streams()), self.applied.measured(), self.stages.observed(tidy), Brackets(self).on():
                 return self.own_class.__call__(self.pipe, *args, **kwargs)
 
     def streams(self) -> list[Stream]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from lowtide.casting.cast_module import is_cast
+from lowtide.forks import new_lock
 from lowtide.guests.ghost import as_subclass
 from lowtide.guests.guest import Guest
 
@@ -31,6 +33,9 @@ CHANGING = (
     "unfuse_qkv_projections",
 )
 """Methods that change networks: the plan is put aside for them, and made anew for the next call."""
+_guests: set[weakref.ref[Guest]] = set()
+"""Those of pipelines that are within a budget, or are being put there, by whichever thread."""
+_guests_lock = new_lock()
 
 
 def guest_of(pipe: Any) -> Guest | None:
@@ -39,17 +44,33 @@ def guest_of(pipe: Any) -> Guest | None:
     return guest if guest is not None and guest.pipe is pipe else None
 
 
+def guest_begun(pipe: Any) -> Guest | None:
+    """The guest by which some thread puts a pipeline within a budget, or has done so; None where there is none."""
+    guests = (reference() for reference in list(_guests))
+    return next((guest for guest in guests if guest is not None and guest.pipe is pipe), None)
+
+
+def guest_to_be(pipe: Any) -> Guest:
+    """The one guest by which a pipeline is put within a budget, whichever threads do so."""
+    with _guests_lock:
+        guest = guest_begun(pipe)
+        if guest is None:
+            guest = Guest(pipe)
+            _guests.add(weakref.ref(guest, _guests.discard))
+        return guest
+
+
 def put_within(guest: Guest) -> None:
     """Have a pipeline go through its guest."""
     pipe = guest.pipe
     if guest_of(pipe) is guest:
         return
     own = guest.own_class
-    members: dict[str, Any] = {name: _refused(name) for name in OFFLOADS if hasattr(own, name)}
+    members: dict[str, Any] = {name: _refused(name, own) for name in OFFLOADS if hasattr(own, name)}
     members |= {name: _put_aside(name, own) for name in CHANGING if hasattr(own, name)}
     if hasattr(own, "save_pretrained"):
         members["save_pretrained"] = _saved(own)
-    members |= {"__call__": _called(own), "to": _moved, "__reduce_ex__": _plain_copy}
+    members |= {"__call__": _called(own), "to": _moved(own), "__reduce_ex__": _plain_copy}
     members |= {name: property(_device(name, own)) for name in ("device", "_execution_device") if hasattr(own, name)}
     pipe.__dict__[KEY] = guest
     pipe.__class__ = as_subclass(own, **members)
@@ -73,28 +94,37 @@ def _called(own: type[Any]) -> Callable[..., Any]:
 
 
 def _device(name: str, own: type[Any]) -> Callable[[Any], torch.device]:
+    plain = getattr(own, name)
+
     def device(self: Any) -> torch.device:
         guest = guest_of(self)
         chosen = None if guest is None else guest.device
-        return getattr(super(type(self), self), name) if chosen is None else chosen
+        return plain.__get__(self) if chosen is None else chosen
 
     return device
 
 
-def _moved(self: Any, *args: Any, **kwargs: Any) -> Any:
-    guest = guest_of(self)
-    device = None if guest is None else guest.device
-    asked = {str(value) for value in (*args, *kwargs.values()) if value is not None}
-    if device is not None and asked <= {str(device), device.type}:
-        return self
-    raise RuntimeError(
-        f"{type(self).__name__} is within a budget, which says where its weights are and in which dtype: call "
-        "lowtide.unfit(pipe) first."
-    )
+def _moved(own: type[Any]) -> Callable[..., Any]:
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        guest = guest_of(self)
+        if guest is None:  # taken out by another thread
+            return own.to(self, *args, **kwargs)
+        asked = {str(value) for value in (*args, *kwargs.values()) if value is not None}
+        device = guest.device
+        if device is not None and asked <= {str(device), device.type}:
+            return self
+        raise RuntimeError(
+            f"{type(self).__name__} is within a budget, which says where its weights are and in which dtype: call "
+            "lowtide.unfit(pipe) first."
+        )
+
+    return to
 
 
-def _refused(name: str) -> Callable[..., Any]:
+def _refused(name: str, own: type[Any]) -> Callable[..., Any]:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if guest_of(self) is None:  # taken out by another thread
+            return getattr(own, name)(self, *args, **kwargs)
         raise RuntimeError(
             f"{type(self).__name__}.{name} and a budget are not possible together: the plan says where weights rest. "
             "Give another budget with lowtide.fit(pipe, ...), or call lowtide.unfit(pipe) first."
@@ -106,10 +136,11 @@ def _refused(name: str) -> Callable[..., Any]:
 def _put_aside(name: str, own: type[Any]) -> Callable[..., Any]:
     def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
         guest = guest_of(self)
-        if guest is None or guest.applied is None:
+        if guest is None:  # taken out by another thread
             return getattr(own, name)(self, *args, **kwargs)
         with guest.call_lock.between_calls("its networks"):
-            guest.applied.undo()
+            if guest.applied is not None:
+                guest.applied.undo()
             return getattr(own, name)(self, *args, **kwargs)
 
     return changed
@@ -120,10 +151,13 @@ def _saved(own: type[Any]) -> Callable[..., Any]:
 
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
         guest = guest_of(self)
-        if guest is not None and guest.applied is not None and any(map(is_cast, guest.modules().values())):
-            with guest.call_lock.between_calls("its networks"):
-                guest.applied.undo()
-        return own.save_pretrained(self, *args, **kwargs)
+        if guest is None:  # taken out by another thread
+            return own.save_pretrained(self, *args, **kwargs)
+        with guest.call_lock.alone():
+            if guest.applied is not None and any(map(is_cast, guest.modules().values())):
+                with guest.call_lock.between_calls("its networks"):
+                    guest.applied.undo()
+            return own.save_pretrained(self, *args, **kwargs)
 
     return save
 

@@ -33,7 +33,7 @@ def total_flow(ledgers: Iterable[Ledger]) -> Flow:
 
 def ledgers_of(modules: Iterable[Any]) -> list[Ledger]:
     """The ledgers of the streams that serve these modules, each once; none for a module that is resident."""
-    from lowtide.memory.attach import attachment_of
+    from lowtide.memory.rule_changes import attachment_of
 
     attachments = (attachment_of(module) for module in modules)
     return list(dict.fromkeys(attachment.stream.ledger for attachment in attachments if attachment is not None))

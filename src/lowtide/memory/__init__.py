@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from lowtide.casting.casting import Casting
     from lowtide.machine.heap import steady_malloc
     from lowtide.measuring.meter import Meter, StageReading
-    from lowtide.memory.attach import Attachment, attachment_of, detach
+    from lowtide.memory.attach import Attachment, detach
     from lowtide.memory.ledger import Ledger
     from lowtide.memory.presets import apply_residency
     from lowtide.memory.rule import Level, Rule, Tier
+    from lowtide.memory.rule_changes import attachment_of
 
 __all__ = [
     "Attachment",
@@ -34,12 +35,13 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("Attachment", "attachment_of", "detach"), "lowtide.memory.attach"),
+    **dict.fromkeys(("Attachment", "detach"), "lowtide.memory.attach"),
     **dict.fromkeys(("Level", "Rule", "Tier"), "lowtide.memory.rule"),
     **dict.fromkeys(("Meter", "StageReading"), "lowtide.measuring.meter"),
     "Casting": "lowtide.casting.casting",
     "Ledger": "lowtide.memory.ledger",
     "apply_residency": "lowtide.memory.presets",
+    "attachment_of": "lowtide.memory.rule_changes",
     "steady_malloc": "lowtide.machine.heap",
 }
 

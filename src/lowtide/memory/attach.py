@@ -2,16 +2,16 @@
 
 Each unit's modules get a `_call_impl` of their own (what `Module.__call__` runs), so that weights come before every
 hook of others and leave after them, also when a call ends by an exception that PyTorch's hooks do not see, such as
-KeyboardInterrupt. The root gets brackets around its call and its other entry points. Three more methods set the plan
-aside while they run: `_apply` (which is `.to`, `.half` and so on), `load_state_dict`, and `__getstate__` (copies and
-pickles get ordinary modules).
+KeyboardInterrupt. The root gets brackets around its call and its other entry points. Two more methods set the plan
+aside while they run: `_apply` (which is `.to`, `.half` and so on) and `load_state_dict`. All of these, and
+`state_dict`, wait for other threads. `__getstate__` gives copies and pickles ordinary modules.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,9 +25,9 @@ from lowtide.memory.inputs import on_device
 from lowtide.memory.module_weights import gather, refill, refill_left
 from lowtide.memory.no_tracing import Uncompiled, refuse_tracing
 from lowtide.memory.order import Order
-from lowtide.memory.overrides import Overrides
 from lowtide.memory.placeholder import AtRest
 from lowtide.memory.rule import Level, Rule
+from lowtide.memory.rule_changes import KEEPER, Claim, attachment_of, changing
 from lowtide.memory.settling import settle_rests
 from lowtide.memory.stream import Stream
 from lowtide.memory.unit import Unit
@@ -39,25 +39,19 @@ _FOREIGN = ("generate", "get_text_features", "get_image_features")
 ENTRY_POINTS = ("encode", "decode", "decode_rows", "decode_frames", *_FOREIGN)
 """Methods besides `forward` by which a module may be called as a whole."""
 
-_MARK = "_lowtide_attachment"  # on the root
-_KEEPER = "_lowtide_keeper"  # on every module inside
 
-
-class Attachment:
+class Attachment(Claim):
     """A rule at work on one module. `units` in registered order; `stream` says what is loaded and what that took."""
 
     def __init__(self, root: nn.Module, rule: Rule, stream: Stream, exclude_kwargs: Collection[str] = ()) -> None:
-        self.root = root
+        super().__init__(root, stream)
         self.rule = rule
-        self.stream = stream
         self.exclude_kwargs = frozenset(exclude_kwargs)
         self.units: list[Unit] = []
         self.order: Order[Unit] = Order()
         self.weights: list[Weight] = []
-        self._overrides = Overrides(_KEEPER, _MARK)
         self._calls: Calls[Call] = Calls()
         self._is_settled = True
-        self.is_at_work = False
 
     @property
     def device(self) -> torch.device:
@@ -90,9 +84,8 @@ class Attachment:
         self._override()
 
     def let_go(self) -> None:
-        """Leave placeholders in every slot and the module as it was otherwise; the weights keep their resting place."""
+        """Leave placeholders in every slot; the weights keep their resting place. Calls wait, or go by placeholders."""
         self.is_at_work = False
-        self._overrides.put_back()
         self.stream.dismiss(self.units)
         self.units, self.order = [], Order()
         for weight in self.weights:
@@ -118,29 +111,27 @@ class Attachment:
 
     # ---- while it runs
 
-    @property
-    def _whole(self) -> list[Unit]:
-        """The units that are needed around every call of the whole module."""
-        return self.units if self.rule.level is Level.WHOLE else []
-
     @contextmanager
-    def running(self) -> Generator[None]:
-        """Bracket a call of the whole module; one thread at a time. Afterwards every weight is at rest again."""
-        this, ended_well = Call(), False
-        with self.stream.lock:
-            whole = self._whole
-            try:
-                self._begin(this)
-                for unit in whole:
-                    self.stream.enter(unit)
-                yield
-                ended_well = True
-            finally:
-                self._calls.end(this)
-                for unit in whole:
-                    self.stream.leave(unit, self.root, may_wait=True)
-                if not self._calls:
-                    self._settle(ended_well=ended_well)
+    def running(self, units: Iterable[Unit]) -> Generator[list[Unit]]:
+        """Bracket a call of the whole module, all of which needs `units`; yields them. Hold the stream's lock.
+
+        Afterwards every weight is at rest again.
+        """
+        this, begun, ended_well = Call(), list[Unit](), False
+        enter = self.stream.enter if self.rule.level is Level.WHOLE else self.enter
+        try:
+            self._begin(this)
+            for unit in units:
+                begun.append(unit)
+                enter(unit)
+            yield begun
+            ended_well = True
+        finally:
+            self._calls.end(this)
+            for unit in reversed(begun):
+                self.stream.leave(unit, self.root, may_wait=True)
+            if not self._calls:
+                self._settle(ended_well=ended_well)
 
     def _begin(self, call: Call) -> None:
         if not self._calls and not self._is_settled:  # an interrupt, or a fork, came into the end of a call
@@ -168,69 +159,87 @@ class Attachment:
     # ---- the overrides
 
     def _override(self) -> None:
-        self._overrides.mark(self.root, _MARK, self)
         by_module: dict[nn.Module, list[Unit]] = {}
         if self.rule.level is not Level.WHOLE:
             for unit in self.units:
                 for module in () if unit.stays else unit.modules:
                     by_module.setdefault(module, []).append(unit)
+        whole = self.units if self.rule.level is Level.WHOLE else []
+        self._bracket("_call_impl", whole or by_module.pop(self.root, []))
         for module, units in by_module.items():
-            if module is not self.root:
-                self._overrides.set(module, "_call_impl", self._around(module, module._call_impl, units))
-        call = self._around(self.root, self.root._call_impl, by_module.get(self.root, []))
-        self._overrides.set(self.root, "_call_impl", self._bracketed(call))
+            self.overrides.set(module, "_call_impl", self._around(module, units))
         for name in ENTRY_POINTS:
             method = getattr(self.root, name, None)
             if callable(method) and not isinstance(method, nn.Module):
-                self._overrides.set(self.root, name, self._bracketed(method))
+                self._bracket(name, whole)
         for module in self.root.modules():
             for name in ("_apply", "load_state_dict"):
-                self._overrides.set(module, name, self._set_aside(module, name))
-            self._overrides.set_state(module)
-            self._overrides.mark(module, _KEEPER, self)
+                self.overrides.set(module, name, self._set_aside(module, name))
+            self.overrides.set(module, "state_dict", self._in_turn(module, "state_dict"))
+            self.overrides.set_state(module)
         self.is_at_work = True
+        self.overrides.undo_others()
 
-    def _around(self, module: nn.Module, call: Callable[..., Any], units: list[Unit]) -> Callable[..., Any]:
+    def _around(self, module: nn.Module, units: list[Unit]) -> Callable[..., Any]:
         enter, leave, under_way = Uncompiled(self.enter), Uncompiled(self.stream.leave), self._calls.under_way
+        call, lock = self.overrides.plain(module, "_call_impl"), self.stream.lock
 
         def entered_call(*args: Any, **kwargs: Any) -> Any:
             refuse_tracing(module)
-            begun: list[Unit] = []
-            try:
-                for unit in units:
-                    begun.append(unit)
-                    enter(unit)
-                return out_of_buffers(call(*args, **kwargs), begun)
-            finally:
-                for unit in reversed(begun):
-                    leave(unit, module, may_wait=bool(under_way))
+            with lock:
+                if self.is_at_work:
+                    begun: list[Unit] = []
+                    try:
+                        for unit in units:
+                            begun.append(unit)
+                            enter(unit)
+                        return out_of_buffers(call(*args, **kwargs), begun)
+                    finally:
+                        for unit in reversed(begun):
+                            leave(unit, module, may_wait=bool(under_way))
+            return self.overrides.now(module, "_call_impl")(*args, **kwargs)
 
-        return entered_call if units else call
+        return entered_call
 
-    def _bracketed(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
+    def _bracket(self, name: str, units: list[Unit]) -> None:
+        """Bracket the root's method called so, all of which needs `units`."""
+        method = self.overrides.plain(self.root, name)
+
         def bracketed_call(*args: Any, **kwargs: Any) -> Any:
             refuse_tracing(self.root)
-            with self.running():
+            with self.running(units) as begun:
                 args, kwargs = on_device(self.device, args, kwargs, self.exclude_kwargs)
-                return out_of_buffers(method(*args, **kwargs), self._whole)
+                return out_of_buffers(method(*args, **kwargs), begun)
 
-        return bracketed_call
+        self.overrides.set(self.root, name, self._in_turn(self.root, name, bracketed_call))
 
-    def _set_aside(self, module: nn.Module, name: str) -> Callable[..., Any]:
-        method = getattr(module, name)
+    def _in_turn(self, module: nn.Module, name: str, at_work: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """What stands in for a method: `at_work` while the rule is, or the method itself; one thread at a time."""
+        method, lock = self.overrides.plain(module, name), self.stream.lock
+        chosen = at_work or method
 
         @functools.wraps(method)
-        def plain_call(*args: Any, **kwargs: Any) -> Any:
+        def called_in_turn(*args: Any, **kwargs: Any) -> Any:
+            with lock:
+                if self.is_at_work:
+                    return chosen(*args, **kwargs)
+            return self.overrides.now(module, name)(*args, **kwargs)
+
+        return called_in_turn
+
+    def _set_aside(self, module: nn.Module, name: str) -> Callable[..., Any]:
+        def changing_call(*args: Any, **kwargs: Any) -> Any:
             if self.is_running:
                 raise RuntimeError(f"{name} is not possible while {type(self.root).__name__} is being called.")
             try:
                 return self._changed(module, name, args, kwargs)
             except BaseException:
-                refill_left(self.root, _KEEPER)  # an interrupt may have come before the rule was back
+                if attachment_of(self.root) is None:  # an interrupt may have come before the rule was back
+                    self.overrides.put_back()
+                    refill_left(self.root, KEEPER)
                 raise
 
-        return plain_call
+        return self._in_turn(module, name, changing_call)
 
     def _changed(self, module: nn.Module, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         is_moved = name == "_apply" and moves(args[0], self.device)
@@ -240,15 +249,17 @@ class Attachment:
             self.weights = [weight for weight in self.weights if weight not in following]
             self.restore(to_given=False)
             with emptied(view.slot for weight in following for view in weight.views):
-                result = getattr(module, name)(*args, **kwargs)
+                result = self.overrides.plain(module, name)(*args, **kwargs)
             for weight in following:
                 weight.follow(args[0])
             return result
         finally:
             if not is_moved and not has_moved(self.root, self.device):
                 attach(self.root, self.rule, self.stream, exclude_kwargs=self.exclude_kwargs)
-            elif module is not self.root:
-                _warn_undone(self.root, f"a part of it ({type(module).__name__}) was moved")
+            else:
+                self.overrides.put_back()
+                if module is not self.root:
+                    _warn_undone(self.root, f"a part of it ({type(module).__name__}) was moved")
 
 
 def attach(
@@ -269,79 +280,67 @@ def attach(
         part = f"{compiled!r} of {type(root).__name__}" if compiled else type(root).__name__
         raise ValueError(f"{part} is compiled, which freezes how its parts are called. Offload it first.")
     gather(slots(root))  # raises what it raises before anything is changed
-    for other in _inside(root):
-        _check_idle(other)
     attachment = Attachment(root, rule, stream, exclude_kwargs)
-    try:
-        _free_from_others(root)
-        attachment.take(gather(slots(root)), index)
-    except BaseException:
-        for begun in (attachment, *_inside(root)):
-            begun.hand_over()
-        refill(slot for slot in slots(root) if isinstance(slot.tensor, AtRest))
-        raise
+    with changing(root, attachment) as others:
+        try:
+            for other in others:
+                _free_from(other, root)
+            attachment.take(gather(slots(root)), index)
+        except BaseException:
+            for begun in (attachment, *others):
+                begun.hand_over()
+            for begun in (attachment, *others):
+                refill(slot for slot in slots(begun.root) if isinstance(slot.tensor, AtRest))
+                begun.overrides.put_back()
+            raise
     return attachment
 
 
 def detach(module: nn.Module) -> None:
     """Undo the offload of `module` and its parts, if any: weights go to their first devices, from meta to the host.
 
-    Raises `RuntimeError` while the module is being called.
+    Another thread's call of it is waited for; raises `RuntimeError` inside a call.
     """
-    for attachment in _inside(module):
-        _check_idle(attachment)
-        attachment.let_go()
-        attachment.restore(to_given=True)
-    refill_left(module, _KEEPER)
+    with changing(module) as attachments:
+        for attachment in attachments:
+            attachment.let_go()
+            attachment.restore(to_given=True)
+            attachment.overrides.put_back()
+        refill_left(module, KEEPER)
 
 
 @contextmanager
 def set_aside(module: nn.Module) -> Generator[bool]:
     """End all rules on `module`, its parts and what is around it; attach them again after the `with` block.
 
-    Yields whether a rule was at work on the whole module; its weights may be left at rest then. Raises `RuntimeError`
-    while one of the modules is being called.
+    Yields whether a rule was at work on the whole module; its weights may be left at rest then. Another thread's call
+    is waited for; raises `RuntimeError` inside a call of one of the modules.
     """
-    keepers = (keeper for inner in module.modules() if (keeper := inner.__dict__.get(_KEEPER)) is not None)
-    attachments = list(dict.fromkeys([*keepers, *_inside(module)]))
-    for attachment in attachments:
-        _check_idle(attachment)
-    try:
-        for attachment in attachments:
-            attachment.hand_over()
-        yield any(module in set(attachment.root.modules()) for attachment in attachments)
-    finally:
-        for attachment in attachments:
-            attach(attachment.root, attachment.rule, attachment.stream, exclude_kwargs=attachment.exclude_kwargs)
+    claim = Claim(module, Stream(torch.device("cpu")))
+    with changing(module, claim) as others:
+        attachments = [other for other in others if isinstance(other, Attachment)]
+        try:
+            for attachment in attachments:
+                attachment.hand_over()
+            claim.overrides.undo_others()
+            yield any(module in set(attachment.root.modules()) for attachment in attachments)
+        finally:
+            for attachment in attachments:  # the first of them takes the claim over
+                attach(attachment.root, attachment.rule, attachment.stream, exclude_kwargs=attachment.exclude_kwargs)
+            if not attachments:
+                claim.overrides.put_back()
 
 
-def attachment_of(module: nn.Module) -> Attachment | None:
-    """The rule at work on `module`, if there is one."""
-    mark = module.__dict__.get(_MARK)
-    return mark if mark is not None and mark.is_at_work else None
-
-
-def _inside(module: nn.Module) -> list[Attachment]:
-    """Those on a module and its parts, also one whose coming or going was cut short."""
-    return [mark for inner in module.modules() if (mark := inner.__dict__.get(_MARK)) is not None]
-
-
-def _free_from_others(root: nn.Module) -> None:
-    """End other rules on `root`: rules on it and its parts hand their weights over, a rule around it is undone."""
-    for attachment in _inside(root):
-        attachment.hand_over()
-    others = {keeper for inner in root.modules() if (keeper := inner.__dict__.get(_KEEPER)) is not None}
-    for attachment in others:
-        _warn_undone(attachment.root, f"a part of it ({type(root).__name__}, or a part of that) gets its own")
-        detach(attachment.root)
+def _free_from(other: Claim, root: nn.Module) -> None:
+    """End another rule on `root`: one on it or its parts hands its weights over, one around it is undone."""
+    if other.root in set(root.modules()):
+        other.hand_over()
+        return
+    if other.is_at_work:
+        _warn_undone(other.root, f"a part of it ({type(root).__name__}, or a part of that) gets its own")
+    other.let_go()
+    other.restore(to_given=True)
 
 
 def _warn_undone(root: nn.Module, reason: str) -> None:
     warnings.warn(f"The offload of {type(root).__name__} is undone, since {reason}.", stacklevel=5)
-
-
-def _check_idle(attachment: Attachment) -> None:
-    if attachment.is_running:
-        raise RuntimeError(
-            f"{type(attachment.root).__name__} is being called, so its offload cannot be changed now. Wait for the end."
-        )

@@ -6,6 +6,7 @@ copied: mapped pages are read ahead and dropped behind. All others go through a 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -28,8 +29,14 @@ def _waits_for_more(unit: Unit, module: nn.Module) -> bool:
     return unit.lingers or (len(unit.modules) > 1 and not unit.aside and module is not unit.modules[-1])
 
 
+_numbers = itertools.count()
+
+
 class Stream:
-    """Loads units for one device; `prefetch` of them ahead. Shared by modules that do not run at the same time."""
+    """Loads units for one device; `prefetch` of them ahead. Shared by modules that do not run at the same time.
+
+    Who calls its modules, or changes their rules, holds the `lock`. Locks of several are taken by their `number`.
+    """
 
     def __init__(self, device: torch.device, *, prefetch: int = 1, zero_copy: bool = True) -> None:
         self.device = device
@@ -37,6 +44,7 @@ class Stream:
         self.zero_copy = zero_copy
         self.ledger = Ledger()
         self.lock = new_lock()
+        self.number = next(_numbers)
         self.holders: Calls[Call] = Calls()
         self.depth = depth(prefetch, several=False)
         """Units that may be on the device at once, those that stay or stand aside not counted."""
@@ -96,13 +104,11 @@ class Stream:
     @property
     def bound(self) -> int:
         """Bytes that this stream's ledger never exceeds: residents, `depth` of the largest, what stands aside."""
-        sizes = self._sizes
-        kept = [sizes[unit] for unit in sizes if unit.stays]
-        aside = [sizes[unit] for unit in sizes if unit.aside and not unit.stays]
-        return bound(kept, [sizes[unit] for unit in self._streamed()], aside, self.depth).total
-
-    def _streamed(self) -> Iterator[Unit]:
-        return (unit for unit in self._sizes if not unit.stays and not unit.aside)
+        sizes = self._sizes.copy()  # another thread may change them now
+        kept = [size for unit, size in sizes.items() if unit.stays]
+        aside = [size for unit, size in sizes.items() if unit.aside and not unit.stays]
+        streamed = [size for unit, size in sizes.items() if not unit.aside and not unit.stays]
+        return bound(kept, streamed, aside, self.depth).total
 
     # ---- two verbs, and what they are made of
 
@@ -133,14 +139,13 @@ class Stream:
 
         Raises what reading raises (`CheckpointError`, `OSError`, `MemoryError`); nothing is in the slots then.
         """
-        with self.lock:
-            load = self._live.get(unit)
-            if load is None:
-                self._make_room(unit)
-                load = self._start(unit)
-            if load.buffer is not None or load.window_bytes:
-                self._wait_for(load)
-            unit.place(load, self._tensors(load))
+        load = self._live.get(unit)
+        if load is None:
+            self._make_room(unit)
+            load = self._start(unit)
+        if load.buffer is not None or load.window_bytes:
+            self._wait_for(load)
+        unit.place(load, self._tensors(load))
 
     def _wait_for(self, load: Load) -> None:
         unit, began = load.unit, time.perf_counter()
@@ -169,26 +174,24 @@ class Stream:
 
     def look_ahead(self, upcoming: list[Unit]) -> None:
         """Start to load the units in `upcoming` that are not there; drop what was wrongly expected before."""
-        with self.lock:
-            for unit in [unit for unit in self._live if unit.load is None and unit not in upcoming]:
-                self.drop(unit)
-            for unit in upcoming:
-                if unit not in self._live and self._count() < self.depth:
-                    self._start(unit)
+        for unit in [unit for unit in self._live if unit.load is None and unit not in upcoming]:
+            self.drop(unit)
+        for unit in upcoming:
+            if unit not in self._live and self._count() < self.depth:
+                self._start(unit)
 
     def drop(self, unit: Unit) -> None:
         """Take a unit off the device, whatever state it is in."""
-        with self.lock:
-            if unit.load is not None:
-                unit.lift(self._keep_changes)
-            load = self._live.get(unit)
-            if load is None:
-                return
-            if load.reading is not None:
-                load.reading.call_off()
-            del self._live[unit]  # not before: its buffer is in use until then
-            if load.buffer is not None or load.window_bytes:
-                self._release(load)
+        if unit.load is not None:
+            unit.lift(self._keep_changes)
+        load = self._live.get(unit)
+        if load is None:
+            return
+        if load.reading is not None:
+            load.reading.call_off()
+        del self._live[unit]  # not before: its buffer is in use until then
+        if load.buffer is not None or load.window_bytes:
+            self._release(load)
 
     def rest(self) -> None:
         """Drop every unit that does not stay, and the buffers."""
@@ -206,25 +209,20 @@ class Stream:
 
         What was loaded ahead for the next call stays, in its buffer.
         """
-        with self.lock:
-            for unit in units:
-                if unit.load is not None and not unit.stays and not (unit.lingers and self.holders):
-                    self.drop(unit)
+        for unit in units:
+            if unit.load is not None and not unit.stays and not (unit.lingers and self.holders):
+                self.drop(unit)
 
     def abandon(self, units: list[Unit]) -> None:
         """After a call of the module that these units belong to was cut short anywhere: drop them, count anew."""
-        with self.lock:
-            for unit in units:
-                unit.count = 0
-                if not unit.stays:
-                    self.drop(unit)
-            self.ledger.recount(self._ring.held + sum(load.bytes_alone for load in self._live.values()))
+        for unit in units:
+            unit.count = 0
+            if not unit.stays:
+                self.drop(unit)
+        self.ledger.recount(self._ring.held + sum(load.bytes_alone for load in self._live.values()))
 
     def after_fork(self) -> None:
-        """In a forked child: drop what the parent's reader was to bring, and what calls of other threads had.
-
-        Calls hold the lock.
-        """
+        """In a forked child: drop what the parent's reader was to bring, and what calls of other threads had."""
         self._reader.begin_anew()
         for unit, load in list(self._live.items()):
             has_come, load.reading = load.reading is None or unit.load is load, None
@@ -338,7 +336,7 @@ class Stream:
         return {id(load.buffer) for load in self._live.values()}
 
     def _fit_ring(self) -> None:
-        streamed = list(self._streamed())
+        streamed = [unit for unit in self._sizes if not unit.stays and not unit.aside]
         self.depth = depth(self.prefetch, several=any(len(unit.modules) > 1 for unit in streamed))
         needed = largest([self._sizes[unit] for unit in streamed])
         self.looks_ahead = self.prefetch > 0 and needed.total > 0

@@ -189,12 +189,14 @@ class DiffusionPipeline(PeerNames, RunningCall, MemorySettings):
     @property
     def plan(self) -> Plan | None:
         """The plan at work, for the size asked for last; None where no budget was given."""
-        return None if self.applied is None else self.applied.plan
+        applied = self.applied  # once: another thread may undo it now
+        return None if applied is None else applied.plan
 
     @property
     def degradations(self) -> list[str]:
         """What was made smaller since a budget was given, because memory ran out; in words, in order."""
-        return [] if self.applied is None else list(self.applied.degradations)
+        applied = self.applied
+        return [] if applied is None else list(applied.degradations)
 
     def report(self) -> RunReport:
         """What the last call took beside what its plan said; print it, or take its `to_dict`.

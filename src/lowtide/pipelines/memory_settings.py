@@ -16,7 +16,7 @@ from lowtide.pipelines.offloading import end_offload, offload
 
 
 class MemorySettings(Components):
-    """Components whose memory is set by hand; each `enable_` has its `disable_`."""
+    """Components whose memory is set by hand; each `enable_` has its `disable_`. All wait for other threads' calls."""
 
     vae: Any
 
@@ -31,7 +31,8 @@ class MemorySettings(Components):
         on disk in their checkpoint. Raises `ValueError` for a device that is not there.
         """
         chosen = execution_device(device, gpu_id)
-        offload(self.modules(), sequential_rule(chosen), chosen)
+        with self.call_lock.alone():
+            offload(self.modules(), sequential_rule(chosen), chosen)
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """Have one whole component on the device at a time, for as long as it is in use: little time, some memory.
@@ -39,7 +40,8 @@ class MemorySettings(Components):
         The device is chosen as for `enable_sequential_cpu_offload`.
         """
         chosen = execution_device(device, gpu_id)
-        offload(self.modules(), model_rule(chosen), chosen)
+        with self.call_lock.alone():
+            offload(self.modules(), model_rule(chosen), chosen)
 
     def enable_group_offload(
         self,
@@ -62,11 +64,13 @@ class MemorySettings(Components):
             onload_device, offload_device, offload_type, num_blocks_per_group, non_blocking, use_stream,
             record_stream, low_cpu_mem_usage, offload_to_disk_path,
         )  # fmt: skip
-        offload(self.modules(), rule, device, exclude_modules)
+        with self.call_lock.alone():
+            offload(self.modules(), rule, device, exclude_modules)
 
     def disable_sequential_cpu_offload(self) -> None:
         """Undo any offload of the components: their weights are where they were before."""
-        end_offload(self.modules())
+        with self.call_lock.alone():
+            end_offload(self.modules())
 
     disable_model_cpu_offload = disable_sequential_cpu_offload
     disable_group_offload = disable_sequential_cpu_offload
@@ -75,11 +79,13 @@ class MemorySettings(Components):
 
     def enable_vae_slicing(self) -> None:
         """Decode the pictures of a batch one at a time: the memory of one, whatever the batch. Clips always are."""
-        self.vae.enable_slicing()
+        with self.call_lock.alone():
+            self.vae.enable_slicing()
 
     def disable_vae_slicing(self) -> None:
         """Decode a batch at once."""
-        self.vae.disable_slicing()
+        with self.call_lock.alone():
+            self.vae.disable_slicing()
 
     def enable_vae_tiling(
         self,
@@ -97,14 +103,16 @@ class MemorySettings(Components):
 
         See `AutoencoderKL.enable_tiling`.
         """
-        self.vae.enable_tiling(
-            mode, tile_size=tile_size, overlap=overlap, rows=rows, budget=budget, work=work, folder=folder,
-            **tile_attributes,
-        )  # fmt: skip
+        with self.call_lock.alone():
+            self.vae.enable_tiling(
+                mode, tile_size=tile_size, overlap=overlap, rows=rows, budget=budget, work=work, folder=folder,
+                **tile_attributes,
+            )  # fmt: skip
 
     def disable_vae_tiling(self) -> None:
         """Decode pictures, or batches of frames, whole."""
-        self.vae.disable_tiling()
+        with self.call_lock.alone():
+            self.vae.disable_tiling()
 
     def set_attention_backend(
         self, backend: str, *, chunk_bytes: int | str | None = None, attention_op: Any = None
@@ -113,20 +121,25 @@ class MemorySettings(Components):
 
         Raises `ValueError` for a backend that is not there, listing those that are; nothing is changed then.
         """
-        set_attention_backend(self.modules().values(), backend, chunk_bytes=chunk_bytes, op=attention_op)
+        with self.call_lock.alone():
+            set_attention_backend(self.modules().values(), backend, chunk_bytes=chunk_bytes, op=attention_op)
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
         """Compute attention with xFormers; without it, PyTorch's own memory-efficient kernels are used, with a note."""
-        xformers_or_sdpa(self.modules().values(), attention_op)
+        with self.call_lock.alone():
+            xformers_or_sdpa(self.modules().values(), attention_op)
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Back to PyTorch's own choice of a kernel."""
-        set_attention_backend(self.modules().values(), "sdpa")
+        with self.call_lock.alone():
+            set_attention_backend(self.modules().values(), "sdpa")
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
         """Compute some heads at a time: half of them ("auto"), one ("max"), or a number; None computes all."""
-        set_attention_slicing(self.modules().values(), slice_size)
+        with self.call_lock.alone():
+            set_attention_slicing(self.modules().values(), slice_size)
 
     def disable_attention_slicing(self) -> None:
         """Compute all heads at once."""
-        set_attention_slicing(self.modules().values(), None)
+        with self.call_lock.alone():
+            set_attention_slicing(self.modules().values(), None)

@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
+from lowtide.fitting.call_lock import CallLock
 from lowtide.machine.accelerators import is_here, obstacle
-from lowtide.memory.attach import attachment_of, detach
+from lowtide.memory.attach import detach
+from lowtide.memory.rule_changes import attachment_of
 from lowtide.memory.stream import Stream
 from lowtide.pipelines.load import save_pipeline
 from lowtide.pipelines.parts import KINDS, check_parts
@@ -23,6 +25,8 @@ class Components:
     optional_components: ClassVar[tuple[str, ...]] = ()
     setting_names: ClassVar[tuple[str, ...]] = ()
     """What the class is told beside its components."""
+    call_lock: CallLock
+    """One call at a time; what changes the components waits for those of other threads."""
 
     @property
     def components(self) -> dict[str, Any]:
@@ -56,10 +60,11 @@ class Components:
                 device = torch.device(target)
         if device is not None and torch.device(device).type != "meta" and not is_here(torch.device(device)):
             raise ValueError(f"device={str(device)!r} is not possible: {obstacle(torch.device(device))}. Use 'cpu'.")
-        for module in self.modules().values():
-            if device is not None:
-                detach(module)
-            module.to(device=device, dtype=dtype)
+        with self.call_lock.alone():
+            for module in self.modules().values():
+                if device is not None:
+                    detach(module)
+                module.to(device=device, dtype=dtype)
         return self
 
     @property
@@ -91,7 +96,8 @@ class Components:
 
         `max_shard_size` is in bytes, or text such as "5GB"; None writes each model as one file.
         """
-        save_pipeline(type(self).__name__, self.components, Path(folder), variant, max_shard_size)
+        with self.call_lock.alone():
+            save_pipeline(type(self).__name__, self.components, Path(folder), variant, max_shard_size)
 
     def __repr__(self) -> str:
         rows = (f"  {name}: {type(part).__name__}" for name, part in self.components.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from lowtide.memory.attach import detach
 from lowtide.memory.presets import attach_all
 from lowtide.memory.rule import Rule
+from lowtide.memory.rule_changes import in_turn
 from lowtide.memory.stream import Stream
 
 
@@ -38,10 +39,19 @@ def end_offload(modules: Mapping[str, nn.Module]) -> None:
 
 
 @contextmanager
-def held(streams: Sequence[Stream]) -> Generator[None]:
-    """While this lasts, whole networks stay loaded after their calls until another one needs the room."""
+def held(streams: Iterable[Stream]) -> Generator[None]:
+    """While this lasts, whole networks stay loaded after their calls until another one needs the room.
+
+    Other threads wait, also those that call another pipeline of the same networks.
+    """
+    with _held(in_turn(streams)):
+        yield
+
+
+@contextmanager
+def _held(streams: Sequence[Stream]) -> Generator[None]:
     if not streams:
         yield
         return
-    with streams[0].held(), held(streams[1:]):
+    with streams[0].held(), _held(streams[1:]):
         yield

@@ -144,12 +144,12 @@ class StableDiffusionPipeline(DiffusionPipeline):
             check_decoding(self.vae, self.latent_shape(1, height, width))
         prompts = checks.count_prompts(prompt, prompt_embeds)
         count = prompts * num_images_per_prompt
-        files: list[PictureFile] = []
         if output_type == "file":
-            files = picture_files(output_path, count)
+            picture_files(output_path, count)  # raises what it raises
         guided = guidance_scale > 1
         size = RunSize(height, width, count, prompts, steps, guided, output=output_type)
         with self.running(size):
+            files = picture_files(output_path, count) if output_type == "file" else []  # names that are free by now
             self.begin(guidance_scale, guidance_rescale=guidance_rescale, clip_skip=clip_skip)
             with self.stages.stage("encode prompt"):
                 embeds = self.encode_prompt(
@@ -195,9 +195,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
         """
         checks.check_output_type(output_type, output_path)
         latents = load_latents(self, path)
-        files = picture_files(output_path, len(latents)) if output_type == "file" else []
         height, width = (side * self.vae_scale_factor for side in latents.shape[2:])
         with self.running(RunSize(height, width, len(latents), output=output_type)):
+            files = picture_files(output_path, len(latents)) if output_type == "file" else []
             self.begin(self.guidance_scale)
             return StableDiffusionPipelineOutput(*self.finish(latents, output_type, files, Path(path)))
 

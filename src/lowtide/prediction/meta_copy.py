@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowtide.memory.attach import attachment_of
 from lowtide.memory.placeholder import AtRest
+from lowtide.memory.rule_changes import attachment_of, undisturbed
 from lowtide.memory.store import DiskRest
 from lowtide.memory.weight import Weight
 from lowtide.weights.files import InFile
@@ -20,30 +20,36 @@ from lowtide.weights.slots import Slot, slots
 def meta_copy(module: nn.Module) -> nn.Module:
     """A copy whose tensors are on meta, with the shapes, strides and dtypes that the module computes with.
 
-    The module's own weights are neither read nor moved, and a rule that is at work on it is not copied. Raises
-    `ValueError` for a module that cannot be copied, such as a traced one.
+    The module's own weights are neither read nor moved, and a rule that is at work on it is not copied; another thread
+    that calls it under a rule is waited for, since weights come and go then. Raises `ValueError` for a module that
+    cannot be copied, such as a traced one.
     """
     on_meta: dict[int, Any] = {}
-    for slot in slots(module):
-        tensor = slot.tensor
-        if id(tensor) not in on_meta:
-            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            is_parameter = slot.kind == "parameter"
-            on_meta[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
     try:
-        return copy.deepcopy(module, on_meta)
+        with undisturbed(module):
+            for slot in slots(module):
+                if id(slot.tensor) not in on_meta:
+                    on_meta[id(slot.tensor)] = _on_meta(slot)
+            return copy.deepcopy(module, on_meta)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{type(module).__name__} cannot be planned for, since it cannot be copied: {error}"
         ) from error
 
 
+def _on_meta(slot: Slot) -> torch.Tensor:
+    tensor = slot.tensor
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if slot.kind == "parameter" else empty
+
+
 def weights_in_files(module: nn.Module) -> dict[str, InFile]:
     """How each weight that came from a checkpoint lies there, by name; the others are in no file."""
-    attachment = attachment_of(module)
-    views = [] if attachment is None else [(weight, view) for weight in attachment.weights for view in weight.views]
-    moved = {(id(view.slot.owner), view.slot.leaf): weight for weight, view in views}
-    entries = {slot.name: _in_file(slot, moved.get((id(slot.owner), slot.leaf))) for slot in slots(module)}
+    with undisturbed(module):
+        attachment = attachment_of(module)
+        views = [] if attachment is None else [(weight, view) for weight in attachment.weights for view in weight.views]
+        moved = {(id(view.slot.owner), view.slot.leaf): weight for weight, view in views}
+        entries = {slot.name: _in_file(slot, moved.get((id(slot.owner), slot.leaf))) for slot in slots(module)}
     return {name: entry for name, entry in entries.items() if entry is not None}
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from compare import HERE
+from gpu_networks import SDXL_UNET
 
 sys.path.insert(0, str(HERE.parent))
 from tests.guests import guest_tokenizers as tokenizers
@@ -39,18 +40,11 @@ def sdxl() -> Any:
     import diffusers as d
     import transformers as t
 
-    unet = d.UNet2DConditionModel(
-        sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=[1, 2, 10], attention_head_dim=[5, 10, 20], cross_attention_dim=2048,
-        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-        use_linear_projection=True,
-    )  # fmt: skip
     return d.StableDiffusionXLPipeline(
         vae=d.AutoencoderKL(**VAE, scaling_factor=0.13), tokenizer=tokenizers.clip(77), tokenizer_2=tokenizers.clip(77),
         text_encoder=t.CLIPTextModel(t.CLIPTextConfig(**CLIP)),
-        text_encoder_2=t.CLIPTextModelWithProjection(t.CLIPTextConfig(**CLIP_G)), unet=unet,
+        text_encoder_2=t.CLIPTextModelWithProjection(t.CLIPTextConfig(**CLIP_G)),
+        unet=d.UNet2DConditionModel(**SDXL_UNET),
         scheduler=d.EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
     )  # fmt: skip
 

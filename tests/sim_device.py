@@ -211,6 +211,9 @@ class Sim(Accelerator):
     def give_back(self, device: torch.device) -> None:
         pass
 
+    def limit(self, device: torch.device, nbytes: int | None) -> None:
+        self.of(device).limit = 2**40 if nbytes is None else nbytes
+
     def synchronize(self, device: torch.device) -> None:
         one = self.of(device)
         one.counts.waits.append("synchronize")

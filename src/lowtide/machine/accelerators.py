@@ -88,6 +88,14 @@ class Accelerator:
         with self.on(device):
             self._torch.empty_cache()
 
+    def limit(self, device: torch.device, nbytes: int | None) -> None:
+        """Have the allocator hold at most so many bytes, or, with None, as many as there are.
+
+        What it is asked for beyond them raises `torch.OutOfMemoryError`, as on a device that has no more.
+        """
+        total = self._torch.get_device_properties(device).total_memory
+        self._torch.set_per_process_memory_fraction(1.0 if nbytes is None else min(nbytes / total, 1.0), device)
+
     # ---- streams and time
 
     def synchronize(self, device: torch.device) -> None:
@@ -203,6 +211,11 @@ class Mps(Accelerator):
     def give_back(self, device: torch.device) -> None:
         """Have the allocator return what it holds and does not use."""
         torch.mps.empty_cache()
+
+    def limit(self, device: torch.device, nbytes: int | None) -> None:
+        """Have the allocator hold at most so many bytes of what Metal recommends."""
+        total = torch.mps.recommended_max_memory()
+        torch.mps.set_per_process_memory_fraction(1.0 if nbytes is None else min(nbytes / total, 1.0))
 
     def synchronize(self, device: torch.device) -> None:
         """Wait until the device has done all that it was asked for."""

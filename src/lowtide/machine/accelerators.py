@@ -6,14 +6,18 @@ that is missing something is known for it in one place. `accelerator(device)` is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lowtide.machine.device_names import KINDS
+
+_FOR_ALL_DEVICES = 1
+"""`cudaHostRegisterPortable`, and `hipHostRegisterPortable`."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Accelerator:
     """
 
     has_streams = True
+    registers = False
+    """Whether memory that exists already can be pinned, byte for byte."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -118,32 +124,77 @@ class Accelerator:
 
     # ---- host memory that the device reads
 
-    def pinned_buffer(self, nbytes: int) -> torch.Tensor:
-        """Host memory that is copied at full speed, flat uint8."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    def pin(self, flat: torch.Tensor, device: torch.device) -> bool:
+        """Lock a tensor's very bytes so that they are copied at full speed; whether that was possible.
 
-    def pin(self, flat: torch.Tensor) -> bool:
-        """Lock a tensor's memory so that it is copied at full speed; whether that was possible."""
-        return False
+        `lowtide.machine.pinned_memory` is who asks: it knows how much is pinned already.
+        """
+        if not self.registers:
+            return False
+        with self.on(device):
+            is_pinned = self._register(flat)
+            if not is_pinned:
+                self._forget_error(device)
+                warnings.warn(f"Host memory could not be pinned for {device}: copies from it are slower.", stacklevel=2)
+        return is_pinned
+
+    def unpin(self, flat: torch.Tensor, device: torch.device) -> None:
+        """Undo `pin`, before the memory is freed. No copy from it may be under way."""
+        if self.registers:
+            with self.on(device):
+                if not self._unregister(flat):
+                    self._forget_error(device)
+
+    def pinned_stage(self, nbytes: int) -> torch.Tensor | None:
+        """Pinned memory of PyTorch's own allocator, flat uint8, where no other can be pinned; None where there is none.
+
+        It rounds up to a power of two, and keeps what it has: for a few buffers of such a size.
+        """
+        return None
+
+    def _register(self, flat: torch.Tensor) -> bool:
+        raise NotImplementedError
+
+    def _unregister(self, flat: torch.Tensor) -> bool:
+        raise NotImplementedError
+
+    def _forget_error(self, device: torch.device) -> None:
+        """Clear the error that a failed call of the runtime left to this thread: the next launch would raise it.
+
+        So this launches something. PyTorch has no other way to it, and what is wrong for good is raised again.
+        """
+        with suppress(RuntimeError):
+            torch.ones(1, device=device)
 
 
 class Cuda(Accelerator):
     """NVIDIA's devices, and AMD's through ROCm."""
 
+    registers = True
+
     def capability(self, device: torch.device) -> str:
         """Such as "9.0"."""
         return ".".join(map(str, torch.cuda.get_device_capability(device)))
 
-    def pin(self, flat: torch.Tensor) -> bool:
-        """Registers the very bytes: PyTorch's own allocator of pinned memory rounds up to a power of two."""
-        import weakref
-
-        address = flat.data_ptr()
+    def _register(self, flat: torch.Tensor) -> bool:
         runtime: Any = torch.cuda.cudart()
-        if int(runtime.cudaHostRegister(address, flat.numel(), 0)) != 0:
-            return False
-        weakref.finalize(flat.untyped_storage(), runtime.cudaHostUnregister, address)
-        return True
+        return int(runtime.cudaHostRegister(flat.data_ptr(), flat.numel(), _FOR_ALL_DEVICES)) == 0
+
+    def _unregister(self, flat: torch.Tensor) -> bool:
+        runtime: Any = torch.cuda.cudart()
+        return int(runtime.cudaHostUnregister(flat.data_ptr())) == 0
+
+
+class Xpu(Accelerator):
+    """Intel's devices."""
+
+    def pinned_stage(self, nbytes: int) -> torch.Tensor | None:
+        """From PyTorch's allocator: SYCL registers no memory that exists already."""
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:
+            warnings.warn("Host memory could not be pinned for xpu: copies from it are slower.", stacklevel=2)
+            return None
 
 
 class Mps(Accelerator):
@@ -203,7 +254,7 @@ class Mps(Accelerator):
         yield
 
 
-_KINDS = {kind: {"cuda": Cuda, "mps": Mps}.get(kind, Accelerator)(kind) for kind in KINDS}
+_KINDS = {kind: {"cuda": Cuda, "xpu": Xpu, "mps": Mps}.get(kind, Accelerator)(kind) for kind in KINDS}
 
 
 def accelerator(device: torch.device | str) -> Accelerator | None:

@@ -22,10 +22,11 @@ _FOR_ALL_DEVICES = 1
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes of a device's memory: `free` for this process, what its allocator holds and does not use among them."""
+    """Bytes of a device's memory: `free` for this process; of these its allocator holds `unused` ones already."""
 
     free: int
     total: int
+    unused: int = 0
 
 
 class Accelerator:
@@ -70,10 +71,15 @@ class Accelerator:
     # ---- memory
 
     def memory(self, device: torch.device) -> DeviceMemory:
-        """What is free for this process, and what there is."""
+        """What is free for this process, and what there is, of the share that it may have."""
         free, total = self._torch.mem_get_info(device)
-        unused = self._torch.memory_reserved(device) - self._torch.memory_allocated(device)
-        return DeviceMemory(free + max(unused, 0), total)
+        reserved = self._torch.memory_reserved(device)
+        unused = max(reserved - self._torch.memory_allocated(device), 0)
+        share = getattr(self._torch, "get_per_process_memory_fraction", None)  # not in every release
+        if share is not None:
+            total = int(total * share(device))
+            free = min(free, max(total - reserved, 0))
+        return DeviceMemory(free + unused, total, unused)
 
     def allocated(self, device: torch.device) -> int:
         """Bytes of tensors now."""

@@ -157,6 +157,8 @@ class Device:
 class Sim(Accelerator):
     """The kind of device. `early` copies are done at once; `unified` ones have the host's memory."""
 
+    reads_at_once = True
+
     def __init__(self, *, early: bool, pins: bool = True, unified: bool = False) -> None:
         super().__init__("sim")
         self.early, self.registers, self.unified = early, pins, unified

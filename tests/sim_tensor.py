@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from tests.sim_device import CopyStream, Device, Home, Sim
-from torch.utils._pytree import tree_leaves, tree_map
 
-from lowtide.machine import accelerators
+from lowtide.fitting import prepare, process
+from lowtide.fitting.process import USUAL_BASE
+from lowtide.machine import accelerators, device_names
 from lowtide.memory import module_weights
 from lowtide.memory.device_stream import DeviceStream
+from lowtide.planning import machine_rates, plan
+from lowtide.planning.machine_rates import assumed_rates
 
 aten = torch.ops.aten
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
@@ -54,6 +58,13 @@ class SimTensor(torch.Tensor):
     def __deepcopy__(self, memo: Any) -> SimTensor:
         return SimTensor(self.inner.clone(), self.device)
 
+    def detach(self) -> SimTensor:
+        """With a version of its own, as a parameter made of an ordinary tensor has it."""
+        return SimTensor(self.inner, self.device, self.home)
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
     def untyped_storage(self) -> Any:
         return self.inner.untyped_storage()
 
@@ -81,8 +92,8 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is aten.copy_.default:
         return copied(one, *args, **kwargs)
     if func.is_view:
-        inner = func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs))
-        return tree_map(lambda x: SimTensor(x, given[0].device, given[0].home), inner)
+        inner = func(*mapped(unwrapped, args), **mapped(unwrapped, kwargs))
+        return mapped(lambda x: SimTensor(x, given[0].device, given[0].home), inner)
     if func in WAITING:
         one.counts.waits.append(func.overloadpacket.__name__)
     used(one, given, func)
@@ -91,19 +102,19 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         one.counts.waits.append(f"to {target.type}")
     elif target != given[0].device:
         target = torch.device("sim", target.index or 0)
-    asked = {**tree_map(unwrapped, kwargs), **({"device": torch.device("cpu")} if "device" in kwargs else {})}
-    made = func(*tree_map(unwrapped, args), **asked)
+    asked = {**mapped(unwrapped, kwargs), **({"device": torch.device("cpu")} if "device" in kwargs else {})}
+    made = func(*mapped(unwrapped, args), **asked)
     by_inner = {id(x.inner): x for x in given}
     homes = {x.data_ptr(): x.home for x in given}
 
     def wrapped(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or target.type != "sim":
+        if target.type != "sim":
             return x
         if id(x) in by_inner:
             return by_inner[id(x)]
         return SimTensor(x, target, homes.get(x.data_ptr()) if x.numel() else None)
 
-    return tree_map(wrapped, made)
+    return mapped(wrapped, made)
 
 
 def used(one: Device, given: list[SimTensor], func: Any) -> None:
@@ -130,6 +141,8 @@ def copied(one: Device, target: torch.Tensor, source: torch.Tensor, non_blocking
         used(one, [x for x in (target, source) if isinstance(x, SimTensor)], aten.copy_)
         if not isinstance(source, SimTensor):
             one.counts.copies += 1
+            if not non_blocking:
+                one.counts.waits.append("from cpu")
         inner.copy_(origin)
         return target
     one.counts.copies += 1
@@ -155,11 +168,22 @@ def check_devices(func: Any, args: Any, kwargs: Any, given: list[SimTensor]) -> 
             raise RuntimeError(f"Expected all tensors to be on the same device, but {func} found {x.device} too")
 
 
+def mapped(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Change the tensors in what an operator is given or gives."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)([mapped(change, one) for one in value])
+    return {name: mapped(change, one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
 def flat_tensors(value: Any) -> list[torch.Tensor]:
-    return [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
+    found: list[torch.Tensor] = []
+    mapped(found.append, value)
+    return found
 
 
-def unwrapped(x: Any) -> Any:
+def unwrapped(x: torch.Tensor) -> torch.Tensor:
     return x.inner if isinstance(x, SimTensor) else x
 
 
@@ -184,6 +208,20 @@ def _(size: Any, stride: Any, *, dtype: Any = None, device: Any = None, **_: Any
     return _empty(torch.empty_strided(size, stride, dtype=dtype), device)
 
 
+def _made_at_once(func: Any) -> None:
+    """PyTorch would make it empty and then resize it, which only the tensor on the CPU would hear of."""
+
+    @torch.library.impl(f"aten::{func._schema.name[6:]}.{func._overloadname}".removesuffix(".default"), "privateuseone")
+    def _(*args: Any, device: Any = None, **kwargs: Any) -> SimTensor:
+        return SimTensor(func(*args, **kwargs, device="cpu"), torch.device("sim", torch.device(device).index or 0))
+
+
+for packet in (aten.arange, aten.linspace, aten.eye, aten.randperm):
+    for overload in packet.overloads():
+        if "out" not in overload:
+            _made_at_once(getattr(packet, overload))
+
+
 @torch.library.impl("aten::_copy_from", "privateuseone")
 def _(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     unwrapped(target).copy_(unwrapped(source))  # of `torch.tensor(..., device=)`
@@ -206,5 +244,9 @@ def simulated(*, early: bool = False, pins: bool = True, unified: bool = False) 
 
         patch.setattr(DeviceStream, "_release", release)
         patch.setattr(module_weights, "PLAIN", {*module_weights.PLAIN, SimTensor})
+        for module in (plan, machine_rates):
+            patch.setattr(module, "KINDS", (*device_names.KINDS, "sim"))
+        patch.setattr(prepare, "machine_rates", lambda *_: replace(assumed_rates("float32"), device="sim"))
+        patch.setattr(process, "alone", lambda *_: (USUAL_BASE, 0))
         yield sim
         assert not sim.problems

@@ -169,9 +169,9 @@ def test_guidance(pipe):
 
 def test_dynamic_guidance():
     """It is a function of the timestep, and 1 where the timestep is the number of steps."""
-    assert dynamic_guidance(6.0, torch.tensor(50), 50) == 1
-    assert dynamic_guidance(6.0, torch.tensor(0), 50) == 7
-    assert 1 <= dynamic_guidance(6.0, torch.tensor(999), 50) <= 7
+    assert dynamic_guidance(6.0, 50, 50) == 1
+    assert dynamic_guidance(6.0, 0, 50) == 7
+    assert 1 <= dynamic_guidance(6.0, 999, 50) <= 7
 
 
 def test_latents_and_embeddings_given_are_those_made_inside(pipe):

@@ -32,12 +32,14 @@ class DeviceMemory:
 class Accelerator:
     """A kind of device that has streams, such as CUDA's (ROCm's is called so too) and XPU's.
 
-    `has_streams` says whether copies can run beside computing, ordered by events.
+    `has_streams` says whether copies can run beside computing, ordered by events; `reads_at_once`, whether a copy of
+    host memory that is not pinned has read all of it when the call returns, although it is not done; `registers`,
+    whether memory that exists already can be pinned, byte for byte.
     """
 
     has_streams = True
+    reads_at_once = False
     registers = False
-    """Whether memory that exists already can be pinned, byte for byte."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -174,8 +176,13 @@ class Accelerator:
 
 
 class Cuda(Accelerator):
-    """NVIDIA's devices, and AMD's through ROCm."""
+    """NVIDIA's devices, and AMD's through ROCm.
 
+    A copy from pageable memory goes through memory of the driver, which is filled at once (CUDA Runtime API, "API
+    synchronization behavior").
+    """
+
+    reads_at_once = True
     registers = True
 
     def capability(self, device: torch.device) -> str:
@@ -271,6 +278,13 @@ def accelerator(device: torch.device | str) -> Accelerator | None:
     if kind not in _KINDS:
         raise ValueError(f"device={str(device)!r} is not possible: weights can be streamed to {_possible()}.")
     return _KINDS[kind]
+
+
+def brought_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on a device; the host does not wait until the device comes to the copy, where it need not."""
+    kind = _KINDS.get(device.type)
+    may_go_on = kind is not None and kind.reads_at_once and tensor.device.type == "cpu" and not tensor.is_pinned()
+    return tensor.to(device, non_blocking=may_go_on)
 
 
 def is_here(device: torch.device) -> bool:

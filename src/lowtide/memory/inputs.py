@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from lowtide.machine.accelerators import brought_to
+
 
 def on_device(
     device: torch.device, args: Any, kwargs: dict[str, Any], excluded: Collection[str]
@@ -16,5 +18,5 @@ def on_device(
     if device.type == "cpu":
         return args, kwargs
     moved = {name: value for name, value in kwargs.items() if name not in excluded}
-    args, moved = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), (args, moved))
+    args, moved = tree_map_only(torch.Tensor, lambda tensor: brought_to(device, tensor), (args, moved))
     return args, {**kwargs, **moved}

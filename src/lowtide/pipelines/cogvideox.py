@@ -127,7 +127,9 @@ class CogVideoXPipeline(DiffusionPipeline):
             with self.stages.stage("denoise", steps=self.num_timesteps) as stage:
                 for step, timestep in self.steps():
                     if use_dynamic_cfg:
-                        self.guidance_scale = dynamic_guidance(guidance_scale, timestep, steps)
+                        self.guidance_scale = dynamic_guidance(
+                            guidance_scale, self.scheduler.number_of(timestep), steps
+                        )
                     noise_pred = self.predict_noise(x, timestep, embeds, self.guidance_scale, rotary)
                     x = self.take_step(noise_pred, timestep, x, eta=eta, generator=generator)
                     x = x.to(embeds.dtype)

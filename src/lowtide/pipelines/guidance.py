@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import torch
 
 
-def dynamic_guidance(guidance_scale: float, timestep: torch.Tensor, num_steps: int) -> float:
+def dynamic_guidance(guidance_scale: float, timestep: float, num_steps: int) -> float:
     """The guidance of one step: 1 + scale · (1 - cos(π · x⁵)) / 2 with x = (steps - timestep) / steps.
 
     The timestep is that of the training schedule, as in other libraries: x runs from far below 0 to nearly 1.
     """
-    x = (num_steps - timestep.item()) / num_steps
+    x = (num_steps - timestep) / num_steps
     return 1 + guidance_scale * ((1 - math.cos(math.pi * x**5.0)) / 2)
 
 

@@ -54,6 +54,6 @@ class CogVideoXDDIMScheduler(CogVideoXScheduler[CogVideoXDDIMConfig]):
         Raises `ValueError` before `set_timesteps`, outside the training schedule, and where noise is predicted from
         pure noise.
         """
-        at = int(timestep)
+        at = int(self.number_of(timestep))
         bar_prev, original = self._alpha_bar(self._target(at)), self._original(model_output, sample, at)
         return StepOutput(cogvideox_ddim_step(sample, original, self._alpha_bar(at), bar_prev), original)

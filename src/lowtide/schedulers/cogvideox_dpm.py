@@ -100,7 +100,7 @@ class CogVideoXDPMScheduler(CogVideoXScheduler[CogVideoXDPMConfig]):
                 "CogVideoXDPMScheduler.step takes model_output, timestep and sample: it remembers the last prediction "
                 "and its timestep itself. Give old_pred_original_sample and timestep_back by name, or leave them out."
             )
-        at = int(timestep)
+        at = int(self.number_of(timestep))
         target, place = self._target(at), self._find(at)
         past = self._past if self._past is not None and place == self._past.place + 1 else None
         self._check_shape(sample, past)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lowtide.config_checks import check_types
 from lowtide.configs import Config, frozen, write_json
 from lowtide.hub import Source
+from lowtide.machine.accelerators import brought_to
 from lowtide.peer_names import PeerNames, refuse_arguments
 from lowtide.schedulers import noise_schedule
 from lowtide.schedulers.scheduler_entries import (
@@ -226,11 +227,30 @@ class SchedulerBase(PeerNames, Generic[ConfigT]):
         self.alphas_cumprod = _training_alphas(config, zero_snr) if alphas_cumprod is None else alphas_cumprod
         self.timesteps = torch.arange(config.num_train_timesteps - 1, -1, -1)
         self.num_inference_steps: int | None = None
+        self._on_host: tuple[Tensor, list[int | float]] | None = None
 
     @property
     def init_noise_sigma(self) -> float:
         """The standard deviation of the sample that the first step expects."""
         return 1.0
+
+    def number_of(self, timestep: Timestep) -> int | float:
+        """A timestep as a number. One of `timesteps` is known by its place: a device need not be waited for."""
+        place = self._place_in_timesteps(timestep)
+        if place is None:
+            return timestep.item() if isinstance(timestep, Tensor) else timestep
+        if self._on_host is None or self._on_host[0] is not self.timesteps:
+            self._on_host = self.timesteps, self.timesteps.tolist()
+        return self._on_host[1][place]
+
+    def _place_in_timesteps(self, timestep: Timestep) -> int | None:
+        """Where among `timesteps` the memory of `timestep` is; None where it is elsewhere, or is the host's."""
+        own = self.timesteps
+        if not isinstance(timestep, Tensor) or timestep.device.type == "cpu" or timestep.dtype != own.dtype:
+            return None
+        place = (timestep.data_ptr() - own.data_ptr()) // own.itemsize
+        is_one = timestep.numel() == 1 and own.is_contiguous() and timestep.device == own.device
+        return place if is_one and 0 <= place < own.numel() else None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | Config, **entries: Any) -> Self:
@@ -318,7 +338,8 @@ def draw_noise(
         items = [draw_noise((1, *shape[1:]), generator=g, device=device, dtype=dtype) for g in generator]
         return torch.cat(items)
     source = generator.device if generator is not None else device
-    return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)
+    noise = torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype)
+    return brought_to(torch.device(device), noise)
 
 
 def betas_of(config: SchedulerConfig, *, dtype: torch.dtype = torch.float32) -> Tensor:

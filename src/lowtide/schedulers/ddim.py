@@ -90,7 +90,7 @@ class DDIMScheduler(SchedulerBase[DDIMConfig]):
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} is not possible: choose from 0 (deterministic) to 1 (as random as DDPM).")
         eta = float(eta)  # numpy's numbers would make arrays of tensors
-        bar, bar_prev = self._alpha_bars(int(timestep))
+        bar, bar_prev = self._alpha_bars(int(self.number_of(timestep)))
         alpha, sigma, kind = bar**0.5, (1 - bar) ** 0.5, self.config.prediction_type
         original = noise_schedule.predict_original(kind, model_output, sample, alpha, sigma)
         noise = noise_schedule.predict_noise(kind, model_output, sample, alpha, sigma)

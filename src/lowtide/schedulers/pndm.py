@@ -98,11 +98,12 @@ class PNDMScheduler(SchedulerBase[PNDMConfig]):
 
         Raises `ValueError` before `set_timesteps`.
         """
+        at = int(self.number_of(timestep))
         gap = self.config.num_train_timesteps // self._num_inference_steps()
         if self._calls < RUNGE_KUTTA_CALLS and not self.config.skip_prk_steps:
-            prev_sample = self._runge_kutta(model_output, int(timestep), sample, gap)
+            prev_sample = self._runge_kutta(model_output, at, sample, gap)
         else:
-            prev_sample = self._multistep(model_output, int(timestep), sample, gap)
+            prev_sample = self._multistep(model_output, at, sample, gap)
         self._calls += 1
         if self._calls == len(self.timesteps):
             self._forget()

@@ -125,13 +125,13 @@ class SigmaScheduler(SchedulerBase[SigmaConfigT]):
 
     def _find(self, timestep: Timestep) -> int:
         """The first place of `timestep` in `timesteps`; raises `ValueError` if it is not among them."""
-        value = float(timestep)
-        matches = (self.timesteps == value).nonzero()
-        if len(matches) == 0:
+        value = float(self.number_of(timestep))
+        place = next((place for place, known in enumerate(self.timesteps.tolist()) if known == value), None)
+        if place is None:
             raise ValueError(
                 f"Timestep {value:g} is none of {type(self).__name__}.timesteps: take one that set_timesteps laid out."
             )
-        return int(matches[0])
+        return place
 
     def _enter(self, timestep: Timestep) -> int:
         """The place of the step at `timestep`. Raises `ValueError` before `set_timesteps` and after the last step."""

@@ -102,17 +102,22 @@ class CopyStream(SimStream):
 
     def __init__(self, device: Device) -> None:
         super().__init__(device)
-        self.queue: list[tuple[int, Callable[[], None]]] = []
+        self.queue: list[tuple[int, Callable[[], None], torch.Tensor]] = []
         self.seen = 0
 
     def wait_event(self, event: Event) -> None:
         assert isinstance(event, Event), "wait for no event"
         self.seen = max(self.seen, event.place) if event.stream is self.device.computing else self.seen
 
-    def push(self, do: Callable[[], None]) -> int:
+    @property
+    def sources(self) -> list[torch.Tensor]:
+        """What copies that are yet to be made read."""
+        return [source for _, _, source in self.queue]
+
+    def push(self, do: Callable[[], None], source: torch.Tensor) -> int:
         with self.device.lock:
             place = self.record()
-            self.queue.append((place, do))
+            self.queue.append((place, do, source))
         if self.device.sim.early:
             self.run_until(place)
         return place
@@ -157,20 +162,29 @@ class Sim(Accelerator):
     def __init__(self, *, early: bool, pins: bool = True, unified: bool = False, streams: bool = True) -> None:
         super().__init__("sim")
         self.has_streams = streams
-        self.early, self.pins, self.unified = early, pins, unified
-        self.devices = [Device(self, 0), Device(self, 1)]
-        self.pinned = 0
         self.captures = False
+        self.early, self.registers, self.unified = early, pins, unified
+        self.devices = [Device(self, 0), Device(self, 1)]
+        self.registered: dict[int, int] = {}
         self.failing: dict[str, list[BaseException | None]] = {}
-        self._chosen = threading.local()
+        self._here = threading.local()
 
     def fail(self, what: str, error: BaseException, *, after: int = 0) -> None:
-        """Have an "allocation", a "copy" or a "pin" raise this, after so many that go well."""
+        """Have an "allocation", a "copy" or a "pin" raise this, after so many that go well.
+
+        A pin does not raise it itself, as none of CUDA's does: the next launch of its thread does.
+        """
         self.failing[what] = [None] * after + [error]
 
     def may_fail(self, what: str) -> None:
         planned = self.failing.get(what)
         error = planned.pop(0) if planned else None
+        if error is not None:
+            raise error
+
+    def launch(self) -> None:
+        """A launch raises what a failed call of the runtime left to its thread, and clears it."""
+        error, self._here.error = getattr(self._here, "error", None), None
         if error is not None:
             raise error
 
@@ -228,7 +242,7 @@ class Sim(Accelerator):
         return self.chosen(self.of(device)) or self.of(device).computing
 
     def chosen(self, device: Device) -> SimStream | None:
-        stream = getattr(self._chosen, "stream", None)
+        stream = getattr(self._here, "stream", None)
         return stream if stream is not None and stream.device is device else None
 
     def is_capturing(self, device: torch.device) -> bool:
@@ -239,23 +253,31 @@ class Sim(Accelerator):
 
     @contextmanager
     def on(self, device: torch.device, stream: Any = None) -> Generator[None]:
-        before, self._chosen.stream = getattr(self._chosen, "stream", None), stream
+        before, self._here.stream = getattr(self._here, "stream", None), stream
         try:
             yield
         finally:
-            self._chosen.stream = before
+            self._here.stream = before
 
-    def pinned_buffer(self, nbytes: int) -> torch.Tensor:
-        flat = torch.empty(nbytes, dtype=torch.uint8)
-        assert self.pin(flat) or not self.pins
-        return flat
+    @property
+    def pinned(self) -> int:
+        return sum(self.registered.values())
 
-    def pin(self, flat: torch.Tensor) -> bool:
-        self.may_fail("pin")
-        if self.pins:
-            self.pinned += flat.numel()
-            weakref.finalize(flat.untyped_storage(), self._unpinned, flat.numel()).atexit = False
-        return self.pins
+    def _register(self, flat: torch.Tensor) -> bool:
+        assert flat.data_ptr() not in self.registered, "pinned twice"
+        try:
+            self.may_fail("pin")
+        except BaseException as error:
+            self._here.error = error
+            return False
+        self.registered[flat.data_ptr()] = flat.numel()
+        return True
 
-    def _unpinned(self, nbytes: int) -> None:
-        self.pinned -= nbytes
+    def _unregister(self, flat: torch.Tensor) -> bool:
+        sources = [source for device in self.devices for copier in device.copiers for source in copier.sources]
+        if any(source.untyped_storage().data_ptr() == flat.data_ptr() for source in sources):
+            self.devices[0].counts.problems.append("memory is unpinned, and a copy from it has yet to be made")
+        if self.registered.pop(flat.data_ptr(), None) is None:
+            self._here.error = RuntimeError("CUDA error: part or all of the requested memory range is not registered")
+            return False
+        return True

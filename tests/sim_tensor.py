@@ -119,6 +119,7 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def used(one: Device, given: list[SimTensor], func: Any) -> None:
     """Computing reads or writes these now."""
+    Here.sim.launch()
     one.counts.launches += 1
     place = one.computing.record()
     for x in given:
@@ -154,7 +155,7 @@ def copied(one: Device, target: torch.Tensor, source: torch.Tensor, non_blocking
         inner.copy_(origin)
 
     home.pending.append(0)
-    stream.push(do)
+    stream.push(do, origin)
     return target
 
 

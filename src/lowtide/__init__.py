@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lowtide.activations.row_streaming import apply_row_streaming, remove_row_streaming
     from lowtide.casting.casting import Casting
-    from lowtide.fitting.out_of_memory import OutOfMemoryError
     from lowtide.guests.doors import apply_plan, fit, plan_of, report, unfit
     from lowtide.guests.library import NoGuestsError
     from lowtide.guests.load_any import load
+    from lowtide.machine.memory_errors import OutOfMemoryError
     from lowtide.memory.presets import apply_residency
     from lowtide.models.safety_checker import StableDiffusionSafetyChecker
     from lowtide.models.unet import UNet2DConditionModel
@@ -78,7 +78,7 @@ _HOME = {
     "BudgetError": "lowtide.planning.plan",
     "Casting": "lowtide.casting.casting",
     "NotFiniteWarning": "lowtide.pipelines.not_finite",
-    "OutOfMemoryError": "lowtide.fitting.out_of_memory",
+    "OutOfMemoryError": "lowtide.machine.memory_errors",
     "Plan": "lowtide.planning.plan",
     "NoGuestsError": "lowtide.guests.library",
     "apply_plan": "lowtide.guests.doors",

@@ -33,6 +33,13 @@ def test_a_budget_is_advised_where_none_was_given(error, capsys):
     assert "--allow" in said
 
 
+def test_memory_that_a_library_did_not_get_on_a_gpu_leads_there_too(capsys):
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert "--vram 4GB" in ended(capsys, error)[1]
+    error = RuntimeError("XPU out of memory. Tried to allocate 4.00 GiB.")
+    assert "--vram 4GB" in ended(capsys, error)[1]
+
+
 def test_memory_of_a_gpu_leads_to_a_budget_of_it(capsys):
     import torch
 

@@ -15,9 +15,9 @@ from tests.lines import interrupted, places
 from tests.thinned import thinned
 
 from lowtide.fitting.meta_subject import meta_subject
-from lowtide.fitting.out_of_memory import OutOfMemoryError, is_of_device, is_out_of_memory
 from lowtide.fitting.prepare import prepare
 from lowtide.fitting.resuming import _State
+from lowtide.machine.memory_errors import OutOfMemoryError
 from lowtide.planning.plan import Budgets
 from lowtide.planning.planner import minimum
 from lowtide.schedulers import DPMSolverMultistepScheduler
@@ -190,7 +190,6 @@ def test_other_errors_are_not_taken_for_it(folders, monkeypatch):
     with pytest.raises(RuntimeError, match="shapes"):
         fits.make(pipe)
     assert len(done) == 1
-    assert not is_out_of_memory(ValueError("out of memory"))
 
 
 def test_foreign_files_hold_no_latents(folders, tmp_path):
@@ -269,12 +268,6 @@ def test_a_full_disk_does_not_end_the_run(folders, plain, monkeypatch, own_folde
     with pytest.warns(UserWarning, match="No space left"):
         assert fits.same(fits.make(pipe), plain["pictures"])
     assert not list(own_folder.glob("lowtide-latents-*"))
-
-
-@pytest.mark.parametrize("error", ERRORS)
-def test_which_memory_ran_out_is_told_apart(error):
-    assert is_of_device(ERRORS[error], torch.device("cuda")) == (error == "cuda")
-    assert is_of_device(ERRORS[error], torch.device("cpu"))
 
 
 def test_host_memory_that_runs_out_beside_a_gpu_is_what_shrinks(folders, monkeypatch):

@@ -148,7 +148,8 @@ def overwrites_too_early(self: DeviceStream, load: Any) -> None:
 
 
 def stage_used_again_at_once(self: DeviceStream, rest: Any, target: torch.Tensor, start: int) -> None:
-    self._stages = [(stage, SimpleEvent()) for stage, _ in self._stages]
+    for stage in self._stages:
+        stage.used = SimpleEvent()
     THROUGH(self, rest, target, start)
 
 

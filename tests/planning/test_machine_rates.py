@@ -14,7 +14,7 @@ from lowtide.machine.figure_cache import cache_folder
 from lowtide.planning import machine_rates
 from lowtide.planning.workload import Work
 
-MEASURED = replace(machine_rates.assumed_rates(), device="cpu", assumed=False, cache=1)
+MEASURED = replace(machine_rates.assumed_rates(), device="cpu", assumed=False, cache=1, pinned_most=0)
 
 
 @pytest.fixture

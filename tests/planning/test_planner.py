@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowtide.memory.bounds import Sizes, bound, depth, spread, within
-from lowtide.memory.rule import Level
+from lowtide.memory.bounds import STAGE_BYTES, Sizes, bound, depth, spread, within
+from lowtide.memory.rule import Level, Rule, Tier
 from lowtide.planning.frontier import PRECISION, Limits, beside_weights, choices, options_by_component, tick_of
 from lowtide.planning.options import component_options, under_rule
 from lowtide.planning.pace import Timing, shares_of
@@ -309,3 +309,25 @@ def test_what_the_cache_cannot_hold_comes_from_the_disk_each_time():
     assert timed(rates, 0).disk == 0
     assert timed(replace(rates, cache=19999), 0).disk == pytest.approx(10 * 200)
     assert timed(replace(rates, cache=19999), 0).seconds == pytest.approx(11 * 100 + 20 + 10 * 200)
+
+
+def test_what_cannot_be_pinned_takes_longer_and_the_plan_says_so():
+    work = workload()
+    budgets = Budgets(vram=minimum(work, GPU).vram)
+    free = choose(work, GPU, budgets)
+    assert free.pinned == free.host_peak - GPU.base
+    assert "pinned" in str(free).partition("Weights")[0]
+    limited = choose(work, replace(GPU, pinned_most=free.pinned // 4), budgets)
+    assert limited.pinned == limited.pinned_most == free.pinned // 4
+    assert limited.seconds > free.seconds
+    assert any("can be pinned" in reason for reason in limited.why)
+    assert not any("can be pinned" in reason for reason in free.why)
+    assert Plan.from_json(limited.to_json()) == limited
+
+
+def test_a_unit_that_is_not_pinned_goes_through_buffers():
+    one, rule = component("one", [2000] * 10), Rule(Level.BLOCK, Tier.HOST)
+    option = under_rule(one, replace(GPU, pinned_most=5000), rule, None)
+    assert [stream.staged for stream in option.streams] == [False] * 2 + [True] * 8
+    assert option.host == 20000 + 2 * STAGE_BYTES
+    assert under_rule(one, GPU, rule, None).host == 20000

@@ -112,8 +112,9 @@ def _exit_code(error: Exception) -> int:
 def _message(error: Exception, *, has_budget: bool) -> str:
     if isinstance(error, InputError | NoGuestsError):
         return str(error)
-    if _is_out_of_memory(error):
-        budget = "" if has_budget else "--vram" if "CUDA" in str(error) else "--ram"
+    memory = _memory_that_ran_out(error)
+    if memory is not None:
+        budget = "" if has_budget else "--vram" if memory == "device" else "--ram"
         said = [_first_line(error) or "out of memory", _advice(budget)]
         return "\n".join([*said, *_way_on(error, f" {budget} auto" if budget else "")])
     if _is_mismatch(error):
@@ -140,12 +141,13 @@ def _way_on(error: BaseException, options: str = "") -> list[str]:
     return [f"The latents are kept in {latents} for a week. To go on from there: {command}"]
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError) or "torch" not in sys.modules:
-        return isinstance(error, MemoryError)
-    from lowtide.fitting.out_of_memory import OutOfMemoryError, is_out_of_memory
+def _memory_that_ran_out(error: Exception) -> str | None:
+    """The "device"'s or the "host"'s, where an error says that."""
+    if "torch" not in sys.modules:
+        return "host" if isinstance(error, MemoryError) else None
+    from lowtide.machine.memory_errors import OutOfMemoryError, out_of
 
-    return is_out_of_memory(error) or isinstance(error, OutOfMemoryError)
+    return "host" if isinstance(error, OutOfMemoryError) else out_of(error)
 
 
 def _is_mismatch(error: Exception) -> bool:

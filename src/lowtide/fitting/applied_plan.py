@@ -14,11 +14,11 @@ from torch import nn
 from lowtide.casting.apply_casting import apply_casting, remove_casting
 from lowtide.casting.casting import NAMED_CASTINGS, Casting
 from lowtide.fitting.observers import Heap
-from lowtide.fitting.out_of_memory import is_out_of_memory
 from lowtide.fitting.prepare import Fit
 from lowtide.fitting.run_report import RunReport, run_report
 from lowtide.fitting.subject import Subject
 from lowtide.machine.heap import steady_malloc, trim_heap
+from lowtide.machine.memory_errors import out_of
 from lowtide.measuring.meter import Meter, StageReading
 from lowtide.measuring.transfers import Flow, FlowMeter, ledgers_of, total_flow
 from lowtide.memory.attach import attach, detach
@@ -145,7 +145,7 @@ class AppliedPlan:
             try:
                 self.put_to_work(self.fit, plan)
             except Exception as error:
-                if not is_out_of_memory(error):
+                if out_of(error, self.fit.device) is None:
                     raise
                 continue
             planned = plan.stage(stage)

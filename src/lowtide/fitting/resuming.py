@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from lowtide.fitting.out_of_memory import OutOfMemoryError, is_of_device, is_out_of_memory
 from lowtide.fitting.subject import Subject
+from lowtide.machine.accelerators import accelerator
+from lowtide.machine.memory_errors import OutOfMemoryError, out_of
 
 if TYPE_CHECKING:
     from lowtide.fitting.applied_plan import AppliedPlan
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=Subject)
 P = ParamSpec("P")
 R = TypeVar("R")
-ADVICE = "Give the pipeline a budget, as in pipe.fit(ram='auto'): it then goes on with a smaller plan by itself."
+ADVICE = "Give the pipeline a budget, as in pipe.fit({name}='auto'): it then goes on with a smaller plan by itself."
 
 
 def resumed(stage: str) -> Callable[[Callable[Concatenate[S, P], R]], Callable[Concatenate[S, P], R]]:
@@ -60,20 +61,25 @@ class Attempts:
         self._state = None if self._applied is None else _State(self._subject, self._given)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> bool:
-        if error is None or not is_out_of_memory(error):
-            return False
         applied, state = self._applied, self._state
+        device = None if applied is None else applied.fit.device
+        memory = None if error is None else out_of(error, device)
+        if error is None or memory is None:
+            return False
         if applied is None or state is None:
-            error.add_note(ADVICE)
+            error.add_note(ADVICE.format(name="vram" if memory == "device" else "ram"))
             return False
         reason = str(error).partition("\n")[0][:160] or type(error).__name__
-        of_host = not is_of_device(error, applied.fit.device)
+        of_host = memory == "host" and applied.fit.device.type != "cpu"
         self._failed = functools.partial(_go_on_smaller, applied, state, self._stage, reason, of_host=of_host)
         return True
 
 
 def _go_on_smaller(applied: AppliedPlan, state: _State, stage: str, reason: str, *, of_host: bool) -> None:
     state.put_back()
+    kind = accelerator(applied.fit.device)
+    if kind is not None:  # other libraries get nothing of what PyTorch holds and does not use
+        kind.give_back(applied.fit.device)
     if not applied.shrink(stage, reason, of_host=of_host):
         raise OutOfMemoryError(
             f"Memory ran out in {stage!r} under the smallest plan there is ({reason}). Close other programs, ask "

@@ -6,8 +6,9 @@ that is missing something is known for it in one place. `accelerator(device)` is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,24 +16,30 @@ import torch
 
 from lowtide.machine.device_names import KINDS
 
+_FOR_ALL_DEVICES = 1
+"""`cudaHostRegisterPortable`, and `hipHostRegisterPortable`."""
+
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes of a device's memory: `free` for this process, what its allocator holds and does not use among them."""
+    """Bytes of a device's memory: `free` for this process; of these its allocator holds `unused` ones already."""
 
     free: int
     total: int
+    unused: int = 0
 
 
 class Accelerator:
     """A kind of device that has streams, such as CUDA's (ROCm's is called so too) and XPU's.
 
     `has_streams` says whether copies can run beside computing, ordered by events; `reads_at_once`, whether a copy of
-    host memory that is not pinned has read all of it when the call returns, although it is not done.
+    host memory that is not pinned has read all of it when the call returns, although it is not done; `registers`,
+    whether memory that exists already can be pinned, byte for byte.
     """
 
     has_streams = True
     reads_at_once = False
+    registers = False
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -66,10 +73,15 @@ class Accelerator:
     # ---- memory
 
     def memory(self, device: torch.device) -> DeviceMemory:
-        """What is free for this process, and what there is."""
+        """What is free for this process, and what there is, of the share that it may have."""
         free, total = self._torch.mem_get_info(device)
-        unused = self._torch.memory_reserved(device) - self._torch.memory_allocated(device)
-        return DeviceMemory(free + max(unused, 0), total)
+        reserved = self._torch.memory_reserved(device)
+        unused = max(reserved - self._torch.memory_allocated(device), 0)
+        share = getattr(self._torch, "get_per_process_memory_fraction", None)  # not in every release
+        if share is not None:
+            total = int(total * share(device))
+            free = min(free, max(total - reserved, 0))
+        return DeviceMemory(free + unused, total, unused)
 
     def allocated(self, device: torch.device) -> int:
         """Bytes of tensors now."""
@@ -132,13 +144,47 @@ class Accelerator:
 
     # ---- host memory that the device reads
 
-    def pinned_buffer(self, nbytes: int) -> torch.Tensor:
-        """Host memory that is copied at full speed, flat uint8."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    def pin(self, flat: torch.Tensor, device: torch.device) -> bool:
+        """Lock a tensor's very bytes so that they are copied at full speed; whether that was possible.
 
-    def pin(self, flat: torch.Tensor) -> bool:
-        """Lock a tensor's memory so that it is copied at full speed; whether that was possible."""
-        return False
+        `lowtide.machine.pinned_memory` is who asks: it knows how much is pinned already.
+        """
+        if not self.registers:
+            return False
+        with self.on(device):
+            is_pinned = self._register(flat)
+            if not is_pinned:
+                self._forget_error(device)
+                warnings.warn(f"Host memory could not be pinned for {device}: copies from it are slower.", stacklevel=2)
+        return is_pinned
+
+    def unpin(self, flat: torch.Tensor, device: torch.device) -> None:
+        """Undo `pin`, before the memory is freed. No copy from it may be under way."""
+        if self.registers:
+            with self.on(device):
+                if not self._unregister(flat):
+                    self._forget_error(device)
+
+    def pinned_stage(self, nbytes: int) -> torch.Tensor | None:
+        """Pinned memory of PyTorch's own allocator, flat uint8, where no other can be pinned; None where there is none.
+
+        It rounds up to a power of two, and keeps what it has: for a few buffers of such a size.
+        """
+        return None
+
+    def _register(self, flat: torch.Tensor) -> bool:
+        raise NotImplementedError
+
+    def _unregister(self, flat: torch.Tensor) -> bool:
+        raise NotImplementedError
+
+    def _forget_error(self, device: torch.device) -> None:
+        """Clear the error that a failed call of the runtime left to this thread: the next launch would raise it.
+
+        So this launches something. PyTorch has no other way to it, and what is wrong for good is raised again.
+        """
+        with suppress(RuntimeError):
+            torch.ones(1, device=device)
 
 
 class Cuda(Accelerator):
@@ -149,6 +195,7 @@ class Cuda(Accelerator):
     """
 
     reads_at_once = True
+    registers = True
 
     def capability(self, device: torch.device) -> str:
         """Such as "9.0"."""
@@ -159,16 +206,25 @@ class Cuda(Accelerator):
         with torch.cuda.device(device):
             return torch.cuda.is_current_stream_capturing()
 
-    def pin(self, flat: torch.Tensor) -> bool:
-        """Registers the very bytes: PyTorch's own allocator of pinned memory rounds up to a power of two."""
-        import weakref
-
-        address = flat.data_ptr()
+    def _register(self, flat: torch.Tensor) -> bool:
         runtime: Any = torch.cuda.cudart()
-        if int(runtime.cudaHostRegister(address, flat.numel(), 0)) != 0:
-            return False
-        weakref.finalize(flat.untyped_storage(), runtime.cudaHostUnregister, address)
-        return True
+        return int(runtime.cudaHostRegister(flat.data_ptr(), flat.numel(), _FOR_ALL_DEVICES)) == 0
+
+    def _unregister(self, flat: torch.Tensor) -> bool:
+        runtime: Any = torch.cuda.cudart()
+        return int(runtime.cudaHostUnregister(flat.data_ptr())) == 0
+
+
+class Xpu(Accelerator):
+    """Intel's devices."""
+
+    def pinned_stage(self, nbytes: int) -> torch.Tensor | None:
+        """From PyTorch's allocator: SYCL registers no memory that exists already."""
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:
+            warnings.warn("Host memory could not be pinned for xpu: copies from it are slower.", stacklevel=2)
+            return None
 
 
 class Mps(Accelerator):
@@ -233,7 +289,7 @@ class Mps(Accelerator):
         yield
 
 
-_KINDS = {kind: {"cuda": Cuda, "mps": Mps}.get(kind, Accelerator)(kind) for kind in KINDS}
+_KINDS = {kind: {"cuda": Cuda, "xpu": Xpu, "mps": Mps}.get(kind, Accelerator)(kind) for kind in KINDS}
 
 
 def accelerator(device: torch.device | str) -> Accelerator | None:

@@ -57,11 +57,13 @@ def link_rates(device: torch.device) -> tuple[float, float]:
     import torch
 
     from lowtide.machine.accelerators import accelerator
+    from lowtide.machine.pinned_memory import HostBuffer
 
     kind = accelerator(device)
     assert kind is not None
-    host = kind.pinned_buffer(_COPY_BYTES).fill_(1)
-    remote = torch.empty_like(host, device=device, pin_memory=False)
+    buffer = HostBuffer(_COPY_BYTES, device, kind, is_stage=True)
+    host = buffer.flat.fill_(1)
+    remote = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
 
     def copy(target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)

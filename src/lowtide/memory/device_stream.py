@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from lowtide.machine.accelerators import Accelerator
+from lowtide.machine.pinned_memory import HostBuffer
 from lowtide.memory.bounds import STAGE_BYTES
 from lowtide.memory.stream import Stream
-from lowtide.memory.unit import Load
+from lowtide.memory.unit import Load, Unit
 from lowtide.ops.modes import outside_inference_mode
 
 
@@ -27,7 +28,18 @@ class DeviceStream(Stream):
         super().__init__(device, prefetch=prefetch, zero_copy=zero_copy)
         self._accelerator = accelerator
         self._copier = accelerator.new_stream(device)
-        self._stages: list[tuple[torch.Tensor, Any]] = []
+        self._stages: list[HostBuffer] = []
+
+    def dismiss(self, units: list[Unit]) -> None:
+        """Serve these units no more; their weights are dropped, and their memory on the host is pinned no more."""
+        super().dismiss(units)
+        for unit in units:
+            if unit.host is not None:
+                unit.host.unpin()
+        if not self._sizes:
+            while self._stages:
+                self._stages[-1].unpin()
+                self._stages.pop()
 
     def _begin(self, load: Load) -> None:
         if load.buffer is None:
@@ -40,12 +52,14 @@ class DeviceStream(Stream):
             )
         if load.buffer.free is None:  # new: what its memory was before is in use until now
             load.buffer.free = self._computing().record_event()
-        flat = load.unit.host_flat
-        if flat is not None and load.unit.is_pinned:
+        host = load.unit.host
+        if host is not None and host.is_pinned:
             with self._accelerator.on(self.device, self._copier):
                 self._copier.wait_event(load.buffer.free)
-                load.buffer.flat[: flat.numel()].copy_(flat, non_blocking=True)
-                load.event = self._copier.record_event()
+                try:
+                    load.buffer.flat[: host.flat.numel()].copy_(host.flat, non_blocking=True)
+                finally:
+                    load.event = host.used = self._copier.record_event()
         else:
             super()._begin(load)
 
@@ -66,13 +80,17 @@ class DeviceStream(Stream):
 
     def _through_stage(self, rest: Any, target: torch.Tensor, start: int) -> None:
         if len(self._stages) < 2:
-            stage = self._accelerator.pinned_buffer(STAGE_BYTES)
+            stage = HostBuffer(STAGE_BYTES, self.device, self._accelerator, is_stage=True)
         else:
-            stage, used = self._stages.pop(0)
-            used.synchronize()
-        rest.copy_into(stage[: target.numel()], start)
-        target.copy_(stage[: target.numel()], non_blocking=True)
-        self._stages.append((stage, self._copier.record_event()))
+            stage = self._stages.pop(0)
+            stage.used.synchronize()
+        part = stage.flat[: target.numel()]
+        try:
+            rest.copy_into(part, start)
+            target.copy_(part, non_blocking=True)
+        finally:
+            stage.used = self._copier.record_event()
+            self._stages.append(stage)
 
     def _wait(self, load: Load) -> None:
         super()._wait(load)

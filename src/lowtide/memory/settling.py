@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from lowtide.machine.accelerators import accelerator
-from lowtide.machine.host import host_memory
+from lowtide.machine.accelerators import Accelerator, accelerator
+from lowtide.machine.pinned_memory import HostBuffer
 from lowtide.memory.bounds import aligned, spread
 from lowtide.memory.rule import Rule, Tier
 from lowtide.memory.store import DiskRest, HostRest, Rest, Spill
@@ -17,9 +17,6 @@ from lowtide.weights.files import Origin, WeightFile
 from lowtide.weights.index import CheckpointError, CheckpointIndex
 from lowtide.weights.layout import is_by_rows
 from lowtide.weights.provenance import holds
-
-PINNED_SHARE = 0.5
-"""Of the host's memory at most this share is locked."""
 
 
 def settle_rests(units: list[Unit], rule: Rule, device: torch.device, index: CheckpointIndex | None) -> None:
@@ -58,14 +55,13 @@ class _Mover:
         self.accelerator = accelerator(device)
         self.spill = Spill(rule.spill_folder)
         self.host_used = 0
-        self.pinned = 0
 
     def move(self, unit: Unit) -> None:
         tier = self._tier(unit)
         if tier is Tier.HOST and self.accelerator is not None and not unit.stays:
-            self._flatten(unit)
+            self._flatten(unit, self.accelerator)
         for weight in unit.weights:
-            if unit.host_flat is None:
+            if unit.host is None:
                 weight.rest = self._rest(weight, tier, stays=unit.stays)
             weight.forget_given()
             weight.lay_down()
@@ -88,21 +84,16 @@ class _Mover:
         may_spill = self.rule.spill or self.rule.host_bytes is not None
         return self.spill.write(weight.rest.on_host()) if may_spill and not stays else HostRest(weight.rest.on_host())
 
-    def _flatten(self, unit: Unit) -> None:
+    def _flatten(self, unit: Unit, accelerator: Accelerator) -> None:
         """One run of host memory for the whole unit, so that it is one copy to the device."""
         sizes = [aligned(weight.nbytes) for weight in unit.weights]
-        flat = torch.empty(sum(sizes), dtype=torch.uint8)
-        has_room = self.pinned + flat.numel() <= host_memory().total * PINNED_SHARE
-        unit.is_pinned = self.rule.pin and has_room and self.accelerator is not None and self.accelerator.pin(flat)
-        if unit.is_pinned:
-            self.pinned += flat.numel()
+        unit.host = HostBuffer(sum(sizes), self.device, accelerator, may_pin=self.rule.pin)
         place = 0
         for weight, size in zip(unit.weights, sizes, strict=True):
-            part = flat[place : place + weight.nbytes]
+            part = unit.host.flat[place : place + weight.nbytes]
             (on_disk(weight) or weight.rest).copy_into(part)  # a file is read, not mapped: its pages would stay too
             weight.rest = HostRest(part, weight.origin)
             place += size
-        unit.host_flat = flat
 
 
 def on_disk(weight: Weight) -> DiskRest | None:

@@ -161,7 +161,7 @@ class Stream:
         weight.adopt(group)
         if before is not weight.rest and isinstance(before, DiskRest) and before.works_in_place:
             Window([before]).let_go()
-        unit.host_flat = None
+        unit.host = None
         self.changed(unit)
 
     def keep(self, unit: Unit) -> None:

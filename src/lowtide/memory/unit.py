@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowtide.machine.pinned_memory import HostBuffer
 from lowtide.memory.blocks import Part
 from lowtide.memory.placeholder import spoil
 from lowtide.memory.reader import Reading
@@ -26,8 +27,7 @@ class Unit:
     `count` is the number of calls that need it now. While its weights are in their slots, `load` is the load that
     brought them, and `placed` the tensors put there with their versions. A unit that `stays` is never dropped; a unit
     that `lingers` is not dropped after every call. Of a unit that is used `by_rows` only these are read, where all of
-    it can work where it lies. Where all of it rests in one run of host memory, that is `host_flat`, locked for faster
-    copies if `is_pinned`.
+    it can work where it lies. Where all of it rests in one run of memory for copies to an accelerator, that is `host`.
     """
 
     def __init__(self, name: str, part: Part) -> None:
@@ -40,8 +40,7 @@ class Unit:
         self.lingers = False
         self.count = 0
         self.load: Load | None = None
-        self.host_flat: torch.Tensor | None = None
-        self.is_pinned = False
+        self.host: HostBuffer | None = None
         self.placed: list[tuple[list[torch.Tensor], list[int]]] = []
 
     def place(self, load: Load, tensors: list[list[torch.Tensor]]) -> None:

@@ -44,7 +44,8 @@ def _budget_nouns(on_cpu: bool) -> dict[str, str]:
 def _header(plan: Plan) -> list[str]:
     on_cpu = plan.device == "cpu" or plan.unified
     peak = f"at most {format_decimal(plan.peak)}" + ("" if on_cpu else " of GPU memory")
-    host = "" if on_cpu else f", {format_decimal(plan.host_peak)} of host memory"
+    pinned = f" ({format_decimal(plan.pinned)} pinned)" if plan.pinned else ""
+    host = "" if on_cpu else f", {format_decimal(plan.host_peak)} of host memory{pinned}"
     assumed = " (assumed from usual figures of such a device, not measured)" if plan.assumed else ""
     within = budgets_in_words(plan.budgets, on_cpu=on_cpu)
     return [
@@ -67,7 +68,7 @@ def _stage(stage: StagePlan) -> str:
 
 def reasons(plan: Plan, workload: Workload) -> tuple[str, ...]:
     """The reasons of a plan: how components are held, how stages are gone through, and what limits the run."""
-    return (*_component_reasons(plan), *_way_reasons(plan, workload), *_limiting(plan))
+    return (*_component_reasons(plan), *_way_reasons(plan, workload), *_pinning(plan), *_limiting(plan))
 
 
 def _component_reasons(plan: Plan) -> Iterator[str]:
@@ -98,6 +99,13 @@ def _way_reasons(plan: Plan, workload: Workload) -> Iterator[str]:
             saved = stage.ways[WHOLE].peak - stage.ways[way].peak
             gain = f"which saves {format_decimal(saved)}" if saved > 0 else "which is faster"
             yield f"{stage.name}: {WAY_WORDS[way]}, {gain}"
+
+
+def _pinning(plan: Plan) -> Iterator[str]:
+    rests = any(part.rule is not None and part.rule.rest is Tier.HOST for part in plan.components.values())
+    if rests and plan.device != "cpu" and plan.pinned >= plan.pinned_most:
+        most = f"no more than {format_decimal(plan.pinned_most)} of it" if plan.pinned_most else "none of it"
+        yield f"host memory: {most} can be pinned, and copies from the rest take longer"
 
 
 def _limiting(plan: Plan) -> Iterator[str]:

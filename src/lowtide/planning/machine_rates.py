@@ -23,6 +23,7 @@ from lowtide.machine.disk_and_link import DiskRate, disk_read_rate, link_rates
 from lowtide.machine.figure_cache import keep, recall
 from lowtide.machine.host import host_memory, processor_name_and_flags, usable_cpus
 from lowtide.machine.kernel_rates import Computing
+from lowtide.machine.pinned_memory import PINNED, most_pinned
 from lowtide.planning.rates import Rates
 from lowtide.weights.fill import dtype_name
 
@@ -53,9 +54,9 @@ def machine_rates(
     """The rates of a device in a dtype; `base` and `device_base` are 0. The disk is measured in `folder`, the models'.
 
     The first call, and any with `refresh`, measures for a few seconds. Later calls read the rates from the user's cache
-    folder, except for `cache`, which is always what the system's memory could hold now. If there is no room for the
-    process that measures, or if it fails, usual figures are assumed and the next call tries again; of a failure a
-    warning gives the reason.
+    folder, except for `cache` and `pinned_most`, which are always what this system's memory could hold now. If there is
+    no room for the process that measures, or if it fails, usual figures are assumed and the next call tries again; of a
+    failure a warning gives the reason.
     """
     device = torch.device(device)
     folder = folder or _usual_folder()
@@ -71,7 +72,7 @@ def machine_rates(
             warnings.warn(f"This machine could not be measured, so plans assume usual figures: {error}", stacklevel=3)
             return _usual_on_cpu() if device.type == "cpu" else assumed_rates(dtype_name(dtype))
         keep("rates", key, asdict(rates))
-    return replace(rates, cache=host_memory().available)
+    return replace(rates, cache=host_memory().available, pinned_most=most_pinned(device))
 
 
 def _usual_on_cpu() -> Rates:
@@ -96,6 +97,7 @@ def _usual_on_cpu() -> Rates:
         contention=_contention(),
         channels_last=speed,
         assumed=True,
+        pinned_most=0,
     )
 
 
@@ -121,6 +123,7 @@ def assumed_rates(dtype: str = "float16") -> Rates:
         dequantized=1.5e11,
         channels_last=speed,
         assumed=True,
+        pinned_most=PINNED.limit,
     )
 
 

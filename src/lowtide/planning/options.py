@@ -25,13 +25,14 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class Streamed:
-    """A unit that streams: its `place` among the units, how many of its bytes are `copied` rather than mapped, and
-    whether it comes from a file (`on_disk`).
+    """A unit that streams: its `place` among the units, how many of its bytes are `copied` rather than mapped, whether
+    it comes from a file (`on_disk`), and whether a GPU gets it through buffers (`staged`), being in no pinned memory.
     """
 
     place: int
     copied: int
     on_disk: bool
+    staged: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,17 @@ def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | No
     units = units_of(component, rule.level, casting)
     staying = set(spread([unit.nbytes for unit in units], rule.resident_bytes))
     places = [place for place in range(len(units)) if place not in staying]
-    on_host = within([units[place].nbytes for place in places], rule.host_bytes) if rule.rest is Tier.HOST else None
+    on_host = set(_fitting(places, units, rule.host_bytes)) if rule.rest is Tier.HOST else set[int]()
+    # as if it were the only component: the others may leave it less
+    pinned = set(_fitting(sorted(on_host), units, rates.pinned_most))
     streamed = tuple(
         Streamed(
-            place, _copied_each_time(component, units[place], rates), on_disk=on_host is None or not on_host[number]
+            place,
+            _copied_each_time(component, units[place], rates),
+            on_disk=place not in on_host,
+            staged=not rates.on_cpu and place not in pinned,
         )
-        for number, place in enumerate(places)
+        for place in places
     )
     streams = tuple(stream for stream in streamed if units[stream.place].called)
     kept = summed(_size(units[place], _copied_to_stay(component, units[place], rates)) for place in staying)
@@ -140,12 +146,19 @@ def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | No
     leaf = _leaf(units, casting)
     working = bound([kept], ring, aside, depth(rule.prefetch, several=several)) + Sizes(leaf)
     resting = sum(units[stream.place].nbytes for stream in streamed if not stream.on_disk)
-    staging = 2 * STAGE_BYTES if not rates.on_cpu and (staying or any(stream.on_disk for stream in streamed)) else 0
+    is_staged = not rates.on_cpu and (bool(staying) or any(stream.staged for stream in streamed))
+    staging = 2 * STAGE_BYTES * is_staged
     working += Sizes(staging if rates.unified else 0)
     spilled = sum(units[stream.place].nbytes for stream in streamed) if rule.spill else 0
     nbytes = sum(unit.nbytes for unit in units)
     plan = ComponentPlan(rule, casting, nbytes, kept.total, len(units), len(staying))
     return Option(component, plan, units, streams, kept, working, leaf, resting + staging, spilled)
+
+
+def _fitting(places: Sequence[int], units: Sequence[UnitSize], budget: int | None) -> list[int]:
+    """Those of the places whose units find room in `budget` bytes, one after another."""
+    fits = within([units[place].nbytes for place in places], budget)
+    return [place for place, has_room in zip(places, fits, strict=True) if has_room]
 
 
 def _copied_each_time(component: Component, unit: UnitSize, rates: Rates) -> int:

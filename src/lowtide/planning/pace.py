@@ -88,7 +88,7 @@ class Timing:
             copied = stream.copied / max(1, unit.nbytes)
             link = copied * read + (1 - copied) * unit.nbytes / rates.link
         else:
-            link = max(unit.nbytes / rates.link, read if stream.on_disk else 0.0)
+            link = max(unit.nbytes / rates.link, read if stream.staged else 0.0)
         return _Load(link, unit.resting / rates.disk if cold and stream.on_disk else 0.0)
 
     def _dequantizing(self) -> float:

@@ -124,8 +124,9 @@ class StagePlan:
 class Plan:
     """How a pipeline will use memory: a rule for each component, a way for each stage, and what they will take.
 
-    `why` gives the reasons in words. `unified` says that the device's memory is the host's. A plan can be printed,
-    saved with `to_json`, and applied with `pipe.apply_plan`.
+    Beside a GPU `pinned` bytes of host memory are pinned, of the `pinned_most` that may be. `why` gives the reasons in
+    words. `unified` says that the device's memory is the host's. A plan can be printed, saved with `to_json`, and
+    applied with `pipe.apply_plan`.
     """
 
     device: str
@@ -138,6 +139,8 @@ class Plan:
     made_for: Mapping[str, Any] = field(default_factory=dict)
     unified: bool = False
     assumed: bool = False
+    pinned: int = 0
+    pinned_most: int = 0
 
     def __str__(self) -> str:
         return describe(self)

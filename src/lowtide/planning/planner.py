@@ -189,6 +189,7 @@ class Planner:
         options = {choice.option.component.name: choice.option for choice in chosen}
         ways = {stage.name: (stage, way, pace) for choice in chosen for stage, way, pace in choice.ways}
         rates = frugal or self.rates
+        pinned_most = 0 if rates.on_cpu else rates.pinned_most
         stages = tuple(self._stage(*ways[stage.name], options, rates) for stage in self.workload.stages)
         plan = Plan(
             self.rates.device,
@@ -200,6 +201,8 @@ class Planner:
             made_for=self.workload.made_for,
             unified=rates.unified,
             assumed=rates.assumed,
+            pinned=min(pinned_most, sum(option.host for option in options.values())),
+            pinned_most=pinned_most,
         )
         return replace(plan, why=explain.reasons(plan, self.workload))
 

@@ -25,7 +25,8 @@ class Rates:
     itself takes `base` bytes on the host and `device_base` bytes on the device before anything is loaded. An allocator
     takes `slack`, a share of activations, on top of them, at most `slack_most` bytes. Each second of loading beside
     computing costs computing `contention` seconds: on a CPU the reader takes processor time. `unified` marks an
-    accelerator whose memory is the host's. `assumed` marks usual figures, which were not measured.
+    accelerator whose memory is the host's. `assumed` marks usual figures, which were not measured. Of what rests beside
+    a GPU at most `pinned_most` bytes are pinned.
     """
 
     device: str
@@ -48,6 +49,7 @@ class Rates:
     channels_last: float = 0.0
     unified: bool = False
     assumed: bool = False
+    pinned_most: int = 2**62
 
     @property
     def on_cpu(self) -> bool:

@@ -15,7 +15,7 @@ from lowtide.memory.bounds import STAGE_BYTES
 from lowtide.memory.rule import Tier
 from lowtide.ops.modes import outside_inference_mode
 from lowtide.sizes import format_decimal
-from lowtide.weights.files import CHUNK_BYTES, Mapping, Origin, SpillFile, WeightFile, read
+from lowtide.weights.files import CHUNK_BYTES, InFile, Mapping, Origin, SpillFile, WeightFile, read
 from lowtide.weights.layout import is_reordered
 from lowtide.weights.page_map import bring_in, let_go
 
@@ -87,18 +87,29 @@ class DiskRest:
     """Bytes in a file. Numbers of another dtype, or in another order, are converted whenever they are read.
 
     `layout` is the shape and the strides that the numbers have where they work, None for the file's own order.
+    Numbers that are as wide as another dtype left them were rounded `through` that one.
     """
 
     tier = Tier.DISK
 
     def __init__(
-        self, origin: Origin, dtype: torch.dtype, layout: tuple[Sequence[int], Sequence[int]] | None = None
+        self,
+        origin: Origin,
+        dtype: torch.dtype,
+        layout: tuple[Sequence[int], Sequence[int]] | None = None,
+        through: torch.dtype | None = None,
     ) -> None:
         self.origin = origin
         self.dtype = dtype
         self.layout = layout if layout is not None and is_reordered(*layout) else None
-        self.works_in_place = origin.lying.works_as(dtype, *(self.layout or ()))
+        self.through = through
+        self.works_in_place = self.lying.works_as(dtype, *(self.layout or ()))
         self._window: Mapping | None = None
+
+    @property
+    def lying(self) -> InFile:
+        """How the numbers lie in the file: what was rounded on its way cannot work there."""
+        return self.origin.lying if self.through is None else replace(self.origin.lying, in_place=False)
 
     def on_host(self) -> torch.Tensor:
         """The bytes for somebody to keep: a private view of the file, or a copy where it must be converted."""
@@ -122,7 +133,14 @@ class DiskRest:
 
     def _read(self, numbers: torch.Tensor, first: int) -> None:
         offset, size = self.origin.offset, self.origin.dtype.itemsize
-        read(replace(self.origin, offset=offset + first * size, nbytes=numbers.numel() * size), numbers)
+        if self.through is None:
+            read(replace(self.origin, offset=offset + first * size, nbytes=numbers.numel() * size), numbers)
+            return
+        for part in numbers.split(CHUNK_BYTES // size):
+            rounded = torch.empty(part.numel(), dtype=self.through)
+            read(replace(self.origin, offset=offset + first * size, nbytes=part.numel() * size), rounded)
+            part.copy_(rounded)
+            first += part.numel()
 
     def _read_reordered(self, numbers: torch.Tensor, first: int, shape: Sequence[int], stride: Sequence[int]) -> None:
         """Read row by row of the first dimension, which is the outermost one in either order."""

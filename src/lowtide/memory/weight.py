@@ -94,17 +94,21 @@ class Weight:
     @property
     def can_follow(self) -> bool:
         """Whether it can become another dtype or order of numbers without being read: it is one tensor in a file."""
-        view, is_one = self.views[0], len({view.key for view in self.views}) == 1
-        is_in_file = isinstance(self.rest, DiskRest) and numbers_in_file(self.rest, view) is not None
-        return is_one and is_in_file and is_by_rows(view.shape, view.stride)
+        view, rest = self.views[0], self.rest
+        if len({view.key for view in self.views}) != 1 or not isinstance(rest, DiskRest):
+            return False
+        is_rounded_once = rest.through is None or _keeps_all(rest.through, view.dtype)
+        return is_rounded_once and _as_in_file(rest, view) is not None and is_by_rows(view.shape, view.stride)
 
     def follow(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Become what `fn`, given to `Module._apply`, makes of such a tensor on the same device."""
         view = self.views[0]
         now = became(view, self.device, fn)
-        origin = numbers_in_file(self.rest, view)
+        origin = _as_in_file(self.rest, view)
         assert origin is not None
-        self.rest = DiskRest(origin, now.dtype, (view.shape, now.stride))
+        rounded = self.rest.through or (None if _keeps_all(origin.dtype, view.dtype) else view.dtype)
+        through = None if rounded == now.dtype else rounded
+        self.rest = DiskRest(origin, now.dtype, (view.shape, now.stride), through)
         self.views = [replace(view, dtype=now.dtype, stride=now.stride) for view in self.views]
         self.nbytes = torch.Size(view.shape).numel() * now.dtype.itemsize
         self._placeholders = {}
@@ -215,10 +219,26 @@ class View:
 
 
 def numbers_in_file(rest: DiskRest, view: View) -> Origin | None:
-    """The numbers of a view as a file has them, in the order of files; None for spilled bytes in another order."""
+    """The numbers of a view as a file has them, in the order of files.
+
+    None for spilled bytes in another order, and for numbers that were rounded through another dtype.
+    """
+    return _as_in_file(rest, view) if rest.through is None else None
+
+
+def _as_in_file(rest: DiskRest, view: View) -> Origin | None:
+    """The same, but for rounding."""
     if rest.origin.dtype != torch.uint8 or view.dtype == torch.uint8:
         return rest.origin
     return None if is_reordered(view.shape, view.stride) else replace(rest.origin, dtype=view.dtype)
+
+
+def _keeps_all(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether `other` has every number of a dtype."""
+    if dtype == other or not (dtype.is_floating_point and other.is_floating_point):
+        return dtype == other
+    small, large = torch.finfo(dtype), torch.finfo(other)
+    return small.eps >= large.eps and small.max <= large.max and small.tiny >= large.tiny
 
 
 @dataclass(frozen=True)

@@ -58,4 +58,4 @@ def _in_file(slot: Slot, moved: Weight | None) -> InFile | None:
     weight = slot.tensor.weight if isinstance(slot.tensor, AtRest) else moved
     if weight is None:
         return in_file(slot.tensor)
-    return weight.rest.origin.lying if isinstance(weight.rest, DiskRest) else None
+    return weight.rest.lying if isinstance(weight.rest, DiskRest) else None

@@ -41,9 +41,9 @@ def test_the_same_as_its_own_library_loads(name, tmp_path):
         loaded = type(family)(lowtide.load(tmp_path, ram=ram, native=False, **family.call), family.call, family.blocks,
             family.result)  # fmt: skip
         loaded.pipeline.set_progress_bar_config(disable=True)
-        by_rows = any(stage.way not in ("whole", "sliced") for stage in plan_of(loaded.pipeline).stages)
+        exactness = plan_of(loaded.pipeline).exactness
         made = run(loaded)
-        assert (made - expected).abs().max() <= ROWS if by_rows else torch.equal(made, expected)
+        assert torch.equal(made, expected) if exactness == "equal bits" else (made - expected).abs().max() <= ROWS
 
 
 @pytest.fixture(scope="module")

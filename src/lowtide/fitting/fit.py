@@ -37,9 +37,9 @@ def fit(
     number of bytes, text such as "4GB", a share of what there is ("80%"), "auto" for what is free less a tenth, or
     "-1GB" for what is free less 1 GB; None is "auto". `allow` names what may change the result: "fp8", "int8",
     "blended_tiling"; without it every plan gives the plain run's result, bit for bit, or up to rounding where pictures
-    are decoded row by row. `size` says what will be asked for (`height`, `width`, `pictures`, `steps`, `frames`); calls
-    of another size are planned anew before they begin. Budgets may be changed between calls by calling this again;
-    `pipe.unfit()` undoes it.
+    are decoded row by row or one by one. `size` says what will be asked for (`height`, `width`, `pictures`, `steps`,
+    `frames`); calls of another size are planned anew before they begin. Budgets may be changed between calls by calling
+    this again; `pipe.unfit()` undoes it.
     Raises `BudgetError`, naming the minimum, where no plan fits, `ValueError` for what is not possible, and
     `RuntimeError` inside a call; the pipeline is as it was then.
     """

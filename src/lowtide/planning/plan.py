@@ -14,7 +14,7 @@ from lowtide.casting.casting import NAMED_CASTINGS
 from lowtide.machine.device_names import KINDS
 from lowtide.memory.rule import Rule
 from lowtide.planning.explain import describe
-from lowtide.planning.workload import BLENDED, EXACT, EXACT_ON_DISK, WAYS, WHOLE
+from lowtide.planning.workload import BLENDED, WAYS, WHOLE
 from lowtide.sizes import format_decimal
 
 LOSSY = ("fp8", "int8", "blended_tiling")
@@ -174,7 +174,7 @@ class Plan:
             lossy.append("blended tiles")
         if lossy:
             return f"changed: {', '.join(lossy)}"
-        return "exact up to rounding" if ways & {EXACT, EXACT_ON_DISK} else "equal bits"
+        return "equal bits" if ways <= {WHOLE} else "exact up to rounding"
 
     def way(self, stage: str) -> str:
         """The way of the stage with this name; "whole" for a stage that the plan does not have."""

@@ -6,7 +6,7 @@ DEMO_SEED ?= 1
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix clean
+.PHONY: help demo test gpu check fix clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -20,6 +20,10 @@ demo: ## Make a picture with the shipped model: out/demo.png
 test: ## Run the static checks and the tests, as CI does
 	@scripts/setup dev
 	@scripts/check
+
+gpu: ## On a machine with a GPU and PyTorch, nothing installed: its tests and its benchmark, in out/gpu
+	@PYTHONPATH=src:. $(PYTHON) -m pytest -q -m gpu tests || echo "gpu: tests failed, or pytest is not there"
+	@PYTHONPATH=src:. $(PYTHON) benchmarks/gpu.py --out $${OUT:-out/gpu}
 
 check: ## Run the static checks alone: format, lint, types, import layers
 	@scripts/setup dev

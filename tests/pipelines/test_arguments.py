@@ -133,7 +133,7 @@ def test_the_same_call_without_the_fault_works(pipe):
 def test_a_device_that_is_not_there(pipe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for target in ("cuda", "cuda:1", torch.device("cuda")):
-        with pytest.raises(ValueError, match=r"is not possible: PyTorch sees no CUDA device here. Use 'cpu'"):
+        with pytest.raises(ValueError, match=r"is not possible: PyTorch sees no CUDA devices here. Use 'cpu'"):
             pipe.to(target)
     assert pipe.device == torch.device("cpu")
 

@@ -113,7 +113,7 @@ def _cells(outlook: Outlook, name: str, plan: Plan) -> list[str]:
     if outlook.device != "cpu":
         sizes.insert(0, format_decimal(plan.peak))
     mark = "→" if plan is outlook.plan else ""
-    result = plan.exactness.removeprefix("exact ")
+    result = plan.exactness.removeprefix("exact up to ")  # a line has 80 columns
     return [mark, name, *sizes, seconds_in_words(plan.seconds), result, "yes" if outlook.fits(plan) else "no"]
 
 

@@ -12,6 +12,8 @@ os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "lowtide-test
 import hypothesis
 import pytest
 
+gc.set_threshold(200_000, 50, 100)  # by default a fifth of the suite's time goes to looking for garbage
+
 hypothesis.settings.register_profile("lowtide", deadline=None)  # a busy machine is no bug
 hypothesis.settings.load_profile("lowtide")
 
@@ -33,6 +35,23 @@ def pytest_runtest_setup(item, begun=[None]):  # noqa: B006
         begun[0] = item.path
         gc.collect()
         gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def usual_rates():
+    """Plans in tests take the usual rates of a CPU for this machine's, also in processes that tests start."""
+    from dataclasses import asdict, replace
+    from pathlib import Path
+
+    import torch
+
+    from lowtide.machine.figure_cache import keep
+    from lowtide.planning import machine_rates
+
+    usual = asdict(replace(machine_rates._usual_on_cpu(), assumed=False))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for folder in {machine_rates._usual_folder(), Path(tempfile.gettempdir())}:
+            keep("rates", machine_rates._key(torch.device("cpu"), dtype, folder), usual)
 
 
 @pytest.fixture(scope="session")

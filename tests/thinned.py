@@ -20,3 +20,20 @@ def thinned(*axes: Iterable[Any], most: int | None = None) -> list[Any]:
         values = [axis[place] for axis, place in zip(lists, places, strict=True)]
         cases.append(pytest.param(*values, marks=() if is_kept else pytest.mark.slow))
     return cases
+
+
+def covering(*axes: Iterable[Any]) -> list[Any]:
+    """Parameters of every combination, `slow` but for as few as have each value of each axis once or more.
+
+    For axes that take their own paths through the code, and cases that take long. The n-th of them has the n-th value
+    of each axis, which begin anew where they end.
+    """
+    lists = [list(axis) for axis in axes]
+    kept = {tuple(place % len(values) for values in lists) for place in range(max(map(len, lists)))}
+    return [
+        pytest.param(
+            *(values[place] for values, place in zip(lists, places, strict=True)),
+            marks=() if places in kept else pytest.mark.slow,
+        )
+        for places in itertools.product(*(range(len(values)) for values in lists))
+    ]

@@ -199,6 +199,7 @@ def test_what_the_model_cannot_do_is_told_before_anything_runs(model, tmp_path, 
     assert words in told(result)
 
 
+@pytest.mark.slow
 def test_two_rows_of_a_real_model_each_in_a_fresh_process(model, tmp_path):
     options = f"--model {model} --rows original,half --runs 1 --steps 1 --prompt sea --out {tmp_path}"
     result = table(*options.split())

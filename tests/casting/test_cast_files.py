@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.casting.test_casting import CASTINGS, round_offline
 from tests.memory.cases import RULES, put
-from tests.thinned import thinned
+from tests.thinned import covering, thinned
 from transformers import CLIPTextModel
 
 from lowtide import Casting, StableDiffusionPipeline, UNet2DConditionModel
@@ -44,7 +44,7 @@ def expected(dtype, how):
     return run(round_offline(tiny.unet().to(dtype), CASTINGS[how]))
 
 
-@pytest.mark.parametrize(("how", "dtype"), thinned(CASTINGS, [torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize(("how", "dtype"), covering(CASTINGS, [torch.float32, torch.bfloat16]))
 def test_cast_while_loading_equals_cast_afterwards(folder, dtype, how):
     model = UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype, casting=CASTINGS[how])
     assert model.dtype == dtype
@@ -63,7 +63,7 @@ def test_cast_while_loading_under_an_offload(folder, offload):
     assert torch.equal(run(model), expected(torch.float32, "int8"))
 
 
-@pytest.mark.parametrize(("how", "shards", "variant"), thinned(CASTINGS, [None, 2000], [None, "small"]))
+@pytest.mark.parametrize(("how", "shards", "variant"), covering(CASTINGS, [None, 2000], [None, "small"]))
 def test_saved_in_8_bits_and_loaded_again(folder, tmp_path, how, shards, variant):
     own = torch.bfloat16 if how == "int8" else torch.float32  # slow in bfloat16 on some processors
     model = UNet2DConditionModel.from_pretrained(folder, torch_dtype=own, casting=CASTINGS[how])

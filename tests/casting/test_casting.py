@@ -15,7 +15,7 @@ import weakref
 import pytest
 import torch
 from tests.memory.cases import CASES, DTYPES, RULES, plain, put
-from tests.thinned import thinned
+from tests.thinned import covering, thinned
 from torch import nn
 
 from lowtide.casting.apply_casting import apply_casting, remove_casting
@@ -98,7 +98,7 @@ def test_cast_equals_weights_rounded_beforehand(name, dtype, how, expected):
     )
 
 
-@pytest.mark.parametrize(("name", "rule", "zero_copy"), thinned(CASES, RULES, [True, False]))
+@pytest.mark.parametrize(("name", "rule", "zero_copy"), covering(CASES, RULES, [True, False]))
 def test_cast_under_every_rule(name, rule, zero_copy, expected):
     how = "int8" if name in ("toy", "vae", "t5") else "e4m3"
     case = CASES[name](torch.bfloat16)

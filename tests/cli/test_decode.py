@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 from tests import tiny, tiny_video
+from tests.thinned import covering
 from typer.testing import CliRunner
 
 from lowtide.cli.app import app
@@ -71,9 +72,11 @@ def stopped(monkeypatch, error, *arguments):
     return result, shlex.split(command)[1:]
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (Terminated(), 143)], ids=["ctrl-c", "term"])
-@pytest.mark.parametrize("budget", [[], ["--ram", "64GB"]], ids=["plain", "budget"])
-def test_stopped_while_decoding_it_goes_on_from_the_latents(model, error, code, budget, monkeypatch, folders):
+@pytest.mark.parametrize(
+    ("stop", "budget"), covering([(KeyboardInterrupt(), 130), (Terminated(), 143)], [["--ram", "64GB"], []])
+)
+def test_stopped_while_decoding_it_goes_on_from_the_latents(model, stop, budget, monkeypatch, folders):
+    error, code = stop
     options = [*PICTURE, "--model", model, "--size", "48x32", *budget]
     assert lowtide(*options, "--out", "whole.png").exit_code == 0
     result, command = stopped(monkeypatch, error, *options, "--out", "x.png")

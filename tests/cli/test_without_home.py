@@ -38,7 +38,7 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=list(HOMES))
+@pytest.fixture(scope="module", params=["none", pytest.param("unwritable", marks=pytest.mark.slow)])
 def lowtide(request, place):
     """The command, of an unknown user where we may become one, who may read everything: its status and what it says."""
     become = []

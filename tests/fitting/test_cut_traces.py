@@ -49,6 +49,7 @@ def test_by_an_interrupt(pipe: Any, expected: Workload) -> None:
         assert meta.workload(SIZE) == expected, str(place)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_in_a_child(pipe: Any, expected: Workload) -> None:
     for place in lines(pipe):

@@ -202,7 +202,7 @@ def test_a_budget_and_choices_by_hand_do_not_go_together(folders):
     "change",
     [
         lambda pipe: pipe.to("cpu"),
-        lambda pipe: pipe.enable_model_cpu_offload(),
+        pytest.param(lambda pipe: pipe.enable_model_cpu_offload(), marks=pytest.mark.slow),
         lambda pipe: setattr(pipe, "unet", copy.deepcopy(pipe.unet)),
     ],
     ids=["moved", "offloaded by hand", "replaced"],
@@ -270,8 +270,8 @@ def test_what_is_replaced_after_it_is_planned_for_anew(folders, plain):
     "change",
     [
         lambda pipe: pipe.set_attention_backend("math"),
-        lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
-        lambda pipe: pipe.unet.enable_attention_slicing("max"),
+        pytest.param(lambda pipe: pipe.unet.to(memory_format=torch.channels_last), marks=pytest.mark.slow),
+        pytest.param(lambda pipe: pipe.unet.enable_attention_slicing("max"), marks=pytest.mark.slow),
     ],
     ids=["attention", "channels last", "heads"],
 )

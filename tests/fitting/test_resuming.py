@@ -12,7 +12,7 @@ from tests import tiny
 from tests.fitting import fits
 from tests.fitting.fits import bare_machine  # noqa: F401
 from tests.lines import interrupted, places
-from tests.thinned import thinned
+from tests.thinned import covering
 
 from lowtide.fitting.meta_subject import meta_subject
 from lowtide.fitting.prepare import prepare
@@ -79,7 +79,7 @@ def failing(monkeypatch, module, calls, error):
     return done
 
 
-@pytest.mark.parametrize(("of_kind", "error"), thinned(STAGES, ERRORS, most=2))
+@pytest.mark.parametrize(("of_kind", "error"), covering(STAGES, ERRORS))
 def test_every_stage_goes_on_with_less(folders, plain, of_kind, error, monkeypatch, own_folder):
     kind, stage = of_kind.split(": ")
     pipe = fits.load(folders[kind], kind)
@@ -121,7 +121,7 @@ def test_twice_in_one_run(folders, plain, monkeypatch):
     assert len(pipe.degradations) == 3
 
 
-@pytest.mark.parametrize("solver", ["DDIM", "an SDE"])
+@pytest.mark.parametrize("solver", [pytest.param("DDIM", marks=pytest.mark.slow), "an SDE"])
 def test_a_step_of_the_scheduler_is_taken_once(folders, monkeypatch, solver):
     def draw(fails):
         pipe = fits.load(folders["pictures"], "pictures")

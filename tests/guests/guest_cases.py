@@ -6,9 +6,14 @@ from tests.guests.families import FAMILIES
 from lowtide.guests.doors import fit
 from lowtide.planning.plan import BudgetError
 
-IN_DEFAULT = ("Flux2 Klein", "ZImage", "Wan of two transformers", "LTX")
+
+def families(*in_default):
+    """All families as parameters, `slow` but for those that are named."""
+    return [pytest.param(name, marks=() if name in in_default else pytest.mark.slow) for name in FAMILIES]
+
+
+CASES = families("Flux2 Klein", "ZImage", "Wan of two transformers", "LTX")
 """A list of embeddings, two denoisers, clips; `slow` has several networks in each step, combined pipelines, and all."""
-CASES = [pytest.param(name, marks=() if name in IN_DEFAULT else pytest.mark.slow) for name in FAMILIES]
 ROWS = 1e-5
 """How far a picture decoded row by row may be from one decoded at once: pictures are in [0, 1] or [-1, 1]."""
 WARNINGS = [  # the peer's own

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.guests.families import FAMILIES, run
 from tests.guests.family import modules_of, saved_and_loaded
-from tests.guests.guest_cases import CASES, ROWS, WARNINGS, weights_of
+from tests.guests.guest_cases import ROWS, WARNINGS, families, weights_of
 
 import lowtide
 from lowtide.guests.doors import plan_of, unfit
@@ -28,7 +28,7 @@ def smallest(folder, call, **options):
     return refusal.value.minimum.ram
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", families("Flux2 Klein", "ZImage", "LTX"))
 def test_the_same_as_its_own_library_loads(name, tmp_path):
     family = FAMILIES[name]()
     if family.not_saved:

@@ -10,7 +10,7 @@ import torch
 from tests import tiny
 from tests.memory.cases import CASES, RULES, put
 from tests.memory_peaks import peak_bytes
-from tests.thinned import thinned
+from tests.thinned import covering, thinned
 from torch import nn
 
 from lowtide import UNet2DConditionModel
@@ -29,7 +29,7 @@ def in_last(name: str, dtype: torch.dtype) -> torch.Tensor:
     return case.run()
 
 
-@pytest.mark.parametrize(("before", "rule", "zero_copy"), thinned([True, False], RULES, [True, False]))
+@pytest.mark.parametrize(("before", "rule", "zero_copy"), covering([True, False], RULES, [True, False]))
 def test_strides_stay_under_every_rule(before, rule, zero_copy):
     case = CASES["unet"](torch.bfloat16)
     if before:

@@ -16,7 +16,7 @@ import torch
 from tests import tiny, tiny_video
 from tests.document.processes import Warm
 from tests.memory.cases import CASES, CPU, RULES, Toy, all_at_rest, plain, put
-from tests.thinned import thinned
+from tests.thinned import covering
 
 from lowtide import UNet2DConditionModel
 from lowtide.memory import Attachment, Rule, apply_residency, attachment_of, detach
@@ -73,7 +73,7 @@ def fails_once(module: torch.nn.Module, error: type[BaseException]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "zero_copy", "error"), thinned(NAMES, [True, False], [StopError, KeyboardInterrupt, MemoryError])
+    ("rule", "zero_copy", "error"), covering(NAMES, [True, False], [StopError, KeyboardInterrupt, MemoryError])
 )
 def test_an_exception_in_the_middle(folder: Path, rule: str, error: type[BaseException], *, zero_copy: bool) -> None:
     module, attachment = loaded(folder, RULES[rule], zero_copy=zero_copy)

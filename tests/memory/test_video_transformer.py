@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.memory.cases import RULES, put
-from tests.thinned import thinned
+from tests.thinned import covering
 
 from lowtide.casting.apply_casting import apply_casting, named_casting
 from lowtide.casting.casting import Casting
@@ -51,7 +51,7 @@ def run(model, kind, dtype):
     return model(**inputs_of(kind, dtype)).sample
 
 
-@pytest.mark.parametrize(("kind", "casting", "dtype"), thinned(KINDS, CASTINGS, DTYPES))
+@pytest.mark.parametrize(("kind", "casting", "dtype"), covering(KINDS, CASTINGS, DTYPES))
 def test_loaded_under_every_plan(folders, kind, casting, dtype):
     whole = tiny.video_transformer(kind).to(dtype)
     plain = run(whole, kind, dtype)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests import tiny, tiny_video
 from tests.parity import pairs
+from tests.thinned import covering
 
 from lowtide.pipelines import cogvideox
 from lowtide.pipelines.base import DiffusionPipeline
@@ -258,9 +259,9 @@ def same_weights(one, other, *, but=()):
         assert all(torch.equal(state[key], expected[key]) for key in expected if not key.endswith(but or "\0")), name
 
 
-@pytest.mark.parametrize(("dtype", "variant", "shard_size"), LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_peer_saves_and_we_load(tmp_path, kind, dtype, variant, shard_size):
+@pytest.mark.parametrize(("layout", "kind"), covering(LAYOUTS, KINDS))
+def test_peer_saves_and_we_load(tmp_path, kind, layout):
+    dtype, variant, shard_size = layout
     source = their_pipeline(tiny_video.pipeline(tmp_path / "words", kind), kind).to(dtype)
     source.save_pretrained(tmp_path / "saved", variant=variant, max_shard_size=shard_size or "5GB")
     assert (max(shards_of(tmp_path / "saved")) > 1) == (shard_size is not None)
@@ -271,9 +272,9 @@ def test_peer_saves_and_we_load(tmp_path, kind, dtype, variant, shard_size):
     assert_same_clip(tmp_path / "saved", variant)
 
 
-@pytest.mark.parametrize(("dtype", "variant", "shard_size"), LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_we_save_and_peer_loads(tmp_path, kind, dtype, variant, shard_size):
+@pytest.mark.parametrize(("layout", "kind"), covering(LAYOUTS, KINDS))
+def test_we_save_and_peer_loads(tmp_path, kind, layout):
+    dtype, variant, shard_size = layout
     source = tiny_video.pipeline(tmp_path / "words", kind).to(dtype)
     source.save_pretrained(tmp_path / "saved", variant=variant, max_shard_size=shard_size)
     assert (max(shards_of(tmp_path / "saved")) > 1) == (shard_size is not None)

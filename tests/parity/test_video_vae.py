@@ -81,6 +81,7 @@ def test_tiles(size, slicing):
     assert encoded_difference(pair, x) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_published_widths():
     """The first levels of the published model, one block each."""
     pair = clips.vaes(block_out_channels=[128, 256, 256, 512], norm_num_groups=32, latent_channels=16)

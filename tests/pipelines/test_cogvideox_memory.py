@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from tests import tiny, tiny_video
-from tests.thinned import thinned
+from tests.thinned import covering
 from torch import nn
 
 from lowtide.casting.cast_leaf import leaves
@@ -53,7 +53,7 @@ def plain(folders):
     return get
 
 
-@pytest.mark.parametrize(("kind", "offload", "dtype"), thinned(KINDS, OFFLOADS, DTYPES))
+@pytest.mark.parametrize(("kind", "offload", "dtype"), covering(KINDS, OFFLOADS, DTYPES))
 def test_loaded_under_an_offload(folders, plain, kind, offload, dtype):
     pipe = load(folders, kind, dtype, offload=offload, offload_device="cpu")
     assert all(attachment_of(module) is not None for module in pipe.modules().values())
@@ -61,7 +61,7 @@ def test_loaded_under_an_offload(folders, plain, kind, offload, dtype):
         assert torch.equal(film(pipe), plain(kind, dtype))
 
 
-@pytest.mark.parametrize(("kind", "offload", "casting"), thinned(KINDS, [None, *OFFLOADS], CASTINGS))
+@pytest.mark.parametrize(("kind", "offload", "casting"), covering(KINDS, [None, *OFFLOADS], CASTINGS))
 def test_cast_while_loading(folders, plain, kind, offload, casting):
     pipe = load(folders, kind, "bf16", offload=offload, offload_device="cpu", casting=casting)
     assert all(leaves(module) for module in pipe.modules().values())
@@ -100,8 +100,13 @@ def test_plans_put_on_and_taken_off(folders, plain, name):
     assert torch.equal(film(pipe), plain())
 
 
-@pytest.mark.parametrize("names", [one for count in (1, 3) for one in itertools.combinations(NETWORKS, count)])
-@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+@pytest.mark.parametrize(
+    ("names", "storage"),
+    covering(
+        [names for count in (1, 3) for names in itertools.combinations(NETWORKS, count)],
+        [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8],
+    ),
+)
 def test_networks_cast_one_by_one(folders, plain, names, storage):
     """A cast network gives what it gives with the numbers that its 8 bits hold."""
     pipe, rounded = load(folders, dtype="bf16"), load(folders, dtype="bf16")

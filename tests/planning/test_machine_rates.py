@@ -42,6 +42,13 @@ def test_measured_once_for_each_dtype(measured, tmp_path):
     assert len(list((tmp_path / "lowtide").iterdir())) == 2
 
 
+def test_this_machine_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rates = ask()
+    assert not rates.assumed
+    assert rates == replace(ask(), cache=rates.cache), "the second time they are read from the file"
+
+
 def of_another_key(text):
     return text.replace('"cpu"', '"cuda"', 1)
 

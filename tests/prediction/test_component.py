@@ -25,7 +25,12 @@ def check(case):
 
 
 LONG = "CogVideoX decode exact four batches"
-CASES = [pytest.param(case, marks=pytest.mark.slow if case.name == LONG else ()) for case in QUICK]
+CASES = [
+    pytest.param(case, marks=pytest.mark.slow if case.name == LONG or (place + is_half) % 2 else ())
+    for is_half in (False, True)
+    for place, case in enumerate(case for case in QUICK if (case.dtype == "bfloat16") is is_half)
+]
+"""Each in one of both dtypes in the default run, but for one that takes long."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -69,12 +69,13 @@ class Overrides:
 
         def plain_state() -> dict[str, Any]:
             state: dict[str, Any] = dict(plain())  # some classes leave out what cannot be copied
-            for (owner, name), before in list(self._before.items()):
-                if owner is module and before is None:
-                    state.pop(name, None)
-                elif owner is module and name in state:
-                    state[name] = before
-            return {name: value for name, value in state.items() if name not in self._marks}
+            for name in list(state):
+                entry = (module, name)
+                if name in self._marks or (entry in self._before and self._before[entry] is None):
+                    del state[name]
+                elif entry in self._before:
+                    state[name] = self._before[entry]
+            return state
 
         self.set(module, "__getstate__", plain_state)
 

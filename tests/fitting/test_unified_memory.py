@@ -41,7 +41,7 @@ def least(pipe: StableDiffusionPipeline) -> int:
     return refusal.value.minimum.ram
 
 
-@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize("streams", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_same_within_one_budget(folder: Path, *, streams: bool) -> None:
     with simulated(unified=True, streams=streams, pins=streams) as sim:
         pipe = StableDiffusionPipeline.from_pretrained(folder)

@@ -37,6 +37,7 @@ def nothing_left():
         kept.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_it_runs_and_repeats_its_bits(name):
     first = result(name)

@@ -151,7 +151,7 @@ def test_a_call_inside_a_call_is_refused(flux):
     assert torch.equal(flux.result(made), plain("Flux2 Klein"))
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(ValueError, marks=pytest.mark.slow)])
 def test_after_an_exception_all_is_as_before(flux, error):
     fit(flux.pipeline, ram=least(flux.pipeline, **flux.call), **flux.call)
 

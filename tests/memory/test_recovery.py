@@ -126,8 +126,7 @@ def test_a_file_that_is_removed_goes_on_working(folder: Path, rule: str) -> None
     assert torch.equal(run(module), plain("unet", "fp32"))
 
 
-@pytest.mark.parametrize("how", ["truncate", "overwrite"])
-@pytest.mark.parametrize("rule", NAMES)
+@pytest.mark.parametrize(("rule", "how"), covering(NAMES, ["truncate", "overwrite"]))
 def test_a_file_that_is_cut_off_or_overwritten_is_an_error_and_no_crash(
     folder: Path, tmp_path: Path, warm: Warm, rule: str, how: str
 ) -> None:
@@ -176,8 +175,7 @@ def test_a_plain_pipeline_refuses_a_file_that_was_cut_off(tmp_path: Path) -> Non
         draw(pipe)
 
 
-@pytest.mark.parametrize("zero_copy", [True, False])
-@pytest.mark.parametrize("rule", NAMES)
+@pytest.mark.parametrize(("rule", "zero_copy"), covering(NAMES, [True, False]))
 def test_a_disk_that_fails_in_the_middle(
     folder: Path, rule: str, monkeypatch: pytest.MonkeyPatch, *, zero_copy: bool
 ) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tests import tiny
 from tests.activations import clips
 from tests.parity import pairs
+from tests.thinned import covering
 
 from lowtide.activations import frame_cache
 from lowtide.activations.frame_cache import FrameCache, only_batch
@@ -68,8 +69,13 @@ def test_other_batches_of_frames(size):
     assert other.shape != published.shape or tiny.difference(other, published) > 1e-2
 
 
-@pytest.mark.parametrize("slicing", [False, True])
-@pytest.mark.parametrize("size", [(5, 7), (6, 5), (12, 5), (11, 14), pytest.param((17, 23), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("size", "slicing"),
+    [
+        *covering([(5, 7), (6, 5), (12, 5), (11, 14)], [True, False]),
+        *(pytest.param((17, 23), slicing, marks=pytest.mark.slow) for slicing in (True, False)),
+    ],
+)
 def test_tiles(size, slicing):
     pair = clips.vaes()
     for model in pair:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from lowtide.machine.accelerators import Accelerator, DeviceMemory
+from lowtide.machine.device_kinds import Accelerator, DeviceMemory
 
 GRAIN = 512
 

@@ -8,7 +8,7 @@ from tests.sim_device import Sim
 from tests.sim_tensor import simulated
 
 from lowtide.machine import memory_errors
-from lowtide.machine.accelerators import DeviceMemory
+from lowtide.machine.device_kinds import DeviceMemory
 from lowtide.machine.host import HostMemory
 from lowtide.machine.memory_errors import OutOfMemoryError, out_of
 

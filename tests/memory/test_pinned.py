@@ -15,7 +15,7 @@ from tests.sim_tensor import simulated
 from torch import nn
 
 from lowtide.machine import pinned_memory
-from lowtide.machine.accelerators import Cuda
+from lowtide.machine.device_kinds import Cuda
 from lowtide.machine.pinned_memory import HostBuffer, _Books, most_pinned
 from lowtide.memory import apply_residency, detach, device_stream
 from lowtide.weights.page_map import PAGE

@@ -26,6 +26,10 @@ from lowtide.machine.device_kinds import Accelerator, DeviceMemory
 GRAIN = 512
 
 
+GENERATORS = [torch.Generator().manual_seed(index) for index in range(2)]
+"""Each device's own, which draws where none is given: not the CPU's."""
+
+
 class _Module:
     """What PyTorch asks of a kind of device."""
 
@@ -33,7 +37,16 @@ class _Module:
     _is_in_bad_fork = staticmethod(lambda: False)
     current_device = staticmethod(lambda: 0)
     device_count = staticmethod(lambda: 2)
-    manual_seed_all = staticmethod(lambda seed: None)
+
+    def manual_seed_all(self, seed: int) -> None:
+        for generator in GENERATORS:
+            generator.manual_seed(seed)
+
+    def get_rng_state(self, device: torch.device) -> torch.Tensor:
+        return GENERATORS[device.index or 0].get_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: torch.device) -> None:
+        GENERATORS[device.index or 0].set_state(state)
 
 
 _setup_privateuseone_for_python_backend("sim", _Module())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tests.sim_device import CopyStream, Device, Home, Sim
+from tests.sim_device import GENERATORS, CopyStream, Device, Home, Sim
 
 from lowtide.fitting import prepare, process
 from lowtide.fitting.process import USUAL_BASE
@@ -103,6 +104,8 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     elif target != given[0].device:
         target = torch.device("sim", target.index or 0)
     asked = {**mapped(unwrapped, kwargs), **({"device": torch.device("cpu")} if "device" in kwargs else {})}
+    if draws(func) and asked.get("generator") is None:
+        asked["generator"] = GENERATORS[one.name.index]
     made = func(*mapped(unwrapped, args), **asked)
     by_inner = {id(x.inner): x for x in given}
     homes = {x.data_ptr(): x.home for x in given}
@@ -115,6 +118,12 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return SimTensor(x, target, homes.get(x.data_ptr()) if x.numel() else None)
 
     return mapped(wrapped, made)
+
+
+@functools.cache
+def draws(func: Any) -> bool:
+    """Whether an operator takes a generator: without one it draws from the device's own."""
+    return any(argument.name == "generator" for argument in func._schema.arguments)
 
 
 def used(one: Device, given: list[SimTensor], func: Any) -> None:
@@ -251,4 +260,4 @@ def simulated(*, early: bool = False, pins: bool = True, unified: bool = False, 
         )
         patch.setattr(process, "alone", lambda *_: (USUAL_BASE, 0))
         yield sim
-        assert not sim.problems
+        assert not sim.problems, sim.problems[:3]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
 from lowtide.fitting.subject import Subject
-from lowtide.machine.accelerators import accelerator
+from lowtide.machine.accelerators import accelerator, devices_in_use
 from lowtide.machine.memory_errors import OutOfMemoryError, out_of
 
 if TYPE_CHECKING:
     from lowtide.fitting.applied_plan import AppliedPlan
+    from lowtide.machine.device_kinds import Accelerator
 
 S = TypeVar("S", bound=Subject)
 P = ParamSpec("P")
@@ -58,7 +59,8 @@ class Attempts:
             self._failed()  # only now: the error is gone, and with it the frames that held what was being made
             self._failed = None
         self._applied = self._subject.applied
-        self._state = None if self._applied is None else _State(self._subject, self._given)
+        applied = self._applied
+        self._state = None if applied is None else _State(self._subject, self._given, applied.fit.device)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> bool:
         applied, state = self._applied, self._state
@@ -90,14 +92,15 @@ def _go_on_smaller(applied: AppliedPlan, state: _State, stage: str, reason: str,
 class _State:
     """What a step changes besides its result: the scheduler's state, and that of generators."""
 
-    def __init__(self, subject: Subject, given: tuple[Any, ...]) -> None:
+    def __init__(self, subject: Subject, given: tuple[Any, ...], device: torch.device | None = None) -> None:
         self._scheduler = subject.scheduler
         before = {} if self._scheduler is None else vars(self._scheduler)
         self._before = {name: copy.copy(value) if isinstance(value, list) else value for name, value in before.items()}
         values = [item for value in given for item in (value if isinstance(value, (list, tuple)) else (value,))]
         generators = [value for value in values if isinstance(value, torch.Generator)]
-        # The default generator draws where none is given.
+        # The CPU's own generator, and each device's, draw where none is given.
         self._generators = [(generator, generator.get_state()) for generator in (torch.default_generator, *generators)]
+        self._on_devices = [(kind, used, kind.random_state(used)) for used, kind in _drawing(device)]
 
     def put_back(self) -> None:
         if self._scheduler is not None:
@@ -107,3 +110,17 @@ class _State:
                 now.pop(name, None)
         for generator, state in self._generators:
             generator.set_state(state)
+        for kind, device, state in self._on_devices:
+            kind.set_random_state(device, state)
+
+
+def _drawing(device: torch.device | None) -> Iterator[tuple[torch.device, Accelerator]]:
+    """The accelerators whose own generators a step may draw from: that which computes, and all that are in use.
+
+    None of what is captured in a graph: nothing is drawn then, and CUDA refuses to say where the generator stands.
+    """
+    kind = None if device is None else accelerator(device)
+    computing = [] if device is None or kind is None else [(device, kind)]
+    for used, its_kind in dict([*computing, *devices_in_use()]).items():
+        if not its_kind.is_capturing(used):
+            yield used, its_kind

@@ -140,6 +140,16 @@ class Accelerator:
                 with self._torch.stream(stream):
                     yield
 
+    # ---- random numbers
+
+    def random_state(self, device: torch.device) -> torch.Tensor:
+        """Where its own generator stands, which draws where none is given; the host waits for nothing."""
+        return self._torch.get_rng_state(device)
+
+    def set_random_state(self, device: torch.device, state: torch.Tensor) -> None:
+        """Have that generator go on from there."""
+        self._torch.set_rng_state(state, device)
+
     # ---- host memory that the device reads
 
     def pin(self, flat: torch.Tensor, device: torch.device) -> bool:
@@ -285,3 +295,11 @@ class Mps(Accelerator):
     def on(self, device: torch.device, stream: Any = None) -> Generator[None]:
         """There is one device, and one stream."""
         yield
+
+    def random_state(self, device: torch.device) -> torch.Tensor:
+        """There is one generator."""
+        return torch.mps.get_rng_state()
+
+    def set_random_state(self, device: torch.device, state: torch.Tensor) -> None:
+        """Have it go on from there."""
+        torch.mps.set_rng_state(state)

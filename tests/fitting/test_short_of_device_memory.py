@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,12 @@ from tests.sim_tensor import simulated
 from torch import nn
 
 import lowtide
+from lowtide.fitting.applied_plan import put_under
 from lowtide.fitting.resuming import Attempts
+from lowtide.memory.rule import Level, Rule
+from lowtide.memory.rule_changes import attachment_of
+from lowtide.memory.stream import Stream
+from lowtide.planning.plan import ComponentPlan
 
 pytestmark = WARNINGS
 DEVICES = [torch.device("sim", index) for index in range(2)]
@@ -130,3 +136,70 @@ def test_a_call_that_runs_short_draws_the_same_noise_again(case: Case, monkeypat
         assert all(map(torch.equal, kept, noise))
         assert torch.allclose(made, expected, rtol=0, atol=1e-5)
         lowtide.unfit(case.pipe)
+
+
+def test_a_network_that_streams_from_the_middle_on_is_held_to_the_end() -> None:
+    """It stays loaded between its calls, and other threads wait."""
+    with simulated(), torch.no_grad():
+        module, turn = nn.Sequential(nn.Linear(8, 8)).eval(), Stream(torch.device("cpu"))
+        whole = ComponentPlan(Rule(Level.WHOLE))
+        with turn.held():
+            put_under(module, whole, DEVICES[1], turn)
+            stream = stream_of(module)
+            for _ in range(3):
+                module(torch.ones(1, 8))
+            assert loads(stream) == 1
+            assert not is_free(stream)
+        assert not stream.holders
+        assert is_free(stream)
+        stream.rest()  # as at the end of every stage
+        for _ in range(2):
+            module(torch.ones(1, 8))
+        assert loads(stream) == 3, "nobody holds it any more"
+
+
+@pytest.mark.parametrize("kind", [pictures, pytest.param(guest, marks=SLOW)])
+def test_streams_that_come_with_a_smaller_plan_are_held_to_the_end(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated():
+        lowtide.fit(case.pipe, vram="1GB", ram="40GB", device="sim:1", **case.size)
+        failures: list[BaseException] = [OUT_OF_MEMORY]
+        noisy(case.network, monkeypatch, failures)
+        network, seen = case.network, list[bool]()
+        forward = type(network).forward
+
+        def look(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not failures and attachment_of(network) is not None and self is network:
+                seen.append(bool(stream_of(network).holders) and not is_free(stream_of(network)))
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(network), "forward", look)
+        with pytest.warns(UserWarning, match="memory ran out"):
+            case.make()
+        assert seen
+        assert all(seen)
+        assert is_free(stream_of(network))
+        assert torch.isfinite(case.make()).all()
+        lowtide.unfit(case.pipe)
+
+
+def stream_of(module: nn.Module) -> Stream:
+    attachment = attachment_of(module)
+    assert attachment is not None
+    return attachment.stream
+
+
+def loads(stream: Stream) -> int:
+    return sum(account.loads for account in stream.ledger.by_unit.values())
+
+
+def is_free(stream: Stream) -> bool:
+    """Whether another thread could use it now."""
+
+    def taken() -> bool:
+        has_it = stream.lock.acquire(blocking=False)
+        if has_it:
+            stream.lock.release()
+        return has_it
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(taken).result()

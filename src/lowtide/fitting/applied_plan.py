@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ from lowtide.measuring.transfers import Flow, FlowMeter, ledgers_of, total_flow
 from lowtide.memory.attach import attach, detach
 from lowtide.memory.presets import model_rule, stream_for
 from lowtide.memory.rule import Rule
-from lowtide.memory.rule_changes import attachment_of
+from lowtide.memory.rule_changes import attachment_of, held_with
+from lowtide.memory.stream import Stream
 from lowtide.planning.plan import Budgets, ComponentPlan, Plan
 from lowtide.sizes import format_decimal
 
@@ -83,6 +85,8 @@ class AppliedPlan:
     degradations: list[str] = field(default_factory=list)
     lowered: Budgets | None = None
     last_call: CallTook | None = None
+    turn: Stream = field(default_factory=lambda: Stream(torch.device("cpu")))
+    """It brings nothing. Who holds it, as every call of the subject does, holds the streams too that come meanwhile."""
 
     def put_to_work(self, fit: Fit, plan: Plan) -> None:
         """Have every network and every stage as a plan says.
@@ -97,7 +101,7 @@ class AppliedPlan:
         chosen = {name: plan.components.get(name, _UNPLANNED) for name in modules}
         for name in sorted(chosen, key=lambda name: chosen[name].rule is None):  # what gives room first
             self._cast(name, modules[name], chosen[name].casting)
-            put_under(modules[name], chosen[name], fit.device)
+            put_under(modules[name], chosen[name], fit.device, self.turn)
         for stage, ways in self.subject.ways().items():
             ways.set(plan.way(stage))
         self.fit, self.plan = fit, plan
@@ -184,15 +188,21 @@ class AppliedPlan:
         return run_report(last.plan, last.readings, last.flows, self.degradations)
 
 
-def put_under(module: nn.Module, chosen: ComponentPlan, device: torch.device) -> None:
-    """Have the weights of one network rest as a plan says; one that it does not know comes whole when it is called."""
+def put_under(module: nn.Module, chosen: ComponentPlan, device: torch.device, turn: Stream) -> None:
+    """Have the weights of one network rest as a plan says; one that it does not know comes whole when it is called.
+
+    In the middle of a call of this thread, which holds `turn`, it is held from then on as those are that it replaces.
+    """
     rule = model_rule(device) if chosen is _UNPLANNED else chosen.rule
     attachment = attachment_of(module)
     if rule is None:
         detach(module)
         module.to(device)
     elif attachment is None or attachment.rule != rule or attachment.device != device:
-        attach(module, rule, stream_for(device, rule))
+        stream = stream_for(device, rule)
+        if any(call.thread == threading.get_ident() for call in turn.holders):
+            held_with(stream, turn)
+        attach(module, rule, stream)
 
 
 def casting_for(module: Any, name: str) -> Casting:

@@ -110,7 +110,8 @@ class Guest:
             fitting.before_call(self, GuestCall.bound(self.pipe, args, kwargs))
             check_files(tensor for network in self.modules().values() for tensor in network.parameters())
             tidy = Tidy(self.streams, every_step=True)
-            with held(self.streams()), self.applied.measured(), self.stages.observed(tidy), Brackets(self).on():
+            streams = (*self.streams(), self.applied.turn)
+            with held(streams), self.applied.measured(), self.stages.observed(tidy), Brackets(self).on():
                 return self.own_class.__call__(self.pipe, *args, **kwargs)
 
     def streams(self) -> list[Stream]:

@@ -137,3 +137,13 @@ def locked(streams: Sequence[Stream]) -> Generator[None]:
         return
     with streams[0].lock, locked(streams[1:]):
         yield
+
+
+def held_with(stream: Stream, other: Stream) -> None:
+    """Have whoever holds `other` now hold `stream` too, until then: one that comes in the middle of a call.
+
+    Call it before anybody uses the stream. It has the other's lock from then on.
+    """
+    stream.lock, stream.number = other.lock, other.number
+    for call in other.holders:
+        stream.holders.begin(call)

@@ -297,8 +297,9 @@ class DiffusionPipeline(PeerNames, RunningCall, MemorySettings):
             bar = ProgressBar(**self._progress_options)
             tidy = Tidy(self.streams, every_step=self.applied is not None)
             measured = nullcontext() if self.applied is None else self.applied.measured()
+            turn = () if self.applied is None else (self.applied.turn,)
             # And no `ExitStack`: what an interrupt in its end leaves waits for a collection of garbage, in any thread.
-            with held(self.streams()), measured, self.stages.observed(bar, tidy):
+            with held((*self.streams(), *turn)), measured, self.stages.observed(bar, tidy):
                 yield
 
     @resumed("denoise")

@@ -54,6 +54,24 @@ def usual_rates():
             keep("rates", machine_rates._key(torch.device("cpu"), dtype, folder), usual)
 
 
+@pytest.fixture(params=["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """An accelerator: the stand-in of `tests.sim_device` in the default run, a real one in that of `-m gpu`.
+
+    What a test asks of it beside tensors, `lowtide.machine.accelerators` answers for both. Neither is the current
+    device where there is another, so that what asks for that one is found out.
+    """
+    import torch
+
+    if request.param == "cuda":
+        yield torch.device("cuda", torch.cuda.device_count() - 1)
+        return
+    from tests.sim_tensor import simulated
+
+    with simulated():
+        yield torch.device("sim", 1)
+
+
 @pytest.fixture(scope="session")
 def warm():
     """Runs scripts in processes of their own, without importing torch each time."""

@@ -213,14 +213,17 @@ def test_another_network_over_clips(work):
     assert psnr(module(x), whole) >= LEAST_PSNR
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", ["device", "host", "disk"])
-def test_on_a_gpu(rows, monkeypatch):
+SIZES = {"cuda": (5, (5, 7)), "sim": (2, (2, 3))}
+"""Latent frames, rows and columns on an accelerator; the stand-in computes on the CPU."""
+
+
+@pytest.mark.parametrize("rows", ["device", pytest.param("host", marks=pytest.mark.slow), "disk"])
+def test_on_an_accelerator(rows, monkeypatch, device):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    model = clips.vae().cuda()
-    z, x = clips.latents(model).cuda(), clips.clip(model, 9).cuda()
+    (frames, size), model = SIZES[device.type], clips.vae().to(device)
+    z, x = clips.latents(model, frames, size).to(device), clips.clip(model, 2 * frames - 1, size).to(device)
     for whole, exact in zip(*whole_and_exact(model, z, x, rows=rows), strict=True):
-        assert exact.is_cuda
+        assert exact.device == device
         assert psnr(exact, whole) >= LEAST_PSNR
 
 

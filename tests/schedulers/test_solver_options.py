@@ -268,11 +268,10 @@ def test_sigmas_may_be_a_list():
         assert torch.allclose(scheduler.sigmas[1:3], torch.tensor(sigmas[1:3]))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("option", OPTIONS)
-def test_samples_on_a_gpu_equal_those_on_the_cpu(option):
+def test_samples_on_an_accelerator_equal_those_on_the_cpu(option, device):
     scheduler = build(option)
     expected = trajectory(scheduler, 7, start(), **repeatable(option))[-1]
-    ends = trajectory(scheduler, 7, start().cuda(), told={"device": "cuda"}, **repeatable(option))[-1]
-    assert ends.device.type == "cuda"
+    ends = trajectory(scheduler, 7, start().to(device), told={"device": device}, **repeatable(option))[-1]
+    assert ends.device == device
     assert (ends.cpu() - expected).abs().max() < 1e-5 * max(expected.abs().max(), 1)

@@ -290,13 +290,12 @@ def test_missing_tied_parameter_is_named_by_all_its_names(tmp_path):
         fill(on_meta(Tied), saved({"a": torch.ones(1)}, tmp_path))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_filling_on_a_gpu(small_index, dtype):
+def test_filling_on_an_accelerator(small_index, dtype, device):
     module, resident = on_meta(Small), on_meta(Small)
-    fill(module, small_index, dtype=dtype, device="cuda", buffers=POSITIONS)
+    fill(module, small_index, dtype=dtype, device=device, buffers=POSITIONS)
     fill(resident, small_index, dtype=dtype, buffers=POSITIONS)
-    assert all(tensor.is_cuda for tensor in [*module.parameters(), *module.buffers()])
+    assert all(tensor.device == device for tensor in [*module.parameters(), *module.buffers()])
     for name, tensor in resident.state_dict().items():
         assert torch.equal(module.state_dict()[name].cpu(), tensor)
 

@@ -25,6 +25,8 @@ WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_s
 """What gives the host numbers of the device."""
 ACROSS = {aten.copy_.default, aten._to_copy.default}
 INDEXING = {aten.index.Tensor, aten.index_put_.default}
+MISSING = {aten._fused_sdp_choice.default}
+"""What not every kind of device has."""
 
 
 class Here:
@@ -90,6 +92,8 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     given = [x for x in flat_tensors((args, kwargs)) if isinstance(x, SimTensor)]
     one = Here.sim.of(given[0].device)
     check_devices(func, args, kwargs, given)
+    if func in MISSING:
+        raise NotImplementedError(f"The operator {func} is not there for the 'sim' device.")
     if func is aten.copy_.default:
         return copied(one, *args, **kwargs)
     if func.is_view:

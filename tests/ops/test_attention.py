@@ -8,12 +8,17 @@ import pytest
 import torch
 from tests import tiny
 from tests.memory_peaks import peak_bytes
+from tests.thinned import thinned
 
+from lowtide.machine.accelerators import accelerator
 from lowtide.ops import attention as module
 from lowtide.ops.attention import BACKENDS, AttentionBackend, OnlineSoftmax, attention, available_backends
 
 HERE = available_backends("cpu")
 CHUNK = 2**16
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TOKENS, CHUNKS = {"cuda": (1024, 4096), "sim": (32, 128)}, {"cuda": 2**20, "sim": 2**15}
+"""Of two runs on an accelerator, and the bytes of their chunks; the stand-in computes on the CPU."""
 
 
 def reference(q, k, v, mask=None, scale=None):
@@ -182,22 +187,24 @@ def test_what_is_available():
     assert HERE == ("sdpa", "flash", "chunked", "math")
     assert set(HERE) | {"efficient", "cudnn"} <= set(BACKENDS)
     assert {"flash", "efficient", "cudnn"} <= set(available_backends("cuda"))
+    assert available_backends("mps") == available_backends("xpu") == ("sdpa", "chunked", "math")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("form", [(1, 512), (2, 7), (8, 40), (4, 64)], ids=str)
-@pytest.mark.parametrize("name", ["sdpa", "flash", "efficient", "cudnn", "chunked"])
+@pytest.mark.parametrize(
+    ("name", "form", "dtype"),
+    thinned(["sdpa", "flash", "efficient", "cudnn", "chunked"], [(1, 512), (2, 7), (8, 40), (4, 64)], DTYPES),
+    ids=str,
+)
 @pytest.mark.filterwarnings("ignore:The attention backend")
-def test_on_a_gpu(name, form, dtype):
-    """Right and linear for every head size, also those that a kernel refuses."""
-    peaks = []
-    for tokens in (1024, 4096):
-        q, k, v = (one.cuda() for one in inputs(*form, tokens, tokens, batch=1, dtype=dtype))
-        found = attention(q, k, v, None, AttentionBackend(name, 2**20))
+def test_on_an_accelerator(name, form, dtype, device):
+    """Right and linear for every head size, also those that a kernel refuses, or that has none."""
+    peaks, kind, backend = [], accelerator(device), AttentionBackend(name, CHUNKS[device.type])
+    for tokens in TOKENS[device.type]:
+        q, k, v = (one.to(device) for one in inputs(*form, tokens, tokens, batch=1, dtype=dtype))
+        found = attention(q, k, v, None, backend)
         assert (found - reference(q, k, v)).abs().max() <= (1e-4 if dtype == torch.float32 else 3e-2)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        attention(q, k, v, None, AttentionBackend(name, 2**20))
-        peaks.append(torch.cuda.max_memory_allocated() - before)
+        kind.begin_peaks(device)
+        before = kind.allocated(device)
+        attention(q, k, v, None, backend)
+        peaks.append(kind.peaks(device)[0] - before)
     assert peaks[1] <= 5 * peaks[0]

@@ -23,6 +23,10 @@ LEAST_SIDE = 16
 ALIGNED = 8
 """Numbers of a row that CUDA's kernels load at once: heads and masks of other sizes are filled up."""
 aten = torch.ops.aten
+_KERNELS_OF = {"cuda": ("flash", "efficient", "cudnn"), "cpu": ("flash",), "meta": ("flash",)}
+"""PyTorch's kernels that can be called alone, by the type of device."""
+_TOLD = ("cpu", "cuda", "xpu", "meta")
+"""Types of device of which PyTorch tells which kernel it would take: `_fused_sdp_choice` raises an error on others."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,9 @@ DEFAULT = AttentionBackend()
 
 def available_backends(device: torch.device | str) -> tuple[str, ...]:
     """The names of the backends that a device has."""
-    on_cuda = torch.device(device).type == "cuda"
-    kernels = ("flash", "efficient", "cudnn") if on_cuda else ("flash",)
-    with_xformers = on_cuda and importlib.util.find_spec("xformers") is not None
-    return ("sdpa", *kernels, *(["xformers"] if with_xformers else []), "chunked", "math")
+    kind = torch.device(device).type
+    with_xformers = kind == "cuda" and importlib.util.find_spec("xformers") is not None
+    return ("sdpa", *_KERNELS_OF.get(kind, ()), *(["xformers"] if with_xformers else []), "chunked", "math")
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def _sdpa(inputs: Inputs, backend: AttentionBackend) -> torch.Tensor:
 
 
 def _kernel(inputs: Inputs, backend: AttentionBackend) -> torch.Tensor:
-    """One of PyTorch's kernels alone; for a head size, dtype or mask that it refuses, chunks, with a warning.
+    """One of PyTorch's kernels alone; for a head size, dtype, mask or device that it refuses, chunks, with a warning.
 
     Its operator is called: PyTorch's switches of kernels are those of the whole process, and so of other threads.
     """
@@ -128,7 +131,7 @@ def _kernel(inputs: Inputs, backend: AttentionBackend) -> torch.Tensor:
     masked = "without a mask" if inputs.mask is None else "with a mask"
     warnings.warn(
         f"The attention backend {backend.name!r} does not take a head size of {inputs.q.shape[-1]} in {inputs.q.dtype} "
-        f"{masked}: 'chunked' does it.",
+        f"on {device_type(inputs.q)!r} {masked}: 'chunked' does it.",
         stacklevel=3,
     )
     return _chunked(inputs, backend)
@@ -147,6 +150,8 @@ def _is_large(inputs: Inputs, backend: AttentionBackend) -> bool:
 
 def _has_kernel(inputs: Inputs) -> bool:
     """Whether one of the kernels that are switched on takes the input, not the matrix of scores."""
+    if device_type(inputs.q) not in _TOLD:
+        return False
     choose: Any = torch._fused_sdp_choice  # type: ignore[attr-defined]
     choice = choose(inputs.q, inputs.k, inputs.v, inputs.mask, 0.0, False, scale=inputs.scale)
     return choice not in (SDPBackend.MATH.value, SDPBackend.ERROR.value)
@@ -156,7 +161,10 @@ def _has_kernel(inputs: Inputs) -> bool:
 
 
 def _takes(inputs: Inputs, name: str) -> bool:
-    """Whether a kernel that this device has takes the input; a CPU has one besides the matrix of scores."""
+    """Whether this device has a kernel, which takes the input; a CPU has one besides the matrix of scores."""
+    kind = device_type(inputs.q)
+    if kind != "meta" and name not in _KERNELS_OF.get(kind, ()):
+        return False
     if not _is_cuda(inputs):
         return _has_kernel(inputs)
     asked = torch.backends.cuda.SDPAParams(inputs.q, inputs.k, inputs.v, inputs.mask, 0.0, False, False)

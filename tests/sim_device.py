@@ -156,7 +156,7 @@ class Device:
     def take(self, nbytes: int) -> None:
         with self.lock:
             self.sim.may_fail("allocation")
-            if self.allocated + nbytes > self.limit:
+            if nbytes and self.allocated + nbytes > self.limit:
                 raise torch.OutOfMemoryError(f"SIM out of memory. Tried to allocate {nbytes} bytes.")
             self.counts.allocations += 1
             self.allocated += nbytes

@@ -265,6 +265,17 @@ def test_lines_of_the_index(tmp_path):
     assert spec_of("text_encoder", tiny.text_encoder()).library == "transformers"
 
 
+def test_lists_of_numbers_without_a_folder_are_settings(tmp_path):
+    layers = {"text_encoder_select_layers": [2, 5, 8], "guidance_schedule": [[7.0], [3.0]], "patches": []}
+    index = {"_class_name": "Krea2Pipeline", "vae": ["diffusers", "AutoencoderKLQwenImage"], **layers}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    name, components, settings = read_model_index(tmp_path)
+    assert (name, list(components), settings) == ("Krea2Pipeline", ["vae"], layers)
+    (tmp_path / "patches").mkdir()  # the control: what has a folder is a component
+    with pytest.raises(CheckpointError, match=r"entry 'patches' must be \[library, class\], not"):
+        read_model_index(tmp_path)
+
+
 def test_a_pipeline_can_be_saved_over_itself(whole, folder):
     loaded = DiffusionPipeline.from_pretrained(folder)
     loaded.save_pretrained(folder, max_shard_size="100KB")

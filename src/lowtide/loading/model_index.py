@@ -46,7 +46,7 @@ def read_model_index(folder: Path) -> tuple[str, dict[str, ComponentSpec | None]
     for name, entry in content.items():
         if name.startswith("_"):
             continue
-        if isinstance(entry, list):
+        if isinstance(entry, list) and not _is_setting(folder, name, entry):
             components[name] = _component_spec(file, name, entry)
         else:
             settings[name] = entry
@@ -75,6 +75,12 @@ def component_folder(folder: Path, name: str) -> Path:
     if not (folder / name).is_dir():
         raise FileNotFoundError(f"{folder} has no folder {name!r}, which its {MODEL_INDEX} names as a component.")
     return folder / name
+
+
+def _is_setting(folder: Path, name: str, entry: list[Any]) -> bool:
+    """Whether a list is a setting, such as the layers that Krea 2 reads: it names nothing, and has no folder."""
+    names_something = any(part is None or isinstance(part, str) for part in entry)
+    return not names_something and name.isidentifier() and not (folder / name).exists()
 
 
 def _component_spec(file: Path, name: str, entry: list[Any]) -> ComponentSpec | None:

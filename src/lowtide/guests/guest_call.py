@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -98,9 +98,17 @@ def _form(value: Any, pipe: Any) -> Any:
 
 def _token_counts(text: str, pipe: Any) -> Any:
     """How many tokens the pipeline's tokenizers make of a text; the text itself without any."""
-    counts = tuple(
-        len(tokenizer(text)["input_ids"])  # pyright: ignore[reportIndexIssue]
-        for name, tokenizer in components_of(pipe).items()
-        if "tokenizer" in name and callable(tokenizer)
-    )
-    return counts or text
+    return tuple(len(tokenizer(text)["input_ids"]) for tokenizer in _tokenizers(pipe)) or text
+
+
+def _tokenizers(pipe: Any) -> Iterator[Any]:
+    """The tokenizers among a pipeline's components, and those inside its processors.
+
+    A processor of pictures and words, which takes pictures first, may be called a tokenizer too: FLUX.2, Kandinsky 5.
+    """
+    for name, part in components_of(pipe).items():
+        inner = getattr(part, "tokenizer", None)
+        if callable(inner):
+            yield inner
+        elif "tokenizer" in name and callable(part):
+            yield part

@@ -29,6 +29,8 @@ three float32 copies (in [0, 1], times 255, rounded) and two of 8 bits."""
 _ALL = {aten.all.default, aten.all.dim, aten.all.dims}
 _ARRAYS = {torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist}
 _MOVES = {torch.Tensor.cpu, torch.Tensor.cuda}
+_OF_ONE_DEVICE = {torch.meshgrid}
+"""What PyTorch checks the devices of before any operator is seen."""
 
 
 class TooManyNumbersError(Exception):
@@ -89,6 +91,8 @@ class _Answers(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
             return func(*args, **{**kwargs, "device": None})
+        if func in _OF_ONE_DEVICE and any(isinstance(x, torch.Tensor) and x.is_meta for x in tree_leaves(args)):
+            return func(*on_meta(args), **kwargs)
         x = args[0] if args else None
         if not isinstance(x, torch.Tensor):
             return func(*args, **kwargs)

@@ -25,7 +25,7 @@ from lowtide.measuring.transfers import Flow, FlowMeter, ledgers_of, total_flow
 from lowtide.memory.attach import attach, detach
 from lowtide.memory.presets import model_rule, stream_for
 from lowtide.memory.rule import Rule
-from lowtide.memory.rule_changes import attachment_of, held_with
+from lowtide.memory.rule_changes import attachment_of, has_all_parameters, held_with
 from lowtide.memory.stream import Stream
 from lowtide.planning.plan import Budgets, ComponentPlan, Plan
 from lowtide.sizes import format_decimal
@@ -198,7 +198,12 @@ def put_under(module: nn.Module, chosen: ComponentPlan, device: torch.device, tu
     if rule is None:
         detach(module)
         module.to(device)
-    elif attachment is None or attachment.rule != rule or attachment.device != device:
+    elif (
+        attachment is None
+        or attachment.rule != rule
+        or attachment.device != device
+        or not has_all_parameters(attachment)
+    ):
         stream = stream_for(device, rule)
         if any(call.thread == threading.get_ident() for call in turn.holders):
             held_with(stream, turn)

@@ -21,11 +21,13 @@ from lowtide.guests.guest_decode import GuestDecode
 from lowtide.guests.networks import components_of, networks_of
 from lowtide.guests.own_files import remember_files
 from lowtide.guests.quantized import bytes_where_quantized
+from lowtide.guests.refusals import RefusedMethods, check_can_be_planned, refusal
 from lowtide.loading.blueprint import InFiles
 from lowtide.memory.rule_changes import attachment_of
 from lowtide.memory.stream import Stream
 from lowtide.pipelines.offloading import held
 from lowtide.pipelines.scheduler_claim import claimed
+from lowtide.planning.plan import Plan
 from lowtide.planning.workload import WHOLE
 from lowtide.prediction.meta_copy import weights_in_files
 from lowtide.stages import Stages
@@ -42,6 +44,7 @@ class Guest:
         self.applied: AppliedPlan | None = None
         self.call_lock = CallLock()
         self.stages = Stages()
+        self.refused = RefusedMethods()
 
     @property
     def scheduler(self) -> Any:
@@ -78,7 +81,11 @@ class Guest:
         return GuestCall.of(self.pipe, asked)
 
     def on_meta(self, device: torch.device, in_files: InFiles | None = None) -> MetaSubject:
-        """A copy with networks on meta, which decodes at once. `in_files` are those of networks that are on meta."""
+        """A copy with networks on meta, which decodes at once. `in_files` are those of networks that are on meta.
+
+        Raises `ValueError` for networks that cannot be under a plan, before anything is changed.
+        """
+        check_can_be_planned(self.modules())
         files = dict(in_files or {})
         remember_files(network for name, network in self.modules().items() if name not in files)
         for name, network in self.modules().items():
@@ -103,16 +110,29 @@ class Guest:
         return None if applied is None else applied.fit.device
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The pipeline's own call, within the budget. Raises what it raises, and `BudgetError` before it begins."""
+        """The pipeline's own call, within the budget. Raises what it raises, and `BudgetError` before it begins.
+
+        `RuntimeError` too where blended tiles were turned on by hand.
+        """
         with self.call_lock.call(), claimed(self.scheduler):
             if self.applied is None:  # undone by another thread, for which this one has waited
                 return self.own_class.__call__(self.pipe, *args, **kwargs)
+            self._check_tiles(self.applied.plan)
+            self.refused.put_on(self.modules())  # networks may have been replaced
             fitting.before_call(self, GuestCall.bound(self.pipe, args, kwargs))
             check_files(tensor for network in self.modules().values() for tensor in network.parameters())
             tidy = Tidy(self.streams, every_step=True)
             streams = (*self.streams(), self.applied.turn)
             with held(streams), self.applied.measured(), self.stages.observed(tidy), Brackets(self).on():
                 return self.own_class.__call__(self.pipe, *args, **kwargs)
+
+    def _check_tiles(self, plan: Plan) -> None:
+        for stage, ways in self.ways().items():
+            if ways.tiles_by_hand(plan.way(stage)):
+                network = stage.rpartition(".")[0]
+                raise RuntimeError(
+                    f"{refusal(network, 'enable_tiling')} Now, pipe.{network}.disable_tiling() is enough."
+                )
 
     def streams(self) -> list[Stream]:
         """The streams that bring the networks' weights to work, each once."""

@@ -18,6 +18,9 @@ from lowtide.activations.row_streaming import (
 from lowtide.pipelines.decode_ways import ROWS, by_rows
 from lowtide.planning.workload import BLENDED, EXACT_ON_DISK, SLICED, WHOLE, Call, Work
 
+_FLAGS = ("use_slicing", "use_tiling")
+_SET = "_lowtide_flags"
+"""An entry of an autoencoder: what a plan last set the flags to. One that is otherwise now was set by hand since."""
 _LEVELS = 4
 """How often rows are written and read again, at the usual number of an autoencoder's levels."""
 
@@ -25,7 +28,7 @@ _LEVELS = 4
 class GuestDecode:
     """Sets how an autoencoder decodes, and traces what each way takes; see `lowtide.fitting.subject.Ways`."""
 
-    settings: Collection[str] = ("use_slicing", "use_tiling")
+    settings: Collection[str] = (*_FLAGS, _SET)
 
     def __init__(self, autoencoder: Any) -> None:
         self._autoencoder = autoencoder
@@ -42,6 +45,7 @@ class GuestDecode:
         for name, is_on in (("use_slicing", way == SLICED), ("use_tiling", way == BLENDED)):
             if hasattr(autoencoder, name):
                 setattr(autoencoder, name, is_on)
+        autoencoder.__dict__[_SET] = self._flags()
         rows = ROWS.get(way)
         streaming = row_streaming_of(autoencoder.decoder)
         if rows is None:
@@ -49,17 +53,25 @@ class GuestDecode:
         elif streaming is None or streaming.settings != RowSettings.of(rows, None, None, None):
             apply_row_streaming(autoencoder.decoder, rows=rows)
 
+    def tiles_by_hand(self, way: str) -> bool:
+        """Whether tiles were turned on since this way was set, which has none."""
+        return way != BLENDED and _SET in self._autoencoder.__dict__ and self._flags().get("use_tiling", False)
+
+    def _flags(self) -> dict[str, bool]:
+        return {name: getattr(self._autoencoder, name) for name in _FLAGS if hasattr(self._autoencoder, name)}
+
     def now(self) -> tuple[Any, ...]:
         """How it decodes now, to be put back."""
-        flags = {name: getattr(self._autoencoder, name) for name in self.settings if hasattr(self._autoencoder, name)}
-        return flags, row_streaming_of(self._autoencoder.decoder)
+        return self._flags(), row_streaming_of(self._autoencoder.decoder)
 
     def put_back(self, before: Any) -> None:
-        """Decode as when `now` was asked."""
+        """Decode as when `now` was asked; flags that were set by hand since a plan set them stay so."""
         flags, streaming = before
         remove_row_streaming(self._autoencoder.decoder)
+        ours, now = self._autoencoder.__dict__.pop(_SET, {}), self._flags()
         for name, value in flags.items():
-            setattr(self._autoencoder, name, value)
+            if now[name] == ours.get(name, now[name]):
+                setattr(self._autoencoder, name, value)
         if streaming is not None:
             self._autoencoder.decoder.__dict__["forward"] = streaming
 

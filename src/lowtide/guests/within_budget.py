@@ -63,6 +63,7 @@ def guest_to_be(pipe: Any) -> Guest:
 def put_within(guest: Guest) -> None:
     """Have a pipeline go through its guest."""
     pipe = guest.pipe
+    guest.refused.put_on(guest.modules())
     if guest_of(pipe) is guest:
         return
     own = guest.own_class
@@ -78,6 +79,7 @@ def put_within(guest: Guest) -> None:
 
 def take_out(guest: Guest) -> None:
     """Have a pipeline as it was."""
+    guest.refused.put_back()
     if guest_of(guest.pipe) is guest:
         guest.pipe.__class__ = guest.own_class
         del guest.pipe.__dict__[KEY]

@@ -10,6 +10,7 @@ from torch import nn
 
 from lowtide.forks import new_lock
 from lowtide.memory.overrides import Overrides
+from lowtide.memory.placeholder import AtRest
 from lowtide.memory.stream import Stream
 
 if TYPE_CHECKING:
@@ -102,6 +103,19 @@ def attachment_of(module: nn.Module) -> Attachment | None:
     """The rule at work on `module`, if there is one."""
     mark = module.__dict__.get(_MARK)
     return mark if mark is not None and mark.is_at_work else None
+
+
+def has_all_parameters(attachment: Attachment) -> bool:
+    """Whether a rule has every parameter of its module: none was replaced, or came with another part, since.
+
+    Ask between calls.
+    """
+    placed = {id(tensor) for unit in attachment.units for group, _ in unit.placed for tensor in group}
+    parameters = (parameter for module in attachment.root.modules() for parameter in module._parameters.values())
+    return all(
+        parameter is None or isinstance(parameter, AtRest) or id(parameter) in placed or parameter.numel() == 0
+        for parameter in parameters
+    )
 
 
 def inside(module: nn.Module) -> list[Claim]:

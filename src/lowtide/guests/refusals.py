@@ -1,0 +1,68 @@
+"""What no plan can keep up with, done to a guest's networks: told by name, with what to do in its place."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from lowtide.memory.overrides import Overrides
+
+_TILES = (
+    "the plan says how to decode, row by row where that is needed, without seams. A plan may choose tiles with "
+    "lowtide.fit(pipe, allow=('blended_tiling',), ...)"
+)
+REFUSED: dict[str, str] = {"enable_tiling": _TILES}
+"""Methods of networks that are refused within a budget, and why."""
+
+
+class RefusedMethods:
+    """Has networks refuse the methods of `REFUSED`, until `put_back`. Their copies do not."""
+
+    def __init__(self) -> None:
+        self._overrides = Overrides()
+
+    def put_on(self, networks: Mapping[str, nn.Module]) -> None:
+        """Have these networks refuse, as far as they do not yet."""
+        for name, network in networks.items():
+            for method in REFUSED:
+                if method not in network.__dict__ and callable(getattr(network, method, None)):
+                    self._overrides.set(network, method, _refusing(network, name, method))
+
+    def put_back(self) -> None:
+        """Have all of them as they were."""
+        self._overrides.put_back()
+
+
+def _refusing(network: nn.Module, name: str, method: str) -> Callable[..., Any]:
+    within = weakref.ref(network)
+
+    def refuse(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if network is not within():  # a copy
+            return getattr(type(network), method)(network, *args, **kwargs)
+        raise RuntimeError(refusal(name, method))
+
+    refuse.__name__ = method
+    return MethodType(refuse, network)
+
+
+def refusal(name: str, method: str) -> str:
+    """Why a network called so may not have such a method called."""
+    return f"{name}.{method} and a budget are not possible together: {REFUSED[method]}; or call lowtide.unfit(pipe)."
+
+
+def check_can_be_planned(networks: Mapping[str, nn.Module]) -> None:
+    """Raise `ValueError`, saying what to do, for networks that cannot be under a plan as they are now."""
+    for name, network in networks.items():
+        _check_not_compiled(name, network)
+
+
+def _check_not_compiled(name: str, network: Any) -> None:
+    if isinstance(getattr(network, "_orig_mod", None), nn.Module):
+        raise ValueError(
+            f"{name} is compiled (torch.compile), which freezes how its parts are called, and a plan brings weights to "
+            f"them: give the pipeline the network itself first, pipe.{name} = pipe.{name}._orig_mod."
+        )

@@ -5,13 +5,13 @@ happens at once, and copies on a copy stream as late as they may ("late": only w
 was recorded behind them) or at once ("early"). New memory, and a buffer of the engine that is given back, hold NaN.
 Noted as `problems` are: a copy into memory that was not made to wait for the memory's last use, and computing with
 memory that a copy which nobody waited for has yet to fill. Counted are bytes, launches, copies, what waits on the
-host, and bytes that are pinned; allocations, copies and pins fail on order.
+host, and bytes that are pinned; allocations, copies and pins fail on order. Time is counted, too: each stream has a
+clock that launches and bytes move on, and waiting for an event moves it on to the event's. The host takes none.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -77,7 +77,10 @@ class Home:
 
 class Event:
     def __init__(self, stream: Any, place: int) -> None:
-        self.stream, self.place, self.seconds = stream, place, time.perf_counter()
+        self.stream, self.place, self.seconds = stream, place, stream.clock
+
+    def query(self) -> bool:
+        return True  # the host takes no time: whatever it asks for, the device is past
 
     def synchronize(self) -> None:
         self.stream.run_until(self.place)
@@ -87,10 +90,10 @@ class Event:
 
 
 class SimStream:
-    """Computing: it does all at once. `place` counts what it was asked for."""
+    """Computing: it does all at once. `place` counts what it was asked for, `clock` the seconds that this takes."""
 
     def __init__(self, device: Device) -> None:
-        self.device, self.place = device, 0
+        self.device, self.place, self.clock = device, 0, 0.0
 
     def record(self) -> int:
         self.place += 1
@@ -102,6 +105,7 @@ class SimStream:
     def wait_event(self, event: Event) -> None:
         assert isinstance(event, Event), "wait for no event"
         event.stream.run_until(event.place)
+        self.clock = max(self.clock, event.seconds)
 
     def wait_stream(self, other: SimStream) -> None:
         self.wait_event(other.record_event())
@@ -121,6 +125,7 @@ class CopyStream(SimStream):
     def wait_event(self, event: Event) -> None:
         assert isinstance(event, Event), "wait for no event"
         self.seen = max(self.seen, event.place) if event.stream is self.device.computing else self.seen
+        self.clock = max(self.clock, event.seconds)
 
     @property
     def sources(self) -> list[torch.Tensor]:
@@ -129,6 +134,7 @@ class CopyStream(SimStream):
 
     def push(self, do: Callable[[], None], source: torch.Tensor) -> int:
         with self.device.lock:
+            self.clock += source.numel() * source.itemsize * self.device.sim.byte_seconds
             place = self.record()
             self.queue.append((place, do, source))
         if self.device.sim.early:
@@ -176,6 +182,7 @@ class Sim(Accelerator):
         super().__init__("sim")
         self.has_streams = streams
         self.captures = False
+        self.launch_seconds, self.byte_seconds = 1e-6, 1e-9
         self.early, self.registers, self.unified = early, pins, unified
         self.devices = [Device(self, 0), Device(self, 1)]
         self.registered: dict[int, int] = {}

@@ -134,6 +134,7 @@ def used(one: Device, given: list[SimTensor], func: Any) -> None:
     """Computing reads or writes these now."""
     Here.sim.launch()
     one.counts.launches += 1
+    one.computing.clock += Here.sim.launch_seconds
     place = one.computing.record()
     for x in given:
         if x.home.pending:

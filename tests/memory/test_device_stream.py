@@ -18,6 +18,7 @@ from lowtide.casting.apply_casting import apply_casting
 from lowtide.casting.casting import Casting
 from lowtide.memory import Attachment, apply_residency, detach, device_stream
 from lowtide.memory.device_stream import DeviceStream
+from lowtide.memory.stream import Stream
 from lowtide.weights.page_map import PAGE
 
 DEVICE = torch.device("sim", 1)
@@ -117,6 +118,36 @@ def test_a_copy_that_fails_midway_leaves_nothing_to_wait_for(rest: str, *, pins:
         for _ in range(2):
             assert torch.equal(module(x).cpu(), plain)
         assert attachment.stream.ledger.peak <= attachment.bound
+
+
+@pytest.mark.parametrize("rest", ["host", "disk"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_computing_waits_as_long_as_its_clock_says(level: str, rest: str) -> None:
+    """Nothing but launches and waits for copies moves the clock of computing on."""
+    assert stall_and_idle(level, rest, byte_seconds=1e-6) == pytest.approx((1, 1), rel=1e-9)
+    assert stall_and_idle(level, rest, byte_seconds=0.0) == (0, 0)
+
+
+def test_a_host_that_waits_for_nothing_cannot_time_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeviceStream, "_timed_wait", Stream._timed_wait)
+    with pytest.raises(AssertionError):
+        assert stall_and_idle("block", "host", byte_seconds=1e-6) == pytest.approx((1, 1), rel=1e-9)
+
+
+def stall_and_idle(level: str, rest: str, byte_seconds: float) -> tuple[float, float]:
+    """Seconds of stalls by the ledger, and by its units, as shares of those in which computing stood idle."""
+    with simulated() as sim, torch.no_grad():
+        sim.byte_seconds = byte_seconds
+        attachment, x = put(module := blocks(), level, rest), torch.randn(3, 16)
+        module(x)
+        one, ledger = sim.devices[1], attachment.stream.ledger
+        ledger.reset()
+        began, launches = sim.timed_event(DEVICE), one.counts.launches
+        module(x)
+        idle = began.elapsed_time(sim.timed_event(DEVICE)) / 1000
+        idle -= (one.counts.launches - launches) * sim.launch_seconds
+        stalled = ledger.stalled, sum(account.stalled for account in ledger.by_unit.values())
+    return stalled if idle < 1e-12 else (stalled[0] / idle, stalled[1] / idle)
 
 
 def test_a_captured_call_that_would_load_is_refused_by_name() -> None:

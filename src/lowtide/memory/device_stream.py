@@ -18,8 +18,8 @@ class DeviceStream(Stream):
     """Loads units by copies that run beside computing, on a device of the kind that `accelerator` is.
 
     A buffer is overwritten only after an event that was recorded when computing had used it last, and computing waits
-    for the event of the copy: the host waits for neither. Pinned units are one copy each. Other bytes, those of files
-    too, go through two pinned buffers in the reader's thread.
+    for the event of the copy: the host waits for neither, and how long computing waits is timed on the device. Pinned
+    units are one copy each. Other bytes, those of files too, go through two pinned buffers in the reader's thread.
     """
 
     def __init__(
@@ -97,6 +97,12 @@ class DeviceStream(Stream):
         if load.event is not None:
             self._computing().wait_event(load.event)
 
+    def _timed_wait(self, load: Load) -> None:
+        before = self._accelerator.timed_event(self.device)
+        self._wait(load)
+        after = self._accelerator.timed_event(self.device)
+        self.ledger.waits(load.unit.name, self._total(load.unit), before, after)
+
     def _release(self, load: Load) -> None:
         current = self._computing()
         if load.event is not None:
@@ -110,5 +116,6 @@ class DeviceStream(Stream):
     def after_fork(self) -> None:
         """Wait for nobody. A forked child cannot use an accelerator: PyTorch says so when a call comes to it."""
         self._reader.begin_anew()
+        self.ledger.forget_waits()
         for load in self._live.values():
             load.reading = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 from lowtide.forks import new_lock
 
@@ -21,7 +23,8 @@ class Ledger:
     """Counts weight bytes in device memory; `peak` is their high-water mark since `reset`.
 
     `moved` counts bytes brought to the device (or, from disk to a CPU, mapped), `stalled` the seconds that computing
-    waited for them on the host, `missed` the times that a weight was asked for outside the call that it belongs to.
+    waited for them, `missed` the times that a weight was asked for outside the call that it belongs to. Where computing
+    waits on an accelerator, the host only asks for it, so that it is timed there: it counts once the device is past it.
     """
 
     def __init__(self) -> None:
@@ -29,9 +32,22 @@ class Ledger:
         self.in_use = 0
         self.peak = 0
         self.moved = 0
-        self.stalled = 0.0
         self.missed = 0
-        self.by_unit: dict[str, UnitAccount] = {}
+        self._stalled = 0.0
+        self._by_unit: dict[str, UnitAccount] = {}
+        self._asked: deque[tuple[str, int, Any, Any]] = deque()
+
+    @property
+    def stalled(self) -> float:
+        """Seconds that computing waited."""
+        self._settle()
+        return self._stalled
+
+    @property
+    def by_unit(self) -> dict[str, UnitAccount]:
+        """What each unit took, by its name."""
+        self._settle()
+        return self._by_unit
 
     def take(self, nbytes: int) -> None:
         """Note that `nbytes` more are in use."""
@@ -54,9 +70,9 @@ class Ledger:
     def loaded(self, name: str, nbytes: int, taken: int = 0) -> None:
         """Note that a unit was loaded, and that `taken` bytes more are in use for it."""
         with self._lock:
-            account = self.by_unit.get(name)
+            account = self._by_unit.get(name)
             if account is None:
-                account = self.by_unit[name] = UnitAccount(nbytes)
+                account = self._by_unit[name] = UnitAccount(nbytes)
             account.loads += 1
             account.moved += nbytes
             self.moved += nbytes
@@ -66,8 +82,26 @@ class Ledger:
     def waited(self, name: str, nbytes: int, seconds: float) -> None:
         """Note that computing waited for a unit."""
         with self._lock:
-            self.by_unit.setdefault(name, UnitAccount(nbytes)).stalled += seconds
-            self.stalled += seconds
+            self._by_unit.setdefault(name, UnitAccount(nbytes)).stalled += seconds
+            self._stalled += seconds
+
+    def waits(self, name: str, nbytes: int, before: Any, after: Any) -> None:
+        """Note that a device was asked to wait for a unit, between two of its timed events."""
+        with self._lock:
+            self._asked.append((name, nbytes, before, after))
+        self._settle()  # of those before it: no more are kept than the device has yet to come to
+
+    def forget_waits(self) -> None:
+        """Time those no more that the device has yet to come to."""
+        with self._lock:
+            self._asked.clear()
+
+    def _settle(self) -> None:
+        """Count the waits that the device is past. Nobody waits for the others."""
+        with self._lock:
+            while self._asked and self._asked[0][-1].query():
+                name, nbytes, before, after = self._asked.popleft()
+                self.waited(name, nbytes, before.elapsed_time(after) / 1000)
 
     def miss(self, nbytes: int) -> None:
         """Note that a weight was loaded for one operation alone."""
@@ -79,5 +113,6 @@ class Ledger:
         """Begin anew, from what is in use now."""
         with self._lock:
             self.peak = self.in_use
-            self.moved, self.stalled, self.missed = 0, 0.0, 0
-            self.by_unit.clear()
+            self.moved, self._stalled, self.missed = 0, 0.0, 0
+            self._by_unit.clear()
+            self._asked.clear()

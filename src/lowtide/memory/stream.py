@@ -24,11 +24,6 @@ from lowtide.memory.store import DeviceRest, DiskRest, Window, copy_in_pieces
 from lowtide.memory.unit import Buffer, Load, Unit
 from lowtide.memory.weight import Weight
 
-
-def _waits_for_more(unit: Unit, module: nn.Module) -> bool:
-    return unit.lingers or (len(unit.modules) > 1 and not unit.aside and module is not unit.modules[-1])
-
-
 _numbers = itertools.count()
 
 
@@ -131,7 +126,7 @@ class Stream:
         so leaving only drops; right also for a call whose `enter` did not come to its end.
         """
         unit.count = max(0, unit.count - 1)
-        if unit.count == 0 and not unit.stays and not (may_wait and _waits_for_more(unit, module)):
+        if unit.count == 0 and not unit.stays and not (may_wait and unit.waits_after(module)):
             self.drop(unit)
 
     def fetch(self, unit: Unit) -> None:
@@ -148,13 +143,16 @@ class Stream:
         unit.place(load, self._tensors(load))
 
     def _wait_for(self, load: Load) -> None:
-        unit, began = load.unit, time.perf_counter()
         try:
-            self._wait(load)
+            self._timed_wait(load)
         except BaseException:
-            self.drop(unit)
+            self.drop(load.unit)
             raise
-        self.ledger.waited(unit.name, self._total(unit), time.perf_counter() - began)
+
+    def _timed_wait(self, load: Load) -> None:
+        began = time.perf_counter()
+        self._wait(load)
+        self.ledger.waited(load.unit.name, self._total(load.unit), time.perf_counter() - began)
 
     def _keep_changes(self, unit: Unit, weight: Weight, group: list[torch.Tensor]) -> None:
         before = weight.rest

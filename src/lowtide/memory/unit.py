@@ -43,6 +43,10 @@ class Unit:
         self.host: HostBuffer | None = None
         self.placed: list[tuple[list[torch.Tensor], list[int]]] = []
 
+    def waits_after(self, module: nn.Module) -> bool:
+        """Whether its weights stay loaded after a call of `module`, for its other modules or another call."""
+        return self.lingers or (len(self.modules) > 1 and not self.aside and module is not self.modules[-1])
+
     def place(self, load: Load, tensors: list[list[torch.Tensor]]) -> None:
         """Put loaded tensors into the slots."""
         self.placed = [(group, [tensor._version for tensor in group]) for group in tensors]

@@ -49,6 +49,16 @@ def bound(kept: Iterable[Sizes], streamed: Collection[Sizes], aside: Iterable[Si
     return summed(kept) + Sizes(most.copied * depth, most.window * depth) + summed(aside)
 
 
+def places(sizes: Sequence[int], room: int) -> list[int]:
+    """Where each unit has its place in `room` bytes: behind the one before it, or at the beginning again."""
+    starts, end = [], 0
+    for size in sizes:
+        end = end if end + size <= room else 0
+        starts.append(end)
+        end += size
+    return starts
+
+
 def spread(sizes: Sequence[int], budget: int) -> list[int]:
     """Places of units of together at most `budget` bytes, spread over the list.
 

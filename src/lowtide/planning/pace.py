@@ -1,7 +1,8 @@
 """How long a stage takes: the time to compute, and the time to wait for weights.
 
 With a unit loaded ahead, the next unit that streams is loaded while the present one, and the resident units after it,
-compute. With nothing loaded ahead, loads and computing add up. In the first call of a stage the order of units is not
+compute. Beside an accelerator a queue of copies says so more exactly: see `lowtide.planning.copy_queue`. With nothing
+loaded ahead, loads and computing add up. In the first call of a stage the order of units is not
 known yet, so nothing is loaded ahead. Every plan reads every weight once, so the time to load a pipeline is left out,
 and with it the load of resident units. Files are assumed to be in the system's memory, unless the run's weights
 together exceed it: then the first call reads from the disk, and so do later calls if the weights that stream in each
@@ -13,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowtide.memory.bounds import depth
 from lowtide.memory.rule import Level
+from lowtide.planning.copy_queue import Turn, behind_in_ring, step_seconds
 from lowtide.planning.options import Option, Streamed
 from lowtide.planning.rates import Rates
 from lowtide.planning.workload import Component, UnitSize, Workload
@@ -101,12 +104,28 @@ class Timing:
         if not self._ring:
             return compute + alone
         places = [self.option.streams[number].place for number in self._ring]
+        if not self.rates.on_cpu:
+            return alone + self._queued(compute, places)
         loads = [self._later[number].seconds for number in self._ring]
         lost = self.rates.contention
         parts = self._between(places)
         following = [*loads[1:], loads[0]]
         pairs = zip(parts, following, strict=True)
         return alone + sum(max(compute * part + lost * load, load) for part, load in pairs)
+
+    def _queued(self, compute: float, places: list[int]) -> float:
+        """The same beside an accelerator: its copies wait for nothing but each other and room on the device."""
+        shares, ends = self._shares, [*places[1:], len(self._shares)]
+        turns = [
+            Turn(self._later[number].seconds, compute * shares[place], compute * sum(shares[place + 1 : end]), behind)
+            for number, place, end, behind in zip(self._ring, places, ends, self._behind(places), strict=True)
+        ]
+        return step_seconds(turns, compute * sum(shares[: places[0]]))
+
+    def _behind(self, places: list[int]) -> list[int]:
+        rule = self.option.plan.rule
+        assert rule is not None
+        return behind_in_ring(len(places), depth(rule.prefetch, several=False))
 
     def _between(self, places: list[int]) -> list[float]:
         """The share of computing from each of these units up to the next one; the first follows the last."""

@@ -64,15 +64,25 @@ class Counts:
 
 
 class Home:
-    """One allocation: who used it last, and the copies that have yet to fill it."""
+    """One allocation: who used each part of it last, and the parts that copies have yet to fill."""
 
     def __init__(self, device: Device, nbytes: int) -> None:
         self.nbytes = -(-nbytes // GRAIN) * GRAIN
-        self.pending: list[int] = []
+        self.pending: list[range] = []
         self.device = device
         device.take(self.nbytes)
-        self.last_use = device.computing.record()
+        self.uses = {range(self.nbytes): device.computing.record()}
         weakref.finalize(self, device.give, self.nbytes).atexit = False
+
+    def is_pending(self, part: range) -> bool:
+        return any(meet(part, other) for other in self.pending)
+
+    def last_use(self, part: range) -> int:
+        return max((place for other, place in self.uses.items() if meet(part, other)), default=0)
+
+
+def meet(one: range, other: range) -> bool:
+    return max(one.start, other.start) < min(one.stop, other.stop)
 
 
 class Event:

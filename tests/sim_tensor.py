@@ -137,9 +137,17 @@ def used(one: Device, given: list[SimTensor], func: Any) -> None:
     one.computing.clock += Here.sim.launch_seconds
     place = one.computing.record()
     for x in given:
-        if x.home.pending:
+        part = part_of(x.inner)
+        if x.home.is_pending(part):
             one.counts.problems.append(f"{func} uses memory that a copy has yet to fill")
-        x.home.last_use = place
+        x.home.uses[part] = place
+
+
+def part_of(inner: torch.Tensor) -> range:
+    """The bytes of its allocation that a tensor reaches."""
+    last = sum((size - 1) * stride for size, stride in zip(inner.shape, inner.stride(), strict=True))
+    start = inner.storage_offset() * inner.itemsize
+    return range(start, start + (last + 1) * inner.itemsize if inner.numel() else start)
 
 
 def copied(one: Device, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -160,15 +168,16 @@ def copied(one: Device, target: torch.Tensor, source: torch.Tensor, non_blocking
         inner.copy_(origin)
         return target
     one.counts.copies += 1
-    home = target.home
-    if stream.seen < home.last_use:
-        one.counts.problems.append(f"a copy waited for {stream.seen}, its memory was in use until {home.last_use}")
+    home, part = target.home, part_of(inner)
+    last_use = home.last_use(part)
+    if stream.seen < last_use:
+        one.counts.problems.append(f"a copy waited for {stream.seen}, its memory was in use until {last_use}")
 
     def do() -> None:
-        home.pending.pop()
+        home.pending.remove(part)
         inner.copy_(origin)
 
-    home.pending.append(0)
+    home.pending.append(part)
     stream.push(do, origin)
     return target
 

@@ -166,6 +166,7 @@ RULES: dict[str, Rule] = {
     "pairs of blocks ahead": Rule(Level.BLOCK, Tier.DISK, blocks_per_group=2, spill=True),
     "leaves ahead": Rule(Level.LEAF, Tier.DISK, spill=True),
     "leaves three ahead": Rule(Level.LEAF, Tier.DISK, prefetch=3, spill=True),
+    "blocks ahead by bytes": Rule(Level.BLOCK, Tier.DISK, prefetch_bytes=30_000, spill=True),
     "blocks on the host": Rule(Level.BLOCK, Tier.HOST),
     "half on the host": Rule(Level.BLOCK, Tier.HOST, host_bytes=5000),
 }
@@ -185,7 +186,11 @@ def total(module: nn.Module) -> int:
 
 def put(module: nn.Module, rule: Rule, *, zero_copy: bool = True) -> Attachment:
     """Attach a rule; without `zero_copy` everything goes through the ring, as it does for an accelerator."""
-    return attach(module, rule, Stream(CPU, prefetch=rule.prefetch, zero_copy=zero_copy))
+    return attach(module, rule, stream(rule, zero_copy=zero_copy))
+
+
+def stream(rule: Rule, *, zero_copy: bool = True) -> Stream:
+    return Stream(CPU, prefetch=rule.prefetch, prefetch_bytes=rule.prefetch_bytes, zero_copy=zero_copy)
 
 
 def all_at_rest(attachment: Attachment) -> bool:
@@ -205,9 +210,13 @@ def own_bound(attachment: Attachment) -> int:
     sizes = {unit: sum(align(weight.nbytes) for weight in unit.weights) for unit in attachment.units}
     stay = sum(size for unit, size in sizes.items() if unit.stays)
     aside = sum(size for unit, size in sizes.items() if unit.aside and not unit.stays)
-    largest = max((size for unit, size in sizes.items() if not unit.stays and not unit.aside), default=0)
+    streamed = [size for unit, size in sizes.items() if not unit.stays and not unit.aside]
+    largest, rule = max(streamed, default=0), attachment.rule
     groups = any(len(unit.modules) > 1 for unit in attachment.units if not unit.stays and not unit.aside)
-    return stay + aside + (attachment.rule.prefetch + 1 + groups) * largest
+    if rule.prefetch_bytes is not None:
+        # once for buffers and once for windows, as units may have both
+        return stay + aside + 2 * min(max(rule.prefetch_bytes, largest), sum(streamed)) + groups * largest
+    return stay + aside + (rule.prefetch + 1 + groups) * largest
 
 
 def _as(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

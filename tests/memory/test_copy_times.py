@@ -8,8 +8,8 @@ from tests.sim_tensor import simulated
 from torch import nn
 
 from lowtide.memory import apply_residency
-from lowtide.memory.bounds import aligned
-from lowtide.planning.copy_queue import Turn, behind_in_ring, step_seconds
+from lowtide.memory.bounds import aligned, places
+from lowtide.planning.copy_queue import Turn, behind_by_place, behind_in_ring, step_seconds
 
 DEVICE = torch.device("sim", 1)
 SIZES = (700, 300, 100, 200, 900, 100, 100, 800, 64, 500)
@@ -49,8 +49,11 @@ def clocked(rule: dict[str, int], byte_seconds: float, staying: tuple[int, ...] 
     return marks[4].elapsed_time(marks[7]) / 1000 / 3
 
 
+BYTES = [aligned(4 * size) for size in SIZES]
+
+
 def modelled(behind: list[int], byte_seconds: float) -> float:
-    copies = [aligned(4 * size) * byte_seconds for size in SIZES]
+    copies = [nbytes * byte_seconds for nbytes in BYTES]
     return step_seconds(
         [Turn(copy, times * 1e-6, behind=back) for copy, times, back in zip(copies, TIMES, behind, strict=True)]
     )
@@ -61,3 +64,15 @@ def modelled(behind: list[int], byte_seconds: float) -> float:
 def test_a_ring_of_units(prefetch: int, byte_seconds: float) -> None:
     expected = modelled(behind_in_ring(len(SIZES), prefetch + 1), byte_seconds)
     assert clocked({"prefetch": prefetch}, byte_seconds) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("byte_seconds", [1e-10, 1e-9, 3e-9, 1e-8])
+@pytest.mark.parametrize("room", [3840, 5000, 7680, 11000, 20000])
+def test_a_ring_of_bytes(room: int, byte_seconds: float) -> None:
+    expected = modelled(behind_by_place(places(BYTES, room), BYTES), byte_seconds)
+    assert clocked({"prefetch_bytes": room}, byte_seconds) == pytest.approx(expected, rel=1e-9)
+
+
+def test_small_units_leave_room_for_more_ahead_in_as_many_bytes() -> None:
+    slower = clocked({"prefetch": 1}, 3e-9)
+    assert clocked({"prefetch_bytes": 2 * max(BYTES)}, 3e-9) < 0.9 * slower

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.sim_device import Device, Event
+from tests.sim_device import GRAIN, Device, Event
 from tests.sim_tensor import SimTensor, simulated
 from torch import nn
 
 from lowtide.casting.apply_casting import apply_casting
 from lowtide.casting.casting import Casting
 from lowtide.memory import Attachment, apply_residency, detach, device_stream
+from lowtide.memory.byte_ring import ByteRing
 from lowtide.memory.device_stream import DeviceStream
 from lowtide.memory.stream import Stream
 from lowtide.weights.page_map import PAGE
@@ -39,16 +40,23 @@ def blocks(dtype: torch.dtype = torch.float32) -> nn.Module:
     return nn.Sequential(nn.Linear(16, 16), nn.Sequential(*block), nn.LayerNorm(16)).eval().to(dtype)
 
 
-def put(module: nn.Module, level: str, rest: str, share: float = 0.0, prefetch: int = 1) -> Attachment:
-    nbytes = sum(weight.numel() * weight.itemsize for weight in module.parameters())
+def put(
+    module: nn.Module, level: str, rest: str, share: float = 0.0, prefetch: int = 1, nbytes: int | None = None
+) -> Attachment:
+    resident = int(share * sum(weight.numel() * weight.itemsize for weight in module.parameters()))
     prefetch = 0 if level == "whole" else prefetch
-    return apply_residency(
-        module, int(share * nbytes), rest=rest, level=level, prefetch=prefetch, device=DEVICE, spill_folder=None
-    )
+    ahead = {"prefetch": prefetch, "prefetch_bytes": nbytes}
+    return apply_residency(module, resident, rest=rest, level=level, device=DEVICE, spill_folder=None, **ahead)
 
 
 def check(
-    module: nn.Module, level: str, rest: str, share: float = 0, prefetch: int = 1, casting: str | None = None
+    module: nn.Module,
+    level: str,
+    rest: str,
+    share: float = 0,
+    prefetch: int = 1,
+    casting: str | None = None,
+    nbytes: int | None = None,
 ) -> Device:
     """Under the rule, and after it, the module computes what it did before."""
     x = torch.randn(3, 16)
@@ -56,7 +64,7 @@ def check(
         if casting is not None:
             apply_casting(module, CASTINGS[casting])
         plain = module(x)
-        attachment = put(module, level, rest, share, prefetch)
+        attachment = put(module, level, rest, share, prefetch, nbytes)
         for _ in range(4):
             out = module(x)
             assert isinstance(out, SimTensor)
@@ -79,6 +87,33 @@ def test_equal_under_every_rule(level: str, rest: str, *, early: bool, pins: boo
             for prefetch in (0, 1, 3):
                 check(blocks(), level, rest, share, prefetch)
         assert sim.devices[0].counts.launches == 0, "nothing was done on the current device by accident"
+
+
+@pytest.mark.parametrize(("early", "pins"), MODES)
+@pytest.mark.parametrize("rest", ["host", "disk"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_equal_where_bytes_limit_what_is_loaded_ahead(level: str, rest: str, *, early: bool, pins: bool) -> None:
+    with simulated(early=early, pins=pins):
+        for nbytes in (0, 5000, 9000):
+            check(blocks(), level, rest, 0.3, nbytes=nbytes)
+
+
+def test_a_run_of_bytes_is_allocated_once_and_no_larger_than_it_may_be() -> None:
+    with simulated() as sim, torch.no_grad():
+        module, x = blocks(), torch.randn(3, 16)
+        attachment = put(module, "block", "host", nbytes=9000)
+        before = sim.devices[1].allocated
+        for _ in range(2):
+            module(x)
+        assert sim.devices[1].allocated - before == -(-9000 // GRAIN) * GRAIN
+        assert attachment.stream.ledger.in_use == attachment.bound == 9000
+        counts = sim.devices[1].counts
+        copies, waits = counts.copies, len(counts.waits)
+        module(x)
+        assert counts.copies - copies == len(attachment.units) + 1, "and the input"
+        assert len(counts.waits) == waits
+        attachment.stream.rest()
+        assert attachment.stream.ledger.in_use == 0
 
 
 @pytest.mark.parametrize("casting", CASTINGS)
@@ -210,6 +245,30 @@ def test_a_mutant_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DeviceStream, name, MUTANTS[name])
     with pytest.raises(AssertionError):
         check_all()
+
+
+def forgets_its_neighbours(self: ByteRing, unit: Any, buffer: Any) -> Any:
+    return buffer.free
+
+
+def finds_room_everywhere(self: ByteRing, unit: Any) -> frozenset[Any]:
+    return frozenset([unit])
+
+
+BYTE_MUTANTS: dict[str, Callable[..., Any]] = {"freed": forgets_its_neighbours, "_overlapping": finds_room_everywhere}
+
+
+@pytest.mark.parametrize("name", BYTE_MUTANTS)
+def test_a_mutant_of_the_run_of_bytes_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ByteRing, name, BYTE_MUTANTS[name])
+    with pytest.raises(AssertionError):
+        check_bytes()
+
+
+def check_bytes() -> None:
+    with simulated():
+        for level in LEVELS:
+            check(blocks(), level, "host", nbytes=5000)
 
 
 def check_all() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -110,6 +112,11 @@ def build(tree, common: dict) -> nn.Module:
     return nn.Sequential(*members) if tree[0] == "sequence" else Tower(members, tree[2])
 
 
+def by_bytes(rule: Rule) -> Rule:
+    """The same with a limit in bytes: none, what a block or two take, or all."""
+    return replace(rule, prefetch_bytes=(0, 2000, 10_000)[rule.blocks_per_group - 1])
+
+
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(tree=TREES, rules=st.lists(RULES, min_size=1, max_size=3), zero_copy=st.booleans())
 def test_any_tree_under_any_rules(tree, rules: list[Rule], *, zero_copy: bool) -> None:
@@ -119,7 +126,7 @@ def test_any_tree_under_any_rules(tree, rules: list[Rule], *, zero_copy: bool) -
     state = {key: value.clone() for key, value in module.state_dict().items()}
     with torch.no_grad():
         expected = module(x)
-        for rule in rules:
+        for rule in [*rules, *(by_bytes(rule) for rule in rules if rule.prefetch == 3)]:
             attachment = put(module, rule, zero_copy=zero_copy)
             for _ in range(2):
                 assert torch.equal(module(x), expected)

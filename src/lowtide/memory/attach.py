@@ -154,7 +154,7 @@ class Attachment(Claim):
         if self._calls.under_way and self.stream.looks_ahead and not unit.stays and not unit.aside:
             if unit.count == 1:
                 self.order.entered(unit)
-            self.stream.look_ahead(self.order.upcoming(self.rule.prefetch))
+            self.stream.look_ahead(self.order.upcoming(self.rule.reach))
 
     # ---- the overrides
 

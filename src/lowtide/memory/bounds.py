@@ -49,6 +49,30 @@ def bound(kept: Iterable[Sizes], streamed: Collection[Sizes], aside: Iterable[Si
     return summed(kept) + Sizes(most.copied * depth, most.window * depth) + summed(aside)
 
 
+def bound_by_bytes(
+    kept: Iterable[Sizes],
+    streamed: Collection[Sizes],
+    aside: Iterable[Sizes],
+    prefetch_bytes: int,
+    *,
+    several: bool,
+) -> Sizes:
+    """As `bound`, where units are loaded ahead as long as they find room in so many bytes.
+
+    One more may be on the device where `several` modules share one that stays loaded between them.
+    """
+    extra = largest(streamed) if several else Sizes()
+    return summed(kept) + rooms(streamed, prefetch_bytes) + extra + summed(aside)
+
+
+def rooms(streamed: Collection[Sizes], prefetch_bytes: int) -> Sizes:
+    """Bytes for buffers, and for windows: so many, at least the largest unit, and no more than all units together."""
+    most, together = largest(streamed), summed(streamed)
+    return Sizes(
+        min(max(prefetch_bytes, most.copied), together.copied), min(max(prefetch_bytes, most.window), together.window)
+    )
+
+
 def places(sizes: Sequence[int], room: int) -> list[int]:
     """Where each unit has its place in `room` bytes: behind the one before it, or at the beginning again."""
     starts, end = [], 0
@@ -57,6 +81,16 @@ def places(sizes: Sequence[int], room: int) -> list[int]:
         starts.append(end)
         end += size
     return starts
+
+
+def least_room(sizes: Sequence[int], room: int) -> int:
+    """The least room, to a hundredth, in which places begin anew no more often than in `room`."""
+    begun, least, step = places(sizes, room).count(0), max(sizes, default=0), room
+    for _ in range(7):
+        step //= 2
+        fits = room - step >= least and places(sizes, room - step).count(0) <= begun
+        room -= step if fits else 0
+    return room
 
 
 def spread(sizes: Sequence[int], budget: int) -> list[int]:

@@ -23,12 +23,19 @@ class DeviceStream(Stream):
     """
 
     def __init__(
-        self, device: torch.device, accelerator: Accelerator, *, prefetch: int = 1, zero_copy: bool = True
+        self,
+        device: torch.device,
+        accelerator: Accelerator,
+        *,
+        prefetch: int = 1,
+        prefetch_bytes: int | None = None,
+        zero_copy: bool = True,
     ) -> None:
-        super().__init__(device, prefetch=prefetch, zero_copy=zero_copy)
+        super().__init__(device, prefetch=prefetch, prefetch_bytes=prefetch_bytes, zero_copy=zero_copy)
         self._accelerator = accelerator
         self._copier = accelerator.new_stream(device)
         self._stages: list[HostBuffer] = []
+        self._left: Any = None
 
     def dismiss(self, units: list[Unit]) -> None:
         """Serve these units no more; their weights are dropped, and their memory on the host is pinned no more."""
@@ -50,6 +57,7 @@ class DeviceStream(Stream):
                 "engine. Keep all weights on the device for a capture: lowtide.memory.detach(module), or a budget with "
                 "room for them."
             )
+        load.buffer.free = self._ring.freed(load.unit, load.buffer)
         if load.buffer.free is None:  # new: what its memory was before is in use until now
             load.buffer.free = self._computing().record_event()
         host = load.unit.host
@@ -110,7 +118,10 @@ class DeviceStream(Stream):
         elif load.buffer is not None and (load.reading is None or not load.reading.is_called_off):
             current.wait_stream(self._copier)  # something may have come between a copy and its event
         if load.buffer is not None:
-            load.buffer.free = current.record_event()
+            if self._left is not None:
+                current.wait_event(self._left)  # of another stream, perhaps: the last event is to be behind all others
+            self._left = current.record_event()
+            self._ring.left(load.buffer, self._left)
         super()._release(load)
 
     def after_fork(self) -> None:

@@ -31,14 +31,13 @@ class Order(Generic[U]):
 
     def upcoming(self, count: int) -> list[U]:
         """The next `count` different units, as far as is known."""
-        units: list[U] = []
+        units: dict[int, U] = {}
         for step in range(len(self._known)):
-            unit = self._known[(self._next + step) % len(self._known)]
             if len(units) == count:
                 break
-            if all(unit is not other for other in units):
-                units.append(unit)
-        return units
+            unit = self._known[(self._next + step) % len(self._known)]
+            units.setdefault(id(unit), unit)
+        return list(units.values())
 
     def finished(self) -> None:
         """The run has ended well: it is what is known from now on."""

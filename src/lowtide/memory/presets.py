@@ -56,8 +56,8 @@ def stream_for(device: torch.device, rule: Rule) -> Stream:
     """A stream that serves `rule` on `device`."""
     kind = accelerator(device)
     if kind is not None and kind.has_streams:
-        return DeviceStream(device, kind, prefetch=rule.prefetch)
-    return Stream(device, prefetch=rule.prefetch)
+        return DeviceStream(device, kind, prefetch=rule.prefetch, prefetch_bytes=rule.prefetch_bytes)
+    return Stream(device, prefetch=rule.prefetch, prefetch_bytes=rule.prefetch_bytes)
 
 
 def sequential_rule(device: torch.device) -> Rule:
@@ -131,6 +131,7 @@ def apply_residency(
     resident_bytes: int | str = 0,
     *,
     prefetch: int = 1,
+    prefetch_bytes: int | str | None = None,
     rest: Tier | str | None = None,
     level: Level | str = Level.BLOCK,
     blocks_per_group: int = 1,
@@ -145,7 +146,8 @@ def apply_residency(
     The resident blocks are spread evenly, so that copies hide behind computing. `rest` is where the others rest: on
     the "host" (default beside a GPU) or on "disk" (default without one), there in the checkpoint they came from;
     weights that are in no file are written to an unnamed one in `spill_folder`. `host_bytes` limits what rests on the
-    host: what does not fit rests on disk. Sizes are bytes or text such as "2GB"; `prefetch` counts units loaded ahead.
+    host: what does not fit rests on disk. Sizes are bytes or text such as "2GB". `prefetch` units are loaded ahead, or
+    with `prefetch_bytes` as many as find room in so many bytes together with those in use.
     A module on meta needs the index of its `weights`. Peak weight bytes: `Attachment.bound`. The results are those of
     the resident module, bit for bit; `lowtide.memory.detach(module)` undoes it.
     Raises `ValueError` for settings and modules that are not possible, `OSError` and `CheckpointError` for files.
@@ -156,6 +158,7 @@ def apply_residency(
         resting_tier(chosen, rest),
         blocks_per_group=blocks_per_group,
         prefetch=prefetch,
+        prefetch_bytes=None if prefetch_bytes is None else _bytes(prefetch_bytes),
         resident_bytes=_bytes(resident_bytes),
         host_bytes=None if host_bytes is None else _bytes(host_bytes),
         spill=rest == Tier.DISK or spill_folder is not None,

@@ -13,6 +13,9 @@ from typing import Any, Self
 
 from lowtide.whole_numbers import whole
 
+MOST_AHEAD = 16
+"""Units that are loaded ahead where bytes limit them: looking for more takes time at each, and gains none."""
+
 
 class Tier(StrEnum):
     """Where weights can be."""
@@ -40,6 +43,8 @@ class Rule:
     """How the weights of one module rest and work; sizes in bytes.
 
     `resident_bytes` of units, evenly spread over the module, rest on the device. `prefetch` units are loaded ahead.
+    With `prefetch_bytes` these are instead as many as find room in so many bytes together with those in use; the
+    largest unit always has room.
     `host_bytes` limits what rests in host memory: the rest of it is on disk. `spill` lets weights that are in no file
     be written to an unnamed file in `spill_folder` (None: the system's); without it they stay in host memory.
     `pin` lets host memory be locked for faster copies, where there is an accelerator.
@@ -51,6 +56,7 @@ class Rule:
     rest: Tier = Tier.HOST
     blocks_per_group: int = 1
     prefetch: int = 1
+    prefetch_bytes: int | None = None
     resident_bytes: int = 0
     host_bytes: int | None = None
     spill: bool = False
@@ -59,12 +65,18 @@ class Rule:
     block_modules: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("blocks_per_group", 1), ("prefetch", 0), ("resident_bytes", 0), ("host_bytes", 0)):
+        sizes = ("prefetch", "prefetch_bytes", "resident_bytes", "host_bytes")
+        for name, least in (("blocks_per_group", 1), *((size, 0) for size in sizes)):
             given = getattr(self, name)
             number = whole(given)
             if given is not None and (number is None or number < least):
                 raise ValueError(f"{name}={given!r:.80} is not possible: it is {least} or more.")
             object.__setattr__(self, name, number)
+
+    @property
+    def reach(self) -> int:
+        """Units that may be loaded ahead, at most."""
+        return self.prefetch if self.prefetch_bytes is None else MOST_AHEAD
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON can hold it."""

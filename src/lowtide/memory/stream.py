@@ -16,7 +16,8 @@ from torch import nn
 
 from lowtide.calls import Call, Calls
 from lowtide.forks import new_lock, tell_of_forks
-from lowtide.memory.bounds import ROWS_READ, Sizes, aligned, bound, depth, largest
+from lowtide.memory.bounds import ROWS_READ, Sizes, aligned, summed
+from lowtide.memory.byte_ring import ByteRing
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.reader import Reader
 from lowtide.memory.ring import Ring
@@ -28,26 +29,28 @@ _numbers = itertools.count()
 
 
 class Stream:
-    """Loads units for one device; `prefetch` of them ahead. Shared by modules that do not run at the same time.
+    """Loads units for one device; `prefetch` of them ahead, or with `prefetch_bytes` as many as find room in these.
+
+    Shared by modules that do not run at the same time.
 
     Who calls its modules, or changes their rules, holds the `lock`. Locks of several are taken by their `number`.
     """
 
-    def __init__(self, device: torch.device, *, prefetch: int = 1, zero_copy: bool = True) -> None:
+    def __init__(
+        self, device: torch.device, *, prefetch: int = 1, prefetch_bytes: int | None = None, zero_copy: bool = True
+    ) -> None:
         self.device = device
-        self.prefetch = prefetch
         self.zero_copy = zero_copy
         self.ledger = Ledger()
         self.lock = new_lock()
         self.number = next(_numbers)
         self.holders: Calls[Call] = Calls()
-        self.depth = depth(prefetch, several=False)
-        """Units that may be on the device at once, those that stay or stand aside not counted."""
         self.looks_ahead = False
         """Whether units are loaded ahead: not where all of them work where they rest."""
         self._sizes: dict[Unit, Sizes] = {}
         self._live: dict[Unit, Load] = {}
-        self._ring = Ring(device, self.ledger)
+        by_bytes = prefetch_bytes is not None
+        self._ring = ByteRing(device, self.ledger, prefetch_bytes) if by_bytes else Ring(device, self.ledger, prefetch)
         self._windows: dict[Unit, Window] = {}
         self._aliases: dict[int, list[list[torch.Tensor]]] = {}
         self._reader = Reader()
@@ -98,12 +101,11 @@ class Stream:
 
     @property
     def bound(self) -> int:
-        """Bytes that this stream's ledger never exceeds: residents, `depth` of the largest, what stands aside."""
+        """Bytes that this stream's ledger never exceeds: residents, those in the ring, what stands aside."""
         sizes = self._sizes.copy()  # another thread may change them now
-        kept = [size for unit, size in sizes.items() if unit.stays]
-        aside = [size for unit, size in sizes.items() if unit.aside and not unit.stays]
-        streamed = [size for unit, size in sizes.items() if not unit.aside and not unit.stays]
-        return bound(kept, streamed, aside, self.depth).total
+        alone = [size for unit, size in sizes.items() if unit.stays or unit.aside]
+        streamed = {unit: size for unit, size in sizes.items() if not unit.stays and not unit.aside}
+        return (summed(alone) + self._ring.most(streamed)).total
 
     # ---- two verbs, and what they are made of
 
@@ -172,10 +174,11 @@ class Stream:
 
     def look_ahead(self, upcoming: list[Unit]) -> None:
         """Start to load the units in `upcoming` that are not there; drop what was wrongly expected before."""
+        upcoming = self._ring.ahead(upcoming, self._placed())
         for unit in [unit for unit in self._live if unit.load is None and unit not in upcoming]:
             self.drop(unit)
         for unit in upcoming:
-            if unit not in self._live and self._count() < self.depth:
+            if unit not in self._live and self._ring.has_room(unit, self._placed()):
                 self._start(unit)
 
     def drop(self, unit: Unit) -> None:
@@ -243,9 +246,9 @@ class Stream:
     def _total(self, unit: Unit) -> int:
         return self._sizes[unit].total
 
-    def _count(self) -> int:
+    def _placed(self) -> list[Unit]:
         """Units that take a place in the ring or pages of a window: not those that work where they rest."""
-        return sum(not unit.stays and not unit.aside and self._total(unit) > 0 for unit in self._live)
+        return [unit for unit in self._live if not unit.stays and not unit.aside and self._total(unit) > 0]
 
     def _make_room(self, unit: Unit) -> None:
         """Before `unit` is loaded: others leave, those loaded ahead first, then those that linger."""
@@ -253,7 +256,7 @@ class Stream:
             return
         idle = [live for live in self._live if live.count == 0 and not live.stays and not live.aside]
         for victim in sorted(idle, key=lambda live: live.load is not None):
-            if self._count() < self.depth:
+            if self._ring.has_room(unit, self._placed()):
                 return
             self.drop(victim)
 
@@ -326,21 +329,18 @@ class Stream:
     # ---- buffers
 
     def _buffer(self, unit: Unit, nbytes: int) -> Buffer:
-        fits = not unit.aside and not unit.stays and nbytes <= self._ring.nbytes
-        buffer = self._ring.free(self._used(), self.depth) if fits else None
+        buffer = None if unit.aside or unit.stays else self._ring.free(unit, nbytes, self._used())
         return self._ring.new(nbytes) if buffer is None else buffer
 
     def _used(self) -> set[int]:
         return {id(load.buffer) for load in self._live.values()}
 
     def _fit_ring(self) -> None:
-        streamed = [unit for unit in self._sizes if not unit.stays and not unit.aside]
-        self.depth = depth(self.prefetch, several=any(len(unit.modules) > 1 for unit in streamed))
-        needed = largest([self._sizes[unit] for unit in streamed])
-        self.looks_ahead = self.prefetch > 0 and needed.total > 0
-        if needed.copied != self._ring.nbytes:
+        streamed = {unit: size for unit, size in self._sizes.items() if not unit.stays and not unit.aside}
+        self.looks_ahead = self._ring.looks_ahead and any(size.total for size in streamed.values())
+        if not self._ring.fits(streamed):
             for unit in list(self._live):
                 if not unit.stays:
                     self.drop(unit)
             self._ring.away(self._used())
-            self._ring.nbytes = needed.copied
+        self._ring.fit(streamed)

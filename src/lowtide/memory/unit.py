@@ -69,11 +69,15 @@ class Unit:
 
 @dataclass(eq=False)
 class Buffer:
-    """One flat buffer of the ring, or of a unit that stands aside; `free` is an event of the device, if it has such."""
+    """One flat buffer of the ring, or of a unit that stands aside.
+
+    `free` is an event of the device, if it has such, behind its last use, and `turn` tells which came last of several.
+    """
 
     flat: torch.Tensor
     in_ring: bool
     free: Any = None
+    turn: int = 0
     views: dict[int, list[list[torch.Tensor]]] = field(default_factory=dict)
 
 

@@ -27,22 +27,26 @@ class Turn:
 
 
 def step_seconds(turns: Sequence[Turn], before: float = 0.0) -> float:
-    """Seconds of a step in a row of them; `before` its first turn it computes with units that stay."""
+    """Seconds of a step in a row of them; `before` its first turn it computes with units that stay.
+
+    A turn is behind one of the same step or of the one before.
+    """
     count = len(turns)
     if not count:
         return before
-    left = [0.0] * (count * (_SETTLING + _COUNTED))
+    parts = [(turn.copy, turn.own, turn.after, turn.behind) for turn in turns]
+    left = [0.0] * (count * (1 + _SETTLING + _COUNTED))  # of a step before, in which all was done at once
     now = copied = settled = 0.0
-    at = 0
+    at = count
     for step in range(_SETTLING + _COUNTED):
         if step == _SETTLING:
             settled = now
         now += before
-        for turn in turns:
-            freed = left[at - turn.behind] if turn.behind <= at else 0.0
-            copied = max(copied, freed) + turn.copy
-            now = left[at] = max(now, copied) + turn.own
-            now += turn.after
+        for copy, own, after, behind in parts:
+            freed = left[at - behind]
+            copied = (copied if copied > freed else freed) + copy
+            now = left[at] = (now if now > copied else copied) + own
+            now += after
             at += 1
     return (now - settled) / _COUNTED
 

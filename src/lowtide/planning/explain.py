@@ -254,6 +254,8 @@ def _rule(rule: Rule) -> str:
         words += f" (above {format_decimal(rule.host_bytes)} from disk)"
     if rule.resident_bytes:
         words += f", {format_decimal(rule.resident_bytes)} stay"
+    if rule.prefetch_bytes is not None:
+        return f"{words}, {format_decimal(rule.prefetch_bytes)} at once"
     return words if rule.level is Level.WHOLE or rule.prefetch == 1 else f"{words}, {_ahead(rule.prefetch)}"
 
 

@@ -2,8 +2,9 @@
 
 Weights can be resident; come as a whole for a stage (model offload); come block by block, with some blocks resident, in
 every number that `spread` can choose; or come leaf by leaf. Blocks and leaves come with one unit loaded ahead, or with
-none. On a CPU weights rest in their files. On a GPU they rest in host memory or, where that is limited, partly or
-wholly in files. 8-bit weights are in no file, so on a CPU they stay in memory.
+none; blocks beside an accelerator with memory of its own also with as many ahead as find room in so many bytes. On a
+CPU weights rest in their files. On a GPU they rest in host memory or, where that is limited, partly or wholly in files.
+8-bit weights are in no file, so on a CPU they stay in memory.
 """
 
 from __future__ import annotations
@@ -11,7 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lowtide.memory.bounds import ROWS_READ, STAGE_BYTES, Sizes, bound, depth, spread, summed, within
+from lowtide.memory.bounds import (
+    ROWS_READ,
+    STAGE_BYTES,
+    Sizes,
+    bound,
+    bound_by_bytes,
+    depth,
+    least_room,
+    spread,
+    summed,
+    within,
+)
 from lowtide.memory.rule import Level, Rule, Tier
 from lowtide.planning.plan import ComponentPlan
 from lowtide.planning.rates import Rates
@@ -19,6 +31,8 @@ from lowtide.planning.workload import Component, UnitSize
 
 HOST_SHARES = (1.0, 0.5, 0.0)
 """Shares of a component's streamed weights that rest in a GPU's host memory: all, or less where it is scarce."""
+LARGEST = (2, 3, 4)
+"""Of a component's largest unit that streams: how many have room where bytes limit what is loaded ahead."""
 STEPS = 2
 """How many values of `resident_bytes` are tried for each unit."""
 
@@ -41,7 +55,8 @@ class Option:
 
     `kept` bytes stay on the device between calls; `working` bytes are there during calls, at most, of which `leaf` are
     one layer's dequantized weights. `host` bytes rest in a GPU's host memory, `spilled` bytes in a temporary file.
-    `streams` are the units that come and go.
+    `streams` are the units that come and go, `ring` the sizes of those that take a place among others: `has_several`
+    tells whether one of them stays loaded between calls of its modules.
     """
 
     component: Component
@@ -53,6 +68,8 @@ class Option:
     leaf: int = 0
     host: int = 0
     spilled: int = 0
+    ring: tuple[Sizes, ...] = ()
+    has_several: bool = False
 
     @property
     def complexity(self) -> int:
@@ -64,6 +81,7 @@ class Option:
             1
             + 2 * list(Level).index(rule.level)
             + (rule.prefetch == 0)
+            + (rule.prefetch_bytes is not None)
             + any(stream.on_disk for stream in self.streams)
         )
 
@@ -99,7 +117,7 @@ def _offloaded(component: Component, rates: Rates, casting: str | None, *, scarc
     shares = HOST_SHARES if scarce_host and casting is None and component.in_file else HOST_SHARES[:1]
     for level, prefetch in ((Level.WHOLE, 0), (Level.BLOCK, 1), (Level.BLOCK, 0), (Level.LEAF, 1), (Level.LEAF, 0)):
         sizes = [unit.nbytes for unit in units_of(component, level, casting)]
-        for resident in _resident_sizes(sizes) if level is Level.BLOCK else [0]:
+        for number, resident in enumerate(_resident_sizes(sizes) if level is Level.BLOCK else [0]):
             rule = Rule(level, prefetch=prefetch, resident_bytes=resident)
             if rates.one_memory:
                 yield under_rule(component, rates, replace(rule, rest=Tier.DISK, spill=not component.in_file), casting)
@@ -108,7 +126,28 @@ def _offloaded(component: Component, rates: Rates, casting: str | None, *, scarc
             for share in shares:
                 limit = None if share == 1 else int(streamed * share)
                 rest = replace(rule, host_bytes=limit) if share else replace(rule, rest=Tier.DISK)
-                yield under_rule(component, rates, rest, casting)
+                option = under_rule(component, rates, rest, casting)
+                yield option
+                if level is Level.BLOCK and prefetch and number % 2 == 0:  # half of them: planning takes time, too
+                    yield from _by_bytes(option)
+
+
+def _by_bytes(option: Option) -> Iterator[Option]:
+    """The same, beside an accelerator, with bytes to limit what is loaded ahead."""
+    rule, ring = option.plan.rule, option.ring
+    assert rule is not None
+    usual = bound([], ring, [], depth(rule.prefetch, several=option.has_several))
+    for room in _rooms([unit.copied for unit in ring]):
+        by_bytes = bound_by_bytes([], ring, [], room, several=option.has_several)
+        working = replace(option.working, copied=option.working.copied - usual.copied + by_bytes.copied)
+        yield replace(option, plan=replace(option.plan, rule=replace(rule, prefetch_bytes=room)), working=working)
+
+
+def _rooms(sizes: Sequence[int]) -> list[int]:
+    """Values of `prefetch_bytes`: the least with which places begin anew as rarely as in so many of the largest."""
+    most = max(sizes, default=0)
+    rooms = {least_room(sizes, most * count) for count in LARGEST if most * count < sum(sizes)}
+    return sorted(rooms)
 
 
 def _resident_sizes(sizes: list[int]) -> list[int]:
@@ -140,11 +179,14 @@ def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | No
     )
     streams = tuple(stream for stream in streamed if units[stream.place].called)
     kept = summed(_size(units[place], _copied_to_stay(component, units[place], rates)) for place in staying)
-    ring = [_size(units[stream.place], stream.copied) for stream in streamed if not units[stream.place].aside]
+    ring = tuple(_size(units[stream.place], stream.copied) for stream in streamed if not units[stream.place].aside)
     aside = [_size(units[stream.place], stream.copied) for stream in streamed if units[stream.place].aside]
     several = any(units[stream.place].modules > 1 for stream in streamed if not units[stream.place].aside)
     leaf = _leaf(units, casting)
-    working = bound([kept], ring, aside, depth(rule.prefetch, several=several)) + Sizes(leaf)
+    if rule.prefetch_bytes is None:
+        working = bound([kept], ring, aside, depth(rule.prefetch, several=several)) + Sizes(leaf)
+    else:
+        working = bound_by_bytes([kept], ring, aside, rule.prefetch_bytes, several=several) + Sizes(leaf)
     resting = sum(units[stream.place].nbytes for stream in streamed if not stream.on_disk)
     is_staged = not rates.on_cpu and (bool(staying) or any(stream.staged for stream in streamed))
     staging = 2 * STAGE_BYTES * is_staged
@@ -152,7 +194,7 @@ def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | No
     spilled = sum(units[stream.place].nbytes for stream in streamed) if rule.spill else 0
     nbytes = sum(unit.nbytes for unit in units)
     plan = ComponentPlan(rule, casting, nbytes, kept.total, len(units), len(staying))
-    return Option(component, plan, units, streams, kept, working, leaf, resting + staging, spilled)
+    return Option(component, plan, units, streams, kept, working, leaf, resting + staging, spilled, ring, several)
 
 
 def _fitting(places: Sequence[int], units: Sequence[UnitSize], budget: int | None) -> list[int]:

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowtide.memory.bounds import depth
+from lowtide.memory.bounds import depth, places
 from lowtide.memory.rule import Level
-from lowtide.planning.copy_queue import Turn, behind_in_ring, step_seconds
+from lowtide.planning.copy_queue import Turn, behind_by_place, behind_in_ring, step_seconds
 from lowtide.planning.options import Option, Streamed
 from lowtide.planning.rates import Rates
 from lowtide.planning.workload import Component, UnitSize, Workload
@@ -64,7 +64,7 @@ class Timing:
             self._later = [self._load(stream, cold=still_cold) for stream in option.streams]
         rule = option.plan.rule
         ring = [number for number, stream in enumerate(option.streams) if not option.units[stream.place].aside]
-        self._ring = ring if rule is not None and rule.prefetch > 0 and len(ring) > 1 else []
+        self._ring = ring if rule is not None and rule.reach > 0 and len(ring) > 1 else []
         self._stays_for_stage = rule is not None and rule.level is Level.WHOLE
 
     def stage(self, calls: int, computing: float, visits: int = 1) -> Pace:
@@ -113,19 +113,23 @@ class Timing:
         pairs = zip(parts, following, strict=True)
         return alone + sum(max(compute * part + lost * load, load) for part, load in pairs)
 
-    def _queued(self, compute: float, places: list[int]) -> float:
+    def _queued(self, compute: float, starts: list[int]) -> float:
         """The same beside an accelerator: its copies wait for nothing but each other and room on the device."""
-        shares, ends = self._shares, [*places[1:], len(self._shares)]
+        shares, ends = self._shares, [*starts[1:], len(self._shares)]
         turns = [
             Turn(self._later[number].seconds, compute * shares[place], compute * sum(shares[place + 1 : end]), behind)
-            for number, place, end, behind in zip(self._ring, places, ends, self._behind(places), strict=True)
+            for number, place, end, behind in zip(self._ring, starts, ends, self._behind(), strict=True)
         ]
-        return step_seconds(turns, compute * sum(shares[: places[0]]))
+        return step_seconds(turns, compute * sum(shares[: starts[0]]))
 
-    def _behind(self, places: list[int]) -> list[int]:
+    def _behind(self) -> list[int]:
         rule = self.option.plan.rule
         assert rule is not None
-        return behind_in_ring(len(places), depth(rule.prefetch, several=False))
+        if rule.prefetch_bytes is None:
+            return behind_in_ring(len(self._ring), depth(rule.prefetch, several=False))
+        streams = [self.option.streams[number] for number in self._ring]
+        sizes = [self.option.units[stream.place].nbytes for stream in streams]
+        return behind_by_place(places(sizes, max(rule.prefetch_bytes, *sizes)), sizes)
 
     def _between(self, places: list[int]) -> list[float]:
         """The share of computing from each of these units up to the next one; the first follows the last."""

@@ -240,7 +240,8 @@ def _of_scheme(group: list[Choice], scheme: tuple[Level | None, int], way: str) 
     def matches(choice: Choice) -> bool:
         rule = choice.option.plan.rule
         level = (None, 0) if rule is None else (rule.level, rule.prefetch)
-        return level == scheme and choice.option.plan.casting is None and not (rule and rule.resident_bytes)
+        is_plain = rule is None or (not rule.resident_bytes and rule.prefetch_bytes is None)
+        return level == scheme and choice.option.plan.casting is None and is_plain
 
     def rank(choice: Choice) -> tuple[int, int]:
         return sum(chosen != (way if way in stage.ways else WHOLE) for stage, chosen, _ in choice.ways), choice.cost

@@ -12,6 +12,7 @@ from lowtide.calls import Call, Calls
 from lowtide.casting.cast_weight import CastWeight, in_fp8
 from lowtide.casting.scratch import SCRATCH
 from lowtide.forks import new_lock
+from lowtide.machine.accelerators import computing_stream
 from lowtide.memory.blocks import with_atomic
 from lowtide.memory.bounds import aligned
 from lowtide.memory.copy_out import copied_out
@@ -35,6 +36,8 @@ class Leaf:
         self._lock = new_lock()
         self._calls: Calls[Call] = Calls()
         self._flat: torch.Tensor | None = None
+        self._stream: Any = None
+        """The one that dequantizes, on an accelerator: whose memory `_flat` is."""
         self._placed: list[tuple[CastWeight, list[torch.Tensor], list[int]]] = []
 
     def install(self) -> None:
@@ -89,20 +92,31 @@ class Leaf:
             if not self._calls:
                 self._lift()  # what an interrupted call may have left
                 self._place()
+            elif self._flat is not None and (other := self._other_stream()) is not None:
+                other.wait_stream(self._stream)
             self._calls.begin(call)
 
     def leave(self, call: Call) -> None:
         """Drop the numbers after the last call. Right also for a call whose `enter` did not come to its end."""
         with self._lock:
             self._calls.end(call)
+            if self._flat is not None and (other := self._other_stream()) is not None:
+                self._stream.wait_stream(other)  # before the numbers are written over
             if not self._calls:
                 self._lift()
+
+    def _other_stream(self) -> Any:
+        """The stream that computes now, where it is not the one that dequantized: a call in another thread, perhaps."""
+        now = computing_stream(self.weights[0].device)
+        return now if now != self._stream else None
 
     def _place(self) -> None:
         self._disown_replaced()
         if not self._working():
             return
-        self._flat = SCRATCH.take(max(self.room, self.working_bytes), self.weights[0].device)
+        device = self.weights[0].device
+        self._stream = computing_stream(device)
+        self._flat = SCRATCH.take(max(self.room, self.working_bytes), device)
         place = 0
         for weight in self._working():
             part = self._flat[place : place + weight.working_bytes]
@@ -128,8 +142,8 @@ class Leaf:
             spoil(tensors)  # counts as a write: not before it is certain that nobody looks for writes any more
         self.weights = [weight for weight in self.weights if weight.views]
         if self._flat is not None:
-            SCRATCH.give(self._flat)
-            self._flat = None
+            SCRATCH.give(self._flat, self._stream)
+            self._flat = self._stream = None
 
     # ---- the overrides
 

@@ -6,6 +6,8 @@ accident. `accelerator(device)` is None for a CPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lowtide.machine.device_kinds import Accelerator, Cuda, Mps, Xpu
@@ -22,6 +24,15 @@ def accelerator(device: torch.device | str) -> Accelerator | None:
     if kind not in _KINDS:
         raise ValueError(f"device={str(device)!r} is not possible: weights can be streamed to {_possible()}.")
     return _KINDS[kind]
+
+
+def computing_stream(device: torch.device) -> Any:
+    """The stream of this thread on a device, in the order of which its memory is used; None where there is one order.
+
+    That is so on a CPU, on meta, and on kinds without streams.
+    """
+    kind = _KINDS.get(device.type)
+    return kind.computing(device) if kind is not None and kind.has_streams else None
 
 
 def brought_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:

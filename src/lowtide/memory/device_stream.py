@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -35,7 +36,23 @@ class DeviceStream(Stream):
         self._accelerator = accelerator
         self._copier = accelerator.new_stream(device)
         self._stages: list[HostBuffer] = []
-        self._left: Any = None
+        self._last: Any = None
+        self._owners: list[Any] = []
+        """The streams whose memory its buffers are: the allocator gives it to them again without waiting."""
+        weakref.finalize(self, _wait_for_copies, self._copier, self._owners).atexit = False
+
+    def enter(self, unit: Unit) -> None:
+        """A call that needs `unit` begins, on whichever stream; see `Stream.enter`."""
+        if unit.load is not None:
+            self._computing()
+        super().enter(unit)
+
+    def keep(self, unit: Unit) -> None:
+        """Keep a loaded unit for good. The host waits for the copy, since streams that compute later will not."""
+        super().keep(unit)
+        event = self._live[unit].event
+        if event is not None:
+            event.synchronize()
 
     def dismiss(self, units: list[Unit]) -> None:
         """Serve these units no more; their weights are dropped, and their memory on the host is pinned no more."""
@@ -59,7 +76,10 @@ class DeviceStream(Stream):
             )
         load.buffer.free = self._ring.freed(load.unit, load.buffer)
         if load.buffer.free is None:  # new: what its memory was before is in use until now
-            load.buffer.free = self._computing().record_event()
+            owner = self._computing()
+            load.buffer.free = owner.record_event()
+            if owner not in self._owners:
+                self._owners.append(owner)
         host = load.unit.host
         if host is not None and host.is_pinned:
             with self._accelerator.on(self.device, self._copier):
@@ -72,7 +92,13 @@ class DeviceStream(Stream):
             super()._begin(load)
 
     def _computing(self) -> Any:
-        return self._accelerator.computing(self.device)
+        """The stream that computes now, which a user may have chosen: it waits for the one that did so before it."""
+        now = self._accelerator.computing(self.device)
+        if now != self._last and not self._accelerator.is_capturing(self.device):
+            if self._last is not None:
+                now.wait_stream(self._last)
+            self._last = now
+        return now
 
     def _read(self, load: Load) -> None:
         assert load.buffer is not None
@@ -118,15 +144,23 @@ class DeviceStream(Stream):
         elif load.buffer is not None and (load.reading is None or not load.reading.is_called_off):
             current.wait_stream(self._copier)  # something may have come between a copy and its event
         if load.buffer is not None:
-            if self._left is not None:
-                current.wait_event(self._left)  # of another stream, perhaps: the last event is to be behind all others
-            self._left = current.record_event()
-            self._ring.left(load.buffer, self._left)
+            left = current.record_event()
+            self._ring.left(load.buffer, left)
+            for owner in self._owners:
+                if owner != current:
+                    owner.wait_event(left)
         super()._release(load)
 
     def after_fork(self) -> None:
         """Wait for nobody. A forked child cannot use an accelerator: PyTorch says so when a call comes to it."""
         self._reader.begin_anew()
         self.ledger.forget_waits()
+        self._owners.clear()
         for load in self._live.values():
             load.reading = None
+
+
+def _wait_for_copies(copier: Any, owners: list[Any]) -> None:
+    """After a stream that nobody has any more: copies may be under way to memory that is freed with it."""
+    for owner in owners:
+        owner.wait_stream(copier)

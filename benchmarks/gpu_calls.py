@@ -63,11 +63,16 @@ def tiny_clips(place: Place, scratch: Path) -> Case:
 def seascapes(place: Place, scratch: Path) -> Case:
     """The shipped model."""
     folder = Path(lowtide.__file__).parent / "assets" / "seascapes"
-    return of_pictures(lowtide.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=place.dtype), 256, 4)
+    pipe = lowtide.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=place.dtype)
+    return of_pictures(pipe, 64 if place.tiny else 256, 2 if place.tiny else 4)
 
 
 def sd15(place: Place, scratch: Path) -> Case:
     """The shapes of Stable Diffusion 1.5, weights that are in no file."""
+    if place.tiny:
+        from tests import tiny
+
+        return of_pictures(tiny.pipeline(scratch).to(place.dtype), 64, 2)
     from transformers import CLIPTokenizer
 
     from make_sd15 import MODELS, SCHEDULER, write_tokenizer
@@ -85,16 +90,18 @@ def sd15(place: Place, scratch: Path) -> Case:
     return of_pictures(built(build, torch.device("cpu"), place.dtype), 512, 4)
 
 
-def tiny_guest(place: Place, scratch: Path) -> Case:
+def tiny_guest(place: Place, scratch: Path, name: str = "ZImage") -> Case:
     """A pipeline of diffusers of a few weights."""
     from tests.guests.families import FAMILIES, run
 
-    family = FAMILIES["ZImage"]()
+    family = FAMILIES[name]()
     return Case(family.pipeline.to(place.dtype), family.call, lambda: run(family).cpu())
 
 
 def sdxl(place: Place, scratch: Path) -> Case:
     """SDXL of diffusers, at its published shapes."""
+    if place.tiny:
+        return tiny_guest(place, scratch, "SDXL")
     import make_guests
 
     pipe = built(make_guests.MODELS["sdxl"], torch.device("cpu"), place.dtype)

@@ -58,7 +58,7 @@ def decodes(place: Place, side: int) -> dict[str, Any]:
     latents = torch.randn(1, 4, side // 8, side // 8, generator=generator).to(place.dtype).to(place.device)
     weights = sum(weight.numel() * weight.itemsize for weight in vae.parameters())
     found: dict[str, Any] = {"side": side, "weights": weights}
-    vae.enable_tiling("exact", work=30_000 if place.tiny else None)
+    vae.enable_tiling("exact", work=200_000 if place.tiny else None)
     found["exact"], by_rows = one_decode(place, vae, latents)
     vae.disable_tiling()
     try:

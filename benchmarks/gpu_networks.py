@@ -35,11 +35,15 @@ NOISE = 2**22
 
 @dataclass(frozen=True)
 class Network:
-    """What `build` makes (on the CPU, in the default dtype), and the `inputs` of a step on a device, in a dtype."""
+    """What `build` makes (on the CPU, in the default dtype), and the `inputs` of a step on a device, in a dtype.
+
+    `theirs` makes the same network of diffusers, where it has one.
+    """
 
     about: str
     build: Callable[[], nn.Module]
     inputs: Callable[[torch.device, torch.dtype], dict[str, Any]]
+    theirs: Callable[[], nn.Module] | None = None
 
 
 # ---- the shape of FLUX: tokens `B N W`, heads `B H N D`
@@ -159,6 +163,18 @@ def unet(**entries: Any) -> nn.Module:
     return UNet2DConditionModel.from_config(entries)
 
 
+def their_unet(**entries: Any) -> nn.Module:
+    """That of diffusers; what is not told is the same as in ours."""
+    import diffusers
+
+    return diffusers.UNet2DConditionModel(**entries)
+
+
+def with_unets(about: str, inputs: Callable[[torch.device, torch.dtype], dict[str, Any]], **entries: Any) -> Network:
+    """Both U-Nets of these entries."""
+    return Network(about, lambda: unet(**entries), inputs, lambda: their_unet(**entries))
+
+
 def of_unet(side: int, words: int, *, pooled: int = 0) -> Callable[[torch.device, torch.dtype], dict[str, Any]]:
     """The inputs of a step with guidance: two pictures, latents of `side`, 77 tokens of `words` numbers."""
 
@@ -199,18 +215,14 @@ SMALL_SDXL = {
     "projection_class_embeddings_input_dim": 6 * 256 + 8,
 }
 TRUE = {
-    "sd15": Network("U-Net of Stable Diffusion 1.5, 512x512", lambda: unet(cross_attention_dim=768), of_unet(64, 768)),
-    "sdxl": Network("U-Net of SDXL, 1024x1024", lambda: unet(**SDXL_UNET), of_unet(128, 2048, pooled=1280)),
+    "sd15": with_unets("U-Net of Stable Diffusion 1.5, 512x512", of_unet(64, 768), cross_attention_dim=768),
+    "sdxl": with_unets("U-Net of SDXL, 1024x1024", of_unet(128, 2048, pooled=1280), **SDXL_UNET),
     "flux": Network("transformer shaped as FLUX.1, 1024x1024", FluxShaped, of_flux(4096, 512, 128)),
 }
 TINY = {
-    "sd15": Network(
-        "tiny U-Net", lambda: unet(block_out_channels=(8, 16, 16, 16), attention_head_dim=2, **SMALL), of_unet(8, 24)
-    ),
-    "sdxl": Network(
-        "tiny U-Net with added conditions",
-        lambda: unet(**{**SDXL_UNET, **SMALL, **SMALL_SDXL}),
-        of_unet(8, 24, pooled=8),
+    "sd15": with_unets("tiny U-Net", of_unet(8, 24), block_out_channels=(8, 16, 16, 16), attention_head_dim=2, **SMALL),
+    "sdxl": with_unets(
+        "tiny U-Net with added conditions", of_unet(8, 24, pooled=8), **{**SDXL_UNET, **SMALL, **SMALL_SDXL}
     ),
     "flux": Network(
         "tiny transformer", lambda: FluxShaped(32, 2, two=2, one=3, words=16), of_flux(16, 8, 16, words=16)

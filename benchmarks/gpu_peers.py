@@ -1,6 +1,7 @@
 """Other libraries that offload a network's weights, each put on a plain module as its own documentation says.
 
-All of them serve the very network that Lowtide's rows stream, so that both compute the same.
+All of them serve the very network that Lowtide's rows stream, so that both compute the same; but for those that copy
+what blocks are given, which breaks U-Nets of ours: they serve that of diffusers, of the same shapes.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ Put = Callable[[nn.Module, torch.device], None]
 
 @dataclass(frozen=True)
 class Peer:
-    """`put` offloads a module that is on the host. With `streams` its weights come anew in every step."""
+    """`put` offloads a module that is on the host. With `streams` its weights come anew in every step.
+
+    With `copies_lists`, blocks get copies of the lists that they are given; our U-Net's take skips away from one.
+    """
 
     needs: tuple[str, ...]
     put: Put
     streams: bool = True
+    copies_lists: bool = False
 
     @property
     def missing(self) -> list[str]:
@@ -77,7 +82,7 @@ def managed(module: nn.Module, device: torch.device) -> None:
 
 FLUX_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 PEERS = {
-    "diffusers block": Peer(("diffusers",), group_offload("block_level")),
+    "diffusers block": Peer(("diffusers",), group_offload("block_level"), copies_lists=True),
     "diffusers leaf": Peer(("diffusers",), group_offload("leaf_level")),
     "model offload": Peer(("accelerate",), model_offload, streams=False),
     "cache-dit layers": Peer(("cache_dit", "diffusers"), cache_dit(())),

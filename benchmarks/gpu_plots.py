@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gpu_report import Content, bound, results
-from lowtide.bench.plot_style import new_figure, save, set_grid, set_log
+from gpu_report import GOAL, Content, Goal, bound, results
+from lowtide.bench.plot import Dot, draw_labels
+from lowtide.bench.plot_style import GREEN, new_figure, save, set_grid, set_log
+from lowtide.bench.techniques import OURS
 
 
 def plots(content: Content, folder: Path) -> None:
     """Write those that there is something for."""
-    for name, draw in {"steps": steps, "peers": peers, "predictions": predictions, "decodes": decodes}.items():
+    for name, draw in PLOTS.items():
         figure = draw(content)
         if figure is not None:
             save(figure, folder / f"{name}.png")
@@ -46,18 +48,47 @@ def steps(content: Content) -> Any:
 
 def peers(content: Content) -> Any:
     """The step by the peak of memory, of the network shaped as FLUX."""
-    points = [(name, row) for name, row in results(content, "steps") if name.startswith("flux ")]
-    if not points:
-        return None
+    rows = [(name.partition(" ")[2], row) for name, row in results(content, "steps") if name.startswith("flux ")]
     title = "A step of the network shaped as FLUX.1, and the memory that it takes"
-    figure, axes = figure_with_axes(title, "peak of allocated memory, GB", "s a step")
-    for name, row in points:
-        own = name.split()[1].isdigit()
-        place = (row["peak_allocated"] / 1e9, row["step"])
-        axes.plot(*place, "o" if own else "x", color="tab:blue" if own else "tab:red")
-        axes.annotate(name.partition(" ")[2], place, fontsize=8, xytext=(4, 4),
-            textcoords="offset points")  # fmt: skip
-    axes.set_ylim(bottom=0)
+    dots = []
+    for name, row in rows:
+        share, _, level = name.partition(" ")
+        is_ours = share.isdigit()
+        dots.append(dot(f"{share} % stay {level}".strip() if is_ours else name, row, row["step"], is_ours=is_ours))
+    return labelled(title, "s a step", dots)
+
+
+def another_card(content: Content) -> Any:
+    """A run as on an L20 by the peak of memory, beside the goal."""
+    rows = [(name.partition(" ")[2], row) for name, row in results(content, "L20")]
+    title = f"{GOAL.steps} steps of the network shaped as FLUX.1, as on an L20"
+    return labelled(title, "s a run", [dot(name, row, row["run"], is_ours=name == OURS) for name, row in rows], GOAL)
+
+
+def dot(name: str, row: dict[str, Any], seconds: float, *, is_ours: bool) -> Dot:
+    return Dot(name, OURS if is_ours else "another library", row["peak_allocated"] / 1e9, seconds)
+
+
+def labelled(title: str, y: str, dots: list[Dot], goal: Goal | None = None) -> Any:
+    """Seconds by memory, a name at each dot, and lines at the goal, where there is one."""
+    if not dots:
+        return None
+    figure, axes = figure_with_axes(title, "peak of allocated memory, GB", y)
+    if goal is not None:
+        memory = goal.memory / 1e9
+        told = (
+            f"goal: {goal.seconds:.0f} s within {memory:.1f} GB",
+            f"published for another library: {goal.published:.0f} s",
+        )
+        axes.axhline(goal.seconds, color=GREEN, linewidth=0.8)
+        axes.axvline(memory, color=GREEN, linewidth=0.8)
+        dots = [*dots, Dot(told[0], OURS, memory, goal.seconds), Dot(told[1], "", memory, goal.published)]
+    for own in dots:
+        axes.plot(own.memory, own.latency, own.look[1], color=own.look[0])
+    axes.set_xlim(0, 1.3 * max(own.memory for own in dots))
+    axes.set_ylim(0, 1.15 * max(own.latency for own in dots))
+    figure.draw_without_rendering()  # lays the page out, so that each dot has its place on it
+    draw_labels(figure, axes, dots)
     return figure
 
 
@@ -89,3 +120,8 @@ def decodes(content: Content) -> Any:
     set_log(axes.yaxis)
     axes.legend()
     return figure
+
+
+PLOTS = {
+    "steps": steps, "peers": peers, "another_card": another_card, "predictions": predictions, "decodes": decodes
+}  # fmt: skip

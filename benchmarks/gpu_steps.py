@@ -57,14 +57,15 @@ class Held:
             return self.module(**self.inputs)
 
 
-def network(place: Place, name: str, *, on_host: bool = False) -> Held:
-    """A network with random weights: on the device where it has room, else on the host."""
+def network(place: Place, name: str, *, on_host: bool = False, theirs: bool = False) -> Held:
+    """A network with random weights: on the device where it has room, else on the host; of diffusers with `theirs`."""
     kept = (TINY if place.tiny else TRUE)[name]
+    build = kept.theirs if theirs and kept.theirs is not None else kept.build
     with torch.device("meta"):
-        weights = nbytes(kept.build()) * place.dtype.itemsize // torch.get_default_dtype().itemsize
+        weights = nbytes(build()) * place.dtype.itemsize // torch.get_default_dtype().itemsize
     has_room = place.kind.memory(place.device).free > ROOM * weights
     where = place.device if has_room and not on_host else torch.device("cpu")
-    module = built(kept.build, where, place.dtype)
+    module = built(build, where, place.dtype)
     return Held(module, nbytes(module), kept.inputs(place.device, place.dtype), place.link_rate())
 
 
@@ -101,14 +102,14 @@ def under_rule(place: Place, held: Held, residents: int, level: str = "block", l
 
 def peers(place: Place, name: str, peer: str) -> dict[str, Any]:
     """Offloaded by another library."""
-    held = network(place, name, on_host=True)
+    held = network(place, name, on_host=True, theirs=PEERS[peer].copies_lists)
     return under_peer(place, held, peer)
 
 
 def under_peer(place: Place, held: Held, peer: str, link: float = 0) -> dict[str, Any]:
     device = place.device
     if place.tiny:  # no other library knows the stand-in
-        device, held.inputs = torch.device("cpu"), {name: given.cpu() for name, given in held.inputs.items()}
+        device, held.inputs = torch.device("cpu"), on_cpu(held.inputs)
     began = time.perf_counter()
     PEERS[peer].put(held.module, device)
     seconds = time.perf_counter() - began
@@ -116,6 +117,11 @@ def under_peer(place: Place, held: Held, peer: str, link: float = 0) -> dict[str
     about = measured(place, held, slower=slower_link(device, ratio))
     moved = held.weights if PEERS[peer].streams else 0
     return about | {"set_up": seconds, "streamed": moved, "link_ratio": ratio, "link_rate": held.rate / ratio}
+
+
+def on_cpu(given: Any) -> Any:
+    """A tensor, or those in a dict, on the CPU."""
+    return given.cpu() if isinstance(given, torch.Tensor) else {name: on_cpu(part) for name, part in given.items()}
 
 
 def as_on(place: Place, how: str, card: Card = L20) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def draw_plot(report: Report) -> Path:
     axes.set_title("\n".join(textwrap.wrap(title(report), 100)), fontsize=11, loc="left")
     _draw_dots(axes, plotted)
     figure.draw_without_rendering()  # lays the page out, so that each dot has its place on it
-    _draw_labels(figure, axes, plotted)
+    draw_labels(figure, axes, plotted)
     path = report.options.out / "table.png"
     figure.savefig(path)
     return path
@@ -108,7 +108,7 @@ def _draw_dots(axes: Axes, plotted: Sequence[Dot]) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, frameon=False)
 
 
-def _draw_labels(figure: Figure, axes: Axes, plotted: Sequence[Dot]) -> None:
+def draw_labels(figure: Figure, axes: Axes, plotted: Sequence[Dot]) -> None:
     """Draw a label beside each dot, with a thin lead to the dot."""
     points = [_in_points(figure, *axes.transData.transform((dot.memory, dot.latency))) for dot in plotted]
     corners = axes.get_window_extent()

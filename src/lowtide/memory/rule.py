@@ -42,9 +42,9 @@ class Level(StrEnum):
 class Rule:
     """How the weights of one module rest and work; sizes in bytes.
 
-    `resident_bytes` of units, evenly spread over the module, rest on the device. `prefetch` units are loaded ahead.
-    With `prefetch_bytes` these are instead as many as find room in so many bytes together with those in use; the
-    largest unit always has room.
+    `resident_bytes` of units, evenly spread over the module, rest on the device, or those that `resident_units` names:
+    a plan knows for which of them computing would wait. `prefetch` units are loaded ahead. With `prefetch_bytes` these
+    are instead as many as find room in so many bytes together with those in use; the largest unit always has room.
     `host_bytes` limits what rests in host memory: the rest of it is on disk. `spill` lets weights that are in no file
     be written to an unnamed file in `spill_folder` (None: the system's); without it they stay in host memory.
     `pin` lets host memory be locked for faster copies, where there is an accelerator.
@@ -58,6 +58,7 @@ class Rule:
     prefetch: int = 1
     prefetch_bytes: int | None = None
     resident_bytes: int = 0
+    resident_units: tuple[str, ...] | None = None
     host_bytes: int | None = None
     spill: bool = False
     spill_folder: str | None = None
@@ -80,7 +81,8 @@ class Rule:
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON can hold it."""
-        return {**asdict(self), "block_modules": None if self.block_modules is None else list(self.block_modules)}
+        lists = {name: getattr(self, name) for name in ("resident_units", "block_modules")}
+        return {**asdict(self), **{name: None if names is None else list(names) for name, names in lists.items()}}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
@@ -93,6 +95,7 @@ class Rule:
             given["level"] = Level(given["level"])
         if "rest" in given:
             given["rest"] = Tier(given["rest"])
-        if given.get("block_modules") is not None:
-            given["block_modules"] = tuple(given["block_modules"])
+        for name in ("resident_units", "block_modules"):
+            if given.get(name) is not None:
+                given[name] = tuple(given[name])
         return cls(**given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,11 +31,26 @@ def settle_rests(units: list[Unit], rule: Rule, device: torch.device, index: Che
         for weight in unit.weights:
             if weight.rest is None:
                 weight.rest = source.rest(weight)
-    for unit in evenly(units, rule.resident_bytes):
+    for unit in staying(units, rule):
         unit.stays = True
     mover = _Mover(rule, device)
     for unit in units:
         mover.move(unit)
+
+
+def staying(units: list[Unit], rule: Rule) -> list[Unit]:
+    """The units that stay on the device; warns of names that none of them has."""
+    if rule.resident_units is None:
+        return evenly(units, rule.resident_bytes)
+    names = set(rule.resident_units)
+    absent = names - {unit.name for unit in units}
+    if absent:
+        warnings.warn(
+            f"{len(absent)} of {len(names)} units that were to stay on the device are not there, such as "
+            f"{min(absent)!r}: less stays. Plan anew for the network as it is now.",
+            stacklevel=4,
+        )
+    return [unit for unit in units if unit.name in names]
 
 
 def evenly(units: list[Unit], budget: int) -> list[Unit]:

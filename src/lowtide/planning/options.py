@@ -2,9 +2,10 @@
 
 Weights can be resident; come as a whole for a stage (model offload); come block by block, with some blocks resident, in
 every number that `spread` can choose; or come leaf by leaf. Blocks and leaves come with one unit loaded ahead, or with
-none; blocks beside an accelerator with memory of its own also with as many ahead as find room in so many bytes. On a
-CPU weights rest in their files. On a GPU they rest in host memory or, where that is limited, partly or wholly in files.
-8-bit weights are in no file, so on a CPU they stay in memory.
+none. Beside an accelerator with memory of its own, blocks also come with as many ahead as find room in so many bytes,
+and with those resident that keep copies and computing in step. On a CPU weights rest in their files. On a GPU they rest
+in host memory or, where that is limited, partly or wholly in files. 8-bit weights are in no file, so on a CPU they stay
+in memory.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from lowtide.memory.bounds import (
 from lowtide.memory.rule import Level, Rule, Tier
 from lowtide.planning.plan import ComponentPlan
 from lowtide.planning.rates import Rates
+from lowtide.planning.residents import in_step
 from lowtide.planning.workload import Component, UnitSize
 
 HOST_SHARES = (1.0, 0.5, 0.0)
 """Shares of a component's streamed weights that rest in a GPU's host memory: all, or less where it is scarce."""
 LARGEST = (2, 3, 4)
 """Of a component's largest unit that streams: how many have room where bytes limit what is loaded ahead."""
+BUDGETS = 32
+"""For how many shares of a component's bytes units are chosen that keep copies and computing in step."""
 STEPS = 2
 """How many values of `resident_bytes` are tried for each unit."""
 
@@ -116,20 +120,44 @@ def _resident(component: Component, rates: Rates, casting: str | None) -> Option
 def _offloaded(component: Component, rates: Rates, casting: str | None, *, scarce_host: bool) -> Iterator[Option]:
     shares = HOST_SHARES if scarce_host and casting is None and component.in_file else HOST_SHARES[:1]
     for level, prefetch in ((Level.WHOLE, 0), (Level.BLOCK, 1), (Level.BLOCK, 0), (Level.LEAF, 1), (Level.LEAF, 0)):
-        sizes = [unit.nbytes for unit in units_of(component, level, casting)]
-        for number, resident in enumerate(_resident_sizes(sizes) if level is Level.BLOCK else [0]):
-            rule = Rule(level, prefetch=prefetch, resident_bytes=resident)
+        units = units_of(component, level, casting)
+        spread_out = [
+            Rule(level, prefetch=prefetch, resident_bytes=resident) for resident in _resident_sizes(units, level)
+        ]
+        for rule in spread_out:
             if rates.one_memory:
                 yield under_rule(component, rates, replace(rule, rest=Tier.DISK, spill=not component.in_file), casting)
-                continue
-            streamed = sum(sizes) - sum(sizes[place] for place in spread(sizes, resident))
-            for share in shares:
-                limit = None if share == 1 else int(streamed * share)
-                rest = replace(rule, host_bytes=limit) if share else replace(rule, rest=Tier.DISK)
-                option = under_rule(component, rates, rest, casting)
-                yield option
-                if level is Level.BLOCK and prefetch and number % 2 == 0:  # half of them: planning takes time, too
+            else:
+                yield from _resting(component, rates, rule, casting, shares)
+        if level is Level.BLOCK and prefetch and not rates.one_memory:
+            # some of the rules will do, since planning takes time; weights in 8 bits may have other names once they are
+            for rule in [*spread_out[::4], *([] if casting else _in_step(spread_out[0], units, rates))]:
+                for option in _resting(component, rates, rule, casting, shares):
                     yield from _by_bytes(option)
+
+
+def _resting(
+    component: Component, rates: Rates, rule: Rule, casting: str | None, shares: Sequence[float]
+) -> Iterator[Option]:
+    """With each share of what streams in host memory."""
+    units = units_of(component, rule.level, casting)
+    staying = _staying(units, rule)
+    streamed = sum(unit.nbytes for place, unit in enumerate(units) if place not in staying)
+    for share in shares:
+        limit = None if share == 1 else int(streamed * share)
+        rest = replace(rule, host_bytes=limit) if share else replace(rule, rest=Tier.DISK)
+        yield under_rule(component, rates, rest, casting)
+
+
+def _in_step(rule: Rule, units: Sequence[UnitSize], rates: Rates) -> Iterator[Rule]:
+    """The rule with those units resident that keep copies and computing in step, if work is known."""
+    sizes, seconds = [unit.nbytes * unit.called for unit in units], [rates.seconds(unit.work) for unit in units]
+    if sum(seconds) > 0:
+        budgets = (sum(sizes) * step // BUDGETS for step in range(1, BUDGETS))
+        for staying in dict.fromkeys(tuple(in_step(sizes, seconds, budget)) for budget in budgets):
+            if staying:
+                nbytes, names = sum(sizes[place] for place in staying), tuple(units[place].name for place in staying)
+                yield replace(rule, resident_bytes=nbytes, resident_units=names)
 
 
 def _by_bytes(option: Option) -> Iterator[Option]:
@@ -150,8 +178,11 @@ def _rooms(sizes: Sequence[int]) -> list[int]:
     return sorted(rooms)
 
 
-def _resident_sizes(sizes: list[int]) -> list[int]:
+def _resident_sizes(units: Sequence[UnitSize], level: Level) -> list[int]:
     """Values of `resident_bytes` that each keep a different set of units; the first keeps none."""
+    if level is not Level.BLOCK:
+        return [0]
+    sizes = [unit.nbytes for unit in units]
     total, count = sum(sizes), STEPS * len(sizes)
     budgets: dict[tuple[int, ...], int] = {}
     for step in range(count):
@@ -163,7 +194,7 @@ def _resident_sizes(sizes: list[int]) -> list[int]:
 def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | None) -> Option:
     """The option that a rule makes of a component."""
     units = units_of(component, rule.level, casting)
-    staying = set(spread([unit.nbytes for unit in units], rule.resident_bytes))
+    staying = _staying(units, rule)
     places = [place for place in range(len(units)) if place not in staying]
     on_host = set(_fitting(places, units, rule.host_bytes)) if rule.rest is Tier.HOST else set[int]()
     # as if it were the only component: the others may leave it less
@@ -195,6 +226,14 @@ def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | No
     nbytes = sum(unit.nbytes for unit in units)
     plan = ComponentPlan(rule, casting, nbytes, kept.total, len(units), len(staying))
     return Option(component, plan, units, streams, kept, working, leaf, resting + staging, spilled, ring, several)
+
+
+def _staying(units: Sequence[UnitSize], rule: Rule) -> set[int]:
+    """Places of the units that a rule keeps on the device."""
+    if rule.resident_units is None:
+        return set(spread([unit.nbytes for unit in units], rule.resident_bytes))
+    names = set(rule.resident_units)
+    return {place for place, unit in enumerate(units) if unit.name in names}
 
 
 def _fitting(places: Sequence[int], units: Sequence[UnitSize], budget: int | None) -> list[int]:

@@ -133,6 +133,7 @@ def test_two_calls_of_one_leaf_at_once_under_two_streams() -> None:
 
 
 def forgotten_in_the_middle() -> None:
+    before = set(threading.enumerate())
     with simulated(pins=False) as sim, ordered(sim), torch.no_grad():
         module, x = blocks(), torch.randn(3, 16)
         apply_residency(module, prefetch=2, rest="host", device=DEVICE, level="block")
@@ -140,6 +141,8 @@ def forgotten_in_the_middle() -> None:
             module(x)
         del module
         gc.collect()
+        for reader in set(threading.enumerate()) - before:  # it may still be at what it was asked for
+            reader.join(60)
 
 
 def test_a_module_that_nobody_has_any_more_leaves_no_copy_to_freed_memory() -> None:

@@ -21,7 +21,7 @@ PLAIN = (torch.Tensor, nn.Parameter, getattr(nn, "Buffer", nn.Parameter))
 
 
 def gather(slots: Iterable[Slot]) -> list[Weight]:
-    """The weights that lie in `slots`, tied and overlapping ones as one; a weight on meta has no rest yet.
+    """The weights that lie in `slots`, in their order, tied and overlapping ones as one; on meta they have no rest yet.
 
     Raises `ValueError` for tensors that are more than strided numbers.
     """
@@ -29,7 +29,9 @@ def gather(slots: Iterable[Slot]) -> list[Weight]:
     by_old: dict[int, list[Slot]] = {}
     on_meta: dict[int, list[Slot]] = {}
     placed: list[tuple[str, int, int, Slot]] = []
+    order: dict[str, int] = {}
     for slot in map(_with_ordinary, slots):
+        order.setdefault(slot.name, len(order))
         tensor = slot.tensor
         if isinstance(tensor, AtRest):
             by_old.setdefault(id(tensor.weight), []).append(slot)
@@ -43,7 +45,8 @@ def gather(slots: Iterable[Slot]) -> list[Weight]:
             placed.append((str(tensor.device), start, end, slot))
     weights += [_taken_over(group) for group in by_old.values()]
     weights += [_unfilled(group) for group in on_meta.values()]
-    return weights + [_real(group) for group in _overlapping(placed)]
+    weights += [_real(group) for group in _overlapping(placed)]
+    return sorted(weights, key=lambda weight: min(order[view.slot.name] for view in weight.views))
 
 
 def _with_ordinary(slot: Slot) -> Slot:

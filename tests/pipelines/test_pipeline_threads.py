@@ -37,6 +37,9 @@ def pipe(made: Any, bare_machine: None) -> Iterator[Any]:  # noqa: F811
     made.disable_model_cpu_offload()
     made.to(torch.float32)
     made.disable_vae_slicing()
+    made.disable_vae_tiling()
+    made.disable_attention_slicing()
+    made.set_attention_backend("sdpa")
 
 
 CHANGES: dict[str, Callable[[Any], object]] = {

@@ -5,13 +5,14 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from lowtide.utils import export_to_video
+
+av = pytest.importorskip("av")
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (51, 128, 204), (250, 200, 40)]
 COLOUR_TOLERANCE = 4  # of 255, in the middle of a plain area; the wrong matrix is off by 20 and more

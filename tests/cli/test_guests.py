@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -19,6 +18,7 @@ from typer.testing import CliRunner
 from lowtide.cli.app import app
 from lowtide.fitting import prepare
 
+av = pytest.importorskip("av")
 pytest.importorskip("diffusers")
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="budgets are held by what /proc tells"),

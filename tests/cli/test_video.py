@@ -1,6 +1,5 @@
 """`lowtide generate --video` with a tiny model of random weights: files that players open, sheets, clear errors."""
 
-import av
 import pytest
 from PIL import Image
 from tests import tiny, tiny_video
@@ -9,6 +8,8 @@ from typer.testing import CliRunner
 from lowtide.cli.app import app
 from lowtide.cli.errors import InputError
 from lowtide.cli.request import Video, video_from
+
+av = pytest.importorskip("av")
 
 
 def lowtide(*arguments):

@@ -2,7 +2,6 @@
 
 import shutil
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from lowtide.guests.doors import plan_of
 from lowtide.weights.index import CheckpointError
 
 diffusers = pytest.importorskip("diffusers")
+gguf = pytest.importorskip("gguf")
 pytestmark = [*WARNINGS, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 

@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from tests.memory_peaks import peak_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowtide.prediction.component import trace_call
 from lowtide.prediction.operators import made_by
+
+AutoencoderKL = pytest.importorskip("diffusers").AutoencoderKL
 
 SHAPES = [
     (1, 64, 8, 8),

@@ -2,13 +2,14 @@
 
 import struct
 
-import gguf
 import numpy as np
 import pytest
 import torch
 
 from lowtide.weights.gguf import KINDS, read_gguf_index
 from lowtide.weights.index import CheckpointError
+
+gguf = pytest.importorskip("gguf")
 
 
 def text(content):

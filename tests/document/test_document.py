@@ -76,7 +76,7 @@ def test_on_the_shapes_of_stable_diffusion(name, sd15_model, fresh, tmp_path):
     run_case(name, setting, fresh, tmp_path, SLOW_LIMIT)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu  # alone: the text says "cuda", asks `torch.cuda`, and runs in processes where no stand-in is
 @every_case
 def test_verbatim_on_a_gpu(name, sd15_model, video_model, fresh, tmp_path):
     model = video_model if name in VIDEO_CASES else sd15_model

@@ -1,4 +1,4 @@
-# Each target does its own set-up: a virtual environment in .venv with the versions of constraints.txt.
+# Each target but gpu does its own set-up: a virtual environment in .venv with the versions of constraints.txt.
 
 PYTHON ?= python3
 DEMO_PROMPT ?= a red sailboat on a calm sea at sunset
@@ -22,8 +22,7 @@ test: ## Run the static checks and the tests, as CI does
 	@scripts/check
 
 gpu: ## On a machine with a GPU and PyTorch, nothing installed: its tests and its benchmark, in out/gpu
-	@PYTHONPATH=src:. $(PYTHON) -m pytest -q -m gpu tests || echo "gpu: tests failed, or pytest is not there"
-	@PYTHONPATH=src:. $(PYTHON) benchmarks/gpu.py --out $${OUT:-out/gpu}
+	@scripts/gpu
 
 check: ## Run the static checks alone: format, lint, types, import layers
 	@scripts/setup dev

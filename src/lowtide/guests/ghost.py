@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowtide.guests.copied_hooks import through_own_hooks
 from lowtide.guests.networks import components_of, is_pipeline, networks_of
 from lowtide.guests.quantized import with_plain_linears
 from lowtide.prediction.absent_numbers import on_meta
@@ -20,8 +21,12 @@ _CPU = torch.device("cpu")
 def ghost_of(pipe: Any) -> Any:
     """The copy. It says that it computes on the CPU, so that all that is small and real stays there."""
     networks = networks_of(pipe).values()
-    copies = {id(network): with_plain_linears(meta_copy(network), network, _dtype(network)) for network in networks}
+    copies = {id(network): _on_meta(network) for network in networks}
     return _ghost(pipe, copies, {})
+
+
+def _on_meta(network: nn.Module) -> nn.Module:
+    return with_plain_linears(through_own_hooks(meta_copy(network)), network, _dtype(network))
 
 
 def _ghost(pipe: Any, copies: Mapping[int, nn.Module], ghosts: dict[int, Any]) -> Any:

@@ -9,13 +9,20 @@ from typing import Any
 
 from torch import nn
 
+from lowtide.guests.moving_hooks import check_moved_by_none
 from lowtide.memory.overrides import Overrides
 
 _TILES = (
     "the plan says how to decode, row by row where that is needed, without seams. A plan may choose tiles with "
     "lowtide.fit(pipe, allow=('blended_tiling',), ...)"
 )
-REFUSED: dict[str, str] = {"enable_tiling": _TILES}
+_OFFLOAD = "the plan says where weights rest. Give another one with lowtide.fit(pipe, ...)"
+_CASTING = "the plan says what weights rest in. It may choose 8 bits with lowtide.fit(pipe, allow=('fp8',), ...)"
+REFUSED: dict[str, str] = {
+    "enable_tiling": _TILES,
+    "enable_group_offload": _OFFLOAD,
+    "enable_layerwise_casting": _CASTING,
+}
 """Methods of networks that are refused within a budget, and why."""
 
 
@@ -58,6 +65,7 @@ def check_can_be_planned(networks: Mapping[str, nn.Module]) -> None:
     """Raise `ValueError`, saying what to do, for networks that cannot be under a plan as they are now."""
     for name, network in networks.items():
         _check_not_compiled(name, network)
+        check_moved_by_none(name, network)
 
 
 def _check_not_compiled(name: str, network: Any) -> None:

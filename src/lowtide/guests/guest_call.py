@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -36,7 +37,10 @@ class GuestCall:
         told = dict(arguments)
         if "prompt" in names and not any(told.get(name) is not None for name in ("prompt", "prompt_embeds")):
             told["prompt"] = PROMPT
-        key = tuple((name, _form(value, pipe)) for name, value in sorted(told.items()) if not _is_idle(value))
+        forms = (
+            (name, _form(value, _words(name, pipe))) for name, value in sorted(told.items()) if not _is_idle(value)
+        )
+        key = tuple(forms)
         return cls(told, key)
 
     @classmethod
@@ -80,25 +84,33 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN)
 
 
-def _form(value: Any, pipe: Any) -> Any:
-    """What of a value decides the memory of a call: of words how many tokens they are, of pictures their size."""
+def _form(value: Any, words: Callable[[str], Any]) -> Any:
+    """What of a value decides the memory of a call: of `words` what is made of them, of pictures their size."""
     if isinstance(value, str):
-        return "text", _token_counts(value, pipe)
+        return "text", words(value)
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, (list, tuple)):
-        return tuple(_form(item, pipe) for item in value if not isinstance(item, torch.Generator))
+        return tuple(_form(item, words) for item in value if not isinstance(item, torch.Generator))
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {part.name: getattr(value, part.name) for part in fields(value)}
     if isinstance(value, Mapping):
-        return tuple((name, _form(item, pipe)) for name, item in sorted(value.items()))
+        return tuple((name, _form(item, words)) for name, item in sorted(value.items()))
     shape = getattr(value, "shape", None) or getattr(value, "size", None)
     if shape is not None and not callable(shape):
         return type(value).__name__, tuple(shape), str(getattr(value, "dtype", getattr(value, "mode", "")))
     return type(value).__name__
 
 
-def _token_counts(text: str, pipe: Any) -> Any:
-    """How many tokens the pipeline's tokenizers make of a text; the text itself without any."""
-    return tuple(len(tokenizer(text)["input_ids"]) for tokenizer in _tokenizers(pipe)) or text
+def _words(name: str, pipe: Any) -> Callable[[str], Any]:
+    """What decides of the words of an argument: of a prompt how many tokens they are, of others which they are.
+
+    "latent" and "np" may be as many tokens, and a call for the one decodes nothing.
+    """
+    if "prompt" not in name:
+        return str
+    tokenizers = list(_tokenizers(pipe))
+    return lambda text: tuple(len(tokenizer(text)["input_ids"]) for tokenizer in tokenizers) or text
 
 
 def _tokenizers(pipe: Any) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ def meta_copy(module: nn.Module) -> nn.Module:
             for slot in slots(module):
                 if id(slot.tensor) not in on_meta:
                     on_meta[id(slot.tensor)] = _on_meta(slot)
+            on_meta |= {id(tensor): _empty(tensor) for tensor in _computed(module)}
             return copy.deepcopy(module, on_meta)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
@@ -38,9 +40,18 @@ def meta_copy(module: nn.Module) -> nn.Module:
 
 
 def _on_meta(slot: Slot) -> torch.Tensor:
-    tensor = slot.tensor
-    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return nn.Parameter(empty, tensor.requires_grad) if slot.kind == "parameter" else empty
+    empty = _empty(slot.tensor)
+    return nn.Parameter(empty, slot.tensor.requires_grad) if slot.kind == "parameter" else empty
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _computed(module: nn.Module) -> Iterator[torch.Tensor]:
+    """What modules keep of a computation with weights, which cannot be copied: `torch.nn.utils.weight_norm` does so."""
+    for part in module.modules():
+        yield from (kept for kept in vars(part).values() if isinstance(kept, torch.Tensor) and not kept.is_leaf)
 
 
 def weights_in_files(module: nn.Module) -> dict[str, InFile]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowtide.fitting.meta_subject import MetaSubject
-from lowtide.fitting.process import process_rates, usual_base
+from lowtide.fitting.process import process_rates, usual_base, workspaces
 from lowtide.fitting.subject import Size
 from lowtide.machine.accelerators import is_here
 from lowtide.planning.machine_rates import assumed_rates, machine_rates
@@ -101,7 +101,7 @@ def _rates(meta: MetaSubject, loaded: Mapping[str, nn.Module]) -> Rates:
     if is_here(device):
         return process_rates(machine_rates(device, dtype), meta.subject, device, loaded)
     base, context = usual_base(device)
-    return replace(assumed_rates(dtype_name(dtype)), base=base, device_base=context)
+    return replace(assumed_rates(dtype_name(dtype)), base=base, device_base=context, libraries=workspaces(device))
 
 
 def _withheld(workload: Workload, name: str, nbytes: int) -> Workload:

@@ -82,7 +82,15 @@ def alone(device: torch.device, dtype: torch.dtype, imports: Sequence[str] = IMP
 
 def usual_base(device: torch.device) -> tuple[int, int]:
     """What `alone` gives where nothing can be measured, such as for a device that is not here."""
-    return (USUAL_BASE, 0) if device.type == "cpu" else (USUAL_BASE_BESIDE_GPU, USUAL_CONTEXT)
+    if device.type == "cpu":
+        return USUAL_BASE, 0
+    return USUAL_BASE_BESIDE_GPU, USUAL_CONTEXT + workspaces(device)
+
+
+def workspaces(device: torch.device) -> int:
+    """Bytes of what a process takes on a device that PyTorch allocates there for libraries; 0 for a CPU."""
+    kind = accelerator(device)
+    return 0 if kind is None else kind.workspaces(device)
 
 
 def compiled(dtype: torch.dtype, weights: int) -> int:
@@ -110,7 +118,8 @@ def process_rates(rates: Rates, subject: Subject, device: torch.device, loaded: 
         own = resident_memory() - weights
     whole = nbytes(*(weight for module in subject.modules().values() for weight in module.parameters()))
     steady = _steady((device.type, subject.dtype, subject.vocabulary), max(usual, own))
-    return replace(rates, base=steady + compiled(subject.dtype, whole), device_base=on_device)
+    base = steady + compiled(subject.dtype, whole)
+    return replace(rates, base=base, device_base=on_device, libraries=min(workspaces(device), on_device))
 
 
 def _steady(key: tuple[str, torch.dtype, int], base: int) -> int:

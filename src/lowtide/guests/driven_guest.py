@@ -114,7 +114,7 @@ def _together(calls: list[NetworkCall], first: int) -> Call:
     workspace = largest.call.workspace if largest.call.peak >= outside else 0
     work = sum((call.call.work for call in calls), Work()).times(1 / len(calls))
     result = max(call.call.result for call in calls)
-    return Call(max(largest.call.peak, outside), workspace, result, work, largest.call.stored)
+    return Call(max(largest.call.peak, outside), workspace, result, work, largest.call.stored, spare=largest.call.spare)
 
 
 def _traced(network: str, driven: Driven) -> Traced:

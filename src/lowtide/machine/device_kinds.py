@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from lowtide.machine.blas_workspaces import blas_workspaces
+
 _FOR_ALL_DEVICES = 1
 """`cudaHostRegisterPortable`, and `hipHostRegisterPortable`."""
 
@@ -92,6 +94,10 @@ class Accelerator:
     def begin_peaks(self, device: torch.device) -> None:
         """Begin the peaks anew."""
         self._torch.reset_peak_memory_stats(device)
+
+    def workspaces(self, device: torch.device) -> int:
+        """Bytes of its allocator that libraries keep for one thread on one stream; it need not be here."""
+        return 0
 
     def give_back(self, device: torch.device) -> None:
         """Have the allocator return to the driver what it holds and does not use."""
@@ -208,6 +214,11 @@ class Cuda(Accelerator):
     def capability(self, device: torch.device) -> str:
         """Such as "9.0"."""
         return ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+    def workspaces(self, device: torch.device) -> int:
+        """Those of cuBLAS and cuBLASLt, or of ROCm's libraries."""
+        capability = self.capability(device) if (device.index or 0) < self.count() else None
+        return blas_workspaces(capability, on_rocm=torch.version.hip is not None)
 
     def is_capturing(self, device: torch.device) -> bool:
         """As CUDA says."""

@@ -52,8 +52,17 @@ def _header(plan: Plan) -> list[str]:
         f"Plan for {_run(plan) or 'a run'} on {'the CPU' if plan.device == 'cpu' else plan.device}",
         f"  given     {within}",
         f"  predicted {peak}{host}, {seconds_in_words(plan.seconds)}{assumed}",
+        *([] if on_cpu else _reserved(plan)),
         f"  result    {plan.exactness}",
     ]
+
+
+def _reserved(plan: Plan) -> Iterator[str]:
+    if plan.stages:
+        largest = max(plan.stages, key=lambda stage: stage.reserved)
+        reserved, used, context = largest.reserved, largest.allocated, largest.base - largest.libraries
+        held = f"{format_decimal(reserved)} by PyTorch, {format_decimal(used)} of it in use"
+        yield f"  reserved  {held}; {format_decimal(context) if context else '0 GB'} by the driver"
 
 
 def _run(plan: Plan) -> str:

@@ -214,9 +214,10 @@ def base(rates: Rates) -> int:
 
 
 def slack(stage: Stage, call: Call, rates: Rates) -> int:
-    """Bytes that the allocator takes on top of activations."""
+    """Bytes that the allocator takes on top of activations; where it goes by known rules, at least by these."""
     stage_rates = rates.in_stage(stage)
-    return int(min(stage_rates.slack_most, stage_rates.slack * (call.peak - call.paged + stage.carried)))
+    share = stage_rates.slack * (call.peak - call.paged + stage.carried)
+    return int(min(stage_rates.slack_most, max(call.spare, share)))
 
 
 def beside_weights(stage: Stage, call: Call, rates: Rates) -> int:

@@ -66,7 +66,8 @@ class StagePlan:
     """What a stage will take under a plan.
 
     Bytes on the device at the peak: `weights` of all components, of which `mapped` are pages of files; `activations`;
-    `workspace` of kernels; `carried`, tensors kept between calls; `base` of the process; `slack` of the allocator.
+    `workspace` of kernels; `carried`, tensors kept between calls; `base` of the process, of which PyTorch allocates
+    `libraries` bytes on an accelerator; `slack` of the allocator.
     `host` is the peak of host memory, on a CPU the same peak. `disk` bytes of rows and spilled weights lie in temporary
     files. `seconds` is the time of the whole stage; `compute_seconds`, `link_seconds` and `disk_seconds` are what each
     part alone would take.
@@ -92,6 +93,7 @@ class StagePlan:
     link_seconds: float
     disk_seconds: float
     frugal: bool = False
+    libraries: int = 0
 
     @property
     def peak(self) -> int:
@@ -106,7 +108,12 @@ class StagePlan:
     @property
     def allocated(self) -> int:
         """Bytes that PyTorch allocates on the device, at most."""
-        return self.weights - self.mapped + self.allocated_beside_weights
+        return self.weights - self.mapped + self.allocated_beside_weights + self.libraries
+
+    @property
+    def reserved(self) -> int:
+        """Bytes that PyTorch's allocator holds of an accelerator, at most: those and its slack."""
+        return self.allocated + self.slack
 
     @property
     def bound(self) -> str:

@@ -230,6 +230,7 @@ class Planner:
             link_seconds=pace.link,
             disk_seconds=pace.disk,
             frugal=rates.gives_back(stage),
+            libraries=0 if rates.one_memory else rates.libraries,
         )
         return replace(planned, host=planned.peak) if rates.one_memory else planned
 

@@ -22,11 +22,12 @@ class Rates:
     over the `link` from host memory (on a CPU: by mapping pages that are in memory), `converted` where the dtype
     changes or bytes are copied, and from the `disk`. A `kernel` takes so many seconds to begin.
     Files of up to `cache` bytes stay in the system's memory, so that they are read from the disk once. The process
-    itself takes `base` bytes on the host and `device_base` bytes on the device before anything is loaded. An allocator
-    takes `slack`, a share of activations, on top of them, at most `slack_most` bytes. Each second of loading beside
-    computing costs computing `contention` seconds: on a CPU the reader takes processor time. `unified` marks an
-    accelerator whose memory is the host's. `assumed` marks usual figures, which were not measured. Of what rests beside
-    a GPU at most `pinned_most` bytes are pinned.
+    itself takes `base` bytes on the host and `device_base` bytes on the device before anything is loaded; `libraries`
+    bytes of these are in workspaces that PyTorch allocates, and the others in the driver's context. An allocator takes
+    `slack`, a share of activations, on top of them, at most `slack_most` bytes. Each second of loading beside computing
+    costs computing `contention` seconds: on a CPU the reader takes processor time. `unified` marks an accelerator whose
+    memory is the host's. `assumed` marks usual figures, which were not measured. Of what rests beside a GPU at most
+    `pinned_most` bytes are pinned.
     """
 
     device: str
@@ -50,6 +51,7 @@ class Rates:
     unified: bool = False
     assumed: bool = False
     pinned_most: int = 2**62
+    libraries: int = 0
 
     @property
     def on_cpu(self) -> bool:

@@ -64,7 +64,8 @@ class Call:
 
     At most `peak` bytes of tensors are alive at once: inputs, outputs, and `workspace` bytes of the kernels' own memory
     are counted in. `result` bytes are left after the call. During it `stored` bytes of rows lie in a file. `paged`
-    bytes of the peak are pages of rows, which leave no holes in a heap.
+    bytes of the peak are pages of rows, which leave no holes in a heap. A caching allocator needs `spare` bytes more
+    than the peak.
     """
 
     peak: int
@@ -73,6 +74,7 @@ class Call:
     work: Work
     stored: int = 0
     paged: int = 0
+    spare: int = 0
 
 
 @dataclass(frozen=True)

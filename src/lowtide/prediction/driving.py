@@ -18,7 +18,7 @@ from lowtide.ops.meta_device import standing_for, taken_note
 from lowtide.ops.modes import without_gradients
 from lowtide.planning.workload import Call, Work
 from lowtide.prediction.absent_numbers import PICTURE_BYTES, TooManyNumbersError, absent_numbers, on_meta
-from lowtide.prediction.tracing import Memory, Repeats, Rewritten, Segment, Watch, grain
+from lowtide.prediction.tracing import Memory, Repeats, Rewritten, Segment, Watch, spare_of
 
 FORWARD = "forward"
 
@@ -62,7 +62,7 @@ def drive(
     `entries` names methods of networks that are calls of them besides `forward`. `repeats` remembers what was seen in
     earlier drives of the same networks. Raises what `run` raises.
     """
-    memory = Memory(grain(device))
+    memory = Memory.of(device)
     watch = Watch(memory, repeats or Repeats())
     following = _Following(memory, watch)
     with (
@@ -119,6 +119,7 @@ class _Following:
         self._end_of_gap()
         self._watch.close_segment()
         before, begun = self._memory.alive, len(self._watch.segments)
+        alive, earlier = list(self._memory.sizes.items()), len(self._memory.events or ())
         self._is_inside = True
         try:
             result = call(*args, **kwargs)
@@ -129,7 +130,9 @@ class _Following:
         segments = tuple(self._watch.segments[begun:])
         del self._watch.segments[begun:]
         work = sum((segment.work for segment in segments), Work())
-        seen = Call(peak, workspace, self._memory.alive - before, work, taken_note())
+        events = self._memory.events
+        spare = 0 if events is None else spare_of([*alive, *events[earlier:]], peak)
+        seen = Call(peak, workspace, self._memory.alive - before, work, taken_note(), spare=spare)
         kept = segments if is_first else ()
         self._calls.append(NetworkCall(network, entry, before, seen, 0, kept, inputs))
         return result

@@ -21,6 +21,7 @@ from lowtide.memory.overrides import Overrides
 from lowtide.ops.meta_device import meant_device, standing_for, taken_note
 from lowtide.ops.modes import without_gradients
 from lowtide.planning.workload import Call, Work
+from lowtide.prediction.caching_allocator import FREED, KINDS, Event, reserved_for
 from lowtide.prediction.operators import REWRITTEN, made_by, work_of
 from lowtide.prediction.repeats import Operators, Signatures, form_of_call, forms_of_result, made_again
 from lowtide.prediction.workspace import workspace
@@ -56,13 +57,23 @@ class Traced:
 
 @dataclass
 class Memory:
-    """Bytes alive, and the most there were. `grain` is what the allocator rounds up to."""
+    """Bytes alive, and the most there were. `grain` is what the allocator rounds up to.
+
+    For a caching allocator there are `events`: what is allocated and freed, in order, and the `sizes` of what is alive.
+    """
 
     grain: int
     alive: int = 0
     peak: int = 0
     workspace: int = 0
     refs: dict[int, Any] = field(default_factory=dict)
+    events: list[Event] | None = None
+    sizes: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, device: str) -> Memory:
+        """That of a kind of device."""
+        return cls(grain(device), events=[] if device in KINDS else None)
 
     def add(self, tensor: torch.Tensor) -> None:
         """Count the memory of a tensor until it is gone, once."""
@@ -71,12 +82,33 @@ class Memory:
         if key in self.refs:
             return
         nbytes = -(-storage.nbytes() // self.grain) * self.grain
-        self.refs[key] = weakref.ref(storage, lambda _: self._gone(key, nbytes))
+        memory = self._allocated(nbytes)
+        self.refs[key] = weakref.ref(storage, lambda _: self._gone(key, nbytes, memory))
         self.alive += nbytes
 
-    def _gone(self, key: int, nbytes: int) -> None:
+    def _gone(self, key: int, nbytes: int, memory: int) -> None:
         del self.refs[key]
         self.alive -= nbytes
+        self._freed(memory)
+
+    def _allocated(self, nbytes: int) -> int:
+        if self.events is None:
+            return 0
+        memory = len(self.events)
+        self.events.append((memory, nbytes))
+        self.sizes[memory] = nbytes
+        return memory
+
+    def _freed(self, memory: int) -> None:
+        if self.events is not None:
+            self.events.append((memory, FREED))
+            del self.sizes[memory]
+
+    def worked(self, beside: int) -> None:
+        """A kernel took so many bytes beside its inputs and outputs."""
+        self.reached(0, beside)
+        if beside:
+            self._freed(self._allocated(beside))
 
     def reached(self, more: int, beside: int = 0) -> None:
         """So many more bytes are alive for now, and a kernel takes some beside them."""
@@ -96,7 +128,7 @@ def trace(
     `networks` are those that it calls: copies that nobody else calls while this lasts. `inputs` are the tensors that
     are there from beginning to end. Raises what `fn` raises.
     """
-    memory = Memory(grain(device))
+    memory = Memory.of(device)
     for tensor in inputs:
         memory.add(tensor)
     memory.reached(0)
@@ -109,7 +141,13 @@ def trace(
     del result
     watch.close_segment()
     done = sum((segment.work for segment in watch.segments), Work())
-    return Traced(Call(memory.peak, memory.workspace, left, done, taken_note()), tuple(watch.segments))
+    spare = 0 if memory.events is None else spare_of(memory.events, memory.peak)
+    return Traced(Call(memory.peak, memory.workspace, left, done, taken_note(), spare=spare), tuple(watch.segments))
+
+
+def spare_of(events: Iterable[Event], peak: int) -> int:
+    """Bytes that a caching allocator needs beyond a peak, for what lies between the tensors."""
+    return max(reserved_for(events, is_short=True) - peak, 0)
 
 
 class Rewritten(TorchFunctionMode):
@@ -131,6 +169,20 @@ class _Repeat:
     workspace: int
     result: Any
     segments: tuple[Segment, ...]
+    events: tuple[Event, ...] = ()
+
+
+def _closed(events: list[Event]) -> tuple[Event, ...]:
+    """Events of what is allocated among them, numbered anew; all of it is freed at the end."""
+    numbers: dict[int, int] = {}
+    closed: list[Event] = []
+    for memory, nbytes in events:
+        if nbytes != FREED:
+            numbers[memory] = len(numbers)
+            closed.append((numbers[memory], nbytes))
+        elif memory in numbers:
+            closed.append((numbers.pop(memory), FREED))
+    return (*closed, *((number, FREED) for number in numbers.values()))
 
 
 class Repeats:
@@ -167,7 +219,7 @@ class Watch(TorchDispatchMode):
         made = list(tensors_in(result if isinstance(result, (tuple, list)) else (result,)))
         self._count(given, made)
         if not func.is_view:
-            self._memory.reached(0, workspace(func, args, given, made))
+            self._memory.worked(workspace(func, args, given, made))
             self._done.append(work_of(func, given, made))
         return result
 
@@ -205,6 +257,7 @@ class Watch(TorchDispatchMode):
         if key in self._repeats.calls and not _is_watched(module):
             return self._replayed(self._repeats.calls[key], module, form[1])
         begun, alive, outer = len(self.segments), self._memory.alive, (self._memory.peak, self._memory.workspace)
+        earlier = len(self._memory.events or ())
         self._memory.peak = self._memory.workspace = 0
         self._memory.reached(0)
         seen, identities = form[0], [id(tensor) for tensor in form[1]]
@@ -221,7 +274,8 @@ class Watch(TorchDispatchMode):
                 for segment in self.segments[begun:]
                 if len(segment.inside) > len(self._inside)
             )
-            self._repeats.calls[key] = _Repeat(module, peak - alive, beside, forms[0], inside)
+            events = _closed((self._memory.events or [])[earlier:])
+            self._repeats.calls[key] = _Repeat(module, peak - alive, beside, forms[0], inside, events)
         return result
 
     def _followed(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -236,6 +290,9 @@ class Watch(TorchDispatchMode):
     def _replayed(self, repeat: _Repeat, module: nn.Module, inputs: list[torch.Tensor]) -> Any:
         self.close_segment()
         self._memory.reached(repeat.peak - repeat.workspace, repeat.workspace)
+        if self._memory.events is not None:
+            first = len(self._memory.events)
+            self._memory.events += [(first + memory, nbytes) for memory, nbytes in repeat.events]
         twins = dict(zip(repeat.module.modules(), module.modules(), strict=True))
         for segment in repeat.segments:
             self.segments.append(Segment((*self._inside, *(twins[part] for part in segment.inside)), segment.work))

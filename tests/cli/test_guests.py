@@ -166,6 +166,8 @@ def test_a_picture_to_begin_with(models):
         result = generate(models / "img2img", *options)
         assert result.exit_code == 0, result.output
     assert np.abs(pixels("of-a.png") - pixels("of-b.png")).max() > 8
+    with Image.open("of-a.png") as made:
+        assert made.text["images"] == "a.png"
     told = one_line(generate(models / "img2img", "--out", "x.png"))
     assert told.startswith("Error: StableDiffusionXLImg2ImgPipeline: ")
     assert told.endswith("It takes --image, which was not given.")

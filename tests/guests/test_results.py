@@ -39,9 +39,10 @@ def test_clips(frames):
 
 
 def test_both_and_others():
-    output = SimpleNamespace(images=PIL[:1], frames=[PIL], audio=torch.zeros(1, 9), nsfw_content_detected=None)
+    output = SimpleNamespace(images=PIL[:1], frames=[PIL], audio=torch.zeros(1, 9), depth=3, nsfw_content_detected=None)
     results = results_of(output)
-    assert (len(results.pictures), len(results.clips), results.others) == (1, 1, ("audio",))
+    assert (len(results.pictures), len(results.clips), results.others) == (1, 1, ("depth",))
+    assert [sound.shape for sound in results.sounds] == [(1, 9)]
 
 
 def test_one_channel_becomes_three_and_a_picture_with_a_mask_keeps_it():
@@ -59,3 +60,6 @@ def test_what_is_no_picture(output):
 
 def test_sound_alone_is_no_picture():
     assert results_of(SimpleNamespace(images=None, audios=[1])).others == ("audios",)
+    assert results_of(SimpleNamespace(audios=[1])).others == ("audios",)
+    alone = results_of(SimpleNamespace(audios=np.zeros((2, 9), dtype=np.float32)))
+    assert (alone.pictures, alone.clips, alone.others, len(alone.sounds)) == ((), (), (), 2)

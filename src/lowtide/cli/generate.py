@@ -165,7 +165,7 @@ def generate(
     if guest is not None:
         with reported(debug=debug, has_budget=True):
             check_own_options(own_choice(offload, casting, decode), scheduler)
-            own_image, own_settings = images_and_settings(images, settings)
+            own_image, own_settings, files = images_and_settings(images, settings)
             guest_request = GuestRequest(
                 model=folder,
                 config=config,
@@ -179,6 +179,7 @@ def generate(
                 frames=frames,
                 guidance=guidance,
                 images=own_image,
+                image_files=files,
                 settings=own_settings,
                 loras=loras_from(loras),
                 out=out,

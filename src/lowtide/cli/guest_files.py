@@ -1,4 +1,4 @@
-"""What came out of a pipeline of diffusers, in files: pictures with their settings in them, videos, and sheets."""
+"""What came out of a pipeline of diffusers, in files: pictures with their settings in them, videos, sheets, sound."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 def write(results: Results, request: GuestRequest, call: NamedCall, pipe: Any, stages: Stages) -> None:
-    """Write all pictures and clips, and say the path of each on stdout.
+    """Write all pictures, clips and sounds, and say the path of each on stdout.
 
     Raises `ValueError` where there is nothing that a file can hold.
     """
-    if not results.pictures and not results.clips:
+    if not results.pictures and not results.clips and not results.sounds:
         raise ValueError(
             f"A call of {request.class_name} gives {', '.join(results.others) or 'nothing'}, neither pictures nor "
             "frames. Call it in Python: lowtide.load(...)."
@@ -39,16 +39,35 @@ def write(results: Results, request: GuestRequest, call: NamedCall, pipe: Any, s
         _write_picture(picture, path, {**settings, "seed": str(seed), "size": f"{picture.width}x{picture.height}"})
     for clip, path, _ in _placed(results.clips, request, call, ".mp4"):
         _write_clip(clip, path, request, call, stages)
+    if results.sounds:
+        _write_sounds(results, request, call, pipe)
     dropped = [name for name in results.others if "nsfw" not in name]
     if dropped:
         tell(f"Not written, since it is neither pictures nor frames: {', '.join(dropped)}.")
 
 
+def _write_sounds(results: Results, request: GuestRequest, call: NamedCall, pipe: Any) -> None:
+    from lowtide.guests.sounds import sampling_rate
+    from lowtide.media.wave_file import write_wave
+
+    rate = sampling_rate(pipe)
+    if rate is None:
+        tell(f"Not written: sound. A {request.class_name} does not say how many samples of it are a second.")
+        return
+    for sound, path, _ in _placed(results.sounds, request, call, ".wav"):
+        write_wave(sound, path, rate)
+        typer.echo(path)
+    channels = len(results.sounds[0])
+    tell(f"Sound: {rate} samples a second, {channels} channel{'' if channels == 1 else 's'}.")
+
+
 def _placed(results: Sequence[Any], request: GuestRequest, call: NamedCall, suffix: str) -> list[tuple[Any, Path, int]]:
     """Each result with its path and the seed that it comes from."""
     paths = list(call.paths)
-    if paths[0].suffix.lower() != suffix:  # another kind than its arguments made us expect
-        paths = [fresh_path(path.with_suffix(suffix)) for path in paths]
+    if paths[0].suffix.lower() != suffix:  # sound beside videos, or another kind than its arguments made us expect
+        paths = [path.with_suffix(suffix) for path in paths]
+        is_named = request.out is not None and request.out.suffix.lower() == call.paths[0].suffix.lower()
+        paths = paths if is_named and suffix == ".wav" else [fresh_path(path) for path in paths]
     if len(results) != len(paths):
         paths = numbered_paths(paths[0], len(results))
     return list(zip(results, paths, seeds_by_result(request.seeds, len(results)), strict=True))
@@ -88,12 +107,15 @@ def _settings(request: GuestRequest, call: NamedCall, pipe: Any) -> dict[str, st
     plan = plan_of(pipe)
     assert plan is not None
     castings = sorted({part.casting for part in plan.components.values() if part.casting is not None})
+    images = [(name, Path(file).name) for name, file in request.image_files]
+    settings = {name: value for name, value in request.settings.items() if name not in dict(images)}
     said = {
         "prompt": request.prompt,
         "negative_prompt": request.negative,
         "steps": call.steps,
         "guidance_scale": call.argument("--guidance"),
-        "settings": json.dumps(dict(request.settings), default=lambda _: "a picture") if request.settings else None,
+        "settings": json.dumps(settings) if settings else None,
+        "images": ", ".join(f"{name}={file}" if name else file for name, file in images) or None,
         "loras": ", ".join(f"{lora.file.name}:{lora.strength:g}" for lora in request.loras) or None,
         "scheduler": type(pipe.scheduler).__name__ if getattr(pipe, "scheduler", None) is not None else None,
         "dtype": plan.dtype,

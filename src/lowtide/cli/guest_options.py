@@ -149,13 +149,18 @@ def images_from(given: Sequence[str] | None) -> tuple[Any, dict[str, Any]]:
     """
     plain: list[Any] = []
     named: dict[str, Any] = {}
-    for text in given or ():
-        match = None if Path(text).is_file() else _NAME.fullmatch(text)
-        if match is None:
-            plain.append(_picture(text))
+    for name, file in image_files(given):
+        if not name:
+            plain.append(_picture(file))
         else:
-            named[match[1]] = _picture(match[2])
+            named[name] = _picture(file)
     return (plain if len(plain) > 1 else next(iter(plain), None)), named
+
+
+def image_files(given: Sequence[str] | None) -> list[tuple[str, str]]:
+    """What `--image` gave: for each picture the argument, empty where it has no name, and the file."""
+    matches = [(text, None if Path(text).is_file() else _NAME.fullmatch(text)) for text in given or ()]
+    return [("", text) if match is None else (match[1], match[2]) for text, match in matches]
 
 
 def loras_from(given: Sequence[str] | None) -> tuple[Lora, ...]:
@@ -165,14 +170,14 @@ def loras_from(given: Sequence[str] | None) -> tuple[Lora, ...]:
 
 def images_and_settings(
     images: Sequence[str] | None, settings: Sequence[str] | None
-) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """What `--image` and `--set` ask for: options by name, and arguments by the call's own names."""
+) -> tuple[Mapping[str, Any], Mapping[str, Any], Sequence[tuple[str, str]]]:
+    """What `--image` and `--set` ask for: options by name, arguments by the call's own names, and `image_files`."""
     image, named = images_from(images)
     values = settings_from(settings)
     twice = sorted(set(named) & set(values))
     if twice:
         raise InputError(f"{twice[0]} is given by --image and by --set: leave one of them out.")
-    return ({} if image is None else {"--image": image}), {**named, **values}
+    return ({} if image is None else {"--image": image}), {**named, **values}, image_files(images)
 
 
 def _value(text: str) -> Any:

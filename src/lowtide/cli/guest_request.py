@@ -13,7 +13,7 @@ from lowtide.cli.errors import InputError
 from lowtide.cli.guest_options import Lora
 from lowtide.cli.pictures import output_paths
 from lowtide.cli.request import DType, check_device, check_guidance, check_prompt, check_steps
-from lowtide.guests.asked import PROMPT, call_arguments, frame_rate, makes_clips, own_names, value_of
+from lowtide.guests.asked import PROMPT, call_arguments, frame_rate, makes_clips, makes_sound, own_names, value_of
 from lowtide.guests.written_call import call_of
 
 USUAL_FPS = 16.0
@@ -25,8 +25,9 @@ class GuestRequest:
     """One call of a pipeline of diffusers; None for what is not asked for, which the pipeline decides itself.
 
     `class_name` is the pipeline's, `size` (width, height) in pixels, `images` and `settings` what `--image` and `--set`
-    said, `config` where the configurations of a file are. There is a seed for each picture or clip. `is_seeded` says
-    that seeds were asked for; else a pipeline that draws from none is no error.
+    said, `image_files` the names of the files of pictures by argument, `config` where the configurations of a file are.
+    There is a seed for each picture or clip. `is_seeded` says that seeds were asked for; else a pipeline that draws
+    from none is no error.
     """
 
     model: str
@@ -40,6 +41,7 @@ class GuestRequest:
     frames: int | None = None
     guidance: float | None = None
     images: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    image_files: Sequence[tuple[str, str]] = ()
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     loras: tuple[Lora, ...] = ()
     out: Path | None = None
@@ -109,7 +111,7 @@ def call_for(request: GuestRequest) -> NamedCall:
         )
     except ValueError as error:
         raise InputError(str(error)) from error
-    suffix = _suffix(request, clips=makes_clips(signature))
+    suffix = _suffix(request, signature)
     paths = output_paths(request.out, request.prompt, request.seeds, suffix)
     arguments = {name: value for name, value in arguments.items() if name not in own_names("--seed", signature)}
     return NamedCall(signature, arguments, tuple(paths))
@@ -131,13 +133,16 @@ def _options(request: GuestRequest, signature: Signature) -> dict[str, Any]:
     return {**{option: value for option, value in asked.items() if value is not None}, **request.images}
 
 
-def _suffix(request: GuestRequest, *, clips: bool) -> str:
-    if request.video and not clips:
-        raise InputError(f"--model {request.model} makes pictures: leave out --video.")
+def _suffix(request: GuestRequest, call: Signature) -> str:
+    if makes_clips(call):
+        return ".mp4"
+    what, suffix = ("sound", ".wav") if makes_sound(call) else ("pictures", ".png")
+    if request.video:
+        raise InputError(f"--model {request.model} makes {what}: leave out --video.")
     for option, is_given in (("--fps", request.fps is not None), ("--sheet", request.sheet)):
-        if is_given and not clips:
-            raise InputError(f"{option} is for videos, and a {request.class_name} makes pictures: leave it out.")
-    return ".mp4" if clips else ".png"
+        if is_given:
+            raise InputError(f"{option} is for videos, and a {request.class_name} makes {what}: leave it out.")
+    return suffix
 
 
 def seeds_by_result(seeds: Sequence[int], count: int) -> list[int]:

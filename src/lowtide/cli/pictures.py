@@ -11,10 +11,15 @@ from lowtide.media.png import fresh_path, numbered_paths, try_folder
 from lowtide.media.unfinished import check_replaceable
 
 _LONGEST_SLUG = 48
+_WRITTEN_AS = {
+    ".png": "pictures are written as PNG",
+    ".mp4": "videos are written as MP4",
+    ".wav": "sound is written as WAV",
+}
 
 
 def output_paths(out: Path | None, prompt: str, seeds: Sequence[int], suffix: str = ".png") -> list[Path]:
-    """The file of each picture, or of each video with the `suffix` ".mp4".
+    """The file of each picture, or of each video or sound with the `suffix` ".mp4" or ".wav".
 
     `out` may be such a file (replaced if it is there; numbered when there are several), a folder, or `None` for the
     current folder. In a folder the names are made from the prompt and the seed, and never taken. Raises `InputError`
@@ -23,7 +28,7 @@ def output_paths(out: Path | None, prompt: str, seeds: Sequence[int], suffix: st
     if out is not None and out.suffix.lower() == suffix and not out.is_dir():
         return numbered_paths(out, len(seeds))
     if out is not None and out.suffix and not out.is_dir():
-        what = {".png": "pictures are written as PNG", ".mp4": "videos are written as MP4"}[suffix]
+        what = _WRITTEN_AS[suffix]
         raise InputError(f"--out {out}: {what}. Give a name that ends in {suffix}, or a folder.")
     folder = out or Path()
     return [fresh_path(folder / f"{slug(prompt)}-{seed}{suffix}") for seed in seeds]

@@ -120,7 +120,7 @@ def plan(
         guest = guest_class(folder, config)
         if guest is not None:
             options = guest_options(batch, steps, size, frames, guidance)
-            image, values = images_and_settings(images, settings)
+            image, values, _ = images_and_settings(images, settings)
             own_dtype = None if dtype is DType.AUTO else dtype.value
             own_asked = GuestAsked(
                 folder, guest, _device(device, budget), own_dtype, variant, {**options, **image}, values, config

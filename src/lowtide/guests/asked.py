@@ -15,8 +15,8 @@ NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "--frames": (("num_frames",), ("video_length",)),
     "--steps": (("num_inference_steps",), ("steps",)),
     "--guidance": (("guidance_scale",), ("true_cfg_scale",)),
-    "--count": (("num_images_per_prompt",), ("num_videos_per_prompt",)),
-    "--batch": (("num_images_per_prompt",), ("num_videos_per_prompt",)),
+    "--count": (("num_images_per_prompt",), ("num_videos_per_prompt",), ("num_waveforms_per_prompt",)),
+    "--batch": (("num_images_per_prompt",), ("num_videos_per_prompt",), ("num_waveforms_per_prompt",)),
     "--seed": (("generator",),),
     "--image": (("image",),),
 }
@@ -27,6 +27,8 @@ Of several possibilities that a call takes, the first one counts that has a valu
 """
 OF_CLIPS = ("num_frames", "video_length", "num_videos_per_prompt")
 """Arguments that calls have which make clips."""
+OF_SOUND = ("audio_length_in_s", "audio_end_in_s", "audio_duration", "audio_duration_s", "num_waveforms_per_prompt")
+"""Arguments that calls have which make sound alone."""
 _RATES = ("frame_rate", "fps")
 _NOT_TYPED = re.compile(r"generator|return_dict|.*callback.*|(.*_)?latents|.*_embeds|.*_(attention|embeds)_mask")
 """Arguments that cannot be written in words and numbers."""
@@ -78,6 +80,11 @@ def hint_for(call: Signature, arguments: Mapping[str, Any]) -> str:
 def makes_clips(call: Signature) -> bool:
     """Whether a call makes clips, not pictures, as far as its arguments tell."""
     return not set(OF_CLIPS).isdisjoint(call.parameters)
+
+
+def makes_sound(call: Signature) -> bool:
+    """Whether a call makes sound without pictures, as far as its arguments tell."""
+    return not makes_clips(call) and not set(OF_SOUND).isdisjoint(call.parameters)
 
 
 def frame_rate(call: Signature, arguments: Mapping[str, Any]) -> float | None:

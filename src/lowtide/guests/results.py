@@ -1,4 +1,4 @@
-"""What came out of a foreign pipeline's call, in whatever form: pictures, clips, and what else there is."""
+"""What came out of a foreign pipeline's call, in whatever form: pictures, clips, sound, and what else there is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lowtide.guests.sounds import SOUNDS, sounds_in
 from lowtide.media.video_file import rgb_frame
 
 _PICTURES, _CLIPS = ("images", "prediction"), "frames"
@@ -19,24 +20,27 @@ _RANKS = {"picture": 3, "clip": 4}
 
 @dataclass(frozen=True)
 class Results:
-    """Pictures (8-bit PIL images), clips (each a list of frames as `lowtide.media.video_file` takes them), and the
-    names of results of other kinds.
+    """Pictures (8-bit PIL images), clips (each a list of frames as `lowtide.media.video_file` takes them), the names of
+    results of other kinds, and sounds (`[channels, time]`, floats in [-1, 1]).
     """
 
     pictures: tuple[Image.Image, ...]
     clips: tuple[list[Any], ...]
     others: tuple[str, ...]
+    sounds: tuple[np.ndarray, ...] = ()
 
 
 def results_of(output: Any) -> Results:
-    """What a call returned: an object with `images` or `frames`, or the pictures themselves.
+    """What a call returned: an object with `images`, `frames` or sound, or the pictures themselves.
 
     Pictures may be PIL images, arrays `[H, W, C]` or tensors `[C, H, W]` in [0, 1] or uint8, in lists or along further
     axes; clips have one axis more. Raises `ValueError` for what is none of these, and for values that are no colours.
     """
-    if not hasattr(output, _CLIPS) and not any(hasattr(output, name) for name in _PICTURES):
+    if not any(hasattr(output, name) for name in (*_PICTURES, _CLIPS, *SOUNDS)):
         return Results(tuple(map(_picture, _each(output, "picture", type(output).__name__))), (), ())
     fields = dict(output) if isinstance(output, Mapping) else vars(output)
+    sounds = {name: heard for name in SOUNDS if (heard := sounds_in(getattr(output, name, None))) is not None}
+    written = (*_PICTURES, _CLIPS, *sounds)
     pictures = [getattr(output, name) for name in _PICTURES if getattr(output, name, None) is not None]
     clips = getattr(output, _CLIPS, None)
     return Results(
@@ -44,7 +48,8 @@ def results_of(output: Any) -> Results:
         ()
         if clips is None
         else tuple([_channels_last(frame) for frame in clip] for clip in _each(clips, "clip", _CLIPS)),
-        tuple(name for name, value in fields.items() if value is not None and name not in (*_PICTURES, _CLIPS)),
+        tuple(name for name, value in fields.items() if value is not None and name not in written),
+        tuple(sound for heard in sounds.values() for sound in heard),
     )
 
 

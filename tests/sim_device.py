@@ -123,6 +123,9 @@ class SimStream:
     def run_until(self, place: int) -> None:
         pass
 
+    def __ne__(self, other: object) -> bool:
+        return other is not None and self is not other  # as those of PyTorch
+
 
 class CopyStream(SimStream):
     """Copies, in a queue. `seen` is how far it was made to wait for computing."""

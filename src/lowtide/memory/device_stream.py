@@ -94,9 +94,10 @@ class DeviceStream(Stream):
     def _computing(self) -> Any:
         """The stream that computes now, which a user may have chosen: it waits for the one that did so before it."""
         now = self._accelerator.computing(self.device)
-        if now != self._last and not self._accelerator.is_capturing(self.device):
-            if self._last is not None:
-                now.wait_stream(self._last)
+        if self._last is None:  # asked first: no stream of PyTorch's is unequal to None
+            self._last = now
+        elif now != self._last and not self._accelerator.is_capturing(self.device):
+            now.wait_stream(self._last)
             self._last = now
         return now
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,11 +16,13 @@ from torch import nn
 from lowtide.memory.attach import attach
 from lowtide.memory.presets import stream_for
 from lowtide.memory.rule import Level, Rule, Tier
+from lowtide.memory.store import DiskRest
 from lowtide.planning.options import component_options, under_rule
 from lowtide.planning.plan import Budgets, Plan
 from lowtide.planning.planner import choose
 from lowtide.planning.residents import in_step
 from lowtide.prediction.component import component as predicted
+from lowtide.prediction.component import trace
 
 STRETCHES = [(25600, 10240.0)] * 6 + [(10240, 20480.0)] * 12
 """First for longer to copy than to compute, then for longer to compute."""
@@ -79,6 +82,37 @@ def test_the_engine_keeps_those_that_the_plan_names() -> None:
             assert torch.equal(made(x).cpu(), plain)
         assert {unit.name for unit in attachment.units if unit.stays} == set(names)
         assert attachment.bound == attachment.stream.ledger.peak == option.working.total
+
+
+class Backwards(nn.Module):
+    """Has its blocks in another order than it calls them, as U-Nets have their middle last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8, bias=place % 2 == 0) for place in range(5))
+        self.wide = nn.ModuleList(nn.Sequential(nn.Linear(8, 24), nn.Linear(24, 8)) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in (*self.wide, *reversed(self.blocks)):
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("budget", [700, 1500, 3000, 5000])
+@pytest.mark.parametrize("limited", ["resident_bytes", "host_bytes"])
+def test_the_engine_keeps_those_that_the_plan_counts(limited: str, budget: int) -> None:
+    made = Backwards().eval()
+    traced = trace(lambda: made(torch.empty(2, 8, device="meta")), [made.to("meta")], (), device="cuda")
+    part = predicted("net", made, device="cuda", traced=traced)
+    rule = Rule(Level.BLOCK, Tier.HOST, **{limited: budget})
+    option = under_rule(part, LINK, rule, None)
+    streamed = {option.units[stream.place].name: stream.on_disk for stream in option.streams}
+    with simulated():
+        attachment = attach(made.to_empty(device="cpu"), replace(rule, spill=True), stream_for(DEVICE, rule))
+        assert streamed.keys() == {unit.name for unit in attachment.units if not unit.stays}
+        for unit in attachment.units:
+            if not unit.stays:
+                assert streamed[unit.name] == any(isinstance(weight.rest, DiskRest) for weight in unit.weights)
 
 
 def test_names_that_are_not_there_are_said_and_less_stays() -> None:

@@ -182,12 +182,11 @@ def _resident_sizes(units: Sequence[UnitSize], level: Level) -> list[int]:
     """Values of `resident_bytes` that each keep a different set of units; the first keeps none."""
     if level is not Level.BLOCK:
         return [0]
-    sizes = [unit.nbytes for unit in units]
-    total, count = sum(sizes), STEPS * len(sizes)
+    total, count = sum(unit.nbytes for unit in units), STEPS * len(units)
     budgets: dict[tuple[int, ...], int] = {}
     for step in range(count):
         budget = -(-total * step // count)
-        budgets.setdefault(tuple(spread(sizes, budget)), budget)
+        budgets.setdefault(tuple(_evenly(units, budget)), budget)
     return list(budgets.values())
 
 
@@ -231,15 +230,22 @@ def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | No
 def _staying(units: Sequence[UnitSize], rule: Rule) -> set[int]:
     """Places of the units that a rule keeps on the device."""
     if rule.resident_units is None:
-        return set(spread([unit.nbytes for unit in units], rule.resident_bytes))
+        return set(_evenly(units, rule.resident_bytes))
     names = set(rule.resident_units)
     return {place for place, unit in enumerate(units) if unit.name in names}
 
 
+def _evenly(units: Sequence[UnitSize], budget: int) -> list[int]:
+    """Places of units that `spread` chooses: it goes through them as the module has them, not as they are called."""
+    order = sorted(range(len(units)), key=lambda place: units[place].registered)
+    return [order[place] for place in spread([units[place].nbytes for place in order], budget)]
+
+
 def _fitting(places: Sequence[int], units: Sequence[UnitSize], budget: int | None) -> list[int]:
-    """Those of the places whose units find room in `budget` bytes, one after another."""
-    fits = within([units[place].nbytes for place in places], budget)
-    return [place for place, has_room in zip(places, fits, strict=True) if has_room]
+    """Those of the places whose units find room in `budget` bytes, one after another as the module has them."""
+    order = sorted(places, key=lambda place: units[place].registered)
+    fits = within([units[place].nbytes for place in order], budget)
+    return [place for place, has_room in zip(order, fits, strict=True) if has_room]
 
 
 def _copied_each_time(component: Component, unit: UnitSize, rates: Rates) -> int:

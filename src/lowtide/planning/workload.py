@@ -85,7 +85,8 @@ class UnitSize:
     `modules` are those in the unit, and a unit `aside` is outside the ring of buffers: see
     `lowtide.memory.stream.Stream`. `work` is what one call of the component computes with these weights, `leaf` the
     bytes of the unit's largest layer. A unit that is not `called`, such as an encoder's in a run that only decodes, is
-    never read. Of a unit read `by_rows`, such as an embedding, next to nothing is read.
+    never read. Of a unit read `by_rows`, such as an embedding, next to nothing is read. `registered` is its place in
+    the order in which the module has its parts, in which a rule chooses units.
     """
 
     name: str
@@ -98,6 +99,7 @@ class UnitSize:
     leaf: int = 0
     called: bool = True
     by_rows: bool = False
+    registered: int = 0
 
 
 @dataclass(frozen=True)

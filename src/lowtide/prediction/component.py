@@ -110,10 +110,11 @@ class _Survey:
         parts = split(self.module, self.weights, Rule(level))
         meant = set() if casting is None else self._cast(casting)
         works = _works(parts, self.traced, self.module)
-        sizes = {id(part): self._unit(part, meant, casting, works[id(part)][1]) for part in parts}
-        ordered = sorted(parts, key=lambda part: works[id(part)][0])
-        scales = self._scales(meant, casting)
-        return (*(sizes[id(part)] for part in ordered), *scales)
+        ordered = sorted(enumerate(parts), key=lambda entry: works[id(entry[1])][0])
+        units = (
+            replace(self._unit(part, meant, casting, works[id(part)][1]), registered=place) for place, part in ordered
+        )
+        return (*units, *self._scales(meant, casting))
 
     def _cast(self, casting: Casting) -> set[int]:
         return {id(weight) for weight in meant_by(casting, self.module, self.weights)}

@@ -23,6 +23,8 @@ _SET = "_lowtide_flags"
 """An entry of an autoencoder: what a plan last set the flags to. One that is otherwise now was set by hand since."""
 _LEVELS = 4
 """How often rows are written and read again, at the usual number of an autoencoder's levels."""
+_IN_TILES_ALONE = ("AutoencoderKLAllegro",)
+"""Autoencoders that cannot decode at once: they decode as they are set, and have no other ways."""
 
 
 class GuestDecode:
@@ -36,6 +38,8 @@ class GuestDecode:
     @classmethod
     def for_(cls, network: nn.Module) -> GuestDecode | None:
         """The ways of a network, if it is an autoencoder with a decoder of its own."""
+        if type(network).__name__ in _IN_TILES_ALONE:
+            return None
         decoder, decode = getattr(network, "decoder", None), getattr(network, "decode", None)
         return cls(network) if isinstance(decoder, nn.Module) and callable(decode) else None
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tests.guests.families_ltx import LTX
 from tests.guests.families_modular import MODULAR
+from tests.guests.families_newer import NEWER
 from tests.guests.families_one_stream import ONE_STREAM
 from tests.guests.families_two_stages import TWO_STAGES
 from tests.guests.families_two_streams import TWO_STREAMS
@@ -23,4 +24,5 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     **LTX,
     **TWO_STAGES,
     **MODULAR,
+    **NEWER,
 }

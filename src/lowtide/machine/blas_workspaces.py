@@ -1,6 +1,6 @@
 """The memory that libraries of matrix products work in: PyTorch allocates it for each of their handles and streams.
 
-By the rules of PyTorch 2.13 (`CublasHandlePool.cpp`). It comes from PyTorch's own allocator at the first product and
+By the rules of PyTorch's `CublasHandlePool.cpp`. It comes from PyTorch's own allocator at the first product and
 stays, so it is in `torch.cuda.max_memory_allocated`; the context, which is not, is counted against the device alone.
 One thread that computes on one stream has one workspace of cuBLAS and one of cuBLASLt.
 """

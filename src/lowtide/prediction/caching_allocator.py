@@ -1,12 +1,12 @@
 """What PyTorch's caching allocator reserves of a device's memory, for what is allocated and freed in a trace.
 
-By the rules of PyTorch 2.13: the constants of `c10/core/AllocatorConfig.h`, and `should_split`, `get_free_block` and
-`try_merge_blocks` of its allocators for CUDA, ROCm and XPU. They are the same since 2.1 at least. Sizes are rounded up
-to 512 bytes. Up to 1 MiB come from segments of 2 MiB, up to 10 MiB from segments of 20 MiB, and larger ones get a
-segment of their own, rounded up to 2 MiB. The smallest free block that is large enough is taken, and what it has too
-much is split off: all of it in small segments, more than 1 MiB of it in others. Freed blocks join free neighbours of
-their segment, and segments are kept. With `expandable_segments` there is one segment for small and one for large
-blocks, which grows by 2 and by 20 MiB.
+The constants are those of `c10/core/AllocatorConfig.h` in PyTorch 2.13; the rules are those of `should_split`,
+`get_free_block` and `try_merge_blocks` of its allocators for CUDA, ROCm and XPU. Sizes are rounded up to 512 bytes. Up
+to 1 MiB come from segments of 2 MiB, up to 10 MiB from segments of 20 MiB, and larger ones get a segment of their own,
+rounded up to 2 MiB. The smallest free block that is large enough is taken, and what it has too much is split off: all
+of it in small segments, more than 1 MiB of it in others. Freed blocks join free neighbours of their segment, and
+segments are kept. With `expandable_segments` there is one segment for small and one for large blocks, which grows by 2
+and by 20 MiB.
 """
 
 from __future__ import annotations

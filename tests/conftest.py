@@ -12,8 +12,6 @@ os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "lowtide-test
 import hypothesis
 import pytest
 
-gc.set_threshold(200_000, 50, 100)  # by default a fifth of the suite's time goes to looking for garbage
-
 hypothesis.settings.register_profile("lowtide", deadline=None)  # a busy machine is no bug
 hypothesis.settings.load_profile("lowtide")
 

@@ -83,3 +83,9 @@ def test_a_call_of_a_driven_network_needs_the_same() -> None:
 
     (driven,) = drive(run, {"network": network}, entries=(), device="cuda").calls
     assert (driven.call.peak, driven.call.spare) == (call(2).peak, call(2).spare)
+
+
+def test_pieces_of_memory_have_a_number_each() -> None:
+    """The third begins after the first is gone, and while the second is there."""
+    events = [(4, 10), (5, 20), (4, FREED), (7, 30), (5, FREED)]
+    assert tracing._closed(events) == ((0, 10), (1, 20), (0, FREED), (2, 30), (1, FREED), (2, FREED))

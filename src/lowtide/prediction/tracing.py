@@ -6,6 +6,7 @@ operator that makes it until its last tensor goes, as it would be on the device 
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -175,10 +176,10 @@ class _Repeat:
 def _closed(events: list[Event]) -> tuple[Event, ...]:
     """Events of what is allocated among them, numbered anew; all of it is freed at the end."""
     numbers: dict[int, int] = {}
-    closed: list[Event] = []
+    new, closed = itertools.count(), list[Event]()
     for memory, nbytes in events:
         if nbytes != FREED:
-            numbers[memory] = len(numbers)
+            numbers[memory] = next(new)
             closed.append((numbers[memory], nbytes))
         elif memory in numbers:
             closed.append((numbers.pop(memory), FREED))

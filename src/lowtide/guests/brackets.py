@@ -45,7 +45,7 @@ class Brackets:
             yield
         finally:
             try:
-                self._put_off()
+                self.put_off()
             finally:
                 self._end_stage()
 
@@ -69,7 +69,8 @@ class Brackets:
 
         self._overrides.set(network, attribute, bracketed)
 
-    def _put_off(self) -> None:
+    def put_off(self) -> None:
+        """Take them off, as far as they are on."""
         self._overrides.put_back()
         self._inner = {}
 
@@ -91,7 +92,7 @@ class Brackets:
         try:
             return self._inner[key](*args, **kwargs)
         except BaseException:
-            self._put_off()
+            self.put_off()
             raise
         finally:
             self._is_inside = False

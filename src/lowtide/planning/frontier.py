@@ -84,7 +84,8 @@ def best_trades(
     per_component = options_by_component(workload, rates, allow, limits)
     points: list[Point] = []
     for heap_rates in filter(None, (rates, rates.frugal)):
-        groups = [choices(options, workload, heap_rates, allow, limits, tick) for options in per_component]
+        every = [choices(options, workload, heap_rates, allow, limits, tick) for options in per_component]
+        groups = [_unbeaten(group) for group in every]
         points += _all_trades(groups, heap_rates, limits)
     return staircase(points)
 
@@ -175,6 +176,22 @@ def choices(
         ]
         all_choices += [_choice(option, ways, rates, limits, tick) for ways in product(*per_stage)]
     return all_choices
+
+
+def _unbeaten(all_choices: list[Choice]) -> list[Choice]:
+    """Those that no other equals or beats in all that counts: merging takes a time that grows with their square."""
+    kept: list[tuple[int, int, int, int, int]] = []
+    unbeaten: list[Choice] = []
+    for counts, choice in sorted(((_counts(choice), choice) for choice in all_choices), key=itemgetter(0)):
+        _, over, beside, stored, cost = counts  # those before it have fewer bytes kept
+        if not any(o <= over and b <= beside and s <= stored and c <= cost for _, o, b, s, c in kept):
+            kept.append(counts)
+            unbeaten.append(choice)
+    return unbeaten
+
+
+def _counts(choice: Choice) -> tuple[int, int, int, int, int]:
+    return choice.option.kept.total, choice.over, choice.beside, choice.stored, choice.cost
 
 
 def _ways(stage: Stage, rates: Rates, allowed: Collection[str]) -> list[tuple[str, float]]:

@@ -33,9 +33,9 @@ from lowtide.planning.workload import Component, UnitSize
 
 HOST_SHARES = (1.0, 0.5, 0.0)
 """Shares of a component's streamed weights that rest in a GPU's host memory: all, or less where it is scarce."""
-LARGEST = (2, 3, 4)
+LARGEST = (2, 3)
 """Of a component's largest unit that streams: how many have room where bytes limit what is loaded ahead."""
-BUDGETS = 32
+BUDGETS = 12
 """For how many shares of a component's bytes units are chosen that keep copies and computing in step."""
 STEPS = 2
 """How many values of `resident_bytes` are tried for each unit."""

@@ -58,6 +58,44 @@ def test_a_lora_comes_and_goes(name, is_least):
     assert torch.equal(run(family), expected[-1])
 
 
+def several_in_turn(family):
+    """Results: with two LoRAs, with one of them alone, with none, with both again, and after one was deleted."""
+    pipe = family.pipeline
+    one = lora(pipe, "transformer")
+    pipe.load_lora_weights(dict(one), adapter_name="one")
+    pipe.load_lora_weights({name: 0.5 * weight.flip(0) for name, weight in one.items()}, adapter_name="two")
+    steps = [
+        lambda: pipe.set_adapters(["one", "two"], [0.7, 0.4]),
+        lambda: pipe.set_adapters("two"),
+        pipe.disable_lora,
+        pipe.enable_lora,
+        lambda: pipe.set_adapters(["one", "two"]),
+        lambda: pipe.delete_adapters("one"),
+        lambda: pipe.transformer.set_adapters("two", 0.2),
+    ]
+    results = []
+    for step in steps:
+        step()
+        results.append(run(family))
+    return results
+
+
+def test_several_loras_are_chosen_disabled_and_deleted():
+    family = FAMILIES["Flux2 Klein"]()
+    expected = several_in_turn(family)
+    assert len({tuple(result.flatten().tolist()) for result in expected}) >= 5
+    family = FAMILIES["Flux2 Klein"]()
+    fit(family.pipeline, ram=least(family.pipeline, **family.call) + 300_000, **family.call)
+    made = several_in_turn(family)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(made, expected, strict=True))
+    attachment = attachment_of(family.pipeline.transformer)
+    assert attachment is not None
+    assert not any(".one." in weight.name for weight in attachment.weights)
+    assert any(".two." in weight.name for weight in attachment.weights)
+    unfit(family.pipeline)
+    assert torch.equal(run(family), expected[-1])
+
+
 def test_layers_of_a_lora_are_units_like_others():
     family = FAMILIES["Flux2 Klein"]()
     pipe, state = family.pipeline, lora(family.pipeline, "transformer")

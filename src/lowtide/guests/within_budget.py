@@ -25,6 +25,7 @@ CHANGING = (
     "unload_lora_weights",
     "fuse_lora",
     "unfuse_lora",
+    "delete_adapters",
     "load_ip_adapter",
     "unload_ip_adapter",
     "load_textual_inversion",

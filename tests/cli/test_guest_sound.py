@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tests.cli.test_guests import generate, one_line, place  # noqa: F401
+from tests.guests.families import FAMILIES
 from tests.guests.family import ready
 from tests.media.test_wave_file import read
 
@@ -51,6 +52,20 @@ def model(tmp_path_factory):
     return folder
 
 
+def test_sound_alone_is_written_with_its_rate(model):
+    made = generate(model, "--steps", 2, "--seed", 1, "--out", "x.wav", prompt="")
+    assert made.exit_code == 0, made.output
+    assert made.stdout.split() == ["x.wav"]
+    assert f"Sound: {RATE} samples a second, 2 channels." in made.stderr
+    pipe = dance()
+    pipe.set_progress_bar_config(disable=True)
+    own = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(1)).audios[0]
+    rate, levels = read("x.wav")
+    assert rate == RATE
+    assert levels.shape == own.shape == (2, 128)
+    assert np.abs(levels - own * 32767).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -61,6 +76,20 @@ def model(tmp_path_factory):
 )
 def test_options_for_pictures_are_refused_before_anything_is_loaded(model, options, told):
     assert told in one_line(generate(model, *options.split(), prompt=""))
+
+
+@pytest.mark.slow
+def test_the_sound_of_a_clip_lies_beside_it(tmp_path):
+    FAMILIES["LTX2"]().pipeline.save_pretrained(tmp_path / "ltx2")
+    options = ("--size", "32x32", "--frames", 9, "--steps", 2, "--seed", 1, "--set", "max_sequence_length=16")
+    for _ in range(2):  # a name that was given is written again
+        made = generate(tmp_path / "ltx2", *options, "--out", "x.mp4")
+        assert made.exit_code == 0, made.output
+        assert made.stdout.split() == ["x.mp4", "x.wav"]
+    rate, levels = read("x.wav")
+    assert f"Sound: {rate} samples a second" in made.stderr
+    assert "Not written" not in made.stderr
+    assert levels.any()
 
 
 WRITTEN = {

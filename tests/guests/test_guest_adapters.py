@@ -80,6 +80,7 @@ def several_in_turn(family):
     return results
 
 
+@pytest.mark.slow
 def test_several_loras_are_chosen_disabled_and_deleted():
     family = FAMILIES["Flux2 Klein"]()
     expected = several_in_turn(family)

@@ -45,9 +45,12 @@ class Brackets:
             yield
         finally:
             try:
-                self.put_off()
+                self._put_off()
             finally:
-                self._end_stage()
+                try:
+                    self._end_stage()
+                finally:
+                    self._put_off()  # again: an interrupt may have come before it, or into it
 
     def _put_on(self, networks: Mapping[str, nn.Module]) -> None:
         for name, network in networks.items():
@@ -69,8 +72,7 @@ class Brackets:
 
         self._overrides.set(network, attribute, bracketed)
 
-    def put_off(self) -> None:
-        """Take them off, as far as they are on."""
+    def _put_off(self) -> None:
         self._overrides.put_back()
         self._inner = {}
 
@@ -92,7 +94,7 @@ class Brackets:
         try:
             return self._inner[key](*args, **kwargs)
         except BaseException:
-            self.put_off()
+            self._put_off()
             raise
         finally:
             self._is_inside = False
@@ -100,8 +102,9 @@ class Brackets:
     def _in_stage(self, name: str) -> Stage:
         if self._stage is None or self._stage.name != name:
             self._end_stage()
-            self._open = self._subject.stages.stage(name)
-            self._stage = self._open.__enter__()
+            opened = self._subject.stages.stage(name)
+            self._stage = opened.__enter__()
+            self._open = opened  # not before: what an interrupt keeps from beginning cannot end
         return self._stage
 
     def _end_stage(self) -> None:

@@ -45,8 +45,6 @@ class Guest:
         self.call_lock = CallLock()
         self.stages = Stages()
         self.refused = RefusedMethods()
-        self.brackets = Brackets(self)
-        """Those of the last call: an interrupt may have left them on."""
 
     @property
     def scheduler(self) -> Any:
@@ -117,7 +115,6 @@ class Guest:
         `RuntimeError` too where blended tiles were turned on by hand.
         """
         with self.call_lock.call(), claimed(self.scheduler):
-            self.brackets.put_off()
             if self.applied is None:  # undone by another thread, for which this one has waited
                 return self.own_class.__call__(self.pipe, *args, **kwargs)
             self._check_tiles(self.applied.plan)
@@ -126,8 +123,7 @@ class Guest:
             check_files(tensor for network in self.modules().values() for tensor in network.parameters())
             tidy = Tidy(self.streams, every_step=True)
             streams = (*self.streams(), self.applied.turn)
-            self.brackets = Brackets(self)
-            with held(streams), self.applied.measured(), self.stages.observed(tidy), self.brackets.on():
+            with held(streams), self.applied.measured(), self.stages.observed(tidy), Brackets(self).on():
                 return self.own_class.__call__(self.pipe, *args, **kwargs)
 
     def _check_tiles(self, plan: Plan) -> None:

@@ -80,7 +80,6 @@ def put_within(guest: Guest) -> None:
 
 def take_out(guest: Guest) -> None:
     """Have a pipeline as it was."""
-    guest.brackets.put_off()
     guest.refused.put_back()
     if guest_of(guest.pipe) is guest:
         guest.pipe.__class__ = guest.own_class

@@ -1,6 +1,9 @@
 """What the tests of guests share: which families are in the default run, budgets, and comparison."""
 
+from dataclasses import replace
+
 import pytest
+from tests.fitting.fits import RATES
 from tests.guests.families import FAMILIES
 
 from lowtide.guests.doors import fit
@@ -25,6 +28,11 @@ WARNINGS = [  # the peer's own
     pytest.mark.filterwarnings("ignore:The default of `overwrite_modular_index`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
 ]
+
+
+def steady(patch):
+    """Have plans count a process that takes the same at all times."""
+    patch.setattr("lowtide.fitting.prepare._rates", lambda *_: replace(RATES, base=10**8))
 
 
 def least(pipe, **call):

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.fitting.fits import RATES
 from tests.guests import guest_parts as parts
 from tests.guests.families import FAMILIES, run
 from tests.guests.family import modules_of, saved_and_loaded
-from tests.guests.guest_cases import WARNINGS, least
+from tests.guests.guest_cases import WARNINGS, least, steady
 from tests.guests.guest_changes import CHANGES
 
 import lowtide
@@ -28,8 +27,7 @@ ROOM = 400_000
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """A process that takes the same at all times."""
-    monkeypatch.setattr("lowtide.fitting.prepare._rates", lambda *_: replace(RATES, base=10**8))
+    steady(monkeypatch)
 
 
 def stable_diffusion(**call):

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.fitting.fits import RATES
 from tests.guests.families import FAMILIES, run
-from tests.guests.guest_cases import WARNINGS, least
+from tests.guests.guest_cases import WARNINGS, least, steady
 
 from lowtide.guests.doors import fit, plan_of, unfit
 from lowtide.guests.ghost import ghost_of
@@ -19,8 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """A process that takes the same at all times."""
-    monkeypatch.setattr("lowtide.fitting.prepare._rates", lambda *_: replace(RATES, base=10**8))
+    steady(monkeypatch)
 
 
 def flux(**call):

@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.fitting.fits import RATES
 from tests.forked import Beside, Parked, in_child
 from tests.guests.families import FAMILIES, run
 from tests.guests.family import Family, modules_of
-from tests.guests.guest_cases import WARNINGS, least
+from tests.guests.guest_cases import WARNINGS, least, steady
 from tests.lines import Place, interrupted, line_of, places
 from tests.memory.cases import all_at_rest
 
@@ -39,7 +38,7 @@ BETWEEN_NETWORKS = line_of("guests/brackets.py", "stage.advance()")
 @pytest.fixture(scope="module")
 def kept() -> Any:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("lowtide.fitting.prepare._rates", lambda *_: replace(RATES, base=10**8))
+        steady(patched)
         family = FAMILIES["Flux2 Klein"]()
         family = replace(family, call={**family.call, "num_inference_steps": 1})
         two = {**family.call, "num_inference_steps": 2}

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.fitting.fits import RATES
 from tests.guests.families import FAMILIES, run
 from tests.guests.family import modules_of
-from tests.guests.guest_cases import WARNINGS
+from tests.guests.guest_cases import WARNINGS, steady
 
 import lowtide
 from lowtide.guests.doors import fit, unfit
@@ -34,8 +33,7 @@ CASES = [pytest.param(name, marks=() if name in IN_DEFAULT else pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """A process that takes the same at all times."""
-    monkeypatch.setattr("lowtide.fitting.prepare._rates", lambda *_: replace(RATES, base=10**8))
+    steady(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,11 @@
 """Two threads on one pipeline of the peer that is, or comes, within a budget: the second waits."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from tests.fitting.fits import RATES
 from tests.forked import Beside, Parked
 from tests.guests.families import FAMILIES, run
 from tests.guests.family import modules_of
-from tests.guests.guest_cases import WARNINGS, least
+from tests.guests.guest_cases import WARNINGS, least, steady
 from tests.lines import line_of
 
 from lowtide.guests.doors import fit, plan_of, report, unfit
@@ -22,7 +19,7 @@ pytestmark = WARNINGS
 @pytest.fixture(scope="module")
 def kept():
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("lowtide.fitting.prepare._rates", lambda *_: replace(RATES, base=10**8))
+        steady(patched)
         family = FAMILIES["Flux2 Klein"]()
         yield family, run(family), least(family.pipeline, **family.call)
 

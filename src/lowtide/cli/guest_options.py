@@ -142,14 +142,14 @@ def settings_from(given: Sequence[str] | None) -> dict[str, Any]:
     return settings
 
 
-def images_from(given: Sequence[str] | None) -> tuple[Any, dict[str, Any]]:
+def images_from(files: Sequence[tuple[str, str]]) -> tuple[Any, dict[str, Any]]:
     """The picture without a name (a list of several; None without any), and those by name, as RGB PIL images.
 
-    Raises `InputError` for files that are no pictures.
+    `files` are those of `image_files`. Raises `InputError` for files that are no pictures.
     """
     plain: list[Any] = []
     named: dict[str, Any] = {}
-    for name, file in image_files(given):
+    for name, file in files:
         if not name:
             plain.append(_picture(file))
         else:
@@ -172,12 +172,13 @@ def images_and_settings(
     images: Sequence[str] | None, settings: Sequence[str] | None
 ) -> tuple[Mapping[str, Any], Mapping[str, Any], Sequence[tuple[str, str]]]:
     """What `--image` and `--set` ask for: options by name, arguments by the call's own names, and `image_files`."""
-    image, named = images_from(images)
+    files = image_files(images)
+    image, named = images_from(files)
     values = settings_from(settings)
     twice = sorted(set(named) & set(values))
     if twice:
         raise InputError(f"{twice[0]} is given by --image and by --set: leave one of them out.")
-    return ({} if image is None else {"--image": image}), {**named, **values}, image_files(images)
+    return ({} if image is None else {"--image": image}), {**named, **values}, files
 
 
 def _value(text: str) -> Any:

@@ -29,14 +29,17 @@ def sounds_in(value: Any) -> tuple[np.ndarray, ...] | None:
 
 def sampling_rate(pipe: Any) -> int | None:
     """The samples a second of the sound that a pipeline makes; None where it does not say."""
-    last = [getattr(pipe, name, None) for name in _LAST]
-    of_networks = (getattr(getattr(part, "config", None), name, None) for part in last for name in _OF_NETWORKS)
-    vocoded = _first(getattr(getattr(last[0], "config", None), name, None) for name in _OF_NETWORKS)
-    return vocoded or _first(getattr(pipe, name, None) for name in _OF_PIPELINES) or _first(of_networks)
+    configs = [getattr(getattr(pipe, name, None), "config", None) for name in _LAST]
+    vocoded, *others = (_rate(config, _OF_NETWORKS) for config in configs)
+    return vocoded or _rate(pipe, _OF_PIPELINES) or next(filter(None, others), None)
 
 
-def _first(values: Iterator[Any]) -> int | None:
-    return next((int(value) for value in values if type(value) in (int, float) and value > 0), None)
+def _rate(owner: Any, names: tuple[str, ...]) -> int | None:
+    for name in names:
+        value: Any = getattr(owner, name, None)
+        if type(value) in (int, float) and value > 0:
+            return int(value)
+    return None
 
 
 def _each(value: Any) -> Iterator[np.ndarray]:

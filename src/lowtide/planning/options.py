@@ -59,8 +59,7 @@ class Option:
 
     `kept` bytes stay on the device between calls; `working` bytes are there during calls, at most, of which `leaf` are
     one layer's dequantized weights. `host` bytes rest in a GPU's host memory, `spilled` bytes in a temporary file.
-    `streams` are the units that come and go, `ring` the sizes of those that take a place among others: `has_several`
-    tells whether one of them stays loaded between calls of its modules.
+    `streams` are the units that come and go.
     """
 
     component: Component
@@ -72,8 +71,6 @@ class Option:
     leaf: int = 0
     host: int = 0
     spilled: int = 0
-    ring: tuple[Sizes, ...] = ()
-    has_several: bool = False
 
     @property
     def complexity(self) -> int:
@@ -132,8 +129,8 @@ def _offloaded(component: Component, rates: Rates, casting: str | None, *, scarc
         if level is Level.BLOCK and prefetch and not rates.one_memory:
             # some of the rules will do, since planning takes time; weights in 8 bits may have other names once they are
             for rule in [*spread_out[::4], *([] if casting else _in_step(spread_out[0], units, rates))]:
-                for option in _resting(component, rates, rule, casting, shares):
-                    yield from _by_bytes(option)
+                for room in _rooms(units, rule):
+                    yield from _resting(component, rates, replace(rule, prefetch_bytes=room), casting, shares)
 
 
 def _resting(
@@ -160,19 +157,10 @@ def _in_step(rule: Rule, units: Sequence[UnitSize], rates: Rates) -> Iterator[Ru
                 yield replace(rule, resident_bytes=nbytes, resident_units=names)
 
 
-def _by_bytes(option: Option) -> Iterator[Option]:
-    """The same, beside an accelerator, with bytes to limit what is loaded ahead."""
-    rule, ring = option.plan.rule, option.ring
-    assert rule is not None
-    usual = bound([], ring, [], depth(rule.prefetch, several=option.has_several))
-    for room in _rooms([unit.copied for unit in ring]):
-        by_bytes = bound_by_bytes([], ring, [], room, several=option.has_several)
-        working = replace(option.working, copied=option.working.copied - usual.copied + by_bytes.copied)
-        yield replace(option, plan=replace(option.plan, rule=replace(rule, prefetch_bytes=room)), working=working)
-
-
-def _rooms(sizes: Sequence[int]) -> list[int]:
+def _rooms(units: Sequence[UnitSize], rule: Rule) -> list[int]:
     """Values of `prefetch_bytes`: the least with which places begin anew as rarely as in so many of the largest."""
+    staying = _staying(units, rule)
+    sizes = [unit.nbytes for place, unit in enumerate(units) if place not in staying and not unit.aside]
     most = max(sizes, default=0)
     rooms = {least_room(sizes, most * count) for count in LARGEST if most * count < sum(sizes)}
     return sorted(rooms)
@@ -209,7 +197,7 @@ def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | No
     )
     streams = tuple(stream for stream in streamed if units[stream.place].called)
     kept = summed(_size(units[place], _copied_to_stay(component, units[place], rates)) for place in staying)
-    ring = tuple(_size(units[stream.place], stream.copied) for stream in streamed if not units[stream.place].aside)
+    ring = [_size(units[stream.place], stream.copied) for stream in streamed if not units[stream.place].aside]
     aside = [_size(units[stream.place], stream.copied) for stream in streamed if units[stream.place].aside]
     several = any(units[stream.place].modules > 1 for stream in streamed if not units[stream.place].aside)
     leaf = _leaf(units, casting)
@@ -224,7 +212,7 @@ def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | No
     spilled = sum(units[stream.place].nbytes for stream in streamed) if rule.spill else 0
     nbytes = sum(unit.nbytes for unit in units)
     plan = ComponentPlan(rule, casting, nbytes, kept.total, len(units), len(staying))
-    return Option(component, plan, units, streams, kept, working, leaf, resting + staging, spilled, ring, several)
+    return Option(component, plan, units, streams, kept, working, leaf, resting + staging, spilled)
 
 
 def _staying(units: Sequence[UnitSize], rule: Rule) -> set[int]:

@@ -1,7 +1,8 @@
 """Row streaming on the meta device: what a run takes in memory, without its arithmetic and most of its bands.
 
-Bands in the middle of a pass take nearly the same memory. So the first, the largest and the last bands of a pass are
-gone through, and for the others only the pages that they take and give back are counted.
+Bands in the middle of a pass take nearly the same memory. So the first bands of a pass are gone through, and of the
+largest and the last those that take more than any before them. For the others only the pages that they take and give
+back are counted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 
 from lowtide.activations.bands import Pass
 from lowtide.activations.graph import Span
+from lowtide.activations.pages import NoPages
 from lowtide.activations.run import RowSink, Run
 from lowtide.ops.statistics import ChannelStatistics
 
@@ -34,13 +36,20 @@ class DryRun(Run):
     new_statistics = _FirstPart
 
     def _sweep(self, pass_: Pass, spans: list[Span], write: RowSink) -> None:
-        largest = max(range(len(spans)), key=lambda place: pass_.bytes_of(spans[place]), default=0)
+        sizes, most = [pass_.bytes_of(span) for span in spans], 0
+        candidates = {sizes.index(max(sizes)), *range(len(spans) - GONE_THROUGH, len(spans))} if sizes else set()
         for place, span in enumerate(spans):
-            if place < GONE_THROUGH or place >= len(spans) - GONE_THROUGH or place == largest:
+            taken = sizes[place] + self._stored_bytes()
+            if place < GONE_THROUGH or (place in candidates and taken > most):
+                most = max(most, taken)
                 self._band(pass_, span, write)
             else:
                 self._count_band(pass_, span)
             self._band_done()
+
+    def _stored_bytes(self) -> int:
+        """Bytes of memory that pages have taken so far."""
+        return 0 if isinstance(self.pages, NoPages) else self.pages.peak_bytes
 
     def _count_band(self, pass_: Pass, span: Span) -> None:
         self._let_go(pass_, pass_.spans(span), span)

@@ -14,7 +14,7 @@ from torch import nn
 from lowtide.casting.casting import NAMED_CASTINGS
 from lowtide.fitting.applied_plan import put_under_plan
 from lowtide.fitting.fit import check_not_cast
-from lowtide.fitting.meta_subject import MetaSubject, Traces, meta_subject
+from lowtide.fitting.meta_subject import MetaSubject, Traces
 from lowtide.fitting.prepare import prepare
 from lowtide.hub import Source
 from lowtide.loading.blueprint import components_on_meta
@@ -23,6 +23,7 @@ from lowtide.loading.model_index import ComponentSpec, config_patterns
 from lowtide.memory.presets import stream_for
 from lowtide.models.put_weights import Offload
 from lowtide.planning.plan import Budgets, Plan
+from lowtide.prediction.meta_copy import weights_in_files
 from lowtide.quiet import quiet
 
 
@@ -56,7 +57,9 @@ class Checkpoint:
         folder = self.source.fetch(config_patterns(self.specs))
         parts, in_files = components_on_meta(folder, self.specs, self.options)
         with quiet():
-            meta = meta_subject(self.pipeline_class(**{**self.given, **parts}), device, in_files)
+            pipe = self.pipeline_class(**{**self.given, **parts})
+            given = {name: weights_in_files(network) for name, network in self.given_networks.items()}
+            meta = MetaSubject(pipe.with_networks_on_meta(but=parts), {**given, **in_files}, device)
         if not self.given_networks:
             meta.traced = _traced_before(self._hash(meta))
         return meta

@@ -229,9 +229,9 @@ class DiffusionPipeline(PeerNames, RunningCall, MemorySettings):
         """A copy with networks on meta, to be planned for a device; see `lowtide.fitting.subject.Subject`."""
         return meta_subject(self, device, in_files)
 
-    def with_networks_on_meta(self) -> Self:
-        """A copy with networks on meta, which decodes at once."""
-        return on_meta(self)
+    def with_networks_on_meta(self, but: Collection[str] = ()) -> Self:
+        """A copy with networks on meta, which decodes at once; it has those named in `but`, which are on meta."""
+        return on_meta(self, but)
 
     def calls_in_steps(self, steps: int) -> dict[str, int]:
         """How often the denoising network is called in so many steps."""

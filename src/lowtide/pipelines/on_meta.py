@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -16,11 +17,15 @@ if TYPE_CHECKING:
 PipelineT = TypeVar("PipelineT", bound="DiffusionPipeline")
 
 
-def on_meta(pipe: PipelineT) -> PipelineT:
-    """A copy with networks on meta and a scheduler that computes nothing, every stage set to be gone through whole."""
+def on_meta(pipe: PipelineT, but: Collection[str] = ()) -> PipelineT:
+    """A copy with networks on meta and a scheduler that computes nothing, every stage set to be gone through whole.
+
+    Networks named in `but` are not copied: they are on meta already, and nobody else has them.
+    """
     copied = copy.copy(pipe)
     for name, module in pipe.modules().items():
-        setattr(copied, name, meta_copy(module))
+        if name not in but:
+            setattr(copied, name, meta_copy(module))
     copied.scheduler = StillScheduler(pipe.scheduler)
     for ways in copied.ways().values():
         ways.set(WHOLE)

@@ -1,13 +1,16 @@
-"""Reuse a trace for a module or operator that is called again with inputs of the same shapes, dtypes and strides."""
+"""Tell whether a module or operator is called again with inputs of the same shapes, dtypes and strides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
+
+from lowtide.memory.overrides import is_override
 
 PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.Size, torch.device)
 
@@ -48,7 +51,7 @@ class Signatures:
                 tuple(
                     _attribute(name, attribute)
                     for name, attribute in vars(module).items()
-                    if name not in ("_modules", "training")
+                    if name not in ("_modules", "training") and not is_override(attribute)
                 ),
                 tuple((name, None if child is None else self.of(child)) for name, child in module._modules.items()),
             )
@@ -75,7 +78,20 @@ def _fixed(value: Any) -> Any:
         return tuple(map(_fixed, value))
     if isinstance(value, (set, frozenset)) and all(isinstance(element, str) for element in value):
         return frozenset(value)
+    if isinstance(value, FunctionType):
+        return (value.__code__, *(_plain_or_same(held) for held in _held_by(value)))
     return (type(value),) if not getattr(value, "__dict__", True) else id(value)
+
+
+def _held_by(function: FunctionType) -> Iterator[Any]:
+    """What a function finds in its defaults and in the variables of the function that it was written in."""
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    yield from (cell.cell_contents for cell in function.__closure__ or ())
+
+
+def _plain_or_same(value: Any) -> Any:
+    return (type(value), value) if isinstance(value, PLAIN) else id(value)
 
 
 def form_of_call(args: Any, kwargs: dict[str, Any]) -> tuple[Any, list[torch.Tensor]] | None:
@@ -154,26 +170,3 @@ def made_again(form: Any, inputs: list[torch.Tensor], memories: dict[int, torch.
     same = (form.dtype, form.shape, form.stride, form.offset)
     is_same = (base.dtype, tuple(base.shape), base.stride(), base.storage_offset()) == same
     return base if is_same else base.as_strided(form.shape, form.stride, form.offset)
-
-
-class Operators:
-    """Operators on meta: PyTorch takes long to tell the form of a result, so it is asked once for each."""
-
-    def __init__(self, make: Callable[[Any, Any, Any], Any]) -> None:
-        self._make = make
-        self._forms: dict[Any, Any] = {}
-
-    def result(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The result of an operator."""
-        fixed = tuple(tuple(arg) if type(arg) is list else arg for arg in args)
-        form = None if func.is_view else form_of_call(fixed, kwargs)
-        if form is None or not form[1] or not all(tensor.is_meta for tensor in form[1]):
-            return self._make(func, args, kwargs)
-        key, tensors = (func, form[0]), form[1]
-        if key in self._forms:
-            return made_again(self._forms[key], tensors, {})
-        result = self._make(func, args, kwargs)
-        forms = forms_of_result(result, tensors)
-        if forms is not None and is_unchanged(form, fixed, kwargs):  # else it gave a tensor another form
-            self._forms[key] = forms[0]
-        return result

@@ -23,8 +23,9 @@ from lowtide.ops.meta_device import meant_device, standing_for, taken_note
 from lowtide.ops.modes import without_gradients
 from lowtide.planning.workload import Call, Work
 from lowtide.prediction.caching_allocator import FREED, KINDS, Event, reserved_for
-from lowtide.prediction.operators import REWRITTEN, made_by, work_of
-from lowtide.prediction.repeats import Operators, Signatures, form_of_call, forms_of_result, made_again
+from lowtide.prediction.operators import REWRITTEN, work_of
+from lowtide.prediction.repeated_operators import result_of
+from lowtide.prediction.repeats import Signatures, form_of_call, forms_of_result, made_again
 from lowtide.prediction.workspace import workspace
 
 _GRAIN = 512
@@ -187,11 +188,10 @@ def _closed(events: list[Event]) -> tuple[Event, ...]:
 
 
 class Repeats:
-    """What is known of modules and operators that were called before: traces of the same modules may share it."""
+    """What is known of modules that were called before: traces of the same modules may share it."""
 
     def __init__(self) -> None:
         self.signatures = Signatures()
-        self.operators = Operators(made_by)
         self.calls: dict[Any, _Repeat] = {}
 
 
@@ -212,9 +212,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        result = result_of(func, args, kwargs)
         if meant_device() is None:
-            return func(*args, **kwargs)
-        result = self._repeats.operators.result(func, args, kwargs)
+            return result
         given = list(tensors_in(args))
         given += tensors_in(kwargs.values())
         made = list(tensors_in(result if isinstance(result, (tuple, list)) else (result,)))

@@ -10,6 +10,7 @@ from tests.guests.families import FAMILIES, run
 from tests.guests.family import modules_of
 from tests.guests.guest_cases import CASES, ROWS, WARNINGS, least, weights_of
 
+from lowtide.fitting.meta_subject import MetaSubject
 from lowtide.guests.doors import apply_plan, fit, plan_of, report, unfit
 from lowtide.guests.within_budget import guest_of
 from lowtide.memory.attach import attachment_of
@@ -88,6 +89,18 @@ def test_another_call_is_planned_anew_before_it_begins(flux):
     with pytest.raises(BudgetError, match="at least"):
         flux.pipeline(**{**flux.call, "height": 512, "width": 512})
     assert torch.equal(run(flux), plain("Flux2 Klein"))
+
+
+def test_what_networks_set_in_their_first_call_is_planned_for_already(flux, monkeypatch):
+    flux.pipeline.transformer.kept = (torch.zeros(2),)
+    fit(flux.pipeline, ram="16GB", **flux.call)
+    monkeypatch.setattr(MetaSubject, "_trace_anew", None)  # nothing may be traced
+    for _ in range(2):
+        run(flux)
+        flux.pipeline.transformer.kept = (torch.ones(2),)  # of tensors only that they are there counts
+    flux.pipeline.text_encoder.model.set_by_hand = 3
+    with pytest.raises(TypeError):
+        run(flux)
 
 
 def test_a_plan_is_saved_and_put_to_work_again(flux):

@@ -24,7 +24,7 @@ from lowtide.quiet import quiet
 from lowtide.weights.fill import dtype_name
 from lowtide.weights.slots import slots
 
-_PLAIN = (bool, int, float, str, tuple, type(None), torch.dtype)
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
 """Types of the attributes of modules on which a trace may depend."""
 
 Traces = dict[tuple[bool, Size], tuple[dict[str, Component], tuple[Stage, ...]]]
@@ -37,7 +37,8 @@ class Original:
 
     parts: Mapping[str, weakref.ref[Any]]
     dtype: torch.dtype
-    settings: tuple[Any, ...]
+    settings: Mapping[tuple[str, int, str], Any]
+    """By the network, the number of the module in it, and the name."""
     strides: tuple[tuple[int, ...], ...]
 
     @classmethod
@@ -47,21 +48,38 @@ class Original:
         parts = {**networks, **({} if subject.scheduler is None else {"scheduler": subject.scheduler})}
         references = {name: weakref.ref(part) for name, part in parts.items()}
         planned = {name for ways in subject.ways().values() for name in ways.settings}
-        settings = tuple(value for network in networks.values() for value in _settings(network, planned))
+        settings = {
+            (part, number, name): value
+            for part, network in networks.items()
+            for number, module in enumerate(network.modules())
+            for name, value in _settings(module)
+            if name not in planned
+        }
         strides = (slot.tensor.stride() for network in networks.values() for slot in slots(network))
         return cls(references, subject.dtype, settings, tuple(strides))
 
+    def set_otherwise(self, other: Original) -> set[str]:
+        """The names of settings that differ."""
+        both = {**self.settings, **other.settings}
+        absent = object()
+        return {entry[-1] for entry in both if self.settings.get(entry, absent) != other.settings.get(entry, absent)}
 
-def _settings(network: nn.Module, but: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """The numbers, names and configurations that the modules of a network hold, which plans do not set themselves.
 
-    Of other objects, such as those that compute the attention of modules, the type.
+def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The numbers, names and configurations that a module holds; of other objects the type.
+
+    Such as those that compute the attention of modules.
     """
-    for module in network.modules():
-        for name, value in list(module.__dict__.items()):  # another thread's call may set something now
-            is_plain = type(value) in _PLAIN or _is_frozen(value)
-            if name not in but and (is_plain or not name.startswith("_")) and not is_override(value):
-                yield name, value if is_plain else type(value)
+    for name, value in list(module.__dict__.items()):  # another thread's call may set something now
+        is_plain = _is_plain(value)
+        if (is_plain or not name.startswith("_")) and not is_override(value):
+            yield name, value if is_plain else type(value)
+
+
+def _is_plain(value: object) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return type(value) in _PLAIN or _is_frozen(value)
 
 
 def _is_frozen(value: object) -> bool:
@@ -81,8 +99,20 @@ class MetaSubject:
     _is_being_traced: bool = False
 
     def is_of(self, subject: Subject) -> bool:
-        """Whether this stands for the networks that a subject has now, as they are set now."""
-        return self.original == Original.of(subject)
+        """Whether this stands for the networks that a subject has now, as they are set now.
+
+        But for what networks set themselves in a call, as they have done here while they were traced.
+        """
+        if self.original is None:
+            return False
+        now = Original.of(subject)
+        others = replace(now, settings=self.original.settings)
+        changed = self.original.set_otherwise(now)
+        return self.original == others and (not changed or changed <= self._set_by_calls())
+
+    def _set_by_calls(self) -> set[str]:
+        assert self.original is not None
+        return self.original.set_otherwise(Original.of(self.subject))
 
     def shares(self, name: str, other: MetaSubject) -> bool:
         """Whether a network is the same one as another stands for."""

@@ -87,7 +87,7 @@ def reference(name: str, dtype: str, how: str, known: dict[tuple[str, str, str],
     return known[key]
 
 
-@pytest.mark.parametrize(("name", "how", "dtype"), thinned(CASES, CASTINGS, DTYPES))
+@pytest.mark.parametrize(("dtype", "name", "how"), thinned(DTYPES, CASES, CASTINGS))
 def test_cast_equals_weights_rounded_beforehand(name, dtype, how, expected):
     case = CASES[name](DTYPES[dtype])
     apply_casting(case.module, CASTINGS[how])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests import tiny
 from tests.memory.cases import CASES, Toy, put
 from torch import nn
 
@@ -24,7 +25,7 @@ def test_blocks_are_found_where_they_are_nested() -> None:
     clip = names(CASES["clip"](torch.float32).module)
     assert len(clip) == 1
     assert [name.rsplit(".", 1)[1] for name in clip[0]] == ["0", "1"]
-    unet = names(CASES["unet"](torch.float32).module)
+    unet = names(tiny.unet())
     assert ["down_blocks.0.resnets.0", "down_blocks.0.resnets.1"] in unet
     assert ["up_blocks.1.attentions.0", "up_blocks.1.attentions.1", "up_blocks.1.attentions.2"] in unet
     assert ["mid_block.resnets.0", "mid_block.resnets.1"] in unet
@@ -52,7 +53,7 @@ def test_lists_that_are_never_called_are_no_blocks() -> None:
 
 
 def test_named_blocks() -> None:
-    module = CASES["unet"](torch.float32).module
+    module = tiny.unet()
     rule = Rule(Level.BLOCK, Tier.DISK, block_modules=("down_blocks", "mid_block"), spill=True)
     called = {id(inner) for unit in put(module, rule).units for inner in unit.modules}
     triggers = {name for name, inner in module.named_modules() if id(inner) in called}

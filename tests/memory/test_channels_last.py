@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from tests import tiny
-from tests.memory.cases import CASES, RULES, put
+from tests.memory.cases import CASES, FEW_BLOCKS, RULES, put
 from tests.memory_peaks import peak_bytes
 from tests.thinned import covering, thinned
 from torch import nn
@@ -20,6 +20,14 @@ from lowtide.models.mixin import ModelMixin
 
 LAST = torch.channels_last
 STRIDE = (36, 1, 12, 4)  # of conv_in's weight [8, 4, 3, 3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint that is read alone."""
+    folder = tmp_path_factory.mktemp("saved")
+    tiny.unet(**FEW_BLOCKS).save_pretrained(folder)
+    return folder
 
 
 @functools.cache
@@ -51,16 +59,15 @@ def test_strides_stay_under_every_rule(before, rule, zero_copy):
 @pytest.mark.parametrize(
     ("offload", "dtype"), thinned(["model", "block", "leaf", "sequential"], [torch.float32, torch.bfloat16])
 )
-def test_weights_of_a_checkpoint_go_on_resting_in_its_file(tmp_path, offload, dtype):
-    tiny.unet().save_pretrained(tmp_path)
+def test_weights_of_a_checkpoint_go_on_resting_in_its_file(folder, offload, dtype):
     inputs = {
         name: value.to(dtype) if value.is_floating_point() else value for name, value in tiny.unet_inputs().items()
     }
-    plain = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=dtype)
+    plain = UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype)
     plain.to(memory_format=LAST)
     with torch.no_grad():
         expected = plain(**inputs).sample
-    model = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=dtype, offload=offload, offload_device="cpu")
+    model = UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype, offload=offload, offload_device="cpu")
     for _ in range(2):
         model.to(memory_format=LAST)
         assert all(isinstance(parameter.weight.rest, DiskRest) for parameter in model.parameters())
@@ -74,24 +81,22 @@ def test_weights_of_a_checkpoint_go_on_resting_in_its_file(tmp_path, offload, dt
     assert all(isinstance(parameter.weight.rest, DiskRest) for parameter in model.parameters())
 
 
-def test_another_dtype_under_a_rule_reads_nothing(tmp_path):
-    tiny.unet().save_pretrained(tmp_path)
+def test_another_dtype_under_a_rule_reads_nothing(folder):
     inputs = tiny.unet_inputs()
-    model = UNet2DConditionModel.from_pretrained(tmp_path, offload="leaf", offload_device="cpu")
+    model = UNet2DConditionModel.from_pretrained(folder, offload="leaf", offload_device="cpu")
     model.to(torch.bfloat16)
     assert all(isinstance(parameter.weight.rest, DiskRest) for parameter in model.parameters())
     half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
     with torch.no_grad():
-        plain = tiny.unet().to(torch.bfloat16)
+        plain = tiny.unet(**FEW_BLOCKS).to(torch.bfloat16)
         assert torch.equal(model(**half).sample, plain(**half).sample)
         model.to(torch.float32)  # from the file again, rounded as the plain one is
         assert all(isinstance(parameter.weight.rest, DiskRest) for parameter in model.parameters())
         assert torch.equal(model(**inputs).sample, plain.to(torch.float32)(**inputs).sample)
 
 
-def test_a_part_alone(tmp_path):
-    tiny.unet().save_pretrained(tmp_path)
-    model = UNet2DConditionModel.from_pretrained(tmp_path, offload="leaf", offload_device="cpu")
+def test_a_part_alone(folder):
+    model = UNet2DConditionModel.from_pretrained(folder, offload="leaf", offload_device="cpu")
     model.conv_in.to(memory_format=LAST)
     assert model.conv_in.weight.stride() == STRIDE
     assert model.conv_out.weight.is_contiguous()

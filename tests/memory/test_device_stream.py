@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.sim_device import GRAIN, Device, Event
 from tests.sim_tensor import SimTensor, simulated
+from tests.thinned import thinned
 from torch import nn
 
 from lowtide.casting.apply_casting import apply_casting
@@ -78,10 +79,9 @@ def check(
     return device
 
 
-@pytest.mark.parametrize(("early", "pins"), MODES)
-@pytest.mark.parametrize("rest", ["host", "disk"])
-@pytest.mark.parametrize("level", LEVELS)
-def test_equal_under_every_rule(level: str, rest: str, *, early: bool, pins: bool) -> None:
+@pytest.mark.parametrize(("level", "rest", "mode"), thinned(LEVELS, ["host", "disk"], MODES, most=2))
+def test_equal_under_every_rule(level: str, rest: str, mode: tuple[bool, bool]) -> None:
+    early, pins = mode
     with simulated(early=early, pins=pins) as sim:
         for share in (0, 0.5):
             for prefetch in (0, 1, 3):
@@ -89,10 +89,9 @@ def test_equal_under_every_rule(level: str, rest: str, *, early: bool, pins: boo
         assert sim.devices[0].counts.launches == 0, "nothing was done on the current device by accident"
 
 
-@pytest.mark.parametrize(("early", "pins"), MODES)
-@pytest.mark.parametrize("rest", ["host", "disk"])
-@pytest.mark.parametrize("level", LEVELS)
-def test_equal_where_bytes_limit_what_is_loaded_ahead(level: str, rest: str, *, early: bool, pins: bool) -> None:
+@pytest.mark.parametrize(("level", "rest", "mode"), thinned(LEVELS, ["host", "disk"], MODES))
+def test_equal_where_bytes_limit_what_is_loaded_ahead(level: str, rest: str, mode: tuple[bool, bool]) -> None:
+    early, pins = mode
     with simulated(early=early, pins=pins):
         for nbytes in (0, 5000, 9000):
             check(blocks(), level, rest, 0.3, nbytes=nbytes)

@@ -53,9 +53,10 @@ def test_a_child_of_a_child() -> None:
     assert torch.equal(in_child(lambda: in_child(in_order(module, attachment))), expected(case))
 
 
-def test_while_another_thread_is_at_a_line() -> None:
+@pytest.mark.parametrize("every", [50, pytest.param(20, marks=pytest.mark.slow)])
+def test_while_another_thread_is_at_a_line(every: int) -> None:
     for case, chosen in lines_once().items():
-        check(case, chosen[::20])
+        check(case, chosen[::every])
 
 
 @pytest.mark.slow
@@ -149,12 +150,13 @@ def test_what_another_module_of_the_stream_had_does_not_stay() -> None:
     assert torch.equal(parked.result, expected[0])
 
 
+@pytest.mark.parametrize("every", [8, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", [Ruled("leaves ahead"), CASES[-1]], ids=str)
-def test_while_another_thread_has_emptied_slots(case: Ruled) -> None:
+def test_while_another_thread_has_emptied_slots(case: Ruled, every: int) -> None:
     """As it does where a rule, or a casting, follows a change of the module."""
     module, _ = made(case)
     example, _ = made(case)
-    for place in places(lambda: example.module.to(torch.float32), ("weights/slots",))[::2]:
+    for place in places(lambda: example.module.to(torch.float32), ("weights/slots",))[::every]:
         with Parked(lambda: module.module.to(torch.float32), place) as parked:
             assert parked.has_come, str(place)
             assert torch.equal(in_child(module.run), expected(case)), str(place)
@@ -179,7 +181,7 @@ def test_without_beginning_anew_a_child_hangs(monkeypatch: pytest.MonkeyPatch) -
     """A control: with the reader of its parent nothing ever comes."""
     module, _ = made(Ruled("leaves ahead"))
     module.run()
-    monkeypatch.setattr("tests.forked.SECONDS", 2)
+    monkeypatch.setattr("tests.forked.SECONDS", 1)
     monkeypatch.setattr(forks, "_others", set())
     with pytest.raises(AssertionError, match="ended with -14"):
         in_child(module.run)

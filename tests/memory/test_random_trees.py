@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -117,9 +119,31 @@ def by_bytes(rule: Rule) -> Rule:
     return replace(rule, prefetch_bytes=(0, 2000, 10_000)[rule.blocks_per_group - 1])
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(tree=TREES, rules=st.lists(RULES, min_size=1, max_size=3), zero_copy=st.booleans())
+def under_any_rules(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A test of so many trees."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        given_any = given(tree=TREES, rules=st.lists(RULES, min_size=1, max_size=3), zero_copy=st.booleans())
+        checks = [HealthCheck.too_slow]
+        return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=checks)(
+            given_any(test)
+        )
+
+    return decorate
+
+
+@under_any_rules(50)
 def test_any_tree_under_any_rules(tree, rules: list[Rule], *, zero_copy: bool) -> None:
+    check(tree, rules, zero_copy=zero_copy)
+
+
+@pytest.mark.slow
+@under_any_rules(500)
+def test_many_trees_under_any_rules(tree, rules: list[Rule], *, zero_copy: bool) -> None:
+    check(tree, rules, zero_copy=zero_copy)
+
+
+def check(tree, rules: list[Rule], *, zero_copy: bool) -> None:
     torch.manual_seed(0)
     module = build(tree, {}).eval()
     x = torch.randn(2, 3, WIDTH)

@@ -29,6 +29,9 @@ DROPPED = LEAVING._replace(line=LEAVING.line + 1)
 WORK = {f"memory/{name}.py" for name in ("settling", "store", "stream", "weight")}
 """Where a change has begun, and has not come to its end."""
 
+PLACES = [2, pytest.param(4, marks=pytest.mark.slow)]
+"""At about so many places a change is stopped; at each a test waits a while for what must not end."""
+
 
 def load_other_weights(case: Case) -> None:
     state = case.module.state_dict()
@@ -57,14 +60,15 @@ def missed(case: Case) -> int | None:
     return None if attachment is None else attachment.stream.ledger.missed
 
 
+@pytest.mark.parametrize("count", PLACES)
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_call_waits_for_a_change(change: str) -> None:
+def test_a_call_waits_for_a_change(change: str, count: int) -> None:
     """It computes what is there afterwards, by the rule that is there then."""
     example, other = changed(change), made(BY_RING)[0]
     result, found = example.run(), places(lambda: CHANGES[change](other), ("memory/",))
     first = next(number for number, place in enumerate(found) if "is_at_work = False" in place.source)
     chosen = [place for place in found[first:] if place.file in WORK]
-    for place in chosen[:: len(chosen) // 4]:
+    for place in chosen[:: len(chosen) // count]:
         module, _ = made(BY_RING)
         with Parked(lambda module=module: CHANGES[change](module), place) as parked:
             assert parked.has_come, str(place)
@@ -87,8 +91,9 @@ def test_a_change_waits_for_a_call(change: str) -> None:
     assert torch.equal(module.run(), result)
 
 
+@pytest.mark.parametrize("count", PLACES)
 @pytest.mark.parametrize("is_ruled", [False, True])
-def test_one_change_waits_for_another(*, is_ruled: bool) -> None:
+def test_one_change_waits_for_another(count: int, *, is_ruled: bool) -> None:
     """Also where there is no rule so far, so that neither finds the lock of one."""
 
     def start() -> Case:
@@ -99,7 +104,7 @@ def test_one_change_waits_for_another(*, is_ruled: bool) -> None:
 
     example = start()
     chosen = places(lambda: change(example), ("memory/settling",))
-    for place in chosen[:: len(chosen) // 4]:
+    for place in chosen[:: len(chosen) // count]:
         module = start()
         with Parked(lambda module=module: change(module), place) as parked:
             assert parked.has_come, str(place)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from tests import tiny
 from tests.activations.test_networks import Network, check, tokens
+from tests.thinned import thinned
 from torch import nn
 
 from lowtide import apply_row_streaming
@@ -89,8 +90,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("size", [(7, 7), (1, 5), (16, 3)], ids=str)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(("name", "size"), thinned(RULES, [(7, 7), (1, 5), (16, 3)]))
 def test_every_rule(name, size):
     check(Network(RULES[name]), tiny.numbers((2, 8, *size), 3), works=(1, 3_000, None))
 

@@ -12,6 +12,7 @@ from tests import tiny
 from tests.activations.quality import psnr, worst
 from tests.memory_peaks import peak_bytes
 from tests.parity import pairs
+from tests.thinned import thinned
 
 from lowtide.activations.tiling import Tiles, blended, gathered, sliced
 
@@ -31,8 +32,7 @@ SIZES = [(4, 4), (5, 4), (7, 8), (16, 4), (13, 29), (3, 40)]
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("slicing", [False, True])
+@pytest.mark.parametrize(("size", "slicing"), thinned(SIZES, [False, True]))
 def test_equal_to_the_peer(size, slicing):
     pytest.importorskip("diffusers")
     ours, theirs = pairs.vaes("four levels")

@@ -122,6 +122,12 @@ def test_a_script_that_takes_too_long_is_ended(warm, tmp_path):
     assert warm.run("import time\ntime.sleep(60)\n", tmp_path, 1).status < 0
 
 
+@pytest.fixture(scope="module")
+def seen_right():
+    """The cases whose scripts, as they are, were found right in this run."""
+    return set()
+
+
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
@@ -132,11 +138,13 @@ def test_a_script_that_takes_too_long_is_ended(warm, tmp_path):
         ("fp8-casting", "pipe.transformer.disable_layerwise_casting()"),
     ],
 )
-def test_wrong_clips_and_plans_are_seen(name, wrong, video_model, warm, tmp_path):
+def test_wrong_clips_and_plans_are_seen(name, wrong, seen_right, video_model, warm, tmp_path):
     (step,) = CASES[name]
     short = fewer((step.number, "num_inference_steps=50", "num_inference_steps=1", 1), why="what is seen is the same")
     script = script_of(step, Setting(video_model, fewer=short))
-    assert warm.run(script, tmp_path, LIMIT).status == 0
+    if name not in seen_right:
+        assert warm.run(script, tmp_path, LIMIT).status == 0
+        seen_right.add(name)
     script = script.replace("from tests.document", f"{wrong}\nfrom tests.document")
     assert "Error" in warm.run(script, tmp_path, LIMIT).output
 

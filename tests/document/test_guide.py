@@ -14,18 +14,22 @@ BUDGET = 300  # seconds; a step in bfloat16 takes six of them where a processor 
 """Seconds for all blocks of one guide."""
 
 
-def script_of(guide):
+COMPILING = "torch.compile("
+"""A block with it takes three times as long as all others; `tests/models/test_tracing.py` compiles a tiny network."""
+
+
+def script_of(guide, *, compiles=True):
     """The blocks to run, each at its line in the guide, so that errors name that line; empty if there are none."""
     lines = []
     for block in extract(guide.read_text(encoding="utf-8")):
-        if block.is_run:
+        if block.is_run and (compiles or COMPILING not in block.code):
             lines += [""] * (block.line - 1 - len(lines)) + block.code.splitlines()
     return "\n".join(lines)
 
 
-def run_guide(guide, runner, folder):
+def run_guide(guide, runner, folder, *, compiles=True):
     (folder / "src").symlink_to(ROOT / "src", target_is_directory=True)
-    return runner.run(script_of(guide), folder, BUDGET)
+    return runner.run(script_of(guide, compiles=compiles), folder, BUDGET)
 
 
 def unmarked(guide):
@@ -40,8 +44,9 @@ def test_every_block_compiles(guide):
 
 
 @pytest.mark.parametrize("guide", [one for one in GUIDES if script_of(one)], ids=lambda guide: guide.name)
-def test_the_blocks_to_run_do(guide, warm, tmp_path):
-    run_guide(guide, warm, tmp_path).check()
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_blocks_to_run_do(guide, compiles, warm, tmp_path):
+    run_guide(guide, warm, tmp_path, compiles=compiles).check()
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.name)

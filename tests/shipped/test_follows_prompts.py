@@ -17,6 +17,7 @@ KINDS = ("sailboat", "fishing boat", "steamship")
 SIDES = ("left", "right")
 FEW, PROMPTS = 24, 72
 BATCH = 12
+STEPS = {FEW: 6, PROMPTS: 20}
 CHANCE = {"boat_color": 1 / len(COLORS), "time": 1 / len(TIMES), "landmark_side": 1 / len(SIDES)}
 
 
@@ -60,7 +61,7 @@ def readings_of(pipe: StableDiffusionPipeline, count: int = PROMPTS) -> list[Rea
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
         seeds = [torch.Generator().manual_seed(1000 + start + i) for i in range(len(batch))]
-        pictures += pipe(batch, num_inference_steps=20, guidance_scale=5.0, generator=seeds).images
+        pictures += pipe(batch, num_inference_steps=STEPS[count], guidance_scale=5.0, generator=seeds).images
     return [read_picture(np.asarray(picture)) for picture in pictures]
 
 

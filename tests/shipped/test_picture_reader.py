@@ -13,7 +13,9 @@ from tests.shipped import picture_reader
 from tests.shipped.picture_reader import Reading, read_picture
 from training.seascapes import Scene, render, sample_scene
 
-COUNT, DAMAGED = 300, 120
+COUNT, FEW = 300, 100
+DAMAGED = 2 / 5
+"""Of so many pictures so large a share is damaged in each way."""
 Damage = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
@@ -48,9 +50,9 @@ def truth(scene: Scene) -> Reading:
 
 
 @cache
-def pictures() -> list[tuple[Reading, np.ndarray]]:
+def pictures(count: int) -> list[tuple[Reading, np.ndarray]]:
     made = []
-    for index in range(COUNT):
+    for index in range(count):
         rng = np.random.default_rng((20, index))
         scene = sample_scene(rng)
         made.append((truth(scene), render(scene, rng)))
@@ -58,10 +60,10 @@ def pictures() -> list[tuple[Reading, np.ndarray]]:
 
 
 @cache
-def readings(damage: Damage) -> list[Reading]:
+def readings(damage: Damage, count: int) -> list[Reading]:
     rng = np.random.default_rng(21)
-    count = COUNT if damage is keep else DAMAGED
-    return [read_picture(damage(image, rng)) for _, image in pictures()[:count]]
+    share = 1 if damage is keep else DAMAGED
+    return [read_picture(damage(image, rng)) for _, image in pictures(count)[: int(share * count)]]
 
 
 def scores(truths: list[Reading], seen: list[Reading]) -> dict[str, float]:
@@ -77,10 +79,14 @@ def scores(truths: list[Reading], seen: list[Reading]) -> dict[str, float]:
     }
 
 
+of_many = pytest.mark.parametrize("count", [FEW, pytest.param(COUNT, marks=pytest.mark.slow)])
+
+
+@of_many
 @pytest.mark.parametrize("damage", [keep, blur, add_noise, shift_colors, all_at_once])
-def test_reads_known_pictures(damage: Damage):
-    seen = readings(damage)
-    found = scores([known for known, _ in pictures()[: len(seen)]], seen)
+def test_reads_known_pictures(damage: Damage, count: int):
+    seen = readings(damage, count)
+    found = scores([known for known, _ in pictures(count)[: len(seen)]], seen)
     assert found["boat"] >= 0.97, found
     assert found["time"] >= 0.97, found
     assert found["side"] >= 0.97, found
@@ -88,10 +94,11 @@ def test_reads_known_pictures(damage: Damage):
     assert found["landmark"] >= 0.95, found
 
 
-def test_shuffled_truth_falls_to_chance():
-    truths = [known for known, _ in pictures()]
-    order = np.random.default_rng(22).permutation(COUNT)
-    found = scores([truths[index] for index in order], readings(keep))
+@of_many
+def test_shuffled_truth_falls_to_chance(count: int):
+    truths = [known for known, _ in pictures(count)]
+    order = np.random.default_rng(22).permutation(count)
+    found = scores([truths[index] for index in order], readings(keep, count))
     assert found["boat"] < 0.3
     assert found["time"] < 0.4
     assert found["side"] < 0.5
@@ -109,7 +116,7 @@ def test_reads_every_color_at_every_time(color: str, time: str):
 
 def test_mirror_changes_the_side_and_nothing_else():
     swap = {"left": "right", "right": "left"}
-    for (known, image), seen in zip(pictures()[:60], readings(keep), strict=False):
+    for (known, image), seen in zip(pictures(FEW)[:60], readings(keep, FEW), strict=False):
         mirrored = read_picture(np.ascontiguousarray(image[:, ::-1]))
         if known.landmark == "lighthouse":
             assert seen.landmark_side is not None

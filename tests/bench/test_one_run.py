@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.bench import samples
+from tests.memory.cases import FEW_BLOCKS
 
 from lowtide.bench import one_run
 from lowtide.bench.children import ANSWER
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # in a process of its own nob
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    small = tiny.unet(layers_per_block=1)  # tracing takes its time
+    small = tiny.unet(**FEW_BLOCKS)  # tracing takes its time
     tiny.pipeline(folder / "parts", unet=small).save_pretrained(folder / "model")
     return str(folder / "model")
 

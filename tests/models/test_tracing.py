@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from tests import tiny
+from tests.thinned import thinned
 from torch import nn
 
 from lowtide.casting.cast_leaf import leaves
@@ -32,21 +33,24 @@ def inputs(seed: int = 0):
 HEADS = {"sd1": 2, "sd2": [1, 2]}
 
 
-def small_unet(kind="sd1"):
+def small_unet(kind="sd1", levels=2):
     """Two levels of one layer, with every kind of block: tracing takes its time for each module."""
     blocks = ["CrossAttnDownBlock2D", "DownBlock2D"], ["UpBlock2D", "CrossAttnUpBlock2D"]
-    levels = {"block_out_channels": [8, 16], "down_block_types": blocks[0], "up_block_types": blocks[1]}
-    return tiny.unet(kind, **levels, layers_per_block=1, attention_head_dim=HEADS[kind])
+    changes = {
+        "block_out_channels": [8, 16][:levels],
+        "down_block_types": blocks[0][:levels],
+        "up_block_types": blocks[1][-levels:],
+    }
+    return tiny.unet(kind, **changes, layers_per_block=1, attention_head_dim=HEADS[kind])
 
 
-def unet(kind="sd1"):
-    module = small_unet(kind)
+def unet(kind="sd1", levels=2):
+    module = small_unet(kind, levels)
     module.forward = functools.partial(module.forward, return_dict=False)
     return module
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+@pytest.mark.parametrize(("kind", "layout"), thinned(["sd1", "sd2"], [torch.contiguous_format, torch.channels_last]))
 def test_a_trace_saved_and_loaded_equals_the_network(tmp_path, kind, layout):
     module = unet(kind).to(memory_format=layout)
     traced = torch.jit.trace(module, inputs())
@@ -86,13 +90,29 @@ def test_a_traced_network_in_the_pipeline(tmp_path):
     assert (draw(generator=torch.Generator().manual_seed(1)).images - expected).abs().max() > 1e-3
 
 
-def test_exported_and_compiled():
+def test_exported():
     module = unet()
     expected = module(*inputs(1))[0]
     exported = torch.export.export(module, inputs())
     assert (exported.module()(*inputs(1))[0] - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.slow
+def test_compiled():
+    module = unet()
+    expected = module(*inputs(1))[0]
     compiled = torch.compile(module, backend="aot_eager")
     assert (compiled(*inputs(1))[0] - expected).abs().max() <= 1e-5
+
+
+def test_a_part_compiled():
+    """Residual blocks and attention, which take most of the time of compiling the whole."""
+    module = small_unet(levels=1).mid_block
+    given = [(torch.randn(2, 8, 8, 8), torch.randn(2, 32), inputs(seed)[2], None) for seed in (0, 1)]
+    compiled = torch.compile(module, backend="aot_eager")
+    for one in given:
+        assert (compiled(*one) - module(*one)).abs().max() <= 1e-5
+    assert (module(*given[0]) - module(*given[1])).abs().max() > 1e-3
 
 
 def offloaded(module):
@@ -111,10 +131,9 @@ PLANS = [offloaded, whole, cast]
 WAYS = {"trace": torch.jit.trace, "export": torch.export.export}
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("plan", "way"), thinned(PLANS, WAYS))
 def test_a_trace_of_weights_that_come_and_go_is_refused(plan, way):
-    module = unet()
+    module = unet(levels=1)
     plan(module)
     expected = module(*inputs())[0]
     with pytest.raises(RuntimeError, match=r"cannot be traced, exported or compiled .*disable_layerwise_casting"):
@@ -130,7 +149,7 @@ def test_a_trace_of_weights_that_come_and_go_is_refused(plan, way):
 
 @pytest.mark.parametrize("plan", [pytest.param(p, marks=() if p is whole else pytest.mark.slow) for p in PLANS])
 def test_compiling_goes_around_the_plan(plan):
-    module = unet()
+    module = unet(levels=1)
     plan(module)
     expected = module(*inputs())[0]
     compiled = torch.compile(module, backend="eager")

@@ -5,8 +5,12 @@ import functools
 import pytest
 import torch
 from tests import tiny
+from tests.memory.cases import FEW_BLOCKS
 
 from lowtide.models.unet import UNet2DConditionModel
+
+of_kind = functools.cache(tiny.unet)
+"""A U-Net that is only called."""
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +22,7 @@ def model():
 @pytest.mark.parametrize("size", [(8, 8), (18, 22), (9, 7), (5, 16), (1, 1), (2, 3)])
 @torch.no_grad()
 def test_every_size_comes_back_as_it_was(kind, size):
-    output = tiny.unet(kind)(**tiny.unet_inputs(kind, size)).sample
+    output = of_kind(kind)(**tiny.unet_inputs(kind, size)).sample
     assert output.shape == (2, 4, *size)
     assert output.isfinite().all()
 
@@ -81,7 +85,7 @@ def test_the_additions_of_sdxl_must_be_given():
 @torch.no_grad()
 def test_half_precision_stays_near(kind, dtype):
     inputs = tiny.unet_inputs(kind)
-    expected = tiny.unet(kind)(**inputs).sample
+    expected = of_kind(kind)(**inputs).sample
     halved = {**inputs, **{name: inputs[name].to(dtype) for name in ("sample", "encoder_hidden_states")}}
     output = tiny.unet(kind).to(dtype)(**halved).sample
     assert output.dtype == dtype
@@ -92,11 +96,11 @@ def test_half_precision_stays_near(kind, dtype):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @torch.no_grad()
-def test_it_can_be_traced_as_the_ecosystem_does(model):
+def test_it_can_be_traced_as_the_ecosystem_does():
     """With positional arguments, a timestep of shape [1] and a tuple as output; the trace takes other timesteps."""
+    model, traceable = tiny.unet(**FEW_BLOCKS), tiny.unet(**FEW_BLOCKS)
     inputs = tiny.unet_inputs()
     sample, context = inputs["sample"], inputs["encoder_hidden_states"]
-    traceable = tiny.unet()
     traceable.forward = functools.partial(traceable.forward, return_dict=False)
     traced = torch.jit.trace(traceable, (sample, torch.tensor([481]), context))
     for timestep in (481, 20):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests import tiny, tiny_video
 from tests.parity import pairs
-from tests.thinned import covering
+from tests.thinned import covering, thinned
 
 from lowtide.pipelines import cogvideox
 from lowtide.pipelines.base import DiffusionPipeline
@@ -60,12 +60,12 @@ def pair(folder, kind="5b", name=SCHEDULERS[0], **schedule):
     return ours, their_pipeline(ours, kind)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module")
 def each(request, tmp_path_factory):
     return pair(tmp_path_factory.mktemp("each"), request.param)
 
 
-@pytest.fixture(scope="module", params=SCHEDULERS)
+@pytest.fixture(scope="module")
 def both(request, tmp_path_factory):
     return pair(tmp_path_factory.mktemp("both"), name=request.param)
 
@@ -96,7 +96,7 @@ CALLS = {
     "guidance": {},
     "no guidance": {"guidance_scale": 1.0},
     "weak guidance": {"guidance_scale": 1.5, "negative_prompt": "sea"},
-    "dynamic guidance": {"use_dynamic_cfg": True, "num_inference_steps": 7},
+    "dynamic guidance": {"use_dynamic_cfg": True, "num_inference_steps": 4},
     "several prompts": {"prompt": PROMPTS, "negative_prompt": ["fog", ""]},
     "a generator for each": {"prompt": PROMPTS, "seeds": (5, 6)},
     "another size": {"height": 16, "width": 32, "num_frames": 8},
@@ -108,24 +108,29 @@ CALLS = {
     "noise in each step": {"eta": 0.7},
     "noise in each step, a generator for each": {"prompt": PROMPTS, "eta": 1.0, "seeds": (5, 6)},
     "one step": {"num_inference_steps": 1},
-    "seven steps": {"num_inference_steps": 7},
+    "five steps": {"num_inference_steps": 5},
 }
 FOR_EVERY_KIND = ("guidance", "no guidance", "dynamic guidance", "another size", "one frame", "more frames")
 
 
-@pytest.mark.parametrize("name", FOR_EVERY_KIND)
+@pytest.mark.parametrize(("each", "name"), thinned(KINDS, FOR_EVERY_KIND, most=2), indirect=["each"], scope="module")
 def test_same_clip_of_every_kind(each, name):
     ours, theirs = each
     assert worst(film(ours, **CALLS[name]), film(theirs, **CALLS[name])) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(("name", "both"), thinned(CALLS, SCHEDULERS), indirect=["both"], scope="module")
 def test_same_clip_with_both_schedulers(both, name):
     ours, theirs = both
     assert worst(film(ours, **CALLS[name]), film(theirs, **CALLS[name])) <= TOLERANCE
 
 
-@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+@pytest.mark.parametrize(
+    ("output_type", "both"),
+    thinned(["pil", "np", "pt", "latent"], SCHEDULERS),
+    indirect=["both"],
+    scope="module",
+)
 def test_same_output_of_each_type(both, output_type):
     ours, theirs = (film(pipe, output_type=output_type, prompt=PROMPTS) for pipe in both)
     scale = 255 if output_type == "pil" else 1
@@ -134,12 +139,14 @@ def test_same_output_of_each_type(both, output_type):
     assert round(difference) <= 1 if output_type == "pil" else difference <= TOLERANCE  # grey levels are whole
 
 
+@pytest.mark.parametrize("each", KINDS, indirect=True)
 def test_latents_given(each):
     ours, theirs = each
     noise = 1.7 * tiny.numbers(ours.latent_shape(1, 9, 32, 48), 4)
     assert worst(film(ours, latents=noise), film(theirs, latents=noise)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("both", [SCHEDULERS[0], pytest.param(SCHEDULERS[1], marks=pytest.mark.slow)], indirect=True)
 def test_several_clips_of_each_prompt(both):
     """The peer of this version makes one clip of each prompt, whatever is asked for: it is given prompts twice."""
     ours, theirs = both
@@ -152,8 +159,9 @@ def test_several_clips_of_each_prompt(both):
     assert worst(swapped, expected) > TOLERANCE  # negative control
 
 
-@pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("call", ["guidance", "no guidance", "noise in each step", "seven steps"])
+@pytest.mark.parametrize(
+    ("call", "name"), thinned(["guidance", "no guidance", "noise in each step", "five steps"], OTHERS)
+)
 def test_same_clip_with_other_schedulers(tmp_path, name, call):
     """Put in with `from_config`, as the ecosystem does; neither has the shift of the noise, and both are told so."""
     ours = tiny_video.pipeline(tmp_path)
@@ -217,7 +225,7 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize("name", BREAKS)
+@pytest.mark.parametrize(("name", "both"), thinned(BREAKS, SCHEDULERS), indirect=["both"], scope="module")
 def test_comparison_sees_a_broken_pipeline(both, name):
     ours, theirs = both
     expected = film(theirs)

@@ -26,7 +26,7 @@ TOLERANCE = 1 / 255 / 16
 LAYOUTS = [
     (torch.float32, None, None),
     (torch.float32, None, "200KB"),
-    (torch.float16, None, None),
+    pytest.param(torch.float16, None, None, marks=pytest.mark.slow),
     (torch.float16, "fp16", None),
     (torch.float16, "fp16", "100KB"),
 ]

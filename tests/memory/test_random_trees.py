@@ -138,7 +138,7 @@ def test_any_tree_under_any_rules(tree, rules: list[Rule], *, zero_copy: bool) -
 
 
 @pytest.mark.slow
-@under_any_rules(500)
+@under_any_rules(150)
 def test_many_trees_under_any_rules(tree, rules: list[Rule], *, zero_copy: bool) -> None:
     check(tree, rules, zero_copy=zero_copy)
 

@@ -58,7 +58,7 @@ def test_encode(kind, frames):
 def test_other_batches_of_frames(size):
     """The statistics of the norms are those of a batch: another size is another clip, and the peer's."""
     ours, theirs = clips.vaes()
-    z, x = clips.latents(ours, 9), clips.clip(ours, 33)
+    z, x = clips.latents(ours, 9, (2, 3)), clips.clip(ours, 33, (2, 3))
     published = ours.decode(z).sample
     for model in (ours, theirs):
         model.num_latent_frames_batch_size = size

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests import tiny, tiny_video
+from tests.fitting.traced_once import traced_once  # noqa: F401
 
 from lowtide.pipelines.cogvideox import CogVideoXPipeline
 from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
@@ -21,6 +22,13 @@ RATES = Rates(
     cache=2**33,
     base=0,
 )
+UNET = {
+    "block_out_channels": [8, 24],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+}
+"""A U-Net of few modules: planning, loading and streaming take as long as there are many."""
 
 
 @pytest.fixture
@@ -29,10 +37,15 @@ def bare_machine(monkeypatch):
     monkeypatch.setattr("lowtide.fitting.prepare._rates", lambda *_: RATES)
 
 
+def small(folder, **models):
+    """The pipeline of tiny parts with that U-Net; `folder` keeps the vocabulary."""
+    return tiny.pipeline(folder, **{"unet": tiny.unet(**UNET), **models})
+
+
 def checkpoint(folder, kind, **options):
     """A tiny checkpoint of pictures or of clips."""
     if kind == "pictures":
-        tiny.pipeline(folder / "words", **options).save_pretrained(folder / "model")
+        small(folder / "words", **options).save_pretrained(folder / "model")
         return folder / "model"
     return tiny_video.write_checkpoint(folder / "model")
 

@@ -102,7 +102,7 @@ def chosen(file: Path, before: str, after: str, *, every: int) -> list[Place]:
     found = places(lambda: subject.put(after))
     found = [place for place in found if "lambda _:" not in place.source]
     own = [place for place in found if place.file == "fitting/applied_plan.py"]
-    return list(dict.fromkeys([*(own if every == 1 else own[3::6]), *found[every // 2 :: every]]))
+    return list(dict.fromkeys([*(own if every == 1 else own[3 :: (every + 9) // 5]), *found[every // 2 :: every]]))
 
 
 def check(subject: Subject, name: str, expected: dict[str, torch.Tensor]) -> None:
@@ -144,7 +144,7 @@ def test_by_an_interrupt(file: Path, expected: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_in_a_child(file: Path, expected: dict[str, torch.Tensor]) -> None:
-    each(file, expected, 40, lambda subject, after, place: by_fork(subject, after, place, expected))
+    each(file, expected, 60, lambda subject, after, place: by_fork(subject, after, place, expected))
 
 
 @pytest.mark.slow

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.fitting.traced_once import traced_once  # noqa: F401
 
 import lowtide
 from lowtide.machine.accelerators import accelerator
 from lowtide.planning.planner import Planner
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 SHIPPED = Path(lowtide.__file__).parent / "assets" / "seascapes"
 DTYPES = {"cuda": torch.float16, "sim": torch.float32}
 SIDES = {"cuda": 256, "sim": 64}
@@ -24,12 +26,12 @@ def load(device):
 def draw(pipe, device):
     size = {"height": SIDES[device.type], "width": SIDES[device.type]}
     generator = torch.Generator().manual_seed(3)
-    return pipe("a boat", **size, num_inference_steps=3, generator=generator, output_type="pt").images.cpu()
+    return pipe("a boat", **size, num_inference_steps=2, generator=generator, output_type="pt").images.cpu()
 
 
 def fit(pipe, device, vram):
     size = {"height": SIDES[device.type], "width": SIDES[device.type]}
-    return pipe.fit(vram=vram, device=device, **size, steps=3, output="pt")
+    return pipe.fit(vram=vram, device=device, **size, steps=2, output="pt")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.fitting import fits
-from tests.fitting.fits import bare_machine  # noqa: F401
+from tests.fitting.fits import bare_machine, traced_once  # noqa: F401
 from tests.lines import interrupted, places
 from tests.thinned import covering
 
@@ -34,7 +34,7 @@ PARTS = {
     "clips": {"encode prompt": "text_encoder", "denoise": "transformer", "decode": "vae"},
 }
 STAGES = [f"{kind}: {stage}" for kind in KINDS for stage in PARTS[kind]]
-pytestmark = pytest.mark.usefixtures("bare_machine")
+pytestmark = pytest.mark.usefixtures("bare_machine", "traced_once")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests import tiny
+from tests.fitting import fits
 from typer.testing import CliRunner
 
 from lowtide.cli.app import app
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="bu
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    tiny.pipeline(folder / "parts").save_pretrained(folder / "model")
+    fits.small(folder / "parts").save_pretrained(folder / "model")
     return str(folder / "model")
 
 

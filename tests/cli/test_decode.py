@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 from tests import tiny, tiny_video
+from tests.fitting import fits
 from tests.thinned import covering
 from typer.testing import CliRunner
 
@@ -26,7 +27,7 @@ NO_ROOM = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    tiny.pipeline(folder / "parts").save_pretrained(folder / "model")
+    fits.small(folder / "parts").save_pretrained(folder / "model")
     return str(folder / "model")
 
 

@@ -4,8 +4,8 @@ import os
 import shutil
 
 import pytest
-from tests import tiny
 from tests.document.processes import Warm
+from tests.fitting import fits
 
 UNKNOWN = 54321
 SCRIPT = """
@@ -25,7 +25,7 @@ HOMES = {"none": {}, "unwritable": {"HOME": "/proc/nothing/here"}}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    tiny.pipeline(folder / "parts").save_pretrained(folder / "model")
+    fits.small(folder / "parts").save_pretrained(folder / "model")
     return str(folder / "model")
 
 

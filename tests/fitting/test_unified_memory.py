@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests import tiny
+from tests.fitting import fits
 from tests.sim_tensor import simulated
 
 import lowtide
@@ -23,7 +24,7 @@ SIZE = {"height": 64, "width": 64, "steps": 2, "output": "pt"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
-    tiny.pipeline(tmp_path_factory.mktemp("tokenizer")).save_pretrained(folder)
+    fits.small(tmp_path_factory.mktemp("tokenizer")).save_pretrained(folder)
     return folder
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny, tiny_video
+from tests.fitting import fits
 from tests.guests.families import FAMILIES, run
 from tests.guests.guest_cases import WARNINGS, weights_of
 from tests.sim_tensor import simulated
@@ -43,7 +44,7 @@ class Case:
 
 
 def pictures(folder: Path) -> Case:
-    pipe = tiny.pipeline(folder)
+    pipe = fits.small(folder)
     size = {"height": 64, "width": 64}
 
     def call() -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
+from tests.fitting import fits
 from tests.forked import SECONDS, Parked, in_child
 from tests.lines import Place, places
 from tests.pipelines.test_interrupts import draw
@@ -33,7 +34,7 @@ SOURCES = ("self._refuse(", "_claims.begin", "stage_started(name", "self._hand_o
 
 def made(folder: Path, enabled: str) -> tuple[Any, torch.Tensor]:
     """A pipeline that was not called so far, and what one under no rule draws."""
-    pipe, other = tiny.pipeline(folder), tiny.pipeline(folder)
+    pipe, other = fits.small(folder), fits.small(folder)
     ENABLED[enabled](pipe)
     if enabled == "8 bits":
         other.unet.enable_layerwise_casting()

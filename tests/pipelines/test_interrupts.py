@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
+from tests.fitting import fits
 from tests.lines import Place, at_lines_of, interrupted, places, watched
 
 from lowtide.machine.heap import MALLOC
@@ -35,7 +36,7 @@ ENABLED: dict[str, Callable[[Any], object]] = {
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made = tiny.pipeline(tmp_path_factory.mktemp("pipe"))
+    made = fits.small(tmp_path_factory.mktemp("pipe"))
     made.stages.observers.append(Meter(None))
     return made
 
@@ -139,7 +140,7 @@ def interrupted_the_second_time(call: Callable[[], Any], place: Place) -> bool:
 
 def test_an_interrupt_that_is_kept_says_so_and_harms_once(tmp_path: Path) -> None:
     """As an interactive Python keeps the last error, and with it the frames of the call."""
-    pipe = tiny.pipeline(tmp_path)
+    pipe = fits.small(tmp_path)
     expected = draw(pipe)
     (end,) = [place for place in lines(pipe, ("fitting/call_lock",)) if "_calls.end(" in place.source]
     kept: list[BaseException] = []

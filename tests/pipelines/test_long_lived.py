@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
+from tests.fitting import fits
 
 from lowtide.machine.heap import trim_heap
 
@@ -83,7 +84,7 @@ def test_nothing_is_left_behind(plans: list[str], rounds: int, tmp_path: Path, m
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    tiny.pipeline(tmp_path / "words").save_pretrained(tmp_path / "model")
+    fits.small(tmp_path / "words").save_pretrained(tmp_path / "model")
     pipe = _loaded(tmp_path / "model")
     expected = pipe("a boat", num_inference_steps=2, generator=tiny.seeded(0), height=16, width=16, output_type="pt")
     for _ in range(2):

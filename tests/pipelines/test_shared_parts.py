@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
+from tests.fitting import fits
 from tests.forked import Parked, in_child
 from tests.lines import interrupted, places
 from tests.pipelines.test_interrupts import draw
@@ -34,7 +35,7 @@ def sharing(pipe: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny.pipeline(tmp_path_factory.mktemp("pipe"))
+    return fits.small(tmp_path_factory.mktemp("pipe"))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ class Decoding:
 
 
 def test_each_of_two_pipelines_is_told_how_far_its_own_decoding_is(tmp_path: Path) -> None:
-    pipe = tiny.pipeline(tmp_path)
+    pipe = fits.small(tmp_path)
     pipe.enable_vae_tiling("exact")
     other = sharing(pipe)
     seen = Decoding(lambda: draw(other))

@@ -1,13 +1,15 @@
 """Rates of this machine: measured once, kept in a file that may be missing, foreign or broken."""
 
+import io
 import json
+from contextlib import redirect_stdout
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lowtide.machine import kernel_rates
+from lowtide.machine import disk_and_link, kernel_rates
 from lowtide.machine.child_process import ChildError
 from lowtide.machine.disk_and_link import disk_read_rate
 from lowtide.machine.figure_cache import cache_folder
@@ -42,8 +44,31 @@ def test_measured_once_for_each_dtype(measured, tmp_path):
     assert len(list((tmp_path / "lowtide").iterdir())) == 2
 
 
-def test_this_machine_is_measured(monkeypatch, tmp_path):
+@pytest.fixture
+def small_shapes(monkeypatch):
+    for name, shape in {"CONVOLUTIONS": (2, 16, 8), "CHANNELS_LAST": (1, 16, 8), "PRODUCTS": (16, 32, 8)}.items():
+        monkeypatch.setattr(kernel_rates, name, (shape,))
+    monkeypatch.setattr(kernel_rates, "ATTENTIONS", ((32, 2, 8),))
+    monkeypatch.setattr(disk_and_link, "_FILE_BYTES", 2**20)
+    monkeypatch.setattr(disk_and_link, "_CHUNK", 2**18)
+
+
+def run_here(name, *arguments, seconds):
+    """What the process that measures does, in this one, and what it prints."""
+    assert name == machine_rates.__name__
+    assert seconds > 60
+    with redirect_stdout(io.StringIO()) as printed:
+        machine_rates._main(*arguments)
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("elsewhere", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["here", "elsewhere"])
+@pytest.mark.usefixtures("small_shapes")
+def test_this_machine_is_measured(monkeypatch, tmp_path, elsewhere):
+    """As it is, in a process of its own, with `slow`; its smallest shapes in this one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if not elsewhere:
+        monkeypatch.setattr(machine_rates, "run_module", run_here)
     rates = ask()
     assert not rates.assumed
     assert rates == replace(ask(), cache=rates.cache), "the second time they are read from the file"
@@ -129,11 +154,8 @@ def test_where_measuring_fails_usual_figures_are_assumed_and_the_reason_is_said(
     assert not list(tmp_path.rglob("*.json"))  # to be measured another time
 
 
-def test_computing_is_measured(monkeypatch):
-    monkeypatch.setattr(kernel_rates, "CONVOLUTIONS", ((2, 16, 8),))
-    monkeypatch.setattr(kernel_rates, "CHANNELS_LAST", ((1, 16, 8),))
-    monkeypatch.setattr(kernel_rates, "PRODUCTS", ((16, 32, 8),))
-    monkeypatch.setattr(kernel_rates, "ATTENTIONS", ((32, 2, 8),))
+@pytest.mark.usefixtures("small_shapes")
+def test_computing_is_measured():
     computing = kernel_rates.Computing(torch.device("cpu"), torch.float32)
     for name in ("convolution", "channels_last", "product", "attention", "touched", "dequantized"):
         assert getattr(computing, name)() > 1e4
@@ -167,11 +189,8 @@ def test_shapes_are_measured_from_the_smallest_on():
         assert amounts == sorted(amounts), name
 
 
-def test_a_file_is_mapped_and_read_again(tmp_path, monkeypatch):
-    from lowtide.machine import disk_and_link
-
-    monkeypatch.setattr(disk_and_link, "_FILE_BYTES", 2**20)
-    monkeypatch.setattr(disk_and_link, "_CHUNK", 2**18)
+@pytest.mark.usefixtures("small_shapes")
+def test_a_file_is_mapped_and_read_again(tmp_path):
     found = disk_read_rate(tmp_path)
     assert found.again > 0
     assert found.mapped > 0

@@ -12,6 +12,7 @@ from PIL import Image
 from tests.document.processes import environment
 from tests.fitting.fits import RATES
 from tests.guests.families import FAMILIES
+from tests.guests.families_unets import LARGE, unet
 from tests.guests.family import picture
 from typer.testing import CliRunner
 
@@ -40,12 +41,28 @@ main()
 """
 
 
+FEW_BLOCKS = {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2],
+}
+
+
+def pipeline_of(name):
+    """A tiny pipeline of a family; SDXL's has fewer modules than elsewhere, since commands load it over and over."""
+    pipe = FAMILIES[name]().pipeline
+    if name == "SDXL":
+        pipe.unet = unet(**{**LARGE, **FEW_BLOCKS})
+    return pipe
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Folders of models, by family; those called "no weights" hold configurations alone."""
     folder = tmp_path_factory.mktemp("guests")
     for name in CLASSES:
-        FAMILIES[name]().pipeline.save_pretrained(folder / name)
+        pipeline_of(name).save_pretrained(folder / name)
     of_class(folder / "SDXL", folder / "img2img", "StableDiffusionXLImg2ImgPipeline")
     shutil.copytree(folder / "SDXL", folder / "no weights", ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
@@ -110,7 +127,7 @@ def test_a_picture_is_that_of_the_pipeline_itself(models):
     ]
     places = [result.stderr.index(said) for said in order]
     assert places == sorted(places)
-    own = FAMILIES["SDXL"]().pipeline(
+    own = pipeline_of("SDXL")(
         PROMPT, negative_prompt="fog", height=64, width=48, num_inference_steps=2, guidance_scale=4.0,
         guidance_rescale=0.5, generator=torch.Generator().manual_seed(3),
     )  # fmt: skip
@@ -302,9 +319,9 @@ def test_a_lora_changes_the_picture(models):
     pytest.importorskip("peft")
     from safetensors.torch import save_file
 
-    unet = FAMILIES["SDXL"]().pipeline.unet
+    network = pipeline_of("SDXL").unet
     weights = {}
-    for name, layer in unet.named_modules():
+    for name, layer in network.named_modules():
         if name.endswith(("to_q", "to_v")):
             weights[f"unet.{name}.lora_A.weight"] = torch.randn(4, layer.in_features)
             weights[f"unet.{name}.lora_B.weight"] = torch.randn(layer.out_features, 4)

@@ -5,19 +5,20 @@ import pytest
 import torch
 from PIL import Image
 from tests import tiny
+from tests.fitting import fits
 
 from lowtide.pipelines.pipeline_outputs import StableDiffusionPipelineOutput
 
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
-    return tiny.pipeline(tmp_path_factory.mktemp("pipe"))
+    return fits.small(tmp_path_factory.mktemp("pipe"))
 
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
     """With a safety checker that finds something in some pictures."""
-    return tiny.pipeline(tmp_path_factory.mktemp("guarded"), checker=True)
+    return fits.small(tmp_path_factory.mktemp("guarded"), checker=True)
 
 
 def draw(pipe, *seeds, **call):
@@ -57,7 +58,7 @@ def test_sizes(pipe, asked, size):
 
 def test_default_sizes_are_the_models_own(tmp_path):
     for sample_size, size in ((6, (24, 24)), ([4, 6], (16, 24)), (None, (256, 256))):
-        pipe = tiny.pipeline(tmp_path, unet=tiny.unet(sample_size=sample_size))
+        pipe = fits.small(tmp_path, unet=tiny.unet(**fits.UNET, sample_size=sample_size))
         assert pipe.image_size(None, None) == size
 
 
@@ -103,7 +104,7 @@ def test_without_a_generator_each_picture_is_another(pipe):
 @pytest.mark.parametrize("name", tiny.SCHEDULERS)
 def test_a_picture_alone_is_the_one_in_the_batch(tmp_path, name):
     """With a generator each. On a CPU a batch may sum in another order: equal to a few of the last bits, not all."""
-    pipe = tiny.pipeline(tmp_path, schedule=tiny.scheduler(name))
+    pipe = fits.small(tmp_path, schedule=tiny.scheduler(name))
     prompts = ["a boat", "sea", "night"]
     together = draw(pipe, 4, 5, 6, prompt=prompts)
     for i, prompt in enumerate(prompts):
@@ -196,7 +197,7 @@ STEPS = {
 
 @pytest.mark.parametrize("name", tiny.SCHEDULERS)
 def test_stages_in_their_order(tmp_path, name):
-    pipe, listener = tiny.pipeline(tmp_path, schedule=tiny.scheduler(name)), Listener()
+    pipe, listener = fits.small(tmp_path, schedule=tiny.scheduler(name)), Listener()
     with pipe.stages.observed(listener):
         draw(pipe, num_inference_steps=4)
     steps = STEPS[name]
@@ -224,7 +225,7 @@ def test_stages_with_a_checker_and_without_decoding(guarded):
 
 
 def test_flagged_pictures_are_blackened_and_told(tmp_path):
-    pipe = tiny.pipeline(tmp_path, checker=True)
+    pipe = fits.small(tmp_path, checker=True)
     call = {
         "prompt": ["a boat", "sea", "night", "fog"],
         "generator": None,
@@ -282,7 +283,7 @@ def test_a_callback_changes_latents_and_embeddings(pipe):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("name", tiny.SCHEDULERS)
 def test_after_an_exception_all_is_as_before(tmp_path, error, name):
-    pipe, listener = tiny.pipeline(tmp_path, schedule=tiny.scheduler(name)), Listener()
+    pipe, listener = fits.small(tmp_path, schedule=tiny.scheduler(name)), Listener()
     expected = draw(pipe, num_inference_steps=4)
     pipe.stages.observers.append(listener)
 
@@ -299,7 +300,7 @@ def test_after_an_exception_all_is_as_before(tmp_path, error, name):
 
 
 def test_progress_is_shown_and_can_be_silenced(tmp_path, capsys):
-    pipe = tiny.pipeline(tmp_path)
+    pipe = fits.small(tmp_path)
     draw(pipe)
     assert capsys.readouterr() == ("", "")
     pipe.set_progress_bar_config(disable=False)

@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from tests import tiny
+from tests.fitting import fits
 from torch import nn
 
 from lowtide.models.model_outputs import UNet2DConditionOutput
@@ -15,7 +16,7 @@ from lowtide.schedulers import DDIMScheduler
 
 @pytest.fixture
 def pipe(tmp_path):
-    return tiny.pipeline(tmp_path)
+    return fits.small(tmp_path)
 
 
 def draw(pipe, seed=0, **call):
@@ -53,7 +54,7 @@ def test_a_replacement_needs_no_more_than_the_ecosystems(pipe, as_tuple):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_traced_unet_draws_the_same_picture(pipe):
     expected = draw(pipe)
-    unet = tiny.unet()
+    unet = tiny.unet(**fits.UNET)
     unet.forward = functools.partial(unet.forward, return_dict=False)
     example = tiny.numbers((2, 4, 4, 4)), torch.tensor([1]), tiny.numbers((2, 16, 24))
     traced = torch.jit.trace(unet, example)
@@ -114,7 +115,7 @@ def test_another_scheduler_may_be_put_in_at_any_time(pipe):
 )
 def test_an_outdated_scheduler_file_is_corrected_and_told(tmp_path, entries, told):
     with pytest.warns(UserWarning, match=f"is outdated: it is changed from {told}") as caught:
-        pipe = tiny.pipeline(tmp_path, schedule=tiny.scheduler(**entries, beta_end=0.013))
+        pipe = fits.small(tmp_path, schedule=tiny.scheduler(**entries, beta_end=0.013))
     assert len(caught) == 1
     assert pipe.scheduler.config == tiny.scheduler(beta_end=0.013).config
 
@@ -129,7 +130,7 @@ def test_an_outdated_scheduler_file_is_corrected_and_told(tmp_path, entries, tol
 )
 def test_a_scheduler_without_fault_is_taken_as_it_is(tmp_path, name, entries):
     schedule = tiny.scheduler(name, **entries)
-    assert tiny.pipeline(tmp_path, schedule=schedule).scheduler is schedule
+    assert fits.small(tmp_path, schedule=schedule).scheduler is schedule
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from tests import tiny
+from tests.fitting import fits
 
 from lowtide.media.png import PictureFile
 from lowtide.pipelines.picture_files import THUMBNAIL_SIDE, _Thumbnail
@@ -23,7 +24,7 @@ def _here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pipe(tmp_path_factory):
-    return tiny.pipeline(tmp_path_factory.mktemp("parts"))
+    return fits.small(tmp_path_factory.mktemp("parts"))
 
 
 def pixels(path):
@@ -143,7 +144,7 @@ def test_a_failed_decode_leaves_the_old_file(pipe, monkeypatch):
 @pytest.mark.filterwarnings("ignore:The safety checker blackened")
 @pytest.mark.parametrize("mode", [None, "exact"])
 def test_the_safety_checker_blackens_files_too(tmp_path_factory, mode):
-    pipe = tiny.pipeline(tmp_path_factory.mktemp("parts"), checker=True)
+    pipe = fits.small(tmp_path_factory.mktemp("parts"), checker=True)
     pipe.safety_checker = tiny.safety_checker(0.5)
     if mode is not None:
         pipe.enable_vae_tiling(mode, work=5_000)

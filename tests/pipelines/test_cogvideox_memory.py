@@ -88,6 +88,7 @@ def offloaded_by_the_document(pipe):
 
 
 PLANS["the document's"] = offloaded_by_the_document
+PLANS_IN_TURN = list(PLANS)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -101,14 +102,15 @@ def test_plans_put_on_and_taken_off(folders, plain, name):
 
 
 @pytest.mark.parametrize(
-    ("names", "storage"),
+    ("names", "storage", "plans"),
     covering(
         [names for count in (1, 3) for names in itertools.combinations(NETWORKS, count)],
         [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8],
+        [PLANS_IN_TURN[:3], PLANS_IN_TURN[2:4], PLANS_IN_TURN[3:]],
     ),
 )
-def test_networks_cast_one_by_one(folders, plain, names, storage):
-    """A cast network gives what it gives with the numbers that its 8 bits hold."""
+def test_networks_cast_one_by_one(folders, plain, names, storage, plans):
+    """A cast network gives what it gives with the numbers that its 8 bits hold, under plans put on in turn."""
     pipe, rounded = load(folders, dtype="bf16"), load(folders, dtype="bf16")
     for name in names:
         cast(getattr(pipe, name), storage)
@@ -116,8 +118,9 @@ def test_networks_cast_one_by_one(folders, plain, names, storage):
         getattr(rounded, name).load_state_dict(state)
     expected = film(rounded)
     assert not torch.equal(expected, plain(dtype="bf16"))
-    for plan in (lambda _: None, *PLANS.values()):
-        plan(pipe)
+    assert torch.equal(film(pipe), expected)
+    for plan in plans:
+        PLANS[plan](pipe)
         assert torch.equal(film(pipe), expected)
 
 

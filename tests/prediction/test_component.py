@@ -24,13 +24,19 @@ def check(case):
     assert least - BYTES_OF_SCALARS <= predicted <= measured * 1.05, f"{predicted / measured - 1:+.3%}"
 
 
-LONG = "CogVideoX decode exact four batches"
+LONG = (
+    "CogVideoX decode exact four batches",
+    "CogVideoX decode tiny batches",
+    "seascapes decode 16 exact on disk",
+    "seascapes decode 32 exact on device",
+    "seascapes U-Net 2 of 32",
+)
 CASES = [
-    pytest.param(case, marks=pytest.mark.slow if case.name == LONG or (place + is_half) % 2 else ())
+    pytest.param(case, marks=pytest.mark.slow if case.name in LONG or (place + is_half) % 2 else ())
     for is_half in (False, True)
     for place, case in enumerate(case for case in QUICK if (case.dtype == "bfloat16") is is_half)
 ]
-"""Each in one of both dtypes in the default run, but for one that takes long."""
+"""Each in one of both dtypes in the default run, but for those that take long and have a sibling of the same path."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,5 +1,6 @@
 """The units of a component are those that attaching makes, with all the work of a call."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -32,9 +33,15 @@ def profiled(case=UNET, **options):
     return component("network", module, traced=traced, **options), traced
 
 
+@functools.cache
+def of_unet():
+    """What is found of one that is only read."""
+    return profiled()
+
+
 @pytest.mark.parametrize("level", Level)
 def test_units_are_those_of_an_attached_module(level):
-    found, _ = profiled()
+    found, _ = of_unet()
     module = UNET.module("cpu")
     attachment = attach(module, Rule(level), Stream(torch.device("cpu")))
     expected = sorted(sum(aligned(one.nbytes) for one in unit.weights) for unit in attachment.units)
@@ -45,7 +52,7 @@ def test_units_are_those_of_an_attached_module(level):
 
 @pytest.mark.parametrize("level", Level)
 def test_units_are_in_the_order_of_calls_and_have_all_the_work(level):
-    found, traced = profiled()
+    found, traced = of_unet()
     for kind in ("convolution", "product", "attention", "touched", "weights", "kernels"):
         done = sum(getattr(unit.work, kind) for unit in found.units[level])
         assert done == pytest.approx(getattr(traced.call.work, kind)), kind
@@ -57,7 +64,7 @@ def test_units_are_in_the_order_of_calls_and_have_all_the_work(level):
 
 @pytest.mark.parametrize("name", ["fp8", "int8"])
 def test_castings_rest_in_the_bytes_that_they_take(name):
-    found, _ = profiled()
+    found, _ = of_unet()
     module = UNET.module("cpu")
     apply_casting(module, named_casting(name))
     weights = attach(module, Rule(Level.WHOLE), Stream(torch.device("cpu"))).weights

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
+from tests.fitting import fits
 from tests.forked import Parked, in_child
 from tests.lines import Place, interrupted, places
 
@@ -23,7 +24,8 @@ SOURCES = ("self.set(WHOLE)", "module.__dict__.pop(name, None)", "overrides.set(
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny.pipeline(tmp_path_factory.mktemp("pipe"))
+    levels = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    return fits.small(tmp_path_factory.mktemp("pipe"), vae=tiny.vae(block_out_channels=[8, 8], **levels))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
+from tests.fitting import fits
 from tests.fitting.fits import bare_machine  # noqa: F401
 from tests.forked import Beside, Parked
 from tests.lines import line_of, places
@@ -22,7 +23,7 @@ BETWEEN_NETWORKS = line_of("pipelines/stable_diffusion.py", "x = self.take_step(
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny.pipeline(tmp_path_factory.mktemp("pipe"))
+    return fits.small(tmp_path_factory.mktemp("pipe"))
 
 
 @pytest.fixture(scope="module")

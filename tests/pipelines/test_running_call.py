@@ -4,12 +4,12 @@ import pytest
 import torch
 from tests import tiny
 from tests.fitting import fits
-from tests.fitting.fits import bare_machine  # noqa: F401
+from tests.fitting.fits import bare_machine, traced_once  # noqa: F401
 
 from lowtide.fitting.meta_subject import Original
 from lowtide.pipelines.clip_skip import skipping_layers
 
-pytestmark = pytest.mark.usefixtures("bare_machine")
+pytestmark = pytest.mark.usefixtures("bare_machine", "traced_once")
 
 
 def weaker(pipe, step, timestep, tensors):

@@ -43,7 +43,7 @@ def _likeness(meta: MetaSubject) -> Iterator[Any]:
         sorted((name, str(value)) for name, value in vars(pipe).items() if _is_setting(name, value)),
     )
     for name, network in pipe.modules().items():
-        yield name, str(getattr(network, "config", None)), list(_settings(network, ()))
+        yield name, str(getattr(network, "config", None)), [list(_settings(part)) for part in network.modules()]
         yield [(type(part), part.forward.__qualname__) for part in network.modules()]
         yield [
             (slot.name, slot.kind, slot.tensor.shape, slot.tensor.stride(), slot.tensor.dtype)

@@ -79,6 +79,16 @@ def test_dequantized_weights_are_not_written_over_for_another_stream() -> None:
     cast_weights_in_turns()
 
 
+def test_a_leaf_asks_for_the_stream_when_it_begins_and_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated() as sim, torch.no_grad():
+        module, x = nn.Sequential(nn.Linear(16, 16)).eval().to(DEVICE), torch.randn(3, 16).to(DEVICE)
+        apply_casting(module, INT8)
+        asked, computing = [], sim.computing
+        monkeypatch.setattr(sim, "computing", lambda device: asked.append(device) or computing(device))
+        module(x)
+        assert len(asked) == 2
+
+
 def rules_in_turns(level: str, rest: str, casting: Casting | None, share: int) -> None:
     with simulated() as sim, ordered(sim), torch.no_grad():
         module, x = blocks(), torch.randn(3, 16)
@@ -154,9 +164,9 @@ def test_a_module_that_nobody_has_any_more_leaves_no_copy_to_freed_memory() -> N
 # ---- that these tests would see it
 
 
-def one_buffer_for_all(self: Scratch, nbytes: int, device: torch.device) -> torch.Tensor:
+def one_buffer_for_all(self: Scratch, nbytes: int, device: torch.device, stream: Any) -> torch.Tensor:
     kept = self._free.pop(device, None)
-    return TAKE(self, nbytes, device) if kept is None or kept[0].numel() < nbytes else kept[0]
+    return TAKE(self, nbytes, device, stream) if kept is None or kept[0].numel() < nbytes else kept[0]
 
 
 def no_waiting_between(self: DeviceStream) -> Any:

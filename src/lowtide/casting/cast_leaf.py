@@ -116,7 +116,7 @@ class Leaf:
             return
         device = self.weights[0].device
         self._stream = computing_stream(device)
-        self._flat = SCRATCH.take(max(self.room, self.working_bytes), device)
+        self._flat = SCRATCH.take(max(self.room, self.working_bytes), device, self._stream)
         place = 0
         for weight in self._working():
             part = self._flat[place : place + weight.working_bytes]

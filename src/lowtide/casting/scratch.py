@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from lowtide.machine.accelerators import computing_stream
 from lowtide.ops.modes import outside_inference_mode
 
 
@@ -22,10 +21,10 @@ class Scratch(threading.local):
     def __init__(self) -> None:
         self._free: dict[torch.device, tuple[torch.Tensor, Any]] = {}
 
-    def take(self, nbytes: int, device: torch.device) -> torch.Tensor:
-        """A flat uint8 tensor of `nbytes` or more, for the stream that computes now."""
+    def take(self, nbytes: int, device: torch.device, stream: Any = None) -> torch.Tensor:
+        """A flat uint8 tensor of `nbytes` or more, for the `stream` of the device that computes now, if it has such."""
         kept = self._free.pop(device, None)
-        if kept is not None and kept[0].numel() >= nbytes and kept[1] == computing_stream(device):
+        if kept is not None and kept[0].numel() >= nbytes and kept[1] == stream:
             return kept[0]
         del kept  # before the larger one is made
         with outside_inference_mode():

@@ -160,6 +160,17 @@ def test_memory_is_unpinned_after_the_last_copy_from_it(sim: Sim) -> None:
     assert not sim.problems
 
 
+def test_memory_that_is_not_pinned_is_freed_after_the_last_copy_from_it_too(books: _Books) -> None:
+    """Not every device has read it when the call returns, as those of CUDA have."""
+    with simulated(pins=False) as sim:
+        buffer = copied_from(sim)
+        assert not buffer.is_pinned
+        (copier,) = sim.of(DEVICE).copiers
+        assert copier.sources
+        del buffer
+        assert not copier.sources
+
+
 def test_it_is_seen_where_nobody_waits_for_the_last_copy(books: _Books) -> None:
     with simulated() as sim:
         buffer = copied_from(sim)
@@ -180,6 +191,19 @@ def test_a_child_counts_nothing_and_unpins_nothing_of_its_parent(sim: Sim, books
     assert in_child(child).tolist() == [0, 1024, 0]
     assert buffer.is_pinned
     assert books.nbytes == 1024
+
+
+@pytest.mark.parametrize("pins", [True, False])
+def test_a_child_waits_for_no_copy_of_its_parent(books: _Books, *, pins: bool) -> None:
+    with simulated(pins=pins) as sim:
+        buffer = copied_from(sim)
+        (copier,) = sim.of(DEVICE).copiers
+
+        def child() -> torch.Tensor:
+            buffer.unpin()
+            return torch.tensor(len(copier.sources))
+
+        assert in_child(child).item() == 1
 
 
 def test_threads_do_not_exceed_the_limit_together(sim: Sim, books: _Books, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,16 +27,19 @@ def most_pinned(device: torch.device | str) -> int:
 class HostBuffer:
     """`nbytes` of host memory for copies to a device: `flat`, uint8, pinned where that may be and can be.
 
-    `used` is an event behind the last copy from it. It is unpinned with its owner, before its memory is freed: tensors
-    that view it may live on. A buffer of a stream `is_stage`.
+    `used` is an event behind the last copy from it, which is waited for before its memory is freed, pinned or not: not
+    every device has read all of it when the call returns. A buffer is unpinned with its owner, before its memory is
+    freed: tensors that view it may live on. A buffer of a stream `is_stage`.
     """
+
+    used: Any = None
 
     def __init__(
         self, nbytes: int, device: torch.device, kind: Accelerator, *, may_pin: bool = True, is_stage: bool = False
     ) -> None:
         self.flat = torch.empty(nbytes, dtype=torch.uint8)
-        self.used: Any = None
         self._device, self._kind = device, kind
+        self._era = PINNED.era
         if may_pin and nbytes and PINNED.reserve(self):
             lent = kind.pinned_stage(nbytes) if is_stage else None
             if lent is not None:
@@ -51,9 +54,9 @@ class HostBuffer:
 
     def unpin(self) -> None:
         """Wait for the last copy, and have ordinary memory again. May be called again, also after an interrupt."""
+        if self.used is not None and self._era is PINNED.era:
+            self.used.synchronize()
         if self.is_pinned:
-            if self.used is not None:
-                self.used.synchronize()
             self._kind.unpin(self.flat, self._device)
             PINNED.give(self)
 
@@ -67,6 +70,8 @@ class _Books:
     def __init__(self) -> None:
         self._lock = new_lock()
         self._pinned: dict[int, int] = {}
+        self.era = object()
+        """Another in a forked child, and at the end of the process: what was copied before is waited for no more."""
         tell_of_forks(self)
         atexit.register(self.after_fork)
 
@@ -97,10 +102,11 @@ class _Books:
         return id(buffer) in self._pinned
 
     def after_fork(self) -> None:
-        """Count nothing: what the parent pinned is not pinned for a child, and not the child's to unpin.
+        """Count nothing: what the parent pinned is not pinned for a child, and not the child's to unpin or wait for.
 
         Nor is anything unpinned at the end of the process: the system does that.
         """
+        self.era = object()
         self._pinned.clear()
 
 

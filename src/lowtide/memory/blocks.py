@@ -20,7 +20,8 @@ ATOMIC = (
 )
 """Modules whose code reads the weights of modules inside them: they cannot be split.
 
-Nor can modules with an attribute `works_as_one`, which call those inside them many times over.
+Nor can modules with an attribute `works_as_one`, which call those inside them many times over, nor what `torch.compile`
+made of a block: its code has the calls inside it merged. One made of a network is split: it is compiled layer by layer.
 """
 
 
@@ -102,7 +103,14 @@ def _members(modules: nn.ModuleList | nn.Sequential) -> list[nn.Module]:
 
 
 def _is_atomic(module: nn.Module) -> bool:
-    return isinstance(module, ATOMIC) or getattr(module, "works_as_one", False) is True
+    if isinstance(module, ATOMIC) or getattr(module, "works_as_one", False) is True:
+        return True
+    return _is_compiled(module) and not any(_collect(child, [], set()) for child in module.children())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether it is what `torch.compile` made of a module. Its class is not imported for that: it takes a second."""
+    return type(module).__name__ == "OptimizedModule"
 
 
 def _is_repeated(members: list[nn.Module]) -> bool:
@@ -111,7 +119,8 @@ def _is_repeated(members: list[nn.Module]) -> bool:
 
 
 def _can_be_called(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward and not isinstance(module, nn.ModuleList)
+    has_forward = type(module).forward is not nn.Module.forward or _is_compiled(module)
+    return has_forward and not isinstance(module, nn.ModuleList)
 
 
 def _homes(root: nn.Module, rule: Rule) -> dict[int, tuple[nn.Module, ...]]:

@@ -184,19 +184,38 @@ def stall_and_idle(level: str, rest: str, byte_seconds: float) -> tuple[float, f
     return stalled if idle < 1e-12 else (stalled[0] / idle, stalled[1] / idle)
 
 
-def test_a_captured_call_that_would_load_is_refused_by_name() -> None:
+@pytest.mark.parametrize("nbytes", [None, 9000, 10**6])
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_captured_call_of_what_comes_is_refused_by_name(level: str, nbytes: int | None) -> None:
+    """Whatever is there already, and before anything is let go: CUDA waits for nothing of before in a capture."""
     with simulated() as sim, torch.no_grad():
         module, x = blocks(), torch.randn(3, 16).to(DEVICE)
         plain = module(x.cpu())
-        put(module, "block", "host")
-        sim.captures = True
-        with pytest.raises(RuntimeError, match="captured in a graph"):
-            module(x)
-        sim.captures = False
-        assert torch.equal(module(x).cpu(), plain)
+        stream = put(module, level, "host", nbytes=nbytes).stream
+        with stream.held():
+            for _ in range(2):
+                module(x)
+            there = list(stream._live)
+            assert there
+            called = (
+                [module] if level == "whole" else [module, module[0], module[1][2] if level == "block" else module[2]]
+            )
+            for part in called:
+                sim.captures = True
+                with pytest.raises(RuntimeError, match=r"Sequential\.\S+ comes when .* is captured in a graph"):
+                    part(x)
+                sim.captures = False
+                assert list(stream._live) == there
+            assert torch.equal(module(x).cpu(), plain)
+
+
+def test_a_captured_call_of_what_stays_works() -> None:
+    with simulated() as sim, torch.no_grad():
+        module, x = blocks(), torch.randn(3, 16).to(DEVICE)
+        plain = module(x.cpu())
         put(module, "block", "host", share=2)
         sim.captures = True
-        assert torch.equal(module(x).cpu(), plain), "all of it stays"
+        assert torch.equal(module(x).cpu(), plain)
 
 
 # ---- what the stand-in is there for

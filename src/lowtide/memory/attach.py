@@ -188,6 +188,7 @@ class Attachment(Claim):
             refuse_tracing(module)
             with lock:
                 if self.is_at_work:
+                    self.stream.refuse_capture(units)
                     begun: list[Unit] = []
                     try:
                         for unit in units:
@@ -207,6 +208,7 @@ class Attachment(Claim):
 
         def bracketed_call(*args: Any, **kwargs: Any) -> Any:
             refuse_tracing(self.root)
+            self.stream.refuse_capture(self.units)
             with self.running(units) as begun:
                 args, kwargs = on_device(self.device, args, kwargs, self.exclude_kwargs)
                 return out_of_buffers(method(*args, **kwargs), begun)

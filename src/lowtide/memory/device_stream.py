@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -47,6 +48,20 @@ class DeviceStream(Stream):
             self._computing()
         super().enter(unit)
 
+    def refuse_capture(self, units: Iterable[Unit]) -> None:
+        """Raise `RuntimeError` if what this thread asks for is captured in a graph, and not all `units` stay.
+
+        Loaded or not: the graph would be replayed over buffers in which others have come to lie, and without a word.
+        """
+        if self._accelerator.is_capturing(self.device):
+            unit = next((unit for unit in units if not unit.stays), None)
+            if unit is not None:
+                raise RuntimeError(
+                    f"{unit.name} comes when it is called, and its call is captured in a graph, which is replayed "
+                    "without the engine. Keep all weights on the device for a capture: lowtide.memory.detach(module), "
+                    "or a budget with room for them."
+                )
+
     def keep(self, unit: Unit) -> None:
         """Keep a loaded unit for good. The host waits for the copy, since streams that compute later will not."""
         super().keep(unit)
@@ -68,12 +83,6 @@ class DeviceStream(Stream):
     def _begin(self, load: Load) -> None:
         if load.buffer is None:
             return
-        if self._accelerator.is_capturing(self.device):
-            raise RuntimeError(
-                f"{load.unit.name} would be loaded while its call is captured in a graph, which replays without the "
-                "engine. Keep all weights on the device for a capture: lowtide.memory.detach(module), or a budget with "
-                "room for them."
-            )
         load.buffer.free = self._ring.freed(load.unit, load.buffer)
         if load.buffer.free is None:  # new: what its memory was before is in use until now
             owner = self._computing()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -106,6 +106,9 @@ class Stream:
         alone = [size for unit, size in sizes.items() if unit.stays or unit.aside]
         streamed = {unit: size for unit, size in sizes.items() if not unit.stays and not unit.aside}
         return (summed(alone) + self._ring.most(streamed)).total
+
+    def refuse_capture(self, units: Iterable[Unit]) -> None:
+        """Before a call that needs `units`, or has them inside: a CPU captures nothing."""
 
     # ---- two verbs, and what they are made of
 

@@ -30,7 +30,11 @@ class Sizes:
 
 def summed(sizes: Iterable[Sizes]) -> Sizes:
     """Together."""
-    return sum(sizes, Sizes())
+    copied = window = 0
+    for size in sizes:  # plans are made of many such sums
+        copied += size.copied
+        window += size.window
+    return Sizes(copied, window)
 
 
 def largest(sizes: Collection[Sizes]) -> Sizes:

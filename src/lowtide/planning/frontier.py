@@ -4,20 +4,20 @@ R is what a component keeps on the device between calls, W what it takes during 
 stages. While component c works, the device holds Σ R − R_c + W_c + A_c. The peak is therefore Σ R plus the largest
 `over` of any component, where over = W − R + A. For each limit E on `over`, the choices within the limit are merged
 component by component; a sum of R that is both larger and slower than another sum is dropped. This is exact: with
-E + Σ R as the device's bytes, all plans that matter are found. A second sum is kept beside R: on a GPU bytes in host
-memory, on a CPU bytes of weights spilled to disk.
+E + Σ R as the device's bytes, all plans that matter are found. E rises, and each sum is made once: at the first E that
+lets it. A second sum is kept beside R: on a GPU bytes in host memory, on a CPU bytes of weights spilled to disk.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from lowtide.planning.options import Option, component_options
+from lowtide.planning.options import Option, component_options, less_on_host
 from lowtide.planning.pace import Pace, Timing, exceeds_cache, shares_of
 from lowtide.planning.plan import LOSSY
 from lowtide.planning.rates import Rates
@@ -81,13 +81,24 @@ def best_trades(
 ) -> list[Point]:
     """The plans that no other plan beats in both bytes on the device and time, from the smallest to the fastest."""
     limits, tick = limits or Limits(), tick_of(workload, rates)
-    per_component = options_by_component(workload, rates, allow, limits)
+    per_component = options_by_component(workload, rates, allow, replace(limits, host=None))
     points: list[Point] = []
     for heap_rates in filter(None, (rates, rates.frugal)):
-        every = [choices(options, workload, heap_rates, allow, limits, tick) for options in per_component]
-        groups = [_unbeaten(group) for group in every]
+
+        def unbeaten(options: list[Option], rates: Rates = heap_rates) -> list[Choice]:
+            return _unbeaten(choices(options, workload, rates, allow, limits, tick))
+
+        groups = [unbeaten(options) for options in per_component]
+        if limits.host is not None:
+            groups = [_unbeaten([*group, *unbeaten(_scarcer(group, rates))]) for group in groups]
         points += _all_trades(groups, heap_rates, limits)
     return staircase(points)
+
+
+def _scarcer(group: list[Choice], rates: Rates) -> list[Option]:
+    """Options with less on the host: only of those that are worth it where all of it is there, since they take time."""
+    options = {id(choice.option): choice.option for choice in group}
+    return [less for option in options.values() for less in less_on_host(option, rates)]
 
 
 def _all_trades(groups: list[list[Choice]], rates: Rates, limits: Limits) -> Iterator[Point]:
@@ -109,26 +120,49 @@ def _further_limits(groups: list[list[Choice]], rates: Rates, limits: Limits) ->
 
 
 def _trades(groups: list[list[Choice]], limit: int | None) -> Iterator[Point]:
-    ordered = sorted(groups, key=len)  # the largest goes last: after the last merge second sums need no comparing
-    most = [max((choice.beside for choice in group), default=0) for group in ordered]
+    # what takes the most of the second sum first: it hardly matters then what is to come
+    ordered = sorted(groups, key=_most_beside, reverse=True)
+    to_come = [sum(map(_most_beside, ordered[place + 1 :])) for place in range(len(ordered))]
+    owns: list[list[Point]] = [[] for _ in ordered]
+    sums: list[list[Point]] = [[] for _ in ordered]
     for over in sorted({choice.over for group in groups for choice in group}):
-        sums = [Point(0, 0, 0)]
+        before, fresh = [Point(0, 0, 0)], list[Point]()
         for place, group in enumerate(ordered):
-            fitting = (choice for choice in group if choice.over <= over)
-            within = (Point(choice.option.kept.total, choice.beside, choice.cost, choice) for choice in fitting)
-            sums = _merged(sums, staircase(within), limit, sum(most[place + 1 :]))
-        yield from (Point(point.nbytes + over, point.beside, point.cost, point.chain) for point in sums)
+            more = [
+                Point(choice.option.kept.total, choice.beside, choice.cost, choice)
+                for choice in group
+                if choice.over == over
+            ]
+            owns[place], _, own_fresh = _with_more(owns[place], more)
+            candidates = [
+                *_merged(before, own_fresh, limit, to_come[place]),
+                *_merged(fresh, owns[place], limit, to_come[place]),
+            ]
+            sums[place], before, fresh = _with_more(sums[place], candidates)
+        yield from (Point(point.nbytes + over, point.beside, point.cost, point.chain) for point in fresh)
 
 
-def _merged(sums: list[Point], group: list[Point], limit: int | None, to_come: int) -> list[Point]:
+def _most_beside(group: list[Choice]) -> int:
+    return max((choice.beside for choice in group), default=0)
+
+
+def _with_more(points: list[Point], more: list[Point]) -> tuple[list[Point], list[Point], list[Point]]:
+    """The best of both: all of them, those of `points` and those of `more`."""
+    if not more:
+        return points, points, []
+    known = set(map(id, points))
+    best = staircase([*points, *more])
+    return best, [point for point in best if id(point) in known], [point for point in best if id(point) not in known]
+
+
+def _merged(sums: list[Point], group: list[Point], limit: int | None, to_come: int) -> Iterator[Point]:
     """Sums with one more choice each. Second sums that stay within the limit whatever is `to_come` count as equal."""
     enough = 0 if limit is None else limit - to_come
-    return staircase(
-        Point(a.nbytes + b.nbytes, max(enough, a.beside + b.beside), a.cost + b.cost, (a.chain, b.chain))
-        for a in sums
-        for b in group
-        if limit is None or a.beside + b.beside <= limit
-    )
+    for a in sums:
+        for b in group:
+            beside = a.beside + b.beside
+            if limit is None or beside <= limit:
+                yield Point(a.nbytes + b.nbytes, max(enough, beside), a.cost + b.cost, (a.chain, b.chain))
 
 
 def staircase(points: Iterable[Point]) -> list[Point]:
@@ -161,15 +195,16 @@ def choices(
 ) -> list[Choice]:
     """Every option of a component with every way through its stages."""
     allowed = set(allow)
-    stages = [stage for stage in workload.stages if stage.component == options[0].component.name]
+    names = {option.component.name for option in options}
+    stages = [stage for stage in workload.stages if stage.component in names]
     ways_of = [(stage, _ways(stage, rates, allowed)) for stage in stages]
     cold = exceeds_cache(workload, rates)
-    shares: dict[int, list[float]] = {}
+    shares: dict[int, tuple[list[float], dict[Any, Any]]] = {}
     all_choices: list[Choice] = []
     for option in options:
         if id(option.units) not in shares:  # options of one level have the same units
-            shares[id(option.units)] = shares_of(option.units, rates)
-        timing = Timing(option, rates, shares[id(option.units)], cold=cold)
+            shares[id(option.units)] = shares_of(option.units, rates), {}
+        timing = Timing(option, rates, *shares[id(option.units)], cold=cold)
         per_stage = [
             [(stage, way, timing.stage(stage.calls, seconds, stage.visits)) for way, seconds in ways]
             for stage, ways in ways_of

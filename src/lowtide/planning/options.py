@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lowtide.memory.bounds import (
     ROWS_READ,
@@ -31,8 +32,8 @@ from lowtide.planning.rates import Rates
 from lowtide.planning.residents import in_step
 from lowtide.planning.workload import Component, UnitSize
 
-HOST_SHARES = (1.0, 0.5, 0.0)
-"""Shares of a component's streamed weights that rest in a GPU's host memory: all, or less where it is scarce."""
+LESS_ON_HOST = (0.5, 0.0)
+"""Shares of a component's streamed weights that rest in a GPU's host memory where it is scarce; elsewhere all do."""
 LARGEST = (2, 3)
 """Of a component's largest unit that streams: how many have room where bytes limit what is loaded ahead."""
 BUDGETS = 12
@@ -41,8 +42,7 @@ STEPS = 2
 """How many values of `resident_bytes` are tried for each unit."""
 
 
-@dataclass(frozen=True)
-class Streamed:
+class Streamed(NamedTuple):
     """A unit that streams: its `place` among the units, how many of its bytes are `copied` rather than mapped, whether
     it comes from a file (`on_disk`), and whether a GPU gets it through buffers (`staged`), being in no pinned memory.
     """
@@ -97,8 +97,20 @@ def component_options(
     for casting in (None, *[name for name in castings if name in component.castings]):
         options.append(_resident(component, rates, casting))
         if not (rates.one_memory and casting):
-            options += _offloaded(component, rates, casting, scarce_host=scarce_host)
-    return options
+            options += _offloaded(component, rates, casting)
+    return [*options, *(less for option in options for less in less_on_host(option, rates) if scarce_host)]
+
+
+def less_on_host(option: Option, rates: Rates) -> Iterator[Option]:
+    """The same with less of what streams in host memory, if it can be read from files instead."""
+    rule = option.plan.rule
+    if rule is None or rule.rest is not Tier.HOST or option.plan.casting is not None or not option.component.in_file:
+        return
+    staying = _staying(option.units, rule)
+    streamed = sum(unit.nbytes for place, unit in enumerate(option.units) if place not in staying)
+    for share in LESS_ON_HOST:
+        rest = replace(rule, host_bytes=int(streamed * share)) if share else replace(rule, rest=Tier.DISK)
+        yield under_rule(option.component, rates, rest, None)
 
 
 def units_of(component: Component, level: Level, casting: str | None) -> tuple[UnitSize, ...]:
@@ -114,36 +126,20 @@ def _resident(component: Component, rates: Rates, casting: str | None) -> Option
     return Option(component, plan, units, (), kept, kept + Sizes(leaf), leaf)
 
 
-def _offloaded(component: Component, rates: Rates, casting: str | None, *, scarce_host: bool) -> Iterator[Option]:
-    shares = HOST_SHARES if scarce_host and casting is None and component.in_file else HOST_SHARES[:1]
+def _offloaded(component: Component, rates: Rates, casting: str | None) -> Iterator[Option]:
     for level, prefetch in ((Level.WHOLE, 0), (Level.BLOCK, 1), (Level.BLOCK, 0), (Level.LEAF, 1), (Level.LEAF, 0)):
         units = units_of(component, level, casting)
         spread_out = [
             Rule(level, prefetch=prefetch, resident_bytes=resident) for resident in _resident_sizes(units, level)
         ]
-        for rule in spread_out:
-            if rates.one_memory:
-                yield under_rule(component, rates, replace(rule, rest=Tier.DISK, spill=not component.in_file), casting)
-            else:
-                yield from _resting(component, rates, rule, casting, shares)
+        for rule in spread_out if prefetch or rates.one_memory else spread_out[::2]:
+            on_disk = replace(rule, rest=Tier.DISK, spill=not component.in_file)
+            yield under_rule(component, rates, on_disk if rates.one_memory else rule, casting)
         if level is Level.BLOCK and prefetch and not rates.one_memory:
             # some of the rules will do, since planning takes time; weights in 8 bits may have other names once they are
             for rule in [*spread_out[::4], *([] if casting else _in_step(spread_out[0], units, rates))]:
                 for room in _rooms(units, rule):
-                    yield from _resting(component, rates, replace(rule, prefetch_bytes=room), casting, shares)
-
-
-def _resting(
-    component: Component, rates: Rates, rule: Rule, casting: str | None, shares: Sequence[float]
-) -> Iterator[Option]:
-    """With each share of what streams in host memory."""
-    units = units_of(component, rule.level, casting)
-    staying = _staying(units, rule)
-    streamed = sum(unit.nbytes for place, unit in enumerate(units) if place not in staying)
-    for share in shares:
-        limit = None if share == 1 else int(streamed * share)
-        rest = replace(rule, host_bytes=limit) if share else replace(rule, rest=Tier.DISK)
-        yield under_rule(component, rates, rest, casting)
+                    yield under_rule(component, rates, replace(rule, prefetch_bytes=room), casting)
 
 
 def _in_step(rule: Rule, units: Sequence[UnitSize], rates: Rates) -> Iterator[Rule]:
@@ -231,6 +227,8 @@ def _evenly(units: Sequence[UnitSize], budget: int) -> list[int]:
 
 def _fitting(places: Sequence[int], units: Sequence[UnitSize], budget: int | None) -> list[int]:
     """Those of the places whose units find room in `budget` bytes, one after another as the module has them."""
+    if budget is None or sum(units[place].nbytes for place in places) <= budget:
+        return list(places)
     order = sorted(places, key=lambda place: units[place].registered)
     fits = within([units[place].nbytes for place in order], budget)
     return [place for place, has_room in zip(order, fits, strict=True) if has_room]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lowtide.memory.bounds import depth, places
 from lowtide.memory.rule import Level
@@ -32,14 +33,10 @@ class Pace:
     disk: float
 
 
-@dataclass(frozen=True)
-class _Load:
+class _Load(NamedTuple):
     link: float
     disk: float
-
-    @property
-    def seconds(self) -> float:
-        return max(self.link, self.disk)
+    seconds: float
 
 
 def exceeds_cache(workload: Workload, rates: Rates) -> bool:
@@ -52,11 +49,22 @@ def _file_bytes(component: Component) -> int:
 
 
 class Timing:
-    """The loads of one option, from which the time of a stage follows; `shares` are its units' shares of computing."""
+    """The loads of one option, from which the time of a stage follows; `shares` are its units' shares of computing.
 
-    def __init__(self, option: Option, rates: Rates, shares: list[float], *, cold: bool) -> None:
+    Options of the same units and rates may share their `loads`, which fill as they are needed.
+    """
+
+    def __init__(
+        self,
+        option: Option,
+        rates: Rates,
+        shares: list[float],
+        loads: dict[tuple[Streamed, bool], _Load] | None = None,
+        *,
+        cold: bool,
+    ) -> None:
         self.option, self.rates = option, rates
-        self._shares = shares
+        self._shares, self._loads = shares, {} if loads is None else loads
         resting = sum(option.units[stream.place].resting for stream in option.streams if stream.on_disk)
         still_cold = resting > rates.cache
         self._first = self._later = [self._load(stream, cold=cold) for stream in option.streams]
@@ -85,6 +93,12 @@ class Timing:
         )
 
     def _load(self, stream: Streamed, *, cold: bool) -> _Load:
+        key = stream, cold
+        if key not in self._loads:
+            self._loads[key] = self._new_load(stream, cold=cold)
+        return self._loads[key]
+
+    def _new_load(self, stream: Streamed, *, cold: bool) -> _Load:
         unit, rates = self.option.units[stream.place], self.rates
         read = max(unit.nbytes, unit.resting) / rates.converted
         if rates.on_cpu:
@@ -92,7 +106,8 @@ class Timing:
             link = copied * read + (1 - copied) * unit.nbytes / rates.link
         else:
             link = max(unit.nbytes / rates.link, read if stream.staged else 0.0)
-        return _Load(link, unit.resting / rates.disk if cold and stream.on_disk else 0.0)
+        disk = unit.resting / rates.disk if cold and stream.on_disk else 0.0
+        return _Load(link, disk, max(link, disk))
 
     def _dequantizing(self) -> float:
         option = self.option
@@ -100,7 +115,8 @@ class Timing:
 
     def _pipelined(self, compute: float) -> float:
         """Seconds of a call in which the order of units is known: the next unit loads while those before it compute."""
-        alone = sum(load.seconds for number, load in enumerate(self._later) if number not in set(self._ring))
+        ring = set(self._ring)
+        alone = sum(load.seconds for number, load in enumerate(self._later) if number not in ring)
         if not self._ring:
             return compute + alone
         places = [self.option.streams[number].place for number in self._ring]

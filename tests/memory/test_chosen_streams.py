@@ -91,6 +91,26 @@ def test_a_leaf_asks_for_the_stream_when_it_begins_and_when_it_ends(monkeypatch:
         assert len(asked) == 2
 
 
+def test_a_graph_has_memory_of_its_own_for_weights_that_are_dequantized_in_it() -> None:
+    """It is replayed long after: neither what was there before may be in it, nor may others have what is."""
+    with simulated() as sim, torch.no_grad():
+        module, x = blocks().to(DEVICE), torch.randn(3, 16).to(DEVICE)
+        apply_casting(module, INT8)
+        expected = module(x).cpu()
+        (kept,) = SCRATCH._free.values()
+        lent: list[int] = []
+        module[0].register_forward_pre_hook(lambda layer, _: lent.append(layer.weight.untyped_storage().data_ptr()))
+        sim.captures = True
+        captured = module(x)
+        assert lent != [kept[0].untyped_storage().data_ptr()]
+        assert list(SCRATCH._free.values()) == [kept]
+        SCRATCH.release()
+        assert torch.equal(module(x).cpu(), captured.cpu())
+        assert not SCRATCH._free
+        sim.captures = False
+        assert torch.equal(module(x).cpu(), expected)
+
+
 def rules_in_turns(level: str, rest: str, casting: Casting | None, share: int) -> None:
     with simulated() as sim, ordered(sim), torch.no_grad():
         module, x = blocks(), torch.randn(3, 16)

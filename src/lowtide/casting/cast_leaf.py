@@ -10,9 +10,9 @@ from torch import nn
 
 from lowtide.calls import Call, Calls
 from lowtide.casting.cast_weight import CastWeight, in_fp8
-from lowtide.casting.scratch import SCRATCH
+from lowtide.casting.scratch import SCRATCH, flat_on
 from lowtide.forks import new_lock
-from lowtide.machine.accelerators import computing_stream
+from lowtide.machine.accelerators import computing_stream, is_capturing
 from lowtide.memory.blocks import with_atomic
 from lowtide.memory.bounds import aligned
 from lowtide.memory.copy_out import copied_out
@@ -38,6 +38,8 @@ class Leaf:
         self._flat: torch.Tensor | None = None
         self._stream: Any = None
         """The one that dequantizes, on an accelerator: whose memory `_flat` is."""
+        self._is_captured = False
+        """Whether that is recorded in a graph, whose memory `_flat` is then: nobody else may have it."""
         self._placed: list[tuple[CastWeight, list[torch.Tensor], list[int]]] = []
 
     def install(self) -> None:
@@ -115,8 +117,9 @@ class Leaf:
         if not self._working():
             return
         device = self.weights[0].device
-        self._stream = computing_stream(device)
-        self._flat = SCRATCH.take(max(self.room, self.working_bytes), device, self._stream)
+        self._stream, self._is_captured = computing_stream(device), is_capturing(device)
+        nbytes = max(self.room, self.working_bytes)
+        self._flat = flat_on(device, nbytes) if self._is_captured else SCRATCH.take(nbytes, device, self._stream)
         place = 0
         for weight in self._working():
             part = self._flat[place : place + weight.working_bytes]
@@ -142,7 +145,8 @@ class Leaf:
             spoil(tensors)  # counts as a write: not before it is certain that nobody looks for writes any more
         self.weights = [weight for weight in self.weights if weight.views]
         if self._flat is not None:
-            SCRATCH.give(self._flat, self._stream)
+            if not self._is_captured:
+                SCRATCH.give(self._flat, self._stream)
             self._flat = self._stream = None
 
     # ---- the overrides

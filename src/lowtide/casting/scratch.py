@@ -27,8 +27,7 @@ class Scratch(threading.local):
         if kept is not None and kept[0].numel() >= nbytes and kept[1] == stream:
             return kept[0]
         del kept  # before the larger one is made
-        with outside_inference_mode():
-            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return flat_on(device, nbytes)
 
     def give(self, flat: torch.Tensor, stream: Any = None) -> None:
         """Give a buffer back, with the stream that it was taken for; the largest is kept.
@@ -42,6 +41,12 @@ class Scratch(threading.local):
     def release(self) -> None:
         """Keep nothing in this thread."""
         self._free.clear()
+
+
+def flat_on(device: torch.device, nbytes: int) -> torch.Tensor:
+    """A new flat uint8 tensor."""
+    with outside_inference_mode():
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 SCRATCH = Scratch()

@@ -35,6 +35,12 @@ def computing_stream(device: torch.device) -> Any:
     return kind.computing(device) if kind is not None and kind.has_streams else None
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what this thread asks a device for is recorded in a graph, and not done."""
+    kind = _KINDS.get(device.type)
+    return kind is not None and kind.is_capturing(device)
+
+
 def brought_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor on a device; the host does not wait until the device comes to the copy, where it need not."""
     kind = _KINDS.get(device.type)

@@ -99,7 +99,9 @@ def test_a_graph_has_memory_of_its_own_for_weights_that_are_dequantized_in_it() 
         expected = module(x).cpu()
         (kept,) = SCRATCH._free.values()
         lent: list[int] = []
-        module[0].register_forward_pre_hook(lambda layer, _: lent.append(layer.weight.untyped_storage().data_ptr()))
+        next(module.children()).register_forward_pre_hook(
+            lambda layer, _: lent.append(layer.weight.untyped_storage().data_ptr())
+        )
         sim.captures = True
         captured = module(x)
         assert lent != [kept[0].untyped_storage().data_ptr()]

@@ -77,7 +77,7 @@ class Attachment(Claim):
         settle_rests(self.units, self.rule, self.device, index)
         self.stream.admit(self.units)
         for unit in self.units:
-            unit.lingers = self.rule.level is Level.WHOLE
+            unit.lingers = unit.recurs or self.rule.level is Level.WHOLE
             if unit.stays:
                 self.stream.fetch(unit)
                 self.stream.keep(unit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -30,19 +31,20 @@ class Part:
     """Weights that come and go together, around the calls of `modules`.
 
     The part of several `modules` stays from the call of the first to the end of the last. An `aside` part works while
-    other parts come and go, or belongs to several of them.
+    other parts come and go, or belongs to several of them. A part that `recurs` is called from several others.
     """
 
     modules: tuple[nn.Module, ...]
     weights: tuple[Weight, ...]
     aside: bool = False
+    recurs: bool = False
 
 
 def split(root: nn.Module, weights: Iterable[Weight], rule: Rule) -> list[Part]:
     """The parts of `root`, in the order in which modules are registered; every weight is in one of them."""
     if rule.level is Level.WHOLE:
         return [Part((root,), tuple(weights))]
-    homes = _homes(root, rule)
+    homes, recurring = _homes(root, rule)
     groups: dict[tuple[int, ...], tuple[tuple[nn.Module, ...], list[Weight]]] = {}
     for weight in weights:
         owners = list(dict.fromkeys(view.slot.owner for view in weight.views))
@@ -52,11 +54,13 @@ def split(root: nn.Module, weights: Iterable[Weight], rule: Rule) -> list[Part]:
         groups.setdefault(key, (modules, []))[1].append(weight)
     position = {id(module): place for place, module in enumerate(root.modules())}
     ordered = sorted(groups.items(), key=lambda item: position[id(item[1][0][0])])
-    triggers = {id(module) for modules, _ in groups.values() for module in modules}
-    return [
-        Part(modules, tuple(group), _is_aside(root, modules, triggers, shared=bool(key[0])))
-        for key, (modules, group) in ordered
-    ]
+    triggers = {id(module) for modules, _ in groups.values() for module in modules} - recurring
+    parts: list[Part] = []
+    for key, (modules, group) in ordered:
+        recurs = id(modules[0]) in recurring
+        is_aside = _is_aside(root, modules, triggers, shared=bool(key[0]) or recurs)
+        parts.append(Part(modules, tuple(group), is_aside, recurs))
+    return parts
 
 
 def blocks_of(root: nn.Module, names: Iterable[str] | None = None) -> list[list[nn.Module]]:
@@ -123,19 +127,39 @@ def _can_be_called(module: nn.Module) -> bool:
     return has_forward and not isinstance(module, nn.ModuleList)
 
 
-def _homes(root: nn.Module, rule: Rule) -> dict[int, tuple[nn.Module, ...]]:
-    """For every module inside `root`, the modules around whose calls its weights are needed."""
+def _homes(root: nn.Module, rule: Rule) -> tuple[dict[int, tuple[nn.Module, ...]], set[int]]:
+    """For every module in `root`, the modules around whose calls its weights are needed; and which of these recur."""
     homes: dict[int, tuple[nn.Module, ...]] = {}
     for module, atomic in with_atomic(root, None):
         homes.setdefault(id(module), (atomic or module,))
+    groups: dict[int, set[int]] = {}
     if rule.level is Level.BLOCK:
         for blocks in blocks_of(root, rule.block_modules):
             members = [block for block in blocks if _can_be_called(block)]
             for start in range(0, len(members), rule.blocks_per_group):
                 group = tuple(members[start : start + rule.blocks_per_group])
-                for block in group:
-                    homes.update({id(module): group for module in block.modules()})
-    return homes
+                for module in (module for block in group for module in block.modules()):
+                    homes[id(module)] = group
+                    groups.setdefault(id(module), set()).add(id(group[0]))
+    recurring = _recurring(root, {place for place, several in groups.items() if len(several) > 1})
+    for module in recurring:
+        homes.update({id(inner): (module,) for inner in module.modules()})
+    return homes, {id(module) for module in recurring}
+
+
+def _recurring(root: nn.Module, in_several: set[int]) -> list[nn.Module]:
+    """The outermost modules that can be called of those in several groups of blocks, and in no block inside another."""
+    parents = Counter(id(child) for module in root.modules() for child in module.children())
+    shared = {place for place in in_several if parents[place] > 1}
+    found: list[nn.Module] = []
+    for module in root.modules():  # what is around others comes before them
+        if id(module) in shared:
+            if _can_be_called(module):
+                found.append(module)
+                shared -= {id(inner) for inner in module.modules()}
+            else:
+                shared |= {id(child) for child in module.children()}
+    return found
 
 
 def with_atomic(module: nn.Module, atomic: nn.Module | None) -> Iterator[tuple[nn.Module, nn.Module | None]]:

@@ -35,6 +35,7 @@ class Unit:
         self.modules = part.modules
         self.weights = list(part.weights)
         self.aside = part.aside
+        self.recurs = part.recurs
         self.by_rows = read_by_rows(part.modules)
         self.stays = False
         self.lingers = False

@@ -110,7 +110,7 @@ def predictions(content: Content) -> Any:
 
 def decodes(content: Content) -> Any:
     """Memory of decodes, by the side of the picture."""
-    rows = sorted((row["side"], row) for _, row in results(content, "decodes"))
+    rows = sorted(((row["side"], row) for _, row in results(content, "decodes")), key=lambda pair: pair[0])
     if not rows:
         return None
     figure, axes = figure_with_axes("Memory of a decode beside its weights", "side of the picture, pixels", "peak, GB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -37,6 +38,15 @@ def test_dry(rows, warm, tmp_path):
     assert [title for title in re.findall(r"^## (.*)$", page, re.MULTILINE) if title != "Left out"] == TABLES
     if importlib.util.find_spec("matplotlib") is not None:
         assert all((tmp_path / "out" / f"{name}.png").stat().st_size > 1000 for name in PLOTS)
+
+
+def test_two_decodes_of_one_size_are_drawn(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    plots = importlib.import_module("gpu_plots")
+    taken = [{"side": 32, "whole": {"peak": peak}, "exact": {"peak": peak // 2}} for peak in (10**9, 2 * 10**9)]
+    rows = [{"group": "decodes", "name": f"decode {place}", "result": result} for place, result in enumerate(taken)]
+    assert plots.decodes({"rows": rows}) is not None
 
 
 def test_what_is_missing_is_said(warm, tmp_path):

@@ -22,7 +22,7 @@ from lowtide.models.video_transformer import CogVideoXTransformer3DModel
 from lowtide.models.video_vae import AutoencoderKLCogVideoX
 from lowtide.planning.workload import Call
 from lowtide.prediction.component import trace_call
-from lowtide.prediction.workspace import Multiplier
+from lowtide.prediction.multiplier import Multiplier
 
 SEASCAPES = Path(lowtide.__file__).parent / "assets" / "seascapes"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

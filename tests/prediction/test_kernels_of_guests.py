@@ -44,6 +44,32 @@ def test_a_clip_with_frames_outside_of_channels(kernel, dtype):
     assert measured <= predicted <= 1.05 * measured
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [300, 3000])
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(7, 1, 1), (7, 1, 9), (8, 4, 1), (1, 1, 1)])
+def test_sound(kernel, stride, dilation, length, dtype):
+    """Convolutions of one dimension are maps of one row to PyTorch, which decides by that who computes them."""
+    x, weight = torch.zeros(1, 48, length, dtype=dtype), torch.zeros(32, 48, kernel, dtype=dtype)
+    padding = (kernel - stride) * dilation // 2
+    convolve = lambda x, weight: torch.nn.functional.conv1d(x, weight, None, stride, padding, dilation)  # noqa: E731
+    predicted, measured = peaks(convolve, x, weight)
+    assert measured <= predicted <= (1.01 if dtype is torch.float32 else 1.4) * measured
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", [2, 8])
+@pytest.mark.parametrize("shape", [(16, 64), (64, 1000), (32, 30, 40), (8, 2, 6, 6)], ids=str)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_transposed(shape, kernel, dtype, is_last):
+    x, dims = torch.zeros(1, *shape, dtype=dtype), len(shape) - 1
+    weight = torch.zeros(shape[0], 16, *[kernel] * dims, dtype=dtype)
+    if is_last and dims > 1:
+        x = x.contiguous(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
+    enlarge = getattr(torch.nn.functional, f"conv_transpose{dims}d")
+    predicted, measured = peaks(lambda x, weight: enlarge(x, weight, stride=max(2, kernel // 2)), x, weight)
+    assert measured <= predicted <= 1.05 * measured + 2**17
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
 @pytest.mark.parametrize("channels", [1, 16])
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear"])

@@ -6,7 +6,7 @@ from tests.memory_peaks import peak_bytes
 
 from lowtide.ops.convolution import channels_last
 from lowtide.prediction.component import trace_call
-from lowtide.prediction.workspace import Multiplier
+from lowtide.prediction.multiplier import Multiplier
 
 HALF = torch.bfloat16
 SHAPES = {"map": (1, 16, 20, 24), "clip": (1, 16, 6, 20, 24)}

@@ -1,9 +1,14 @@
 """Code that mixes real tensors with those of networks on meta goes through, and shapes are the real ones."""
 
+import copy
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from lowtide.prediction.absent_numbers import absent_numbers
+from lowtide.prediction.driving import drive
 
 
 @pytest.mark.parametrize("indexing", ["ij", "xy"])
@@ -21,3 +26,17 @@ def test_a_grid_of_real_places_and_of_places_on_meta(indexing):
             assert [grid.shape for grid in made] == [grid.shape for grid in expected]
         real = torch.meshgrid(frames, torch.arange(2), indexing=indexing)
     assert all(torch.equal(grid, other) for grid, other in zip(real, expected, strict=True))
+
+
+def test_copies_of_schedulers_are_counted():
+    """As SkyReels has one for each frame; a tensor that is in one twice is copied once."""
+    sigmas, network = torch.zeros(1000), torch.nn.Linear(8, 8, bias=False, device="meta")
+    scheduler = SimpleNamespace(sigmas=sigmas, timesteps=sigmas)
+
+    def run(count):
+        kept = [copy.deepcopy(scheduler) for _ in range(count)]
+        network(torch.zeros(1, 8))
+        del kept
+
+    before = [drive(partial(run, count), {"network": network}, entries=()).calls[0].before for count in (0, 3)]
+    assert before[1] - before[0] == 3 * sigmas.nbytes

@@ -67,7 +67,7 @@ def drive(
     following = _Following(memory, watch)
     with (
         without_gradients(), standing_for(device), watch.seeing(networks.values()), following.around(networks, entries),
-        watch, Rewritten(), absent_numbers() as absent,
+        watch, Rewritten(memory), absent_numbers() as absent,
     ):  # fmt: skip
         taken_note()
         try:

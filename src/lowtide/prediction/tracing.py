@@ -135,7 +135,7 @@ def trace(
         memory.add(tensor)
     memory.reached(0)
     watch = Watch(memory, Repeats())
-    with without_gradients(), standing_for(device), watch.seeing(networks), watch, Rewritten():
+    with without_gradients(), standing_for(device), watch.seeing(networks), watch, Rewritten(memory):
         before = memory.alive
         taken_note()
         result = fn()
@@ -153,13 +153,24 @@ def spare_of(events: Iterable[Event], peak: int) -> int:
 
 
 class Rewritten(TorchFunctionMode):
-    """Has functions of several forms take the form that the meant device takes, not that of the meta device."""
+    """Has functions of several forms take the form that the meant device takes, not that of the meta device.
+
+    Counts tensors that `copy.deepcopy` makes, which no operator does.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        super().__init__()
+        self._memory = memory
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if meant_device() is not None and func in REWRITTEN:
             return REWRITTEN[func](*args, **kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.__deepcopy__:
+            self._memory.add(result)
+            self._memory.reached(0)
+        return result
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,6 @@ pytestmark = WARNINGS
 BYTES_OF_SMALL_TENSORS = 4096
 """Tensors that code makes beside those that networks touch, such as masks, in tiny runs of about a million bytes."""
 NOT_IN_HALF = ("DDPM",)
-HIGHER = {"HiDream": 1.3}
-"""How many times too high the prediction may be: which tokens an expert gets is not known, so it is all of them."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
@@ -30,4 +28,4 @@ def test_the_peak_is_the_measured_one(name, dtype):
     predicted = max(stage.ways["whole"].peak for stage in workload.stages)
     run(family)
     measured = peak_bytes(lambda: run(family))
-    assert measured - BYTES_OF_SMALL_TENSORS <= predicted <= HIGHER.get(name, 1.05) * measured
+    assert measured - BYTES_OF_SMALL_TENSORS <= predicted <= 1.05 * measured

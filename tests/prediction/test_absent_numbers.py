@@ -40,3 +40,15 @@ def test_copies_of_schedulers_are_counted():
 
     before = [drive(partial(run, count), {"network": network}, entries=()).calls[0].before for count in (0, 3)]
     assert before[1] - before[0] == 3 * sigmas.nbytes
+
+
+def test_no_expert_gets_a_token_twice():
+    """Of experts that were chosen for each token one gets each token at most; of other numbers all may be equal."""
+    scores = torch.empty(5, 4, device="meta")
+    with absent_numbers():
+        chosen = scores.topk(2, dim=-1)[1]
+        assert chosen.view(-1).bincount().tolist() == [5, 5]
+        assert scores.topk(3, dim=0)[1].view(-1).bincount().tolist() == [4, 4, 4]
+        assert chosen[:, 0].bincount().tolist() == [5]
+        del chosen
+        assert torch.empty(10, dtype=torch.int64, device="meta").bincount(minlength=4).tolist() == [10, 0, 0, 0]

@@ -6,6 +6,7 @@ Where code asks for a number that is not there, it is told 0, or True where it a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,7 @@ class _Absent(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.read = 0
+        self._chosen: dict[int, tuple[Any, int]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -61,6 +63,8 @@ class _Absent(TorchDispatchMode):
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         if not any(tensor.is_meta for tensor in tensors):
             return func(*args, **kwargs)
+        if func is aten.bincount.default:
+            return _counts(self._most_of_one(args[0]), *args, **kwargs)
         if func in _BY_NUMBERS:
             return _BY_NUMBERS[func](*args, **kwargs)
         if func is aten.index.Tensor:
@@ -74,7 +78,22 @@ class _Absent(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func in _ALL:
             result.holds = True
+        if func is aten.topk.default:
+            self._remember(result[1], result[1].shape[args[2] if len(args) > 2 else -1])
         return result
+
+    def _remember(self, places: torch.Tensor, distinct: int) -> None:
+        """Places that were chosen: so many of them in a row are all different."""
+        storage = places.untyped_storage()
+        key = storage._cdata
+        self._chosen[key] = weakref.ref(storage, lambda _: self._chosen.pop(key, None)), distinct
+
+    def _most_of_one(self, values: torch.Tensor) -> int:
+        """How often one value can be among these: once for each choice, if they are all that were chosen."""
+        storage = values.untyped_storage()
+        is_whole = values.numel() * values.itemsize == storage.nbytes()
+        distinct = self._chosen[storage._cdata][1] if is_whole and storage._cdata in self._chosen else 1
+        return -(-values.numel() // distinct)
 
 
 class _Answers(TorchFunctionMode):
@@ -120,10 +139,12 @@ def _answer(asked: torch.Tensor) -> bool | int | float:
     return 0.0 if asked.dtype.is_floating_point else 0
 
 
-def _all_in_one(values: torch.Tensor, weights: torch.Tensor | None = None, minlength: int = 0) -> torch.Tensor:
-    """Counts of values, all of which are 0: where code does something for each kind of them, this takes the most."""
-    counts = torch.zeros(max(1, minlength), dtype=torch.int64 if weights is None else torch.float64)
-    counts[0] = values.numel()
+def _counts(most: int, values: torch.Tensor, weights: torch.Tensor | None = None, minlength: int = 0) -> torch.Tensor:
+    """Counts of values as uneven as they can be: where code does something for each kind, this takes the most."""
+    kinds = -(-values.numel() // max(1, most))
+    counts = torch.zeros(max(1, kinds, minlength), dtype=torch.int64 if weights is None else torch.float64)
+    counts[:kinds] = most
+    counts[max(0, kinds - 1)] -= kinds * most - values.numel()
     return counts
 
 
@@ -134,7 +155,6 @@ def _places_of_all(mask: torch.Tensor) -> torch.Tensor:
 _BY_NUMBERS: dict[Any, Callable[..., Any]] = {
     aten._local_scalar_dense.default: _answer,
     aten.equal.default: lambda a, b: False,
-    aten.bincount.default: _all_in_one,
     aten.nonzero.default: _places_of_all,
 }
 """Operators whose results depend on numbers, and what they give where there are none."""

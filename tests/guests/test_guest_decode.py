@@ -1,15 +1,39 @@
-"""Which ways of decoding an autoencoder of the peer's has."""
+"""The ways in which autoencoders of the peer can decode."""
 
 import pytest
+import torch
 
 from lowtide.guests.guest_decode import GuestDecode
+from lowtide.planning.workload import WHOLE
 
 diffusers = pytest.importorskip("diffusers")
+LEVELS = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 4}
 
 
-def test_one_that_decodes_in_tiles_alone_is_left_as_it_is():
-    levels = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 4}
-    assert GuestDecode.for_(diffusers.AutoencoderKLAllegro(**levels)) is None
-    plain = {"block_out_channels": [8], "norm_num_groups": 2, "down_block_types": ["DownEncoderBlock2D"],
-        "up_block_types": ["UpDecoderBlock2D"]}  # fmt: skip
-    assert GuestDecode.for_(diffusers.AutoencoderKL(**plain)) is not None
+def test_one_that_decodes_in_tiles_alone_stays_as_it_is():
+    """It has not implemented the other way; a class of another name that is made from it has not either."""
+
+    class Derived(diffusers.AutoencoderKLAllegro):
+        pass
+
+    for kind in (diffusers.AutoencoderKLAllegro, Derived):
+        autoencoder = kind(**LEVELS)
+        autoencoder.enable_tiling()
+        assert GuestDecode.for_(autoencoder) is None
+        assert autoencoder.use_tiling
+
+
+def test_to_ask_for_its_ways_calls_none_of_its_parts():
+    autoencoder = diffusers.AutoencoderKL(**{**LEVELS, "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4})  # fmt: skip
+    called = []
+    for part in autoencoder.modules():
+        part.register_forward_pre_hook(lambda part, args: called.append(part))
+    autoencoder.enable_tiling()
+    ways = GuestDecode.for_(autoencoder)
+    assert autoencoder.use_tiling
+    assert not called
+    assert ways is not None
+    ways.set(WHOLE)
+    autoencoder.decode(torch.zeros(1, 4, 4, 4))
+    assert called

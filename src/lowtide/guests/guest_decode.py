@@ -23,8 +23,25 @@ _SET = "_lowtide_flags"
 """An entry of an autoencoder: what a plan last set the flags to. One that is otherwise now was set by hand since."""
 _LEVELS = 4
 """How often rows are written and read again, at the usual number of an autoencoder's levels."""
-_IN_TILES_ALONE = ("AutoencoderKLAllegro",)
-"""Autoencoders that cannot decode at once: they decode as they are set, and have no other ways."""
+
+
+def _decodes_at_once(network: Any) -> bool:
+    """Whether an autoencoder can do without its tiles: one that has only these says so before it looks at anything.
+
+    Asked is a stand-in that has the network's settings and none of its parts, so that nothing is computed or brought.
+    """
+    if not hasattr(network, "use_tiling"):
+        return True
+    stand_in = object.__new__(type(network))
+    stand_in.__dict__ |= {**network.__dict__, "_modules": {}, **dict.fromkeys(_FLAGS, False)}
+    stand_in.__dict__.pop("_hf_hook", None)
+    try:
+        type(network).decode(stand_in, object())
+    except NotImplementedError:
+        return False
+    except Exception:  # whatever it wants to do first with a picture that is none
+        return True
+    return True
 
 
 class GuestDecode:
@@ -37,11 +54,14 @@ class GuestDecode:
 
     @classmethod
     def for_(cls, network: nn.Module) -> GuestDecode | None:
-        """The ways of a network, if it is an autoencoder with a decoder of its own."""
-        if type(network).__name__ in _IN_TILES_ALONE:
-            return None
+        """The ways of a network, if it is an autoencoder with a decoder of its own.
+
+        One that cannot decode at once has none, and decodes as it is set.
+        """
         decoder, decode = getattr(network, "decoder", None), getattr(network, "decode", None)
-        return cls(network) if isinstance(decoder, nn.Module) and callable(decode) else None
+        if not isinstance(decoder, nn.Module) or not callable(decode):
+            return None
+        return cls(network) if _decodes_at_once(network) else None
 
     def set(self, way: str) -> None:
         """Decode in one of the ways of `lowtide.planning.workload.WAYS`."""

@@ -84,7 +84,8 @@ def _another_weight(pipe: Any) -> None:
     pipe.unet.conv_in.weight = torch.nn.Parameter(_numbers(*pipe.unet.conv_in.weight.shape), requires_grad=False)
 
 
-def _another_unet(layers: int = 1) -> Any:
+def another_unet(layers: int = 1) -> Any:
+    """A network of other weights."""
     return ready(unets.unet(layers_per_block=layers), seed=4)
 
 
@@ -95,8 +96,8 @@ CHANGES: dict[str, Change] = {
     "IP-Adapter and none": (_ip_adapter_and_none, {}),
     "textual inversion": (_textual_inversion, {"prompt": "a <boat> at night"}),
     "textual inversion and none": (_textual_inversion_and_none, {}),
-    "pipe.unet": (lambda pipe: setattr(pipe, "unet", _another_unet()), {}),
-    "register_modules": (lambda pipe: pipe.register_modules(unet=_another_unet(layers=2)), {}),
+    "pipe.unet": (lambda pipe: setattr(pipe, "unet", another_unet()), {}),
+    "register_modules": (lambda pipe: pipe.register_modules(unet=another_unet(layers=2)), {}),
     "pipe.vae": (lambda pipe: setattr(pipe, "vae", parts.autoencoder(layers_per_block=2)), {}),
     "pipe.scheduler": (_scheduler, {}),
     "set_attn_processor": (_processor, {}),

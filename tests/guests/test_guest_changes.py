@@ -1,7 +1,9 @@
 """Guests that people change within a budget: as the plain pipeline that was changed so, planned anew, or refused."""
 
 import copy
+import gc
 import pickle
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,12 +12,15 @@ from tests.guests import guest_parts as parts
 from tests.guests.families import FAMILIES, run
 from tests.guests.family import modules_of, saved_and_loaded
 from tests.guests.guest_cases import WARNINGS, least, steady
-from tests.guests.guest_changes import CHANGES
+from tests.guests.guest_changes import CHANGES, another_unet
 
 import lowtide
+from lowtide.casting.cast_module import is_cast
 from lowtide.guests.doors import fit, plan_of, unfit
+from lowtide.guests.within_budget import guest_of
 from lowtide.memory.attach import attachment_of
 from lowtide.memory.rule_changes import has_all_parameters
+from lowtide.planning.plan import ComponentPlan
 
 pytest.importorskip("diffusers")
 pytestmark = [*WARNINGS, pytest.mark.filterwarnings("ignore:.*Attention backends are an experimental:UserWarning")]
@@ -104,6 +109,39 @@ def test_tiles_that_are_turned_on_by_hand_are_refused_and_not_lost():
     vae.use_tiling = True
     unfit(family.pipeline)
     assert torch.equal(run(family), in_tiles)
+
+
+@pytest.mark.parametrize("casting", [None, pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore:.*are in no file, so they keep:UserWarning")
+def test_a_network_that_was_replaced_is_as_it_was_after_unfit(casting):
+    family = stable_diffusion(num_inference_steps=1)
+    pipe, unet, expected = family.pipeline, family.pipeline.unet, run(family)
+    plan = fit(pipe, ram=least(pipe, **family.call) + ROOM, **family.call)
+    if casting is not None:
+        applied = guest_of(pipe).applied
+        applied.put_to_work(
+            applied.fit, replace(plan, components={**plan.components, "unet": ComponentPlan(casting=casting)})
+        )
+    assert is_cast(unet) == (casting is not None)
+    assert (attachment_of(unet) is not None) == (casting is None)
+    pipe.unet = another_unet()
+    run(family)
+    unfit(pipe)
+    assert not is_cast(unet)
+    assert not any("_lowtide" in name or "enable" in name for part in unet.modules() for name in vars(part))
+    pipe.unet = unet
+    assert torch.equal(run(family), expected) == (casting is None)
+
+
+def test_a_network_that_was_replaced_is_not_kept_alive():
+    family = stable_diffusion(num_inference_steps=1)
+    fit(family.pipeline, ram=least(family.pipeline, **family.call) + ROOM, **family.call)
+    run(family)
+    replaced = weakref.ref(family.pipeline.unet)
+    family.pipeline.unet = another_unet()
+    run(family)
+    gc.collect()
+    assert replaced() is None
 
 
 def test_copies_of_a_network_refuse_nothing():

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -72,8 +73,10 @@ class CallTook:
 
 @dataclass
 class AppliedPlan:
-    """The plan at work on a subject. `castings` are the 8-bit forms that plans have put on its networks.
+    """The plan at work on a subject.
 
+    `names` has all networks that plans were put to work on, those that were replaced since among them, and `castings`
+    the 8-bit forms that plans have put on them. Neither keeps a network alive.
     `lowered` are the budgets that are left since memory ran out, `degradations` what was made smaller then, in words.
     """
 
@@ -81,7 +84,8 @@ class AppliedPlan:
     fit: Fit
     plan: Plan
     before: Before
-    castings: dict[str, str | None] = field(default_factory=dict)
+    names: WeakKeyDictionary[nn.Module, str] = field(default_factory=WeakKeyDictionary)
+    castings: WeakKeyDictionary[nn.Module, str | None] = field(default_factory=WeakKeyDictionary)
     degradations: list[str] = field(default_factory=list)
     lowered: Budgets | None = None
     last_call: CallTook | None = None
@@ -93,50 +97,53 @@ class AppliedPlan:
 
         Whatever was done by hand since: networks may have been moved, replaced, or offloaded.
         """
-        if fit.meta is not self.fit.meta:
-            self.castings = self.castings_shared_with(fit)
         if fit.device.type == "cpu":
             steady_malloc()
         modules = self.subject.modules()
         chosen = {name: plan.components.get(name, _UNPLANNED) for name in modules}
         for name in sorted(chosen, key=lambda name: chosen[name].rule is None):  # what gives room first
-            self._cast(name, modules[name], chosen[name].casting)
+            self.names[modules[name]] = name
+            self._cast(modules[name], chosen[name].casting)
             put_under(modules[name], chosen[name], fit.device, self.turn)
         for stage, ways in self.subject.ways().items():
             ways.set(plan.way(stage))
         self.fit, self.plan = fit, plan
         trim_heap()
 
-    def _cast(self, name: str, module: nn.Module, casting: str | None) -> None:
-        before = self.castings.get(name)
+    def _cast(self, module: nn.Module, casting: str | None) -> None:
+        before = self.castings.get(module)
         if casting != before:
-            self.castings[name] = _BETWEEN
+            self.castings[module] = _BETWEEN
             if before is not None:
                 remove_casting(module)
             if casting is not None:
                 apply_casting(module, casting_for(module, casting))
-            self.castings[name] = casting
-
-    def castings_shared_with(self, fit: Fit) -> dict[str, str | None]:
-        """The castings of networks that another preparation has too: those that were replaced have none of ours."""
-        shared = (name for name in self.castings if self.fit.meta.shares(name, fit.meta))
-        return {name: self.castings[name] for name in shared}
+            self.castings[module] = casting
 
     def undo(self) -> None:
-        """Have every weight where it was before, under the offload that was set then."""
-        for name, module in self.subject.modules().items():
-            if self.castings.get(name) is not None:
-                remove_casting(module)
-                self.castings[name] = None
-            detach(module)
-            if name in self.before.rules:
-                rule, device = self.before.rules[name]
-                attach(module, rule, stream_for(device, rule))
-            elif name in self.before.devices:
-                module.to(self.before.devices[name])
+        """Have every weight where it was before, under the offload that was set then.
+
+        Also those of networks that were replaced since; what is done to these from now on is not undone.
+        """
+        modules = self.subject.modules()
+        for module, name in {**self.names, **{module: name for name, module in modules.items()}}.items():
+            self._undo(module, name)
+            if module is not modules.get(name):
+                self.names.pop(module, None)
         for stage, ways in self.subject.ways().items():
             if stage in self.before.ways:
                 ways.put_back(self.before.ways[stage])
+
+    def _undo(self, module: nn.Module, name: str) -> None:
+        if self.castings.get(module) is not None:
+            remove_casting(module)
+            self.castings[module] = None
+        detach(module)
+        if name in self.before.rules:
+            rule, device = self.before.rules[name]
+            attach(module, rule, stream_for(device, rule))
+        elif name in self.before.devices:
+            module.to(self.before.devices[name])
 
     def shrink(self, stage: str, reason: str, *, of_host: bool = False) -> bool:
         """After memory ran out in a stage: go on with a plan that takes less, if there is one; whether there was.
@@ -225,9 +232,12 @@ def put_under_plan(subject: Subject, fit: Fit, plan: Plan, *, as_planned: Collec
     with subject.call_lock.between_calls("its budget"):
         earlier = subject.applied
         before = Before.of(subject) if earlier is None else earlier.before
-        castings = {} if earlier is None else earlier.castings_shared_with(fit)
-        castings |= {name: plan.components[name].casting for name in as_planned if name in plan.components}
-        applied = AppliedPlan(subject, fit, plan, before, castings)
+        modules, applied = subject.modules(), AppliedPlan(subject, fit, plan, before)
+        if earlier is not None:
+            applied.names, applied.castings = earlier.names, earlier.castings
+        applied.castings |= {
+            modules[name]: plan.components[name].casting for name in as_planned if name in plan.components
+        }
         try:
             subject.applied = applied
             applied.put_to_work(fit, plan)
@@ -235,6 +245,4 @@ def put_under_plan(subject: Subject, fit: Fit, plan: Plan, *, as_planned: Collec
             subject.applied = earlier
             if earlier is None:
                 applied.undo()
-            else:
-                earlier.castings = applied.castings
             raise

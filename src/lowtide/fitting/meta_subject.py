@@ -114,11 +114,6 @@ class MetaSubject:
         assert self.original is not None
         return self.original.set_otherwise(Original.of(self.subject))
 
-    def shares(self, name: str, other: MetaSubject) -> bool:
-        """Whether a network is the same one as another stands for."""
-        mine, others = (None if meta.original is None else meta.original.parts.get(name) for meta in (self, other))
-        return mine is not None and mine == others
-
     def adopt(self, subject: Subject) -> None:
         """Stand for a subject that was loaded as this was made."""
         self.original = Original.of(subject)

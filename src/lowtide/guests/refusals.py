@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lowtide.guests.moving_hooks import check_moved_by_none
-from lowtide.memory.overrides import Overrides
+from lowtide.memory.overrides import Overrides, is_override
 
 _TILES = (
     "the plan says how to decode, row by row where that is needed, without seams. A plan may choose tiles with "
@@ -27,21 +27,26 @@ REFUSED: dict[str, str] = {
 
 
 class RefusedMethods:
-    """Has networks refuse the methods of `REFUSED`, until `put_back`. Their copies do not."""
+    """Has networks refuse the methods of `REFUSED`, until `put_back`. Their copies do not, and none is kept alive."""
 
     def __init__(self) -> None:
-        self._overrides = Overrides()
+        self._networks: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def put_on(self, networks: Mapping[str, nn.Module]) -> None:
         """Have these networks refuse, as far as they do not yet."""
         for name, network in networks.items():
+            self._networks.add(network)
             for method in REFUSED:
                 if method not in network.__dict__ and callable(getattr(network, method, None)):
-                    self._overrides.set(network, method, _refusing(network, name, method))
+                    Overrides().set(network, method, _refusing(network, name, method))
 
     def put_back(self) -> None:
         """Have all of them as they were."""
-        self._overrides.put_back()
+        for network in list(self._networks):
+            for method in REFUSED:
+                if is_override(network.__dict__.get(method)):
+                    del network.__dict__[method]
+        self._networks.clear()
 
 
 def _refusing(network: nn.Module, name: str, method: str) -> Callable[..., Any]:

@@ -22,11 +22,11 @@ from lowtide.guests.empty_networks import dtype_in_configs, empty_network, is_qu
 from lowtide.guests.guest import Guest
 from lowtide.guests.library import component_class, pipeline_class
 from lowtide.guests.packed_files import packed
-from lowtide.guests.published_names import NamesError, by_own_names, weights_in
+from lowtide.guests.published_names import NAMES, NamesError, by_own_names, variants_of, weights_in
 from lowtide.guests.single_files import NOT_IN_FILES, configurations, file_of, opened
 from lowtide.guests.unloaded import Part, beside_computed, computed_in, floating, in_dtypes, kept_in_float32, lying
 from lowtide.guests.within_budget import guest_to_be, put_within
-from lowtide.hub import Source
+from lowtide.hub import Source, weight_patterns
 from lowtide.loading.blueprint import InFiles
 from lowtide.loading.model_index import MODEL_INDEX, ComponentSpec, component_folder, read_model_index
 from lowtide.machine.heap import trim_heap
@@ -111,9 +111,10 @@ class GuestCheckpoint:
         return parts
 
     def _check_variant(self) -> None:
-        files = [file for name in self.specs for file in (self.folder / name).glob("*.safetensors*")]
-        variants = {file.name.split(".")[1] for file in files if file.name.count(".") > 1} - {"safetensors"}
-        if files and self.variant is not None and self.variant not in variants:
+        folders = [self.folder / name for name in self.specs]
+        variants = {variant for folder in folders for variant in variants_of(folder)}
+        is_here = any(file for folder in folders for file in folder.glob("*.safetensors"))
+        if is_here and self.variant is not None and self.variant not in variants:
             raise FileNotFoundError(
                 f"{self.source.name} has no weights of variant {self.variant!r}; it has the plain ones"
                 f"{' and ' * bool(variants)}{', '.join(sorted(variants))}."
@@ -184,9 +185,18 @@ class GuestCheckpoint:
         return Part(network, held.index, dtype, keep, file=file, converted=held)
 
     def _with_weights(self, name: str) -> Path:
-        """The folder of a component. From the Hub its weights come with it, since their headers tell their dtypes."""
-        folder = self.source.fetch([f"{name}/*.safetensors", f"{name}/*.safetensors.index*.json"])
-        return folder / name
+        """The folder of a component. From the Hub its weights come with it, since their headers tell their dtypes.
+
+        Those that will be loaded: of the variant, or the plain ones where the component has none of it.
+        """
+        folder = self._fetched(name, self.variant)
+        if self.variant is None or self.variant in variants_of(folder):
+            return folder
+        return self._fetched(name, None)
+
+    def _fetched(self, name: str, variant: str | None) -> Path:
+        patterns = (pattern for base in NAMES for pattern in weight_patterns(base, variant))
+        return self.source.fetch(f"{name}/{pattern}" for pattern in patterns) / name
 
     def prepared(
         self, parts: Mapping[str, Part], budgets: Budgets, allow: tuple[str, ...], device: torch.device

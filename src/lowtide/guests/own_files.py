@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowtide.guests.published_names import NamesError, by_own_names, weights_in
+from lowtide.guests.published_names import NamesError, by_own_names, variants_of, weights_in
 from lowtide.weights.files import Origin, WeightFile, pieces
 from lowtide.weights.index import CheckpointError, TensorEntry
 from lowtide.weights.provenance import noted_origin, remember_origin
@@ -40,8 +40,7 @@ def _folder_of(network: Any) -> Path | None:
 
 def _remember(network: nn.Module, folder: Path) -> None:
     weights = [slot for slot in slots(network) if slot.kind == "parameter" and _is_of_nowhere(slot.tensor)]
-    variants = {name.split(".")[1] for name in (path.name for path in folder.glob("*.*.safetensors"))}
-    for variant in (None, *sorted(variants)):
+    for variant in (None, *sorted(variants_of(folder))):
         try:
             index = by_own_names(network, weights_in(folder, variant))
         except (NamesError, CheckpointError, OSError):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lowtide.weights.fill import state_names
-from lowtide.weights.index import CheckpointError, CheckpointIndex, TensorEntry, find_weights
+from lowtide.weights.index import CheckpointError, CheckpointIndex, TensorEntry, find_weights, variants_in
 
 NAMES = ("diffusion_pytorch_model", "model")
 """What weights are called, in diffusers and in transformers."""
@@ -23,9 +23,12 @@ def weights_in(folder: Path, variant: str | None) -> CheckpointIndex:
     """The weights of a component, of a variant, or the plain ones without. Raises as `find_weights` does."""
     names = [path.name for path in folder.iterdir()]
     base = next((base for base in NAMES if any(name.startswith(base) for name in names)), NAMES[0])
-    if variant is not None and any(f".{variant}" in name for name in names):
-        return find_weights(folder, base, variant)
-    return find_weights(folder, base)
+    return find_weights(folder, base, variant if variant in variants_of(folder) else None)
+
+
+def variants_of(folder: Path) -> set[str]:
+    """The variants of weights that the folder of a component has, without the plain ones."""
+    return {variant for base in NAMES for variant in variants_in(folder, base) if variant is not None}
 
 
 def by_own_names(network: nn.Module, index: CheckpointIndex) -> CheckpointIndex:

@@ -28,6 +28,18 @@ def test_a_grid_of_real_places_and_of_places_on_meta(indexing):
     assert all(torch.equal(grid, other) for grid, other in zip(real, expected, strict=True))
 
 
+def test_tokens_made_of_numbers_are_counted():
+    network = torch.nn.Linear(8, 8, bias=False, device="meta")
+
+    def run(count):
+        tokens = torch.tensor([[1] * count])
+        network(torch.zeros(1, 8))
+        del tokens
+
+    before = [drive(partial(run, count), {"network": network}, entries=()).calls[0].before for count in (1, 78)]
+    assert before[1] - before[0] == 77 * 8
+
+
 def test_copies_of_schedulers_are_counted():
     """As SkyReels has one for each frame; a tensor that is in one twice is copied once."""
     sigmas, network = torch.zeros(1000), torch.nn.Linear(8, 8, bias=False, device="meta")

@@ -77,3 +77,12 @@ def test_enlargement(mode, channels, layout):
     x = torch.zeros(1, channels, 32, 24).contiguous(memory_format=layout)
     predicted, measured = peaks(lambda x: torch.nn.functional.interpolate(x, scale_factor=2.0, mode=mode), x)
     assert measured <= predicted <= 1.02 * measured
+
+
+@pytest.mark.parametrize("norm", [lambda x: torch.nn.functional.layer_norm(x, (16,)), lambda x: x.softmax(-1)])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_norms_of_what_has_its_heads_outside(norm, heads):
+    """As of keys that are `[B, N, L, H]` and lie as `[B, L, N, H]`."""
+    x = torch.zeros(2, 300, heads, 16).transpose(1, 2)
+    predicted, measured = peaks(norm, x)
+    assert measured <= predicted <= 1.01 * measured

@@ -17,6 +17,8 @@ from lowtide.prediction.scratchpads import scratch_of_product
 
 POINTWISE = {"add", "sub", "mul", "div", "addcmul", "addcdiv", "where", "maximum", "minimum", "lerp", "pow"}
 ENLARGEMENTS = {"upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d"}
+WITHOUT_GAPS = {"native_layer_norm", "_softmax", "_log_softmax"}
+"""Kernels that copy what does not lie in order, such as keys whose heads are norms' batches."""
 FEW_CHANNELS = 1
 """Up to which a map is enlarged as it lies."""
 MATRIX_FIXED = 6 * 2**10
@@ -37,11 +39,15 @@ def workspace(func: Any, args: Any, given: list[torch.Tensor], made: list[torch.
         return _of_flash_attention(given)
     if name in ("mm", "addmm", "bmm", "baddbmm"):
         return _of_product(given, made[0])
-    if name in ENLARGEMENTS and meant_device() == "cpu":
-        return _of_enlargement(given[0], made[0])
-    if name.rstrip("_") in POINTWISE and meant_device() == "cpu":
-        return _of_mixed_dtypes(given)
-    return 0
+    if name in WITHOUT_GAPS:
+        return 0 if given[0].is_contiguous() else given[0].numel() * given[0].itemsize
+    return _on_cpu(name, given, made[0]) if made and meant_device() == "cpu" else 0
+
+
+def _on_cpu(name: str, given: list[torch.Tensor], made: torch.Tensor) -> int:
+    if name in ENLARGEMENTS:
+        return _of_enlargement(given[0], made)
+    return _of_mixed_dtypes(given) if name.rstrip("_") in POINTWISE else 0
 
 
 def _of_enlargement(x: torch.Tensor, out: torch.Tensor) -> int:

@@ -72,6 +72,8 @@ def saved_and_loaded(family: Family, folder: Path) -> Family:
 
     The weights are copied to memory of their own afterwards. A file's mapping has tensors at any multiple of four
     bytes, and some of PyTorch's CPU kernels round otherwise there than at the multiples of 64 where tensors begin.
+    They are not to be trained: a product with a weight that asks for gradients, and with states that have gaps, is
+    another kernel's, also where none are computed.
     """
     family.pipeline.save_pretrained(str(folder))
     pipeline = type(family.pipeline).from_pretrained(folder)
@@ -79,6 +81,7 @@ def saved_and_loaded(family: Family, folder: Path) -> Family:
         pipeline.load_components()
     pipeline.set_progress_bar_config(disable=True)
     for module in modules_of(pipeline).values():
+        module.requires_grad_(False)
         for weight in module.parameters():
             weight.data = weight.data.clone()
     return replace(family, pipeline=pipeline)

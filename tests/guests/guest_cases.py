@@ -10,11 +10,9 @@ from lowtide.guests.doors import fit
 from lowtide.planning.plan import BudgetError
 
 
-def families(*in_default, but=()):
-    """All families as parameters, `slow` but for those that are named; some may be left out."""
-    return [
-        pytest.param(name, marks=() if name in in_default else pytest.mark.slow) for name in FAMILIES if name not in but
-    ]
+def families(*in_default):
+    """All families as parameters, `slow` but for those that are named."""
+    return [pytest.param(name, marks=() if name in in_default else pytest.mark.slow) for name in FAMILIES]
 
 
 CASES = families("Flux2 Klein", "ZImage", "Wan of two transformers", "LTX")

@@ -24,6 +24,7 @@ from lowtide.casting.apply_casting import apply_casting
 from lowtide.casting.cast_leaf import Leaf
 from lowtide.casting.casting import Casting
 from lowtide.casting.scratch import SCRATCH, Scratch
+from lowtide.machine.pinned_memory import HostBuffer
 from lowtide.memory import apply_residency, detach, device_stream
 from lowtide.memory.device_stream import DeviceStream
 
@@ -185,9 +186,17 @@ def forgotten_in_the_middle() -> None:
             pytest.fail("something keeps the module")
 
 
+def forgotten_without_its_stages() -> None:
+    """The memory that copies come from waits for them too, where it is freed before that which they go to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HostBuffer, "unpin", lambda _: None)
+        forgotten_in_the_middle()
+
+
 def test_a_module_that_nobody_has_any_more_leaves_no_copy_to_freed_memory() -> None:
     """What was loaded ahead for a next call may be on its way when the module goes."""
     forgotten_in_the_middle()
+    forgotten_without_its_stages()
 
 
 # ---- that these tests would see it
@@ -224,7 +233,7 @@ MUTANTS: dict[str, tuple[Any, str, Any, Callable[[], None]]] = {
         device_stream,
         "_wait_for_copies",
         lambda *_: None,
-        forgotten_in_the_middle,
+        forgotten_without_its_stages,
     ),
     "whole: no waiting between streams": (DeviceStream, "_computing", no_waiting_between, whole_in_turns),
 }

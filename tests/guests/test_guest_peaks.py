@@ -7,6 +7,7 @@ from tests.guests.guest_cases import CASES, WARNINGS
 from tests.memory_peaks import peak_bytes
 
 from lowtide.guests.guest import Guest
+from lowtide.prediction.convolutions import has_avx512
 
 pytest.importorskip("diffusers")
 pytestmark = WARNINGS
@@ -28,4 +29,5 @@ def test_the_peak_is_the_measured_one(name, dtype):
     predicted = max(stage.ways["whole"].peak for stage in workload.stages)
     run(family)
     measured = peak_bytes(lambda: run(family))
-    assert measured - BYTES_OF_SMALL_TENSORS <= predicted <= 1.05 * measured
+    most = 1.05 if has_avx512() else 1.1  # rules of convolutions are upper estimates elsewhere
+    assert measured - BYTES_OF_SMALL_TENSORS <= predicted <= most * measured

@@ -153,8 +153,9 @@ def test_several_clips_of_each_prompt_come_prompt_by_prompt(pipe):
 def test_one_negative_prompt_serves_all(pipe):
     call = {"prompt": ["a boat", "sea"]}
     one = film(pipe, 1, 2, **call, negative_prompt="fog")
-    assert torch.equal(one, film(pipe, 1, 2, **call, negative_prompt=["fog", "fog"]))
-    assert not torch.equal(one, film(pipe, 1, 2, **call, negative_prompt=["fog", ""]))
+    # kernels may round a row otherwise beside others
+    assert (one - film(pipe, 1, 2, **call, negative_prompt=["fog", "fog"])).abs().max() < 1e-4
+    assert (one - film(pipe, 1, 2, **call, negative_prompt=["fog", ""])).abs().max() > 1e-3
     assert torch.equal(film(pipe, negative_prompt=""), film(pipe))
 
 

@@ -5,12 +5,20 @@ import torch
 from tests.memory_peaks import peak_bytes
 
 from lowtide.prediction.component import trace_call
+from lowtide.prediction.convolutions import has_avx512
 
 pytestmark = [
     pytest.mark.skipif(torch.get_num_threads() > 1, reason="kernels were measured with one thread"),
     pytest.mark.filterwarnings("ignore"),
 ]
-GROUPS = [(48, 48, 3), (24, 24, 3), (64, 8, 1), (64, 4, 3), (640, 640, 5)]
+
+
+def near(bound):
+    """How many times the measured bytes a prediction may be: with AVX-512, where the rules were read from kernels.
+
+    Elsewhere predictions are upper estimates.
+    """
+    return bound if has_avx512() else max(bound, 1.4)
 
 
 def peaks(call, *inputs):
@@ -31,7 +39,7 @@ def test_groups(channels, groups, kernel, layout):
     weight = torch.zeros(channels, channels // groups, kernel, kernel)
     convolve = lambda x, weight: torch.nn.functional.conv2d(x, weight, padding=kernel // 2, groups=groups)  # noqa: E731
     predicted, measured = peaks(convolve, x, weight)
-    assert measured <= predicted <= (1.02 if groups == channels else 1.6) * measured
+    assert measured <= predicted <= near(1.02 if groups == channels else 1.6) * measured
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -41,7 +49,7 @@ def test_a_clip_with_frames_outside_of_channels(kernel, dtype):
     x = torch.zeros(1, 4, 16, 24, 24, dtype=dtype).transpose(1, 2)
     weight = torch.zeros(16, 16, kernel, kernel, kernel, dtype=dtype)
     predicted, measured = peaks(torch.nn.functional.conv3d, x, weight)
-    assert measured <= predicted <= 1.05 * measured
+    assert measured <= predicted <= near(1.05) * measured
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,7 +61,7 @@ def test_sound(kernel, stride, dilation, length, dtype):
     padding = (kernel - stride) * dilation // 2
     convolve = lambda x, weight: torch.nn.functional.conv1d(x, weight, None, stride, padding, dilation)  # noqa: E731
     predicted, measured = peaks(convolve, x, weight)
-    assert measured <= predicted <= (1.01 if dtype is torch.float32 else 1.4) * measured
+    assert measured <= predicted <= near(1.01 if dtype is torch.float32 else 1.4) * measured
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,7 +75,7 @@ def test_transposed(shape, kernel, dtype, is_last):
         x = x.contiguous(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
     enlarge = getattr(torch.nn.functional, f"conv_transpose{dims}d")
     predicted, measured = peaks(lambda x, weight: enlarge(x, weight, stride=max(2, kernel // 2)), x, weight)
-    assert measured <= predicted <= 1.05 * measured + 2**17
+    assert measured <= predicted <= near(1.05) * measured + 2**17
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])

@@ -30,6 +30,11 @@ BOOKED = 128
 """Bytes that oneDNN adds to each part of a scratchpad."""
 
 
+def has_avx512() -> bool:
+    """Whether kernels here use AVX-512."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 @dataclass(frozen=True)
 class Convolution:
     """One call of a convolution; sizes are those of the kernel and of the maps, without batch and channels.
@@ -137,7 +142,7 @@ def _grouped(conv: Convolution) -> int:
 
 def _padded(x: torch.Tensor, dim: int) -> int:
     """Bytes with one dimension filled up to whole blocks."""
-    return _nbytes(x) // max(1, x.shape[dim]) * _up(x.shape[dim], BLOCK)
+    return _nbytes(x) // max(1, x.shape[dim]) * _up(x.shape[dim], BLOCK if has_avx512() else BLOCK // 2)
 
 
 def _native(conv: Convolution) -> int:
@@ -188,6 +193,9 @@ def _blocked(conv: Convolution) -> int:
         scratch += torch.get_num_threads() * channels_in * out[0, 0].numel() * x.itemsize + BOOKED
     if conv.is_pointwise and x.itemsize == 2:
         scratch += _sums(conv, channels_out)
+    is_odd = conv.is_strided or any(dilation > 1 for dilation in conv.dilations)
+    if conv.is_of_a_line and is_odd and not has_avx512():
+        scratch += 2 * _nbytes(x)
     return _copied_before(conv) + max(scratch + source + weight + result - _nbytes(out), result)
 
 
@@ -204,6 +212,8 @@ def _weight_in_blocks(conv: Convolution) -> int:
         wide = _up(channels_out, BLOCK) if channels_out <= BLOCK else min(_up(channels_out, block) for block in blocks)
         if channels_out % BLOCK == 0:
             wide = channels_out
+        if not has_avx512():
+            wide = max(_up(channels_out, block) for block in (BLOCK, 24))
         return wide * channels_in * math.prod(conv.sizes) * size
     wide = channels_out if channels_out % BLOCK == 0 else _up(channels_out, BLOCK if channels_out < BLOCK else 32)
     return wide * _up(channels_in, 32 if channels_in > 32 else 2) * math.prod(conv.sizes) * size

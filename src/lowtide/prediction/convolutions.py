@@ -81,8 +81,13 @@ class Convolution:
 
     @property
     def is_strided(self) -> bool:
-        """Whether entries are left out."""
+        """Whether results are left out."""
         return any(stride > 1 for stride in self.strides)
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether entries are left out, between those of results or of the kernel."""
+        return self.is_strided or any(dilation > 1 for dilation in self.dilations)
 
     @property
     def is_of_a_line(self) -> bool:
@@ -106,8 +111,7 @@ class Convolution:
             return False
         if self.x.dtype != torch.float32:
             return self.by is Multiplier.LOOPS
-        is_odd = self.is_strided or any(dilation > 1 for dilation in self.dilations)
-        may = is_odd or len(self.x) >= 16 or not self.is_pointwise or torch.get_num_threads() > 1
+        may = self.leaves_out or len(self.x) >= 16 or not self.is_pointwise or torch.get_num_threads() > 1
         is_large = self.groups > 1 or min(self.sizes[-2:]) > 3 or len(self.x) > 1
         return not (may and (is_large or self.x.shape[:4].numel() > ENTRIES_OF_NATIVE))
 
@@ -117,7 +121,7 @@ def of_convolution(conv: Convolution) -> int:
     if meant_device() not in ("cpu", None):
         # cuDNN's largest workspace is about the maps and the weight once more (against published figures: -0.01 to
         # -0.26 % of whole runs, and -15 to -18 % without).
-        return sum(map(_nbytes, (conv.x, conv.weight, conv.out)))
+        return sum(map(nbytes, (conv.x, conv.weight, conv.out)))
     if conv.is_transposed:
         return _transposed(conv)
     if conv.groups > 1:
@@ -133,27 +137,27 @@ def _grouped(conv: Convolution) -> int:
     """A convolution in groups of channels: an upper estimate, close where every channel is a group of its own."""
     x, weight, out = conv.x, conv.weight, conv.out
     if x.dtype != torch.float32 and conv.by in (Multiplier.AMX, Multiplier.LOOPS):
-        return sum(map(_nbytes, (x, weight, out)))  # not measured
+        return sum(map(nbytes, (x, weight, out)))  # not measured
     if conv.is_channels_last:
         is_depthwise = weight.shape[1] == 1
-        return _padded(weight, 0) if is_depthwise else max(2 * _nbytes(weight), _nbytes(x))
-    return _padded(x, 1) + _padded(weight, 0) + _padded(out, 1) - _nbytes(out)
+        return _padded(weight, 0) if is_depthwise else max(2 * nbytes(weight), nbytes(x))
+    return _padded(x, 1) + _padded(weight, 0) + _padded(out, 1) - nbytes(out)
 
 
 def _padded(x: torch.Tensor, dim: int) -> int:
     """Bytes with one dimension filled up to whole blocks."""
-    return _nbytes(x) // max(1, x.shape[dim]) * _up(x.shape[dim], BLOCK if has_avx512() else BLOCK // 2)
+    return nbytes(x) // max(1, x.shape[dim]) * up(x.shape[dim], BLOCK if has_avx512() else BLOCK // 2)
 
 
 def _native(conv: Convolution) -> int:
     """The columns of every entry, and both tensors in one order and without gaps; a clip's order is the usual one."""
     columns = 0 if conv.is_pointwise and not conv.is_strided else _columns(conv)
     if conv.out.ndim == 5:
-        return columns + sum(_nbytes(tensor) for tensor in (conv.x, conv.weight) if not tensor.is_contiguous())
+        return columns + sum(nbytes(tensor) for tensor in (conv.x, conv.weight) if not tensor.is_contiguous())
     other = conv.weight if is_channels_last(conv.x) else conv.x  # the one without channels last is brought to them
-    reordered = _nbytes(other) if not conv.is_pointwise and not _same_order(conv) else 0
+    reordered = nbytes(other) if not conv.is_pointwise and not _same_order(conv) else 0
     is_whole = conv.x.is_contiguous() or is_channels_last(conv.x)
-    return columns + reordered + (0 if is_whole else _nbytes(conv.x))
+    return columns + reordered + (0 if is_whole else nbytes(conv.x))
 
 
 def _columns(conv: Convolution) -> int:
@@ -162,25 +166,25 @@ def _columns(conv: Convolution) -> int:
 
 def _channels_last(conv: Convolution) -> int:
     """oneDNN with channels last: the weight in blocks, a scratchpad, and what did not have its channels last."""
-    others = sum(_nbytes(tensor) for tensor in (conv.x, conv.weight) if not is_channels_last(tensor))
+    others = sum(nbytes(tensor) for tensor in (conv.x, conv.weight) if not is_channels_last(tensor))
     return others + _weight_in_blocks(conv) + _scratchpad(conv)
 
 
 def _brought_to_channels_last(conv: Convolution) -> int:
     """AMX with channels first: source and result are brought to channels last and back."""
-    result = _nbytes(conv.out)
-    return _copied_before(conv) + max(_scratchpad(conv) + _nbytes(conv.x) + _weight_in_blocks(conv), 2 * result)
+    result = nbytes(conv.out)
+    return _copied_before(conv) + max(_scratchpad(conv) + nbytes(conv.x) + _weight_in_blocks(conv), 2 * result)
 
 
 def _copied_before(conv: Convolution) -> int:
     """PyTorch copies what has gaps, or its dimensions in another order."""
-    return sum(_nbytes(tensor) for tensor in (conv.x, conv.weight) if not tensor.is_contiguous())
+    return sum(nbytes(tensor) for tensor in (conv.x, conv.weight) if not tensor.is_contiguous())
 
 
 def _blocked(conv: Convolution) -> int:
     """Else, with channels first: everything is brought in blocks of channels, and the result back."""
     x, out = conv.x, conv.out
-    channels_in, channels_out = _up(x.shape[1], BLOCK), _up(out.shape[1], BLOCK)
+    channels_in, channels_out = up(x.shape[1], BLOCK), up(out.shape[1], BLOCK)
     is_flat = x.shape[1] < BLOCK and not conv.is_pointwise  # the source as it is
     taken_in = x.shape[1] if is_flat else channels_in
     source = 0 if is_flat else len(x) * channels_in * x[0, 0].numel() * x.itemsize
@@ -193,10 +197,9 @@ def _blocked(conv: Convolution) -> int:
         scratch += torch.get_num_threads() * channels_in * out[0, 0].numel() * x.itemsize + BOOKED
     if conv.is_pointwise and x.itemsize == 2:
         scratch += _sums(conv, channels_out)
-    is_odd = conv.is_strided or any(dilation > 1 for dilation in conv.dilations)
-    if conv.is_of_a_line and is_odd and not has_avx512():
-        scratch += 2 * _nbytes(x)
-    return _copied_before(conv) + max(scratch + source + weight + result - _nbytes(out), result)
+    if conv.is_of_a_line and conv.leaves_out and not has_avx512():
+        scratch += 2 * nbytes(x)
+    return _copied_before(conv) + max(scratch + source + weight + result - nbytes(out), result)
 
 
 def _sums(conv: Convolution, channels: int) -> int:
@@ -209,21 +212,21 @@ def _weight_in_blocks(conv: Convolution) -> int:
     size, (channels_out, channels_in) = conv.weight.itemsize, conv.weight.shape[:2]
     if size == 4:
         blocks = (64, 32) if conv.is_pointwise else (64, 48, 32)
-        wide = _up(channels_out, BLOCK) if channels_out <= BLOCK else min(_up(channels_out, block) for block in blocks)
+        wide = up(channels_out, BLOCK) if channels_out <= BLOCK else min(up(channels_out, block) for block in blocks)
         if channels_out % BLOCK == 0:
             wide = channels_out
         if not has_avx512():
-            wide = max(_up(channels_out, block) for block in (BLOCK, 24))
+            wide = max(up(channels_out, block) for block in (BLOCK, 24))
         return wide * channels_in * math.prod(conv.sizes) * size
-    wide = channels_out if channels_out % BLOCK == 0 else _up(channels_out, BLOCK if channels_out < BLOCK else 32)
-    return wide * _up(channels_in, 32 if channels_in > 32 else 2) * math.prod(conv.sizes) * size
+    wide = channels_out if channels_out % BLOCK == 0 else up(channels_out, BLOCK if channels_out < BLOCK else 32)
+    return wide * up(channels_in, 32 if channels_in > 32 else 2) * math.prod(conv.sizes) * size
 
 
 def _scratchpad(conv: Convolution) -> int:
     """Of oneDNN with channels last: little, but with AMX the rows under way, arranged for products."""
     threads, fixed = torch.get_num_threads(), 24
     if conv.by is not Multiplier.AMX:
-        sums = _sums(conv, _up(len(conv.weight), BLOCK)) if conv.is_pointwise and conv.by is Multiplier.AVX512 else 0
+        sums = _sums(conv, up(len(conv.weight), BLOCK)) if conv.is_pointwise and conv.by is Multiplier.AVX512 else 0
         pages = 7 if conv.x.itemsize == 2 and conv.x.shape[1] > 512 else 2
         return threads * pages * PAGE + fixed + sums
     if conv.is_of_a_line and not conv.is_pointwise:
@@ -237,7 +240,7 @@ def _scratchpad(conv: Convolution) -> int:
 def _of_a_line(conv: Convolution) -> int:
     """With AMX: what is read, filled up, and of short lines more, arranged for products."""
     channels = conv.x.shape[1]
-    pixel = (channels if channels <= BLOCK else _up(channels, 2 * BLOCK)) * conv.x.itemsize
+    pixel = (channels if channels <= BLOCK else up(channels, 2 * BLOCK)) * conv.x.itemsize
     stride, count = conv.strides[-1], conv.out.shape[-1]
     beside = (conv.sizes[-1] - 1) * conv.dilations[-1] + 4
     blocks = min(4 * count * pixel, max(208 * pixel, 25 * PAGE))
@@ -246,7 +249,7 @@ def _of_a_line(conv: Convolution) -> int:
 
 def _transposed(conv: Convolution) -> int:
     """A transposed convolution: an upper estimate, close where maps have their channels first."""
-    x, weight, out = map(_nbytes, (conv.x, conv.weight, conv.out))
+    x, weight, out = map(nbytes, (conv.x, conv.weight, conv.out))
     if conv.groups > 1:
         return x + weight + 2 * out  # not measured
     if conv.is_native:
@@ -255,7 +258,7 @@ def _transposed(conv: Convolution) -> int:
     if conv.is_channels_last:
         return x + weight + in_blocks + torch.get_num_threads() * (32 if conv.x.itemsize == 2 else 20) * PAGE
     has_amx = conv.by is Multiplier.AMX and conv.x.itemsize == 2
-    source = _nbytes(conv.x) // conv.x.shape[1] * _up(conv.x.shape[1], 2 * BLOCK if has_amx else BLOCK)
+    source = nbytes(conv.x) // conv.x.shape[1] * up(conv.x.shape[1], 2 * BLOCK if has_amx else BLOCK)
     unstrided = x if has_amx else _padded(conv.out, 1)
     scratch = 4 * conv.x.numel() if conv.is_strided else unstrided
     return max(2 * out, source + in_blocks + scratch + torch.get_num_threads() * (12 if has_amx else 10) * PAGE)
@@ -266,17 +269,19 @@ def _transposed_natively(conv: Convolution) -> int:
     x, weight, out = conv.x, conv.weight, conv.out
     columns = math.prod(conv.sizes) * out.shape[1] * x[0, 0].numel() * x.itemsize
     if out.ndim == 5:
-        return columns + out[0, 0].numel() * x.itemsize + sum(_nbytes(y) for y in (x, weight) if not y.is_contiguous())
-    return columns + (0 if _same_order(conv) else _nbytes(weight if is_channels_last(x) else x))
+        return columns + out[0, 0].numel() * x.itemsize + sum(nbytes(y) for y in (x, weight) if not y.is_contiguous())
+    return columns + (0 if _same_order(conv) else nbytes(weight if is_channels_last(x) else x))
 
 
 def _same_order(conv: Convolution) -> bool:
     return is_channels_last(conv.x) == is_channels_last(conv.weight)
 
 
-def _nbytes(x: torch.Tensor) -> int:
+def nbytes(x: torch.Tensor) -> int:
+    """Bytes of a tensor's numbers, without gaps."""
     return x.numel() * x.itemsize
 
 
-def _up(number: int, block: int) -> int:
+def up(number: int, block: int) -> int:
+    """The multiple of `block` that a number is filled up to."""
     return -(-number // block) * block

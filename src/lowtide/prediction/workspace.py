@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lowtide.ops.meta_device import meant_device
-from lowtide.prediction.convolutions import BOOKED, Convolution, of_convolution
+from lowtide.prediction.convolutions import BOOKED, Convolution, nbytes, of_convolution, up
 from lowtide.prediction.multiplier import Multiplier
 from lowtide.prediction.operators import is_channels_last
 from lowtide.prediction.scratchpads import scratch_of_product
@@ -40,7 +40,7 @@ def workspace(func: Any, args: Any, given: list[torch.Tensor], made: list[torch.
     if name in ("mm", "addmm", "bmm", "baddbmm"):
         return _of_product(given, made[0])
     if name in WITHOUT_GAPS:
-        return 0 if given[0].is_contiguous() else given[0].numel() * given[0].itemsize
+        return 0 if given[0].is_contiguous() else nbytes(given[0])
     return _on_cpu(name, given, made[0]) if made and meant_device() == "cpu" else 0
 
 
@@ -52,7 +52,7 @@ def _on_cpu(name: str, given: list[torch.Tensor], made: torch.Tensor) -> int:
 
 def _of_enlargement(x: torch.Tensor, out: torch.Tensor) -> int:
     """Kernels work with channels last, and bring source and result there and back."""
-    return 0 if x.shape[1] <= FEW_CHANNELS or is_channels_last(x) else _nbytes(x) + _nbytes(out)
+    return 0 if x.shape[1] <= FEW_CHANNELS or is_channels_last(x) else nbytes(x) + nbytes(out)
 
 
 def _of_mixed_dtypes(given: list[torch.Tensor]) -> int:
@@ -72,11 +72,11 @@ def _of_flash_attention(given: list[torch.Tensor]) -> int:
     scores = threads * some_queries * (some_keys + 2 + head) * max(4, size)
     if size >= 4:
         return scores
-    rounded = threads * some_queries * _up(some_keys, 2) * size
+    rounded = threads * some_queries * up(some_keys, 2) * size
     slices = -(-batch * heads * -(-queries // some_queries) // threads)
     if Multiplier.of(q.dtype) is not Multiplier.AMX or slices * some_queries < 4 * batch * heads:  # too few products
         return scores + rounded
-    arranged = batch * heads * head * (keys + _up(keys, 2)) * size
+    arranged = batch * heads * head * (keys + up(keys, 2)) * size
     return scores + rounded + arranged + threads * some_keys * head * size
 
 
@@ -91,16 +91,16 @@ def _of_product(given: list[torch.Tensor], made: torch.Tensor) -> int:
         is_own = by is Multiplier.LOOPS or rows * inner * columns <= SMALL_PRODUCT[second.ndim]
         return 0 if is_own else _of_avx512(by, rows, inner, columns)
     if second.ndim == 3:
-        return MATRIX_FIXED + 2 * _up(inner, 64) * _up(columns, 64)
+        return MATRIX_FIXED + 2 * up(inner, 64) * up(columns, 64)
     return _of_linear(rows, inner, columns) if second.stride(0) == 1 else scratch_of_product(rows, inner, columns)
 
 
 def _of_avx512(by: Multiplier, rows: int, inner: int, columns: int) -> int:
     """The result in float32; with bfloat16 some of it at a time, and some of the second matrix, arranged."""
     if by is Multiplier.AVX512:
-        return _up(4 * rows * columns, BOOKED) + 2 * BOOKED
+        return up(4 * rows * columns, BOOKED) + 2 * BOOKED
     deep = 512 if inner <= 1024 or rows == 1 else 1024
-    some = 2**10 + 4 * min(rows, 256) * min(columns, 64) + 2 * 64 * min(_up(inner, 32), deep)
+    some = 2**10 + 4 * min(rows, 256) * min(columns, 64) + 2 * 64 * min(up(inner, 32), deep)
     return torch.get_num_threads() * some
 
 
@@ -111,15 +111,7 @@ def _of_linear(rows: int, inner: int, columns: int) -> int:
     """
     some = 66 * inner + (128 * (rows + 1) if inner >= 512 else 0)
     some = max(some, 128 * inner) if rows == 1 or columns <= 64 else some
-    whole = min(MATRIX_PART, 2 * inner * _up(columns, 32))
+    whole = min(MATRIX_PART, 2 * inner * up(columns, 32))
     long = min(LONG_PART, 2 * rows * inner + (2**18 if inner > 2048 else 128)) if inner > 1536 and rows > 128 else 0
     is_whole = columns <= rows or rows >= 512
-    return MATRIX_FIXED + max(whole if is_whole else 0, min(some, 2 * inner * _up(columns, 32) + 2**13), long)
-
-
-def _nbytes(x: torch.Tensor) -> int:
-    return x.numel() * x.itemsize
-
-
-def _up(number: int, block: int) -> int:
-    return -(-number // block) * block
+    return MATRIX_FIXED + max(whole if is_whole else 0, min(some, 2 * inner * up(columns, 32) + 2**13), long)

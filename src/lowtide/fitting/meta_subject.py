@@ -106,9 +106,11 @@ class MetaSubject:
         if self.original is None:
             return False
         now = Original.of(subject)
-        others = replace(now, settings=self.original.settings)
-        changed = self.original.set_otherwise(now)
-        return self.original == others and (not changed or changed <= self._set_by_calls())
+        if now == self.original:
+            return True
+        if replace(now, settings=self.original.settings) != self.original:
+            return False
+        return self.original.set_otherwise(now) <= self._set_by_calls()
 
     def _set_by_calls(self) -> set[str]:
         assert self.original is not None
@@ -183,15 +185,9 @@ def _finished(call: Call, stage: TracedStage) -> Call:
     return replace(call, peak=max(call.peak, stage.tail), work=call.work.times(stage.parts))
 
 
-def meta_subject(subject: StagedSubject, device: torch.device, in_files: InFiles | None = None) -> MetaSubject:
-    """A subject, which may be in memory, at rest or on meta itself, made ready to be traced.
-
-    `in_files` tells how weights of networks that are on meta lie in files; the others know it.
-    """
-    files = dict(in_files or {})
-    for name, module in subject.modules().items():
-        if name not in files:
-            files[name] = weights_in_files(module)
+def meta_subject(subject: StagedSubject, device: torch.device) -> MetaSubject:
+    """A subject, which may be in memory or at rest, made ready to be traced."""
+    files: InFiles = {name: weights_in_files(module) for name, module in subject.modules().items()}
     return MetaSubject(subject.with_networks_on_meta(), files, device, Original.of(subject))
 
 

@@ -20,7 +20,6 @@ from lowtide.stages import Stages
 if TYPE_CHECKING:
     from lowtide.fitting.applied_plan import AppliedPlan
     from lowtide.fitting.meta_subject import MetaSubject
-    from lowtide.loading.blueprint import InFiles
 
 
 class Ways(Protocol):
@@ -115,11 +114,8 @@ class Subject(Protocol):
         """
         ...
 
-    def on_meta(self, device: torch.device, in_files: InFiles | None = None) -> MetaSubject:
-        """A copy with networks on meta, every stage set to be gone through whole, to be planned for a device.
-
-        `in_files` tells how weights of networks that are on meta lie in files; the others know it.
-        """
+    def on_meta(self, device: torch.device) -> MetaSubject:
+        """A copy with networks on meta, every stage set to be gone through whole, to be planned for a device."""
         ...
 
 

@@ -24,7 +24,6 @@ from lowtide.fitting.resuming import resumed
 from lowtide.fitting.run_report import RunReport
 from lowtide.fitting.subject import TracedStage
 from lowtide.hub import Source
-from lowtide.loading.blueprint import InFiles
 from lowtide.loading.components import LoadOptions
 from lowtide.machine.heap import trim_heap
 from lowtide.memory.presets import execution_device
@@ -225,9 +224,9 @@ class DiffusionPipeline(PeerNames, RunningCall, MemorySettings):
         """The stages of a run, for a pipeline on meta."""
         raise NotImplementedError
 
-    def on_meta(self, device: torch.device, in_files: InFiles | None = None) -> MetaSubject:
+    def on_meta(self, device: torch.device) -> MetaSubject:
         """A copy with networks on meta, to be planned for a device; see `lowtide.fitting.subject.Subject`."""
-        return meta_subject(self, device, in_files)
+        return meta_subject(self, device)
 
     def with_networks_on_meta(self, but: Collection[str] = ()) -> Self:
         """A copy with networks on meta, which decodes at once; it has those named in `but`, which are on meta."""

@@ -14,12 +14,13 @@ from tests.memory_peaks import peak_bytes
 from lowtide import apply_row_streaming, remove_row_streaming
 from lowtide.activations import masks
 from lowtide.activations.frame_cache import KeptRows
-from lowtide.activations.row_streaming import row_streaming_of
+from lowtide.activations.row_streaming import RowStreaming, row_streaming_of
 from lowtide.activations.run import Run
 from lowtide.activations.steps import PadFromInside, Regroup
 from lowtide.guests.guest_decode import GuestDecode
 from lowtide.memory.rule import Tier
 from lowtide.planning.workload import EXACT, EXACT_ON_DISK, WHOLE
+from lowtide.prediction import tracing
 from lowtide.prediction.component import trace_call
 
 diffusers = pytest.importorskip("diffusers")
@@ -219,6 +220,24 @@ def test_the_forecast_holds_and_is_near(name):
     vae.decoder(z)
     remove_row_streaming(vae.decoder)
     assert streaming.last.stored <= forecast.stored <= 1.6 * streaming.last.stored
+
+
+@pytest.mark.parametrize("rows", ["device", "disk"])
+def test_of_calls_for_frames_that_are_alike_one_is_gone_through(rows, monkeypatch):
+    """Two more are not alike: the first has no frames before it, and after the second one more is kept."""
+    run, calls = RowStreaming._run, []
+    monkeypatch.setattr(RowStreaming, "_run", lambda *args: calls.append(1) or run(*args))
+
+    def predicted():
+        calls.clear()
+        vae, z = copy.deepcopy(autoencoder("Wan")).to("meta"), torch.empty(1, 4, 6, 4, 3, device="meta")
+        apply_row_streaming(vae.decoder, work=20_000, rows=rows)
+        return trace_call(lambda: vae.decode(z), [vae], [z]), len(calls)
+
+    call, gone_through = predicted()
+    monkeypatch.setattr(tracing, "_is_watched", lambda _: True)  # so that no call is taken for another
+    assert predicted() == (call, 6)
+    assert gone_through <= 4
 
 
 def test_where_rows_rest_is_chosen_for_all_calls_of_a_clip():

@@ -101,3 +101,53 @@ def test_as_many_forms_as_are_bounded_are_kept(asked, monkeypatch):
         for size in range(1, 9):
             result_of(torch.ops.aten.add.Tensor, (torch.empty(size, device="meta"),) * 2, {})
             assert len(repeated_operators._FORMS) <= 3
+
+
+class Causal(nn.Module):
+    """Keeps the last frames that it saw in a list of its caller, and counts there the frames that it was given."""
+
+    def __init__(self, gone_through):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.gone_through = gone_through
+
+    def forward(self, x, kept, count):
+        self.gone_through.append(len(x))
+        before = x[:1].clone() if kept[0] is None else kept[0]
+        y = self.inner(torch.cat([before, x]))
+        kept[0] = x[-2:].clone() if len(x) > 1 else torch.cat([before, x])[-2:]
+        kept[1] = {"first": y[:1], "given": x}
+        count[0] += len(x)
+        return y[len(before) :]
+
+
+def frame_by_frame(*, frames, device, is_watched):
+    """Trace a clip frame by frame; with hooks every call is gone through."""
+    gone_through = Seen()
+    with torch.device("meta"):
+        network, clip = Causal(gone_through), torch.empty(frames, 8)
+    if is_watched:
+        network.inner.register_forward_hook(lambda *_: None)
+
+    def run():
+        kept, outputs = [None, {}], []
+        for frame in clip.split(1):
+            count = [0]
+            outputs.append(network(frame, kept, count))
+            assert count == [1]
+            assert kept[0].shape == (2, 8)
+            assert kept[1]["given"].untyped_storage()._cdata == clip.untyped_storage()._cdata
+            assert kept[1]["given"].storage_offset() == frame.storage_offset()
+        return torch.cat(outputs)
+
+    return trace(run, [network], [clip], device=device), len(gone_through)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_module_that_fills_a_list_is_gone_through_until_it_fills_it_alike(device):
+    expected, all_calls = frame_by_frame(frames=9, device=device, is_watched=True)
+    traced, calls = frame_by_frame(frames=9, device=device, is_watched=False)
+    assert (calls, all_calls) == (2, 9)
+    assert traced.call == expected.call
+    work = [[segment.work for segment in each.segments if segment.inside] for each in (traced, expected)]
+    assert work[0] == work[1]

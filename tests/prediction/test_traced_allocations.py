@@ -10,7 +10,9 @@ from lowtide.planning.workload import Call
 from lowtide.prediction import tracing
 from lowtide.prediction.caching_allocator import FREED, CachingAllocator
 from lowtide.prediction.driving import drive
-from lowtide.prediction.tracing import Memory, trace
+from lowtide.prediction.repeated_modules import closed
+from lowtide.prediction.traced_memory import Memory
+from lowtide.prediction.tracing import trace
 
 MIB = 2**20
 
@@ -88,4 +90,4 @@ def test_a_call_of_a_driven_network_needs_the_same() -> None:
 def test_pieces_of_memory_have_a_number_each() -> None:
     """The third begins after the first is gone, and while the second is there."""
     events = [(4, 10), (5, 20), (4, FREED), (7, 30), (5, FREED)]
-    assert tracing._closed(events) == ((0, 10), (1, 20), (0, FREED), (2, 30), (1, FREED), (2, FREED))
+    assert closed(events) == ((0, 10), (1, 20), (0, FREED), (2, 30), (1, FREED), (2, FREED))

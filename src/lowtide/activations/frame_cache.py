@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -82,6 +83,11 @@ class KeptRows:
 
     def __repr__(self) -> str:
         return f"KeptRows({self.shape}, {self.dtype})"
+
+    @property
+    def meta_form(self) -> Any:
+        """What a call on meta depends on; see `lowtide.prediction.repeats.ObjectForm`."""
+        return self.shape, self.dtype, self.tier, tuple((pages.page_bytes, pages.state) for pages in self.pages)
 
 
 class FrameCache:

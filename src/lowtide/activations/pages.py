@@ -33,6 +33,11 @@ class Pages(Protocol):
     page_bytes: int
     peak_bytes: int
 
+    @property
+    def state(self) -> tuple[int, int]:
+        """How many pages there are, and how many of them are free."""
+        ...
+
     def count_anew(self) -> None:
         """Set the peak to the bytes that are in use now."""
         ...
@@ -62,6 +67,11 @@ class PageNumbers:
         self.peak_bytes = 0
         self._free: list[int] = []
         self._count = 0
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """How many pages there are, and how many of them are free."""
+        return self._count, len(self._free)
 
     def take(self) -> int:
         """Take the lowest free page and return its number."""

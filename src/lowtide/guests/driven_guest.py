@@ -20,7 +20,7 @@ from lowtide.ops.modes import without_gradients
 from lowtide.planning.workload import BLENDED, EXACT_ON_DISK, SLICED, WHOLE, Call, Component, Stage, Work, Workload
 from lowtide.prediction.component import Traced, trace
 from lowtide.prediction.driving import FORWARD, Driven, NetworkCall, drive
-from lowtide.prediction.tracing import Repeats
+from lowtide.prediction.repeated_modules import Repeats
 from lowtide.quiet import quiet
 from lowtide.weights.fill import dtype_name
 

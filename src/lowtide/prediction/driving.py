@@ -18,7 +18,9 @@ from lowtide.ops.meta_device import standing_for, taken_note
 from lowtide.ops.modes import without_gradients
 from lowtide.planning.workload import Call, Work
 from lowtide.prediction.absent_numbers import PICTURE_BYTES, TooManyNumbersError, absent_numbers, on_meta
-from lowtide.prediction.tracing import Memory, Repeats, Rewritten, Segment, Watch, spare_of
+from lowtide.prediction.repeated_modules import Repeats, Segment
+from lowtide.prediction.traced_memory import Memory
+from lowtide.prediction.tracing import Rewritten, Watch, spare_of
 
 FORWARD = "forward"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowtide.ops.meta_device import meant_device
 from lowtide.prediction.operators import made_by
-from lowtide.prediction.repeats import form_of_call, forms_of_result, is_unchanged, made_again
+from lowtide.prediction.repeats import bases_of, form_of_call, forms_of_result, is_unchanged, made_again
 
 MOST_FORMS = 16384
 """Forms that are kept; a plan for a large pipeline asks for up to 2,000."""
@@ -31,7 +31,7 @@ def result_of(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if known is not None:
         return made_again(known[0], tensors, {})
     result = make(func, args, kwargs)
-    forms = forms_of_result(result, tensors)
+    forms = forms_of_result(result, bases_of(tensors))
     if forms is not None and is_unchanged(form, fixed, kwargs):  # else it gave a tensor another form
         if len(_FORMS) >= MOST_FORMS:
             _FORMS.clear()

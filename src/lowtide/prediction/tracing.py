@@ -6,11 +6,9 @@ operator that makes it until its last tensor goes, as it would be on the device 
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,28 +20,16 @@ from lowtide.memory.overrides import Overrides
 from lowtide.ops.meta_device import meant_device, standing_for, taken_note
 from lowtide.ops.modes import without_gradients
 from lowtide.planning.workload import Call, Work
-from lowtide.prediction.caching_allocator import FREED, KINDS, Event, reserved_for
+from lowtide.prediction.caching_allocator import Event, reserved_for
 from lowtide.prediction.operators import REWRITTEN, work_of
+from lowtide.prediction.repeated_modules import GivenInputs, Repeat, Repeats, Segment, closed
 from lowtide.prediction.repeated_operators import result_of
-from lowtide.prediction.repeats import Signatures, form_of_call, forms_of_result, made_again
+from lowtide.prediction.repeats import form_of_call
+from lowtide.prediction.traced_memory import Memory
 from lowtide.prediction.workspace import workspace
 
-_GRAIN = 512
 _NEW = torch.ops.aten.lift_fresh.default
 """Gives what `torch.tensor` has made of numbers, such as tokens and masks: no operator was seen that made it."""
-
-
-def grain(device: str) -> int:
-    """Bytes that the allocator of a kind of device rounds up to; on a CPU it is asked for exactly what is needed."""
-    return 1 if device == "cpu" else _GRAIN
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """Work done between two calls or ends of modules; `inside` are the modules under way, from the outermost on."""
-
-    inside: tuple[nn.Module, ...]
-    work: Work
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,67 +43,6 @@ class Traced:
     def order(self) -> list[nn.Module]:
         """The modules that were called, in the order of their first calls."""
         return list(dict.fromkeys(module for segment in self.segments for module in segment.inside))
-
-
-@dataclass
-class Memory:
-    """Bytes alive, and the most there were. `grain` is what the allocator rounds up to.
-
-    For a caching allocator there are `events`: what is allocated and freed, in order, and the `sizes` of what is alive.
-    """
-
-    grain: int
-    alive: int = 0
-    peak: int = 0
-    workspace: int = 0
-    refs: dict[int, Any] = field(default_factory=dict)
-    events: list[Event] | None = None
-    sizes: dict[int, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, device: str) -> Memory:
-        """That of a kind of device."""
-        return cls(grain(device), events=[] if device in KINDS else None)
-
-    def add(self, tensor: torch.Tensor) -> None:
-        """Count the memory of a tensor until it is gone, once."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.refs:
-            return
-        nbytes = -(-storage.nbytes() // self.grain) * self.grain
-        memory = self._allocated(nbytes)
-        self.refs[key] = weakref.ref(storage, lambda _: self._gone(key, nbytes, memory))
-        self.alive += nbytes
-
-    def _gone(self, key: int, nbytes: int, memory: int) -> None:
-        del self.refs[key]
-        self.alive -= nbytes
-        self._freed(memory)
-
-    def _allocated(self, nbytes: int) -> int:
-        if self.events is None:
-            return 0
-        memory = len(self.events)
-        self.events.append((memory, nbytes))
-        self.sizes[memory] = nbytes
-        return memory
-
-    def _freed(self, memory: int) -> None:
-        if self.events is not None:
-            self.events.append((memory, FREED))
-            del self.sizes[memory]
-
-    def worked(self, beside: int) -> None:
-        """A kernel took so many bytes beside its inputs and outputs."""
-        self.reached(0, beside)
-        if beside:
-            self._freed(self._allocated(beside))
-
-    def reached(self, more: int, beside: int = 0) -> None:
-        """So many more bytes are alive for now, and a kernel takes some beside them."""
-        if self.alive + more + beside > self.peak:
-            self.peak, self.workspace = self.alive + more + beside, beside
 
 
 def trace(
@@ -173,39 +98,6 @@ class Rewritten(TorchFunctionMode):
             self._memory.add(result)
             self._memory.reached(0)
         return result
-
-
-@dataclass(frozen=True, eq=False)
-class _Repeat:
-    """What one call of a module took beyond what was there, and did."""
-
-    module: nn.Module
-    peak: int
-    workspace: int
-    result: Any
-    segments: tuple[Segment, ...]
-    events: tuple[Event, ...] = ()
-
-
-def _closed(events: list[Event]) -> tuple[Event, ...]:
-    """Events of what is allocated among them, numbered anew; all of it is freed at the end."""
-    numbers: dict[int, int] = {}
-    new, closed = itertools.count(), list[Event]()
-    for memory, nbytes in events:
-        if nbytes != FREED:
-            numbers[memory] = next(new)
-            closed.append((numbers[memory], nbytes))
-        elif memory in numbers:
-            closed.append((numbers.pop(memory), FREED))
-    return (*closed, *((number, FREED) for number in numbers.values()))
-
-
-class Repeats:
-    """What is known of modules that were called before: traces of the same modules may share it."""
-
-    def __init__(self) -> None:
-        self.signatures = Signatures()
-        self.calls: dict[Any, _Repeat] = {}
 
 
 class Watch(TorchDispatchMode):
@@ -269,27 +161,27 @@ class Watch(TorchDispatchMode):
             return self._followed(module, call, args, kwargs)
         key = self._repeats.signatures.of(module), form[0]
         if key in self._repeats.calls and not _is_watched(module):
-            return self._replayed(self._repeats.calls[key], module, form[1])
+            return self._replayed(self._repeats.calls[key], module, form[1], (args, kwargs))
         begun, alive, outer = len(self.segments), self._memory.alive, (self._memory.peak, self._memory.workspace)
         earlier = len(self._memory.events or ())
         self._memory.peak = self._memory.workspace = 0
         self._memory.reached(0)
-        seen, identities = form[0], [id(tensor) for tensor in form[1]]
+        given = GivenInputs(form, self._memory)
         del form  # a list may be emptied by the call, and the tensors in it go then
         result = self._followed(module, call, args, kwargs)
         peak, beside = self._memory.peak, self._memory.workspace
         self._memory.peak, self._memory.workspace = max(outer, (peak, beside), key=lambda marks: marks[0])
-        now = form_of_call(args, kwargs)
-        is_unchanged = now is not None and now[0] == seen and [id(tensor) for tensor in now[1]] == identities
-        forms = forms_of_result(result, now[1]) if now is not None and is_unchanged else None
-        if forms is not None and forms[1] == self._memory.alive - alive:  # else it keeps something, or lets go of it
+        outcome = given.outcome(result, args, kwargs)
+        if (
+            outcome is not None and outcome[2] == self._memory.alive - alive
+        ):  # else it keeps something, or lets go of it
             inside = tuple(
                 Segment(segment.inside[len(self._inside) :], segment.work)
                 for segment in self.segments[begun:]
                 if len(segment.inside) > len(self._inside)
             )
-            events = _closed((self._memory.events or [])[earlier:])
-            self._repeats.calls[key] = _Repeat(module, peak - alive, beside, forms[0], inside, events)
+            events = closed((self._memory.events or [])[earlier:])
+            self._repeats.calls[key] = Repeat(module, peak - alive, beside, *outcome[:2], inside, events)
         return result
 
     def _followed(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -301,7 +193,7 @@ class Watch(TorchDispatchMode):
             self.close_segment(even_if_empty=True)
             self._inside.pop()
 
-    def _replayed(self, repeat: _Repeat, module: nn.Module, inputs: list[torch.Tensor]) -> Any:
+    def _replayed(self, repeat: Repeat, module: nn.Module, inputs: list[torch.Tensor], given: Any) -> Any:
         self.close_segment()
         self._memory.reached(repeat.peak - repeat.workspace, repeat.workspace)
         if self._memory.events is not None:
@@ -310,7 +202,7 @@ class Watch(TorchDispatchMode):
         twins = dict(zip(repeat.module.modules(), module.modules(), strict=True))
         for segment in repeat.segments:
             self.segments.append(Segment((*self._inside, *(twins[part] for part in segment.inside)), segment.work))
-        return made_again(repeat.result, inputs, {})
+        return repeat.made_again(inputs, given)
 
     def close_segment(self, *, even_if_empty: bool = False) -> None:
         """What was computed since the last segment is one; an empty one tells that a module was called."""

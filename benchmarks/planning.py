@@ -1,8 +1,10 @@
 """How long planning takes for Stable Diffusion 1.5 and CogVideoX-5b, from configurations alone, without imports.
 
-    python benchmarks/planning.py [--rounds 3]
+    python benchmarks/planning.py [--rounds 3] [--guest FOLDER [NAME=NUMBER...]]
 
-Each round is a fresh process: the first plan of a process is the slowest. Prints a table with medians.
+With `--guest` it is the pipeline of diffusers whose configurations are in a folder, called with these arguments. Each
+round is a fresh process: the first plan of a process is the slowest. Prints a table with medians of the processor time,
+which other work on the machine changes less than the clock's.
 """
 
 from __future__ import annotations
@@ -47,16 +49,20 @@ BUDGETS = {"StableDiffusionPipeline": "1GB", "CogVideoXPipeline": "8GB"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--guest", nargs="+", metavar=("FOLDER", "NAME=NUMBER"))
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(seconds(*options.child)))
+        name, folder, *call = options.child
+        print(json.dumps(seconds(name, folder) if name in PARTS else seconds_of_guest(folder, call)))
         return
     print("| model | trace, s | choose, s | together, s |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
-        for name in PARTS:
-            write(Path(scratch) / name, name)
-            taken = [one_process(name, Path(scratch) / name) for _ in range(options.rounds)]
+        models = {name: [str(Path(scratch) / name)] for name in PARTS}
+        for name, (folder,) in models.items():
+            write(Path(folder), name)
+        for name, given in ({Path(options.guest[0]).name: options.guest} if options.guest else models).items():
+            taken = [one_process(name, given) for _ in range(options.rounds)]
             cells = [statistics.median(column) for column in zip(*taken, strict=True)]
             print(
                 f"| {name} | {cells[0]:.2f} | {cells[1]:.2f} | {statistics.median(map(sum, taken)):.2f} |", flush=True
@@ -75,8 +81,8 @@ def write(folder: Path, name: str) -> None:
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def one_process(name: str, folder: Path) -> list[float]:
-    command = [sys.executable, __file__, "--child", name, str(folder)]
+def one_process(name: str, given: list[str]) -> list[float]:
+    command = [sys.executable, __file__, "--child", name, *given]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
@@ -93,11 +99,34 @@ def seconds(name: str, folder: str) -> list[float]:
 
     cpu, _ = torch.device("cpu"), getattr(lowtide, name)
     machine_rates(cpu, torch.bfloat16)
-    began = time.perf_counter()
+    began = time.process_time()
     fit = prepare_checkpoint(folder, parse_budgets(cpu, ram=BUDGETS[name]), device=cpu, dtype=torch.bfloat16)
-    traced = time.perf_counter()
+    traced = time.process_time()
     fit.choose()
-    return [traced - began, time.perf_counter() - traced]
+    return [traced - began, time.process_time() - traced]
+
+
+def seconds_of_guest(folder: str, call: list[str]) -> list[float]:
+    """The same for a pipeline of diffusers."""
+    import time
+
+    import torch
+
+    from lowtide.fitting.budgets import parse_budgets
+    from lowtide.guests.checkpoint import GuestCheckpoint
+    from lowtide.hub import Source
+    from lowtide.planning.machine_rates import machine_rates
+
+    cpu, numbers = torch.device("cpu"), {name: int(number) for name, number in (each.split("=") for each in call)}
+    machine_rates(cpu, torch.bfloat16)
+    checkpoint = GuestCheckpoint.opened(Source(folder), numbers, torch.bfloat16, None, None)
+    checkpoint.parts(may_lack_weights=True)  # imports what it needs
+    began = time.process_time()
+    parts = checkpoint.parts(may_lack_weights=True)
+    fit = checkpoint.prepared(parts, parse_budgets(cpu, ram="8GB"), (), cpu)
+    traced = time.process_time()
+    fit.choose()
+    return [traced - began, time.process_time() - traced]
 
 
 if __name__ == "__main__":

@@ -97,9 +97,12 @@ def pipe_at(name):
 
 
 def header(name, count):
-    claims = {f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(count)}
-    content = json.dumps(claims).encode()
-    return bytes_in(name, struct.pack("<Q", len(content)) + content)
+    def breaks(folder):
+        claim = '"t%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+        content = f"{{{','.join([claim % number for number in range(count)])}}}".encode()
+        (folder / name).write_bytes(struct.pack("<Q", len(content)) + content)
+
+    return breaks
 
 
 def pieces(change):

@@ -166,9 +166,17 @@ def fewer(*entries: tuple[int, str, str, int], why: str) -> dict[int, tuple[Repl
 LARGE = "width=3840, height=2224, num_inference_steps=20"
 
 TINY = fewer(
-    (TILING, LARGE, "width=384, height=224, num_inference_steps=20", 1),
-    (TRACE, "unet_runs_per_experiment = 50", "unet_runs_per_experiment = 5", 1),  # where float16 is emulated, 20 s less
-    why="the default suite is fast; the slow one runs it verbatim",
+    (SLICING, "[prompt] * 32", "[prompt] * 32, num_inference_steps=2", 1),
+    (TILING, LARGE, "width=384, height=224, num_inference_steps=2", 1),
+    (SEQUENTIAL, "pipe(prompt)", "pipe(prompt, num_inference_steps=2)", 1),
+    (MODEL_OFFLOAD, "pipe(prompt)", "pipe(prompt, num_inference_steps=2)", 1),
+    (GROUP, "num_inference_steps=50", "num_inference_steps=1", 1),
+    (CASTING, "num_inference_steps=50", "num_inference_steps=1", 1),
+    (TRACE, "unet_runs_per_experiment = 50", "unet_runs_per_experiment = 2", 1),
+    (TRACE, "range(5)", "range(2)", 1),
+    (TRACED, "num_inference_steps=50", "num_inference_steps=2", 1),
+    (XFORMERS, 'pipe("a small cat")', 'pipe("a small cat", num_inference_steps=2)', 1),
+    why="the default suite is fast, also where float16 is emulated; the slow one runs it verbatim",
 )
 TINY_LARGE = (384, 224)
 

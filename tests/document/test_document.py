@@ -21,7 +21,6 @@ from tests.document.cases import (
     TINY_LARGE,
     VIDEO_CASES,
     Setting,
-    fewer,
     for_this_cpu,
     script_of,
     source_of,
@@ -140,8 +139,7 @@ def seen_right():
 )
 def test_wrong_clips_and_plans_are_seen(name, wrong, seen_right, video_model, warm, tmp_path):
     (step,) = CASES[name]
-    short = fewer((step.number, "num_inference_steps=50", "num_inference_steps=1", 1), why="what is seen is the same")
-    script = script_of(step, Setting(video_model, fewer=short))
+    script = script_of(step, Setting(video_model, fewer=TINY))
     if name not in seen_right:
         assert warm.run(script, tmp_path, LIMIT).status == 0
         seen_right.add(name)
@@ -156,7 +154,7 @@ def test_wrong_clips_and_plans_are_seen(name, wrong, seen_right, video_model, wa
 )
 def test_wrong_pictures_are_seen(wrong, tiny_model, warm, tmp_path):
     (step,) = CASES["xformers"]
-    script = script_of(step, Setting(tiny_model)).replace("from tests.document", f"{wrong}\nfrom tests.document")
+    script = script_of(step, Setting(tiny_model, fewer=TINY)).replace("from tests.document", f"{wrong}\nfrom tests.document")
     result = warm.run(script, tmp_path, LIMIT)
     assert result.status == 1
     assert "AssertionError" in result.output

@@ -42,21 +42,36 @@ def _values(units: np.ndarray, what: str) -> np.ndarray:
     """The values of all that can be reached from the first unit; raises where the way leads out of the array."""
     import numpy as np
 
-    labels = np.arange(1, 256, dtype=np.int64)
+    children, first = _by_base(units)
     visited = np.zeros(len(units), bool)
     reached, values = np.zeros(1, np.int64), [np.zeros(0, np.int64)]
     while len(reached):
         visited[reached] = True
         bases = reached ^ _offsets(units[reached])
-        children = bases[:, None] ^ labels
-        if bases.max() >= len(units) or children.max() >= len(units):
+        if (bases | 255).max() >= len(units):
             raise CheckpointError(f"{what} is damaged: its trie leads out of itself.")
         has_value = (units[reached] >> 8 & 1).astype(bool) & (reached != 0)
         values.append((units[bases[has_value]] & 0x7FFFFFFF).astype(np.int64))
-        is_child = (units[children] & 0x800000FF) == labels
-        reached = np.unique(children[is_child])
+        bases = np.unique(bases)
+        counts = first[bases + 1] - first[bases]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        reached = children[np.repeat(first[bases], counts) + within]
         reached = reached[~visited[reached]]
     return np.concatenate(values)
+
+
+def _by_base(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The units that are children, in the order of their bases, and where those of each base begin.
+
+    A unit of label L, at place p, can only be a child of the base p ^ L.
+    """
+    import numpy as np
+
+    labels = (units & 0x800000FF).astype(np.int64)
+    children = np.flatnonzero((labels > 0) & (labels < 256))
+    bases = children ^ labels[children]
+    order = np.argsort(bases, kind="stable")
+    return children[order], np.searchsorted(bases[order], np.arange(len(units) + 1))
 
 
 def _offsets(units: np.ndarray) -> np.ndarray:

@@ -35,7 +35,7 @@ def ltx() -> Family:
     }
     vae = AutoencoderKLLTXVideo(latent_channels=8, patch_size=2, **levels)
     network = LTXVideoTransformer3DModel(
-        in_channels=8, out_channels=8, num_layers=3, cross_attention_dim=32, caption_channels=parts.WIDTH, **HEADS
+        in_channels=8, out_channels=8, num_layers=2, cross_attention_dim=32, caption_channels=parts.WIDTH, **HEADS
     )
     pipe = LTXPipeline(
         scheduler=parts.flow_scheduler(use_dynamic_shifting=True),

@@ -21,7 +21,7 @@ def z_image() -> Family:
     network = ZImageTransformer2DModel(
         in_channels=4,
         dim=32,
-        n_layers=3,
+        n_layers=2,
         n_refiner_layers=2,
         n_heads=2,
         n_kv_heads=2,

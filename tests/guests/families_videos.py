@@ -17,11 +17,11 @@ BLOCKS = "transformer.transformer_blocks"
 
 
 def wan_transformer(**changes: Any) -> Any:
-    """Wan's transformer, of three blocks."""
+    """Wan's transformer, of two blocks."""
     from diffusers import WanTransformer3DModel
 
     entries = {"in_channels": 4, "out_channels": 4, "text_dim": parts.WIDTH, "freq_dim": 16, "ffn_dim": 48}
-    return ready(WanTransformer3DModel(**HEADS, **{**entries, "num_layers": 3, "rope_max_seq_len": 32, **changes}))
+    return ready(WanTransformer3DModel(**HEADS, **{**entries, "num_layers": 2, "rope_max_seq_len": 32, **changes}))
 
 
 def wan_parts(**changes: Any) -> dict[str, Any]:

@@ -18,7 +18,11 @@ from lowtide.weights.index import CheckpointError
 
 diffusers = pytest.importorskip("diffusers")
 gguf = pytest.importorskip("gguf")
-pytestmark = [*WARNINGS, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    *WARNINGS,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("traced_once"),
+]
 
 
 @pytest.fixture(scope="module")

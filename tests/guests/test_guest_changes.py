@@ -11,7 +11,7 @@ import torch
 from tests.guests import guest_parts as parts
 from tests.guests.families import FAMILIES, run
 from tests.guests.family import modules_of, saved_and_loaded
-from tests.guests.guest_cases import WARNINGS, least, steady
+from tests.guests.guest_cases import WARNINGS, least
 from tests.guests.guest_changes import CHANGES, another_unet
 
 import lowtide
@@ -23,16 +23,15 @@ from lowtide.memory.rule_changes import has_all_parameters
 from lowtide.planning.plan import ComponentPlan
 
 pytest.importorskip("diffusers")
-pytestmark = [*WARNINGS, pytest.mark.filterwarnings("ignore:.*Attention backends are an experimental:UserWarning")]
+pytestmark = [
+    *WARNINGS,
+    pytest.mark.filterwarnings("ignore:.*Attention backends are an experimental:UserWarning"),
+    pytest.mark.usefixtures("traced_once"),
+]
 IN_DEFAULT = ("fuse_qkv_projections of the network",)
 CASES = [pytest.param(name, marks=() if name in IN_DEFAULT else pytest.mark.slow) for name in CHANGES]
 ROOM = 400_000
 """Bytes for what comes with a change, beside the least that the pipeline needs without it."""
-
-
-@pytest.fixture(autouse=True)
-def machine(monkeypatch):
-    steady(monkeypatch)
 
 
 def stable_diffusion(**call):

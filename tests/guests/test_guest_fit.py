@@ -17,7 +17,7 @@ from lowtide.memory.attach import attachment_of
 from lowtide.planning.plan import BudgetError, Plan
 
 pytest.importorskip("diffusers")
-pytestmark = WARNINGS
+pytestmark = [*WARNINGS, pytest.mark.usefixtures("traced_once")]
 
 
 @functools.cache

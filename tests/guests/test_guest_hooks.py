@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.guests.families import FAMILIES, run
-from tests.guests.guest_cases import WARNINGS, least, steady
+from tests.guests.guest_cases import WARNINGS, least
 
 from lowtide.guests.doors import fit, plan_of, unfit
 from lowtide.guests.ghost import ghost_of
@@ -14,11 +14,6 @@ from lowtide.memory.attach import attachment_of
 pytest.importorskip("diffusers")
 pytestmark = [*WARNINGS, pytest.mark.filterwarnings("ignore:.*experimental:UserWarning")]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def machine(monkeypatch):
-    steady(monkeypatch)
 
 
 def flux(**call):

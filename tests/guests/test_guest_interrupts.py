@@ -16,7 +16,7 @@ import torch
 from tests.forked import Beside, Parked, in_child
 from tests.guests.families import FAMILIES, run
 from tests.guests.family import Family, modules_of
-from tests.guests.guest_cases import WARNINGS, least, steady
+from tests.guests.guest_cases import WARNINGS, least
 from tests.lines import Place, interrupted, line_of, places
 from tests.memory.cases import all_at_rest
 
@@ -30,6 +30,7 @@ pytest.importorskip("diffusers")
 pytestmark = [
     *WARNINGS,
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    pytest.mark.usefixtures("traced_once"),
 ]
 PARTS = ("calls", "fitting", "guests", "pipelines/offloading", "pipelines/scheduler_claim", "stages")
 BETWEEN_NETWORKS = line_of("guests/brackets.py", "stage.advance()")
@@ -37,12 +38,10 @@ BETWEEN_NETWORKS = line_of("guests/brackets.py", "stage.advance()")
 
 @pytest.fixture(scope="module")
 def kept() -> Any:
-    with pytest.MonkeyPatch.context() as patched:
-        steady(patched)
-        family = FAMILIES["Flux2 Klein"]()
-        family = replace(family, call={**family.call, "num_inference_steps": 1})
-        two = {**family.call, "num_inference_steps": 2}
-        yield family, run(family), least(family.pipeline, **two)
+    family = FAMILIES["Flux2 Klein"]()
+    family = replace(family, call={**family.call, "num_inference_steps": 1})
+    two = {**family.call, "num_inference_steps": 2}
+    return family, run(family), least(family.pipeline, **two)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from lowtide.weights.fill import WeightsMismatchError
 from lowtide.weights.index import CheckpointError
 
 pytest.importorskip("diffusers")
-pytestmark = WARNINGS
+pytestmark = [*WARNINGS, pytest.mark.usefixtures("traced_once")]
 
 
 def smallest(folder, call, **options):

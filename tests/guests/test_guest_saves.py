@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.guests.families import FAMILIES, run
 from tests.guests.family import modules_of
-from tests.guests.guest_cases import WARNINGS, steady
+from tests.guests.guest_cases import WARNINGS
 
 import lowtide
 from lowtide.guests.doors import fit, unfit
@@ -15,7 +15,7 @@ from lowtide.memory.rule import Level, Rule, Tier
 from lowtide.planning.plan import BudgetError, ComponentPlan
 
 pytest.importorskip("diffusers")
-pytestmark = WARNINGS
+pytestmark = [*WARNINGS, pytest.mark.usefixtures("traced_once")]
 RESTS = {
     "resident": ComponentPlan(),
     "whole, on the host": ComponentPlan(Rule(Level.WHOLE, Tier.HOST)),
@@ -29,11 +29,6 @@ RESTS = {
 
 IN_DEFAULT = ("blocks, half of them stay", "leaves on disk, in int8")
 CASES = [pytest.param(name, marks=() if name in IN_DEFAULT else pytest.mark.slow) for name in RESTS]
-
-
-@pytest.fixture(autouse=True)
-def machine(monkeypatch):
-    steady(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 from tests.forked import Beside, Parked
 from tests.guests.families import FAMILIES, run
 from tests.guests.family import modules_of
-from tests.guests.guest_cases import WARNINGS, least, steady
+from tests.guests.guest_cases import WARNINGS, least
 from tests.lines import line_of
 
 from lowtide.guests.doors import fit, plan_of, report, unfit
@@ -13,15 +13,13 @@ from lowtide.guests.within_budget import guest_of
 from lowtide.memory import attachment_of
 
 pytest.importorskip("diffusers")
-pytestmark = WARNINGS
+pytestmark = [*WARNINGS, pytest.mark.usefixtures("traced_once")]
 
 
 @pytest.fixture(scope="module")
 def kept():
-    with pytest.MonkeyPatch.context() as patched:
-        steady(patched)
-        family = FAMILIES["Flux2 Klein"]()
-        yield family, run(family), least(family.pipeline, **family.call)
+    family = FAMILIES["Flux2 Klein"]()
+    return family, run(family), least(family.pipeline, **family.call)
 
 
 @pytest.fixture

@@ -80,6 +80,13 @@ UNETS = {
         "projection_class_embeddings_input_dim": 6 * 8 + 10,
     },
 }
+FEW_BLOCKS = {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+}
+"""Of a U-Net with each kind of block once: rules, plans, traces and files take their time for each module."""
 VAE = {
     "block_out_channels": [8, 8, 16],
     "down_block_types": ["DownEncoderBlock2D"] * 3,
@@ -295,11 +302,11 @@ def scheduler(name="DDIMScheduler", **changes):
 
 
 def pipeline(folder: Path, *, checker=False, schedule=None, **models):
-    """Our pipeline of tiny parts, 32x32 pixels by default; `folder` keeps the vocabulary."""
+    """Our pipeline of tiny parts, with few blocks, 32x32 pixels by default; `folder` keeps the vocabulary."""
     words = tokenizer(folder / "tokenizer")
     parts = {
         "vae": vae(),
-        "unet": unet(),
+        "unet": unet(**FEW_BLOCKS),
         "text_encoder": text_encoder(len(words)),
         "safety_checker": safety_checker() if checker else None,
         "feature_extractor": image_processor(folder / "feature_extractor") if checker else None,

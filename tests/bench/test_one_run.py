@@ -8,7 +8,6 @@ import pytest
 import torch
 from tests import tiny
 from tests.bench import samples
-from tests.memory.cases import FEW_BLOCKS
 
 from lowtide.bench import one_run
 from lowtide.bench.children import ANSWER
@@ -31,8 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # in a process of its own nob
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    small = tiny.unet(**FEW_BLOCKS)  # tracing takes its time
-    tiny.pipeline(folder / "parts", unet=small).save_pretrained(folder / "model")
+    tiny.pipeline(folder / "parts").save_pretrained(folder / "model")
     return str(folder / "model")
 
 

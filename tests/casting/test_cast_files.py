@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.casting.test_casting import CASTINGS, round_offline
-from tests.memory.cases import FEW_BLOCKS, RULES, put
+from tests.memory.cases import RULES, put
 from tests.thinned import covering, thinned
 from transformers import CLIPTextModel
 
@@ -26,7 +26,7 @@ STORED = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2
 def folder(tmp_path_factory):
     """A checkpoint that is read alone."""
     folder = tmp_path_factory.mktemp("saved") / "unet"
-    tiny.unet(**FEW_BLOCKS).save_pretrained(folder)
+    tiny.unet(**tiny.FEW_BLOCKS).save_pretrained(folder)
     return folder
 
 
@@ -41,7 +41,7 @@ def run(module):
 
 @functools.cache
 def expected(dtype, how):
-    return run(round_offline(tiny.unet(**FEW_BLOCKS).to(dtype), CASTINGS[how]))
+    return run(round_offline(tiny.unet(**tiny.FEW_BLOCKS).to(dtype), CASTINGS[how]))
 
 
 @pytest.mark.parametrize(("how", "dtype"), covering(CASTINGS, [torch.float32, torch.bfloat16]))
@@ -51,7 +51,7 @@ def test_cast_while_loading_equals_cast_afterwards(folder, dtype, how):
     assert all(parameter.dtype == dtype for parameter in model.parameters())
     assert torch.equal(run(model), expected(dtype, how))
     model.disable_layerwise_casting()  # without a warning: the file has the weights as they were
-    assert torch.equal(run(model), run(tiny.unet(**FEW_BLOCKS).to(dtype)))
+    assert torch.equal(run(model), run(tiny.unet(**tiny.FEW_BLOCKS).to(dtype)))
 
 
 @pytest.mark.parametrize("offload", ["model", "block", "leaf", "sequential"])
@@ -110,7 +110,7 @@ def test_8_bits_on_disk_move_8_bits(folder, tmp_path):
 
 @pytest.mark.parametrize("casting", ["fp8", "int8"])
 def test_a_whole_pipeline(tmp_path, casting):
-    tiny.pipeline(tmp_path / "words", unet=tiny.unet(**FEW_BLOCKS)).save_pretrained(tmp_path / "pipe")
+    tiny.pipeline(tmp_path / "words").save_pretrained(tmp_path / "pipe")
 
     def draw(pipe):
         pipe.set_progress_bar_config(disable=True)
@@ -135,7 +135,7 @@ def test_a_whole_pipeline(tmp_path, casting):
 
 
 def test_text_encoders_keep_their_published_names(tmp_path):
-    pipe = tiny.pipeline(tmp_path / "words", unet=tiny.unet(**FEW_BLOCKS))
+    pipe = tiny.pipeline(tmp_path / "words")
     pipe.save_pretrained(tmp_path / "pipe")
     small = StableDiffusionPipeline.from_pretrained(tmp_path / "pipe", casting="int8")
     small.save_pretrained(tmp_path / "small")
@@ -218,11 +218,11 @@ def test_what_cannot_be_is_told(folder):
     ),
 )
 def test_what_is_not_cast_gets_the_dtype_and_keeps_its_values(tmp_path, compute, file_dtype, rule):
-    tiny.unet(**FEW_BLOCKS).to(file_dtype).save_pretrained(tmp_path)
+    tiny.unet(**tiny.FEW_BLOCKS).to(file_dtype).save_pretrained(tmp_path)
     model = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=file_dtype)
     put(model, RULES[rule])
     model.enable_layerwise_casting(torch.int8, compute)
-    right = tiny.unet(**FEW_BLOCKS).to(file_dtype).to(compute).state_dict()
+    right = tiny.unet(**tiny.FEW_BLOCKS).to(file_dtype).to(compute).state_dict()
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == compute
         if tensor.dim() == 1:
@@ -243,7 +243,7 @@ def conversions(model):
 
 def test_tensors_that_others_hold_are_not_lost(tmp_path):
     """Pages of a file may be dropped, memory may not: copies made by conversions have an origin in a file too."""
-    config = {**tiny.UNETS["sd1"], **FEW_BLOCKS, "block_out_channels": [64, 64], "cross_attention_dim": 64}
+    config = {**tiny.UNETS["sd1"], **tiny.FEW_BLOCKS, "block_out_channels": [64, 64], "cross_attention_dim": 64}
     big = tiny.set_weights(UNet2DConditionModel.from_config(config))
     big.save_pretrained(tmp_path)
     model = UNet2DConditionModel.from_pretrained(tmp_path)

@@ -154,7 +154,9 @@ def test_wrong_clips_and_plans_are_seen(name, wrong, seen_right, video_model, wa
 )
 def test_wrong_pictures_are_seen(wrong, tiny_model, warm, tmp_path):
     (step,) = CASES["xformers"]
-    script = script_of(step, Setting(tiny_model, fewer=TINY)).replace("from tests.document", f"{wrong}\nfrom tests.document")
+    script = script_of(step, Setting(tiny_model, fewer=TINY)).replace(
+        "from tests.document", f"{wrong}\nfrom tests.document"
+    )
     result = warm.run(script, tmp_path, LIMIT)
     assert result.status == 1
     assert "AssertionError" in result.output

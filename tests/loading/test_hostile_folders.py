@@ -146,7 +146,7 @@ PICTURES = {
         entries(VAE, block_out_channels=[8] * 20_000, down_block_types=["x"] * 20_000),
         f"{VAE}.*block_out_channels|{VAE}.*down_block_types",
     ),
-    "widths": (entries(UNET, block_out_channels=[2**20] * 4), "unet/diffusion_pytorch_model.safetensors do not match"),
+    "widths": (entries(UNET, block_out_channels=[2**20] * 2), "unet/diffusion_pytorch_model.safetensors do not match"),
     "an eps below zero": (entries(UNET, norm_eps=-1), f"{UNET}.*norm_eps=-1"),
     "a side": (entries(UNET, sample_size=10**6), f"{UNET}.*sample_size"),
     "a scale of NaN": (entries(VAE, scaling_factor=float("nan")), f"{VAE}.*scaling_factor is NaN"),

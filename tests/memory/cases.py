@@ -17,13 +17,6 @@ from lowtide.memory.rule import Level, Rule, Tier
 from lowtide.memory.stream import Stream
 
 CPU = torch.device("cpu")
-FEW_BLOCKS = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "layers_per_block": 1,
-}
-"""A U-Net with each kind of block once: a rule takes its time for each module."""
 
 
 class Block(nn.Module):
@@ -87,7 +80,7 @@ def toy(dtype: torch.dtype) -> Case:
 
 def unet(dtype: torch.dtype) -> Case:
     inputs = _as(tiny.unet_inputs(), dtype)
-    return Case(tiny.unet(**FEW_BLOCKS).to(dtype), lambda module: module(**inputs).sample)
+    return Case(tiny.unet(**tiny.FEW_BLOCKS).to(dtype), lambda module: module(**inputs).sample)
 
 
 def vae(dtype: torch.dtype) -> Case:
@@ -124,7 +117,7 @@ def peer_unet(dtype: torch.dtype) -> Case:
     import diffusers
 
     inputs = _as(tiny.unet_inputs(), dtype)
-    module = tiny.set_weights(diffusers.UNet2DConditionModel(**{**tiny.UNETS["sd1"], **FEW_BLOCKS}))
+    module = tiny.set_weights(diffusers.UNet2DConditionModel(**{**tiny.UNETS["sd1"], **tiny.FEW_BLOCKS}))
     return Case(module.to(dtype), lambda module: module(**inputs).sample)
 
 

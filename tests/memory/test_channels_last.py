@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from tests import tiny
-from tests.memory.cases import CASES, FEW_BLOCKS, RULES, put
+from tests.memory.cases import CASES, RULES, put
 from tests.memory_peaks import peak_bytes
 from tests.thinned import covering, thinned
 from torch import nn
@@ -26,7 +26,7 @@ STRIDE = (36, 1, 12, 4)  # of conv_in's weight [8, 4, 3, 3]
 def folder(tmp_path_factory):
     """A checkpoint that is read alone."""
     folder = tmp_path_factory.mktemp("saved")
-    tiny.unet(**FEW_BLOCKS).save_pretrained(folder)
+    tiny.unet(**tiny.FEW_BLOCKS).save_pretrained(folder)
     return folder
 
 
@@ -88,7 +88,7 @@ def test_another_dtype_under_a_rule_reads_nothing(folder):
     assert all(isinstance(parameter.weight.rest, DiskRest) for parameter in model.parameters())
     half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
     with torch.no_grad():
-        plain = tiny.unet(**FEW_BLOCKS).to(torch.bfloat16)
+        plain = tiny.unet(**tiny.FEW_BLOCKS).to(torch.bfloat16)
         assert torch.equal(model(**half).sample, plain(**half).sample)
         model.to(torch.float32)  # from the file again, rounded as the plain one is
         assert all(isinstance(parameter.weight.rest, DiskRest) for parameter in model.parameters())

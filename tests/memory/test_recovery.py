@@ -15,7 +15,7 @@ import pytest
 import torch
 from tests import tiny, tiny_video
 from tests.document.processes import Warm
-from tests.memory.cases import CASES, CPU, FEW_BLOCKS, RULES, Toy, all_at_rest, plain, put
+from tests.memory.cases import CASES, CPU, RULES, Toy, all_at_rest, plain, put
 from tests.thinned import covering
 
 from lowtide import UNet2DConditionModel
@@ -38,7 +38,7 @@ class StopError(Exception):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "unet"
-    tiny.unet(**FEW_BLOCKS).save_pretrained(folder)
+    tiny.unet(**tiny.FEW_BLOCKS).save_pretrained(folder)
     return folder
 
 
@@ -59,7 +59,7 @@ def loaded(folder: Path, rule: Rule, *, zero_copy: bool = True) -> tuple[UNet2DC
 
 def pipeline(folder: Path) -> Any:
     """A pipeline of few blocks."""
-    return tiny.pipeline(folder, unet=tiny.unet(**FEW_BLOCKS))
+    return tiny.pipeline(folder)
 
 
 @pytest.fixture(scope="module")
@@ -467,7 +467,7 @@ def test_weights_on_meta_come_from_their_index(folder: Path) -> None:
     from lowtide.weights.index import find_weights
 
     with torch.device("meta"):
-        module = UNet2DConditionModel.from_config({**tiny.UNETS["sd1"], **FEW_BLOCKS})
+        module = UNet2DConditionModel.from_config({**tiny.UNETS["sd1"], **tiny.FEW_BLOCKS})
     rule = Rule(Level.BLOCK, Tier.DISK)
     with pytest.raises(ValueError, match="is on meta"):
         attach(module, rule, Stream(CPU))

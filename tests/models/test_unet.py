@@ -5,7 +5,6 @@ import functools
 import pytest
 import torch
 from tests import tiny
-from tests.memory.cases import FEW_BLOCKS
 
 from lowtide.models.unet import UNet2DConditionModel
 
@@ -98,7 +97,7 @@ def test_half_precision_stays_near(kind, dtype):
 @torch.no_grad()
 def test_it_can_be_traced_as_the_ecosystem_does():
     """With positional arguments, a timestep of shape [1] and a tuple as output; the trace takes other timesteps."""
-    model, traceable = tiny.unet(**FEW_BLOCKS), tiny.unet(**FEW_BLOCKS)
+    model, traceable = tiny.unet(**tiny.FEW_BLOCKS), tiny.unet(**tiny.FEW_BLOCKS)
     inputs = tiny.unet_inputs()
     sample, context = inputs["sample"], inputs["encoder_hidden_states"]
     traceable.forward = functools.partial(traceable.forward, return_dict=False)

@@ -25,10 +25,10 @@ pytestmark = [
 TOLERANCE = 1 / 255 / 16
 LAYOUTS = [
     (torch.float32, None, None),
-    (torch.float32, None, "200KB"),
+    (torch.float32, None, "100KB"),
     pytest.param(torch.float16, None, None, marks=pytest.mark.slow),
     (torch.float16, "fp16", None),
-    (torch.float16, "fp16", "100KB"),
+    (torch.float16, "fp16", "50KB"),
 ]
 NETWORKS = ("unet", "vae", "text_encoder", "safety_checker")
 
@@ -38,7 +38,7 @@ def their_pipeline(ours):
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 
     theirs = diffusers.StableDiffusionPipeline(
-        unet=pairs.unets()[1],
+        unet=pairs.unets(**tiny.FEW_BLOCKS)[1],
         vae=pairs.vaes()[1],
         text_encoder=tiny.text_encoder(len(ours.tokenizer)),
         tokenizer=ours.tokenizer,
@@ -118,7 +118,7 @@ def test_comparison_sees_a_changed_file(tmp_path, ours):
 
 
 ALONE = {
-    "unet": pairs.unets,
+    "unet": functools.partial(pairs.unets, **tiny.FEW_BLOCKS),
     "vae": pairs.vaes,
     **{f"transformer {kind}": functools.partial(pairs.video_transformers, kind) for kind in tiny.TRANSFORMERS},
 }

@@ -28,7 +28,9 @@ PROMPTS = ["a red boat on the sea", "night"]
 @functools.cache
 def networks(kind):
     """Our U-Net and autoencoder, and the peer's: made once, for they are only called."""
-    return *pairs.unets(kind), *pairs.vaes()
+    heads = tiny.UNETS[kind]["attention_head_dim"]
+    of_levels = {"attention_head_dim": heads if isinstance(heads, int) else heads[:2]}
+    return *pairs.unets(kind, **tiny.FEW_BLOCKS, **of_levels), *pairs.vaes()
 
 
 def pair(folder, name="DDIMScheduler", kind="sd1", made=networks, **schedule):

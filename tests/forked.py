@@ -16,7 +16,7 @@ from tests.lines import Place, watched
 
 SECONDS = 60
 """After which a child hangs; a call here takes less than one."""
-BRIEFLY = 0.3
+BRIEFLY = 0.15
 """Seconds after which a thread waits that has not ended: where it would not wait, a slow machine hides that."""
 
 

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tests import tiny, tiny_video
 from tests.memory.cases import RULES
+from tests.thinned import thinned
 
 from lowtide.casting.cast_weight import small_of
 from lowtide.casting.casting import NAMED_CASTINGS, Casting
@@ -97,9 +98,11 @@ def test_a_whole_t5_serves_as_an_encoder(folder):
         load(folder)
 
 
-@pytest.mark.parametrize("saved", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("asked", [None, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("offload", [None, "block"])
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+OFFLOADS = [None, "model", "block", "leaf", "sequential"]
+
+
+@pytest.mark.parametrize(("saved", "asked", "offload"), thinned(DTYPES, [None, *DTYPES], [None, "block"]))
 def test_dtypes_are_the_peers(tmp_path, saved, asked, offload):
     """In float16 the layer that overflows is float32, whatever the file holds."""
     folder = save(tiny_video.text_encoder().to(saved), tmp_path / "text")
@@ -136,9 +139,7 @@ def test_under_every_rule(folder, name):
     assert torch.equal(states(loaded), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("casting", NAMED_CASTINGS)
-@pytest.mark.parametrize("offload", [None, "model", "block", "leaf", "sequential"])
+@pytest.mark.parametrize(("casting", "offload", "dtype"), thinned(NAMED_CASTINGS, OFFLOADS, DTYPES))
 def test_cast_while_loading(folder, dtype, casting, offload):
     plain = load(folder, dtype, casting=NAMED_CASTINGS[casting])
     loaded = load(folder, dtype, casting=NAMED_CASTINGS[casting], offload=offload_named(offload, "cpu"))
@@ -161,8 +162,7 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize("casting", WIDE)
-@pytest.mark.parametrize("offload", [None, "model", "block", "leaf", "sequential"])
+@pytest.mark.parametrize(("offload", "casting"), thinned(OFFLOADS, WIDE, most=2))
 def test_a_wide_layer_that_is_cast_does_not_overflow_in_float16(tmp_path, casting, offload):
     model = tiny_video.text_encoder()
     with torch.no_grad():

@@ -1,10 +1,15 @@
-"""Fewer cases of a product of parameters in the default run; all of them with `slow`."""
+"""Fewer cases of parameters and of their products in the default run; all of them with `slow`."""
 
 import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
+
+
+def only(names: Iterable[str], *kept: str) -> list[Any]:
+    """Parameters of all names, `slow` but for those to keep."""
+    return [pytest.param(name, marks=() if name in kept else pytest.mark.slow) for name in names]
 
 
 def thinned(*axes: Iterable[Any], most: int | None = None) -> list[Any]:

@@ -120,7 +120,7 @@ LOCAL = {
 }
 
 
-@pytest.mark.parametrize(("name", "size"), thinned(LOCAL, [(7, 7), (1, 5), (16, 3), (2, 49)], most=2))
+@pytest.mark.parametrize(("name", "size"), thinned(LOCAL, [(7, 7), (1, 5), (16, 3), (2, 49)]))
 def test_every_rule(name, size):
     check(Network(LOCAL[name]), tiny.numbers((2, 8, *size), 3))
 
@@ -307,7 +307,7 @@ class Shortcut(nn.Module):
         return self.project(x) + self.inner(x)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(networks(), st.integers(1, 12), st.integers(1, 9), st.sampled_from([1, 2_000, 20_000]))
 def test_random_networks(network, rows, columns, work):
     with torch.no_grad():

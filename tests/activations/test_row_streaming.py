@@ -11,8 +11,9 @@ import pytest
 import torch
 from tests import tiny
 from tests.activations.quality import psnr, worst
+from tests.activations.recorded_once import recorded_once  # noqa: F401
 from tests.memory.cases import RULES, all_at_rest, put
-from tests.thinned import covering, thinned
+from tests.thinned import covering, only, thinned
 
 from lowtide import apply_row_streaming, remove_row_streaming
 from lowtide.activations import row_settings, row_streaming
@@ -129,7 +130,8 @@ def streamed_resident():
         return z, resident, model.encode(resident).latent_dist.mean
 
 
-@pytest.mark.parametrize(("rule", "zero_copy"), thinned(RULES, [True, False]))
+@pytest.mark.parametrize("zero_copy", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("rule", only(RULES, "model", "leaves three ahead", "blocks on the host"))
 def test_equal_under_every_residency(streamed_resident, rule, zero_copy):
     """The two rivers meet in the slots alone: where weights rest changes no bit of what is streamed."""
     model, (z, resident, encoded) = tiny.vae(), streamed_resident

@@ -56,7 +56,7 @@ def test_the_comparison_sees_another_overlap():
     assert tiny.difference(ours.decode(z).sample, theirs.decode(z).sample) > 1e-3
 
 
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(
     st.integers(1, 40),
     st.integers(1, 40),
@@ -76,6 +76,7 @@ def test_the_right_size_for_any_tiles(rows, columns, tile, overlap):
         assert model.encode(x).latent_dist.mean.shape == z.shape
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 9), st.floats(0, 0.9), st.integers(1, 3))
 def test_tiles_of_a_function_of_single_pixels_change_nothing(rows, columns, side, overlap, scale):
     """Every pixel comes from its own place, once: the weights of a fade add up to one."""

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tests import tiny, tiny_video
 from tests.fitting import fits
+from tests.fitting.traced_once import traced_once  # noqa: F401
 from tests.thinned import covering
 from typer.testing import CliRunner
 
@@ -21,6 +22,7 @@ from lowtide.pipelines.latents import run_of_latents
 
 PICTURE = ["generate", "sea", "--steps", "2", "--seed", "3", "--device", "cpu"]
 VIDEO = [*PICTURE, "--video", "--sheet"]
+pytestmark = pytest.mark.usefixtures("traced_once")
 NO_ROOM = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
 
 

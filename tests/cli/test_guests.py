@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tests.document.processes import environment
-from tests.fitting.fits import RATES
+from tests.fitting.fits import RATES, traced_once  # noqa: F401
 from tests.guests.families import FAMILIES
 from tests.guests.families_unets import LARGE, unet
 from tests.guests.family import picture
@@ -24,6 +24,7 @@ pytest.importorskip("diffusers")
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="budgets are held by what /proc tells"),
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
+    pytest.mark.usefixtures("traced_once"),
 ]
 PROMPT = "a red boat at night"
 SIZE = ("--size", "48x64", "--steps", "2")

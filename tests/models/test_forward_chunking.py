@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from tests import tiny
 from tests.memory.cases import RULES, put
+from tests.thinned import thinned
 from torch.profiler import ProfilerActivity, profile
 
 from lowtide.casting.apply_casting import apply_casting, named_casting
@@ -28,9 +29,7 @@ def outputs(layer, x):
     return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", SIZES)
-@pytest.mark.parametrize("width", [32, 66])
+@pytest.mark.parametrize(("width", "tokens", "dtype"), thinned([32, 66], SIZES, DTYPES))
 @torch.no_grad()
 def test_every_chunk_size_gives_the_same_bits(width, tokens, dtype):
     layer, x = feed_forward(width, dtype), tiny.numbers((tokens, width)).to(dtype)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tests import tiny
 from tests.activations import clips
 from tests.parity import pairs
-from tests.thinned import covering
+from tests.thinned import covering, thinned
 
 from lowtide.activations import frame_cache
 from lowtide.activations.frame_cache import FrameCache, only_batch
@@ -40,15 +40,13 @@ def encoded_difference(pair, x):
     return max(tiny.difference(ours.mean, theirs.mean), tiny.difference(ours.logvar, theirs.logvar))
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 8, 13])
-@pytest.mark.parametrize("kind", clips.CONFIGS)
+@pytest.mark.parametrize(("frames", "kind"), thinned([1, 2, 3, 4, 5, 8, 13], clips.CONFIGS))
 def test_decode(kind, frames):
     pair = vaes(kind)
     assert decoded_difference(pair, clips.latents(pair[0], frames, (3, 5), batch=2)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("frames", [1, 2, 7, 8, 9, 10, 17, 20, 49])
-@pytest.mark.parametrize("kind", clips.CONFIGS)
+@pytest.mark.parametrize(("frames", "kind"), thinned([1, 2, 7, 8, 9, 10, 17, 20, 49], clips.CONFIGS))
 def test_encode(kind, frames):
     pair = vaes(kind)
     assert encoded_difference(pair, clips.clip(pair[0], frames, (3, 5), batch=2)) <= TOLERANCE

@@ -27,7 +27,7 @@ def check(case):
 LONG = (
     "CogVideoX decode exact four batches",
     "CogVideoX decode tiny batches",
-    "seascapes decode 16 exact on disk",
+    "seascapes decode 32 exact on disk",
     "seascapes decode 32 exact on device",
     "seascapes U-Net 2 of 32",
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.fitting import fits
 from tests.fitting.fits import bare_machine, traced_once  # noqa: F401
+from tests.thinned import only
 
 import lowtide
 from lowtide.fitting import applied_plan
@@ -49,7 +50,7 @@ def test_every_budget_from_the_least_on_gives_the_same(folders, plain, kind, sha
     assert len(seen) > 1  # the budgets made a difference
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", only(KINDS, "pictures"))
 def test_less_than_the_least_is_refused_with_the_least(folders, plain, kind):
     pipe = fits.load(folders[kind], kind)
     pipe.fit(ram="1GB", output="pt")
@@ -64,7 +65,7 @@ def test_less_than_the_least_is_refused_with_the_least(folders, plain, kind):
     fits.make(pipe, **({"num_images_per_prompt": 1, "generator": None} if kind == "pictures" else {}))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", only(KINDS, "clips"))
 def test_loading_plans_before_it_reads(folders, plain, kind, monkeypatch):
     pipe = fits.load(folders[kind], kind, ram="1GB")
     least = fits.least(pipe)

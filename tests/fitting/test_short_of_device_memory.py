@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.fitting import fits
+from tests.fitting.traced_once import traced_once  # noqa: F401
 from tests.guests.families import FAMILIES, run
 from tests.guests.guest_cases import WARNINGS
 from tests.sim_tensor import simulated
@@ -25,7 +26,7 @@ from lowtide.memory.rule_changes import attachment_of
 from lowtide.memory.stream import Stream
 from lowtide.planning.plan import ComponentPlan
 
-pytestmark = WARNINGS
+pytestmark = [*WARNINGS, pytest.mark.usefixtures("traced_once")]
 DEVICES = [torch.device("sim", index) for index in range(2)]
 OUT_OF_MEMORY = torch.OutOfMemoryError("SIM out of memory. Tried to allocate 2.00 GiB")
 

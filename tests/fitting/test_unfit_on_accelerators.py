@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.fitting import fits
+from tests.fitting.traced_once import traced_once  # noqa: F401
 from tests.guests.families import FAMILIES, run
 from tests.guests.guest_cases import WARNINGS
 from tests.sim_device import GENERATORS
@@ -20,7 +21,7 @@ from lowtide.guests.networks import networks_of
 from lowtide.memory.rule_changes import attachment_of
 from lowtide.weights.slots import slots
 
-pytestmark = WARNINGS
+pytestmark = [*WARNINGS, pytest.mark.usefixtures("traced_once")]
 DEVICE = torch.device("sim", 1)
 TABLES = 2**13
 """Bytes of timesteps and of rotations that a call leaves on the device, with a budget or without."""

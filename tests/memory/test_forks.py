@@ -53,7 +53,7 @@ def test_a_child_of_a_child() -> None:
     assert torch.equal(in_child(lambda: in_child(in_order(module, attachment))), expected(case))
 
 
-@pytest.mark.parametrize("every", [50, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [100, pytest.param(20, marks=pytest.mark.slow)])
 def test_while_another_thread_is_at_a_line(every: int) -> None:
     for case, chosen in lines_once().items():
         check(case, chosen[::every])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests import tiny, tiny_video
 from tests.fitting import fits
+from tests.fitting.traced_once import traced_once  # noqa: F401
 from tests.guests.families import FAMILIES, run
 from tests.guests.guest_cases import WARNINGS, weights_of
 from tests.sim_tensor import simulated
@@ -24,7 +25,7 @@ from lowtide.memory import apply_residency, device_stream
 from lowtide.planning.plan import BudgetError
 
 pytest.importorskip("diffusers")
-pytestmark = WARNINGS
+pytestmark = [*WARNINGS, pytest.mark.usefixtures("traced_once")]
 DEVICE = "sim:1"
 CAST = {None: None, "int8": Casting("int8"), "fp8": Casting("float8_e4m3fn", scaled=True)}
 

@@ -319,7 +319,7 @@ def grown(act):
 
 def filled(dtype):
     with torch.device("meta"):
-        module = nn.Sequential(*[nn.Linear(2560, 2048, bias=False) for _ in range(6)])
+        module = nn.Sequential(*[nn.Linear(2560, 1024, bias=False) for _ in range(6)])
     fill(module, read_index(file), dtype=dtype)
     for parameter in module.parameters():
         parameter.sum()
@@ -333,7 +333,7 @@ libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD: what is freed 
 libc.mallopt(-1, 2**20)
 file = Path(sys.argv[1])
 torch.set_num_threads(1)
-torch.ones(2048, 2560).to(torch.bfloat16).sum()
+torch.ones(1024, 2560).to(torch.bfloat16).sum()
 print(json.dumps({
     "mapped": grown(lambda: filled(torch.float32)),
     "converted": grown(lambda: filled(torch.bfloat16)),
@@ -345,10 +345,10 @@ print(json.dumps({
 
 @linux_only
 def test_memory_of_filling(tmp_path, warm):
-    """126 MB of float32: nothing anonymous where the dtype matches, the new weights and one chunk where it does not."""
-    weights, tensor_bytes = 6, 2048 * 2560 * 4
+    """63 MB of float32: nothing anonymous where the dtype matches, the new weights and one chunk where it does not."""
+    weights, tensor_bytes = 6, 1024 * 2560 * 4
     file = tmp_path / "x.safetensors"
-    save_at(0, {f"{number}.weight": torch.full((2048, 2560), 0.5) for number in range(weights)}, file)
+    save_at(0, {f"{number}.weight": torch.full((1024, 2560), 0.5) for number in range(weights)}, file)
     grown = json.loads(warm.run(MEASURE.replace("sys.argv[1]", repr(str(file))), tmp_path, 300).check())
     new, slack = weights * tensor_bytes // 2, 8 * 2**20
     assert grown["mapped"]["anonymous"] < slack

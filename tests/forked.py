@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from tests.lines import Place, watched
 
 SECONDS = 60
 """After which a child hangs; a call here takes less than one."""
-BRIEFLY = 0.15
+BRIEFLY = 0.2
 """Seconds after which a thread waits that has not ended: where it would not wait, a slow machine hides that."""
 
 
@@ -100,11 +101,12 @@ class Beside:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+        self._begun = time.monotonic()
 
     @property
     def waits(self) -> bool:
         """Whether it has not ended in a time in which calls of tiny modules end."""
-        self._thread.join(BRIEFLY)
+        self._thread.join(max(0.0, self._begun + BRIEFLY - time.monotonic()))
         return self._thread.is_alive()
 
     def ended(self) -> Any:

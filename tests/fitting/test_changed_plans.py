@@ -139,12 +139,12 @@ def by_fork(subject: Subject, after: str, place: Place, expected: dict[str, torc
 
 
 def test_by_an_interrupt(file: Path, expected: dict[str, torch.Tensor]) -> None:
-    each(file, expected, 20, by_interrupt)
+    each(file, expected, 30, by_interrupt)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_in_a_child(file: Path, expected: dict[str, torch.Tensor]) -> None:
-    each(file, expected, 60, lambda subject, after, place: by_fork(subject, after, place, expected))
+    each(file, expected, 120, lambda subject, after, place: by_fork(subject, after, place, expected))
 
 
 @pytest.mark.slow

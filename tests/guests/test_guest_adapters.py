@@ -97,6 +97,7 @@ def test_several_loras_are_chosen_disabled_and_deleted():
     assert torch.equal(run(family), expected[-1])
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_layers_of_a_lora_are_units_like_others():
     family = FAMILIES["Flux2 Klein"]()
     pipe, state = family.pipeline, lora(family.pipeline, "transformer")
@@ -148,6 +149,7 @@ def test_what_unpacking_takes_is_foreseen():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("quantize", [with_torchao, with_gguf])
+@pytest.mark.usefixtures("traced_once")
 def test_quantized_networks_stay_resident(quantize):
     family = FAMILIES["Flux2 Klein"]()
     quantize(family.pipeline.transformer)

@@ -30,6 +30,13 @@ def inputs(seed: int = 0):
     return sample, torch.rand(1, generator=draw) * 999, torch.randn(2, 6, 24, generator=draw)
 
 
+@pytest.fixture(autouse=True)
+def as_traced():
+    """Traces run as they are: PyTorch takes seconds to optimize one in its first calls."""
+    with torch.jit.optimized_execution(False):
+        yield
+
+
 HEADS = {"sd1": 2, "sd2": [1, 2]}
 
 

@@ -269,6 +269,7 @@ def test_autoencoder_block(path):
 SD15 = UNet2DConditionConfig(cross_attention_dim=768)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_true_shapes_of_stable_diffusion_at_its_finest_level():
     """The first blocks down and the last up of Stable Diffusion 1.5: 320 channels, 8 heads, 77 tokens of 768."""

@@ -230,6 +230,7 @@ def test_unet_of_stable_diffusion_at_full_width():
             assert tiny.difference(ours(sample, 481, context).sample, expected) > TOLERANCE
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_autoencoder_of_stable_diffusion_at_full_width():
     """Stable Diffusion 1.5's own configuration on a picture of 64x64 pixels."""

@@ -128,7 +128,8 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind == "2b" else pytest.mark.slow) for kind in WIDE])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WIDE)
 @torch.no_grad()
 def test_published_widths(kind):
     """One layer of the published width, text of 226 tokens of 4096, small latents."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 
 import pytest
 from tests.planning.plans import MB, on_cpu, on_gpu
-from tests.planning.test_planner import GPU, call, workload
+from tests.planning.test_planner import GPU, call, component, workload
 
+from lowtide.machine.segments import LARGE, MIB
+from lowtide.memory.rule import Level, Rule
+from lowtide.planning.options import Option, under_rule
 from lowtide.planning.plan import BudgetError, Budgets, Plan
 from lowtide.planning.planner import choose, minimum
 from lowtide.planning.rates import Rates
 from lowtide.planning.workload import WHOLE, Workload
+from lowtide.prediction.caching_allocator import CachingAllocator
 
 RATES = replace(GPU, device_base=700, libraries=300)
 
@@ -62,3 +67,46 @@ def test_plans_of_before_are_read() -> None:
 def test_without_known_libraries_all_of_the_base_is_the_drivers() -> None:
     rates = Rates(**{**asdict(RATES), "libraries": 0})
     assert choose(with_spare(0), rates).stages[-1].libraries == 0
+
+
+BLOCKS = (11 * MIB + 512, 30 * MIB + 1024, 15 * MIB + 512, 2 * MIB)
+
+
+def in_blocks(rates: Rates, rule: Rule) -> Option:
+    return under_rule(component("unet", BLOCKS), rates, rule, None)
+
+
+def simulated(sizes: Iterable[int]) -> int:
+    """Bytes that the allocator reserves for buffers of these sizes beyond what they take."""
+    allocator = CachingAllocator()
+    for place, size in enumerate(size for size in sizes if size >= LARGE):
+        allocator.allocate(place, size)
+    return allocator.reserved - allocator.allocated
+
+
+def test_what_buffers_of_weights_are_rounded_up_by_counts() -> None:
+    kept = in_blocks(RATES, Rule(Level.BLOCK, resident_bytes=sum(BLOCKS))).kept
+    assert kept.rounding == simulated(BLOCKS)
+    assert kept.used == sum(BLOCKS)
+    streamed = in_blocks(RATES, Rule(Level.BLOCK, prefetch=1)).working
+    assert streamed.rounding >= simulated([max(BLOCKS)] * 2)
+    assert streamed.used == 2 * max(BLOCKS)
+    by_bytes = in_blocks(RATES, Rule(Level.BLOCK, prefetch=1, prefetch_bytes=40 * MIB)).working
+    assert (by_bytes.used, by_bytes.rounding) == (40 * MIB, 2 * MIB)
+
+
+def test_it_is_a_part_of_the_slack_and_not_of_what_is_in_use() -> None:
+    work = workload(blocks=(BLOCKS, BLOCKS, BLOCKS))
+    plan = choose(work, RATES, Budgets(vram=10**9))
+    assert all(planned.rule is None for planned in plan.components.values())
+    assert plan.stages[0].allocated == plan.stages[0].weights + plan.stages[0].allocated_beside_weights + 300
+    assert plan.stages[0].weights == 3 * sum(BLOCKS)
+    least = minimum(work, RATES)
+    assert choose(work, RATES, least).peak <= least.vram
+
+
+def test_segments_that_grow_round_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert in_blocks(RATES, Rule(Level.BLOCK, resident_bytes=sum(BLOCKS))).kept.rounding == 0
+    monkeypatch.undo()
+    assert in_blocks(replace(RATES, device="mps"), Rule(Level.BLOCK, resident_bytes=sum(BLOCKS))).kept.rounding == 0

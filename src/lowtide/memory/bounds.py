@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from lowtide.machine.segments import ROUND_LARGE
+
 ROWS_READ = 32 * 2**20
 """Of a mapped embedding, whose rows are read where they lie, at most so many bytes are taken to come into memory: for
 every row the pages around it come too, and 500 tokens are 500 rows."""
@@ -14,32 +16,47 @@ STAGE_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes on the device: `copied` into a buffer, and mapped in a `window` of a file."""
+    """Bytes on the device: `copied` into a buffer, and mapped in a `window` of a file.
+
+    In a plan for an accelerator there is also the `rounding` of its allocator, which nobody uses.
+    """
 
     copied: int = 0
     window: int = 0
+    rounding: int = 0
+
+    @property
+    def used(self) -> int:
+        """Bytes of weights."""
+        return self.copied + self.window
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.copied + self.window
+        return self.used + self.rounding
+
+    def times(self, count: int) -> Sizes:
+        """So many of this size."""
+        return Sizes(self.copied * count, self.window * count, self.rounding * count)
 
     def __add__(self, other: Sizes) -> Sizes:
-        return Sizes(self.copied + other.copied, self.window + other.window)
+        return Sizes(self.copied + other.copied, self.window + other.window, self.rounding + other.rounding)
 
 
 def summed(sizes: Iterable[Sizes]) -> Sizes:
     """Together."""
-    copied = window = 0
+    copied = window = rounding = 0
     for size in sizes:  # plans are made of many such sums
         copied += size.copied
         window += size.window
-    return Sizes(copied, window)
+        rounding += size.rounding
+    return Sizes(copied, window, rounding)
 
 
 def largest(sizes: Collection[Sizes]) -> Sizes:
-    """The most of either kind."""
-    return Sizes(max((unit.copied for unit in sizes), default=0), max((unit.window for unit in sizes), default=0))
+    """The most of each kind."""
+    kinds = ((unit.copied, unit.window, unit.rounding) for unit in sizes)
+    return Sizes(*map(max, zip(*kinds, strict=True)))
 
 
 def depth(prefetch: int, *, several: bool) -> int:
@@ -49,8 +66,7 @@ def depth(prefetch: int, *, several: bool) -> int:
 
 def bound(kept: Iterable[Sizes], streamed: Collection[Sizes], aside: Iterable[Sizes], depth: int) -> Sizes:
     """What a stream never exceeds: what is kept, `depth` of the largest streamed, and what stands aside."""
-    most = largest(streamed)
-    return summed(kept) + Sizes(most.copied * depth, most.window * depth) + summed(aside)
+    return summed(kept) + largest(streamed).times(depth) + summed(aside)
 
 
 def bound_by_bytes(
@@ -72,9 +88,9 @@ def bound_by_bytes(
 def rooms(streamed: Collection[Sizes], prefetch_bytes: int) -> Sizes:
     """Bytes for buffers, and for windows: so many, at least the largest unit, and no more than all units together."""
     most, together = largest(streamed), summed(streamed)
-    return Sizes(
-        min(max(prefetch_bytes, most.copied), together.copied), min(max(prefetch_bytes, most.window), together.window)
-    )
+    copied = min(max(prefetch_bytes, most.copied), together.copied)
+    window = min(max(prefetch_bytes, most.window), together.window)
+    return Sizes(copied, window, min(ROUND_LARGE, together.rounding))
 
 
 def places(sizes: Sequence[int], room: int) -> list[int]:

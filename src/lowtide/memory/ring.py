@@ -45,8 +45,7 @@ class Ring:
 
     def most(self, streamed: Mapping[Unit, Sizes]) -> Sizes:
         """Bytes that units of these sizes never exceed, together."""
-        each = largest(streamed.values())
-        return Sizes(each.copied * self.depth, each.window * self.depth)
+        return largest(streamed.values()).times(self.depth)
 
     def has_room(self, unit: Unit, placed: Collection[Unit]) -> bool:
         """Whether `unit` finds a place beside those that have one."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from lowtide.machine.segments import rounding
 from lowtide.memory.bounds import (
     ROWS_READ,
     STAGE_BYTES,
@@ -120,9 +121,9 @@ def units_of(component: Component, level: Level, casting: str | None) -> tuple[U
 
 def _resident(component: Component, rates: Rates, casting: str | None) -> Option:
     units = units_of(component, Level.LEAF, casting)
-    kept = summed(_resident_size(unit, _copied_to_stay(component, unit, rates)) for unit in units)
+    kept = summed(_resident_size(unit, rates, _copied_to_stay(component, unit, rates)) for unit in units)
     leaf = _leaf(units, casting)
-    plan = ComponentPlan(None, casting, kept.total, kept.total, len(units), len(units))
+    plan = ComponentPlan(None, casting, kept.used, kept.used, len(units), len(units))
     return Option(component, plan, units, (), kept, kept + Sizes(leaf), leaf)
 
 
@@ -192,9 +193,9 @@ def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | No
         for place in places
     )
     streams = tuple(stream for stream in streamed if units[stream.place].called)
-    kept = summed(_size(units[place], _copied_to_stay(component, units[place], rates)) for place in staying)
-    ring = [_size(units[stream.place], stream.copied) for stream in streamed if not units[stream.place].aside]
-    aside = [_size(units[stream.place], stream.copied) for stream in streamed if units[stream.place].aside]
+    kept = summed(_size(units[place], _copied_to_stay(component, units[place], rates), rates) for place in staying)
+    ring = [_size(units[stream.place], stream.copied, rates) for stream in streamed if not units[stream.place].aside]
+    aside = [_size(units[stream.place], stream.copied, rates) for stream in streamed if units[stream.place].aside]
     several = any(units[stream.place].modules > 1 for stream in streamed if not units[stream.place].aside)
     leaf = _leaf(units, casting)
     if rule.prefetch_bytes is None:
@@ -207,7 +208,7 @@ def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | No
     working += Sizes(staging if rates.unified else 0)
     spilled = sum(units[stream.place].nbytes for stream in streamed) if rule.spill else 0
     nbytes = sum(unit.nbytes for unit in units)
-    plan = ComponentPlan(rule, casting, nbytes, kept.total, len(units), len(staying))
+    plan = ComponentPlan(rule, casting, nbytes, kept.used, len(units), len(staying))
     return Option(component, plan, units, streams, kept, working, leaf, resting + staging, spilled)
 
 
@@ -246,14 +247,16 @@ def _copied_to_stay(component: Component, unit: UnitSize, rates: Rates) -> int:
     return unit.copied if rates.on_cpu and component.in_file else unit.nbytes
 
 
-def _size(unit: UnitSize, copied: int) -> Sizes:
+def _size(unit: UnitSize, copied: int, rates: Rates) -> Sizes:
     mapped = unit.nbytes - copied
-    return Sizes(copied, min(mapped, ROWS_READ) if unit.by_rows else mapped)
+    window = min(mapped, ROWS_READ) if unit.by_rows else mapped
+    return Sizes(copied, window, rounding(copied, rates.device))
 
 
-def _resident_size(unit: UnitSize, copied: int) -> Sizes:
+def _resident_size(unit: UnitSize, rates: Rates, copied: int) -> Sizes:
     """The size of a unit where all units are resident: pages of a file take memory only once they are read."""
-    return Sizes(copied) if unit.by_rows or not unit.called else _size(unit, copied)
+    size = _size(unit, copied, rates)
+    return replace(size, window=0) if unit.by_rows or not unit.called else size
 
 
 def _leaf(units: Sequence[UnitSize], casting: str | None) -> int:

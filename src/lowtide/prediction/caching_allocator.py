@@ -1,6 +1,6 @@
 """What PyTorch's caching allocator reserves of a device's memory, for what is allocated and freed in a trace.
 
-The constants are those of `c10/core/AllocatorConfig.h` in PyTorch 2.13; the rules are those of `should_split`,
+The constants of segments are in `lowtide.machine.segments`; the rules are those of `should_split`,
 `get_free_block` and `try_merge_blocks` of its allocators for CUDA, ROCm and XPU. Sizes are rounded up to 512 bytes. Up
 to 1 MiB come from segments of 2 MiB, up to 10 MiB from segments of 20 MiB, and larger ones get a segment of their own,
 rounded up to 2 MiB. The smallest free block that is large enough is taken, and what it has too much is split off: all
@@ -11,20 +11,15 @@ and by 20 MiB.
 
 from __future__ import annotations
 
-import os
-import re
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-MIB = 2**20
+from lowtide.machine.segments import LARGE, MIB, has_expandable_segments, own_segment
+
 GRAIN = 512
 SMALL, SMALL_SEGMENT = MIB, 2 * MIB
-LARGE, LARGE_SEGMENT = 10 * MIB, 20 * MIB
-ROUND_LARGE = 2 * MIB
-KINDS = ("cuda", "xpu")
-"""Kinds of devices whose allocator goes by these rules."""
-SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+LARGE_SEGMENT = 20 * MIB
 
 Event = tuple[int, int]
 """A number that stands for a piece of memory, and the bytes that it is allocated with; -1 where it is freed."""
@@ -34,12 +29,6 @@ FREED = -1
 def rounded(nbytes: int) -> int:
     """Bytes that a tensor's memory takes."""
     return max(GRAIN, -(-nbytes // GRAIN) * GRAIN)
-
-
-def has_expandable_segments(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process asks for them."""
-    settings = (environment[name] for name in SETTINGS if name in environment)
-    return any(re.search(r"expandable_segments\s*:\s*true", setting, re.IGNORECASE) for setting in settings)
 
 
 def reserved_for(events: Iterable[Event], *, expandable: bool | None = None, is_short: bool = False) -> int:
@@ -135,7 +124,7 @@ class CachingAllocator:
     def _segment(self, pool: _Pool, size: int) -> _Block:
         if self.is_short:
             self._give_back()
-        large = LARGE_SEGMENT if size < LARGE else -(-size // ROUND_LARGE) * ROUND_LARGE
+        large = LARGE_SEGMENT if size < LARGE else own_segment(size)
         return self._reserve(pool, SMALL_SEGMENT if pool.is_small else large)
 
     def _reserve(self, pool: _Pool, nbytes: int) -> _Block:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lowtide.prediction.caching_allocator import FREED, KINDS, Event
+from lowtide.machine.segments import KINDS
+from lowtide.prediction.caching_allocator import FREED, Event
 
 _GRAIN = 512
 

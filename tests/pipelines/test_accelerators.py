@@ -15,6 +15,7 @@ from tests.fitting import fits
 from tests.fitting.traced_once import traced_once  # noqa: F401
 from tests.guests.families import FAMILIES, run
 from tests.guests.guest_cases import WARNINGS, weights_of
+from tests.memory.test_device_stream import MUTANTS
 from tests.sim_tensor import simulated
 
 import lowtide
@@ -22,6 +23,8 @@ from lowtide.casting.apply_casting import apply_casting
 from lowtide.casting.casting import Casting
 from lowtide.guests.networks import networks_of
 from lowtide.memory import apply_residency, device_stream
+from lowtide.memory.device_stream import DeviceStream
+from lowtide.pipelines.not_finite import NotFiniteWarning
 from lowtide.planning.plan import BudgetError
 
 pytest.importorskip("diffusers")
@@ -162,3 +165,11 @@ def test_the_host_waits_for_the_device_at_the_ends_of_stages_only(name: str, tmp
         case.pipeline("a boat", num_inference_steps=4, output_type="latent", callback_on_step_end=look, **case.shape)
     assert len(during) == 4
     assert len(set(during[1:])) == 1, sim.devices[1].counts.waits
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_of_the_stream_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rest = "disk" if name == "_through_stage" else "host"
+    monkeypatch.setattr(DeviceStream, name, MUTANTS[name])
+    with pytest.raises((AssertionError, NotFiniteWarning)):
+        test_the_same_under_every_rule("clips", "leaf", rest, None, tmp_path)

@@ -27,10 +27,19 @@ LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
 
 
 def profiled(case=UNET, **options):
+    module, traced = traced_on_meta(case)
+    return component("network", module, traced=traced, **options), traced
+
+
+def traced_on_meta(case):
     module = case.module("meta")
     inputs = tuple(torch.empty_like(one, device="meta") for one in case.tensors())
-    traced = trace(lambda: case.call(module, *inputs), [module], inputs)
-    return component("network", module, traced=traced, **options), traced
+    return module, trace(lambda: case.call(module, *inputs), [module], inputs)
+
+
+@functools.cache
+def traced_unet(is_last):
+    return traced_on_meta(replace(UNET, prepare=lambda module: module.to(memory_format=LAYOUTS[is_last])))
 
 
 @functools.cache
@@ -108,8 +117,8 @@ def test_weights_of_another_dtype_go_through_the_ring(level):
 )
 @pytest.mark.parametrize("is_last", [False, True])
 def test_only_what_lies_as_it_works_is_mapped(lying, in_place, is_last):
-    case = replace(UNET, prepare=lambda module: module.to(memory_format=LAYOUTS[is_last]))
-    found, _ = profiled(case, lying=dict.fromkeys(state_names(case.module("meta")), lying))
+    module, traced = traced_unet(is_last)
+    found = component("network", module, traced=traced, lying=dict.fromkeys(state_names(module), lying))
     mapped = {unit.copied == 0 for unit in found.units[Level.LEAF]}
     assert mapped == ({in_place, False} if is_last else {in_place})  # convolutions have another order
 

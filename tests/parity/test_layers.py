@@ -273,8 +273,9 @@ SD15 = UNet2DConditionConfig(cross_attention_dim=768)
 @torch.no_grad()
 def test_true_shapes_of_stable_diffusion_at_its_finest_level():
     """The first blocks down and the last up of Stable Diffusion 1.5: 320 channels, 8 heads, 77 tokens of 768."""
+    from diffusers.models.unets import unet_2d_blocks as blocks
+
     kind = {"num_attention_heads": 8, "cross_attention_dim": 768, "temb_channels": 1280, "resnet_eps": 1e-5}
-    blocks = diffusers.models.unets.unet_2d_blocks
     down = blocks.CrossAttnDownBlock2D(in_channels=320, out_channels=320, num_layers=2, **kind)
     up = blocks.CrossAttnUpBlock2D(
         in_channels=320, out_channels=320, prev_output_channel=640, num_layers=3, add_upsample=False, **kind

@@ -20,6 +20,7 @@ from lowtide.fitting.prepare import Fit, prepare
 from lowtide.guests.conversions import NotInFileError, converted
 from lowtide.guests.empty_networks import dtype_in_configs, empty_network, is_quantized
 from lowtide.guests.guest import Guest
+from lowtide.guests.joined_networks import class_in, is_joined, joined, joined_names
 from lowtide.guests.library import component_class, pipeline_class
 from lowtide.guests.packed_files import packed
 from lowtide.guests.published_names import NAMES, NamesError, by_own_names, variants_of, weights_in
@@ -126,6 +127,13 @@ class GuestCheckpoint:
             check_vocabulary(folder, LARGEST_VOCABULARY)
             with quiet(), reading(folder, own_class.__name__):
                 return Part(own_class.from_pretrained(folder))
+        if is_joined(own_class):
+            names = joined_names(self.folder, name)
+            classes = [class_in(component_folder(self.folder, each)) for each in names]
+            return joined(own_class, [self._part(*each, may_lack_weights) for each in zip(names, classes, strict=True)])
+        return self._network(name, own_class, folder, may_lack_weights)
+
+    def _network(self, name: str, own_class: type[Any], folder: Path, may_lack_weights: bool) -> Part:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} has no config.json, of which its {own_class.__name__} would be built.")
         index = self.files.get(name, self.whole)

@@ -23,11 +23,15 @@ SAMPLE = 4096
 
 
 def remember_files(networks: Iterable[nn.Module]) -> None:
-    """Note for the weights of networks which bytes of which files they are, where that can be found."""
+    """Note for the weights of networks which bytes of which files they are, where that can be found.
+
+    A network that joins several came from no file itself, but they did.
+    """
     for network in networks:
-        folder = _folder_of(network)
-        if folder is not None:
-            _remember(network, folder)
+        for owner in (network,) if _folder_of(network) is not None else network.modules():
+            folder = _folder_of(owner)
+            if folder is not None:
+                _remember(owner, folder)
 
 
 def _folder_of(network: Any) -> Path | None:

@@ -54,6 +54,7 @@ def test_the_same_under_every_plan(name):
             plan = fit(family.pipeline, ram=ram, **family.call)
             made = run(family)
             assert torch.equal(run(family), made)
+            assert plan_of(family.pipeline) is plan  # a decode by rows is no change of the networks
             if plan.exactness == "equal bits":
                 assert torch.equal(made, expected)
             else:

@@ -41,9 +41,10 @@ def test_the_same_as_its_own_library_loads(name, tmp_path):
         loaded = type(family)(lowtide.load(tmp_path, ram=ram, native=False, **family.call), family.call, family.blocks,
             family.result)  # fmt: skip
         loaded.pipeline.set_progress_bar_config(disable=True)
-        exactness = plan_of(loaded.pipeline).exactness
+        plan = plan_of(loaded.pipeline)
         made = run(loaded)
-        assert torch.equal(made, expected) if exactness == "equal bits" else (made - expected).abs().max() <= ROWS
+        assert plan_of(loaded.pipeline) is plan
+        assert torch.equal(made, expected) if plan.exactness == "equal bits" else (made - expected).abs().max() <= ROWS
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowtide.activations.row_streaming import RowStreaming
 from lowtide.fitting.subject import Size, StagedSubject, Subject, TracedStage
 from lowtide.forks import new_lock
 from lowtide.loading.blueprint import InFiles
@@ -68,11 +69,12 @@ class Original:
 def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """The numbers, names and configurations that a module holds; of other objects the type.
 
-    Such as those that compute the attention of modules.
+    Such as those that compute the attention of modules. How an autoencoder decodes is the plan's to set.
     """
     for name, value in list(module.__dict__.items()):  # another thread's call may set something now
         is_plain = _is_plain(value)
-        if (is_plain or not name.startswith("_")) and not is_override(value):
+        is_ours = is_override(value) or isinstance(value, RowStreaming)
+        if (is_plain or not name.startswith("_")) and not is_ours:
             yield name, value if is_plain else type(value)
 
 

@@ -17,6 +17,7 @@ from tests.guests.family import picture
 from typer.testing import CliRunner
 
 from lowtide.cli.app import app
+from lowtide.cli.guest_options import images_and_settings
 from lowtide.fitting import prepare
 
 av = pytest.importorskip("av")
@@ -189,6 +190,15 @@ def test_a_picture_to_begin_with(models):
     told = one_line(generate(models / "img2img", "--out", "x.png"))
     assert told.startswith("Error: StableDiffusionXLImg2ImgPipeline: ")
     assert told.endswith("It takes --image, which was not given.")
+
+
+def test_several_pictures_for_one_argument_are_a_list():
+    for seed, name in enumerate("abc"):
+        picture(16, 16, seed).save(f"{name}.png")
+    given, named, _ = images_and_settings(["a.png", "frames=b.png", "mask=a.png", "frames=c.png"], None)
+    assert np.array_equal(given["--image"], picture(16, 16, 0))
+    assert [np.array_equal(made, picture(16, 16, seed)) for seed, made in enumerate(named["frames"], 1)] == [True] * 2
+    assert np.array_equal(named["mask"], picture(16, 16, 0))
 
 
 def test_a_plan_needs_no_weights(models):

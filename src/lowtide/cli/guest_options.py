@@ -143,18 +143,15 @@ def settings_from(given: Sequence[str] | None) -> dict[str, Any]:
 
 
 def images_from(files: Sequence[tuple[str, str]]) -> tuple[Any, dict[str, Any]]:
-    """The picture without a name (a list of several; None without any), and those by name, as RGB PIL images.
+    """The picture without a name (None without any), and those by name, as RGB PIL images; of several a list.
 
     `files` are those of `image_files`. Raises `InputError` for files that are no pictures.
     """
-    plain: list[Any] = []
-    named: dict[str, Any] = {}
+    pictures: dict[str, list[Any]] = {}
     for name, file in files:
-        if not name:
-            plain.append(_picture(file))
-        else:
-            named[name] = _picture(file)
-    return (plain if len(plain) > 1 else next(iter(plain), None)), named
+        pictures.setdefault(name, []).append(_picture(file))
+    named = {name: several if len(several) > 1 else several[0] for name, several in pictures.items()}
+    return named.pop("", None), named
 
 
 def image_files(given: Sequence[str] | None) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch import nn
 
 from lowtide.fitting.meta_subject import MetaSubject
 from lowtide.guests.ghost import harmless
@@ -23,6 +24,7 @@ from lowtide.prediction.driving import FORWARD, Driven, NetworkCall, drive
 from lowtide.prediction.repeated_modules import Repeats
 from lowtide.quiet import quiet
 from lowtide.weights.fill import dtype_name
+from lowtide.weights.slots import slots
 
 
 def stage_name(network: str, entry: str) -> str:
@@ -32,10 +34,15 @@ def stage_name(network: str, entry: str) -> str:
 
 @dataclass
 class DrivenGuest(MetaSubject):
-    """A guest on meta; `known` calls and operators are not looked at again. `quantized` networks have so many bytes."""
+    """A guest on meta; `known` calls and operators are not looked at again.
+
+    `quantized` networks have so many bytes. Those that are `written` to in a call stay resident like these: what a call
+    writes to a weight at rest would be lost.
+    """
 
     known: Repeats = field(default_factory=Repeats, repr=False)
     quantized: Mapping[str, int] = field(default_factory=dict)
+    written: set[str] = field(default_factory=set)
 
     def workload(self, size: Any, allow: Collection[str] = ()) -> Workload:
         """What this call takes.
@@ -53,6 +60,7 @@ class DrivenGuest(MetaSubject):
         guest = self.subject
         run = lambda: guest.pipe(**harmless(size.arguments))  # noqa: E731
         networks = guest.modules()
+        before = {name: _versions(network) for name, network in networks.items()}
         with torch.random.fork_rng(devices=[]), muted():
             try:
                 driven = drive(run, networks, entries=ENTRY_POINTS, device=self.device.type, repeats=self.known)
@@ -62,7 +70,9 @@ class DrivenGuest(MetaSubject):
             raise ValueError(f"A call of {type(guest.pipe).__name__} with {size} calls none of its networks.")
         stages = tuple(self._stages(driven, tuple(other_ways)))
         components = {name: self._component(name, _traced(name, driven)) for name in networks}
-        staying = {name: that_stays(components[name], nbytes) for name, nbytes in self.quantized.items()}
+        self.written |= {name for name, network in networks.items() if _versions(network) != before[name]}
+        bytes_of = {name: components[name].nbytes for name in self.written} | dict(self.quantized)
+        staying = {name: that_stays(components[name], nbytes) for name, nbytes in bytes_of.items()}
         return components | staying, stages
 
     def _stages(self, driven: Driven, other_ways: tuple[str, ...]) -> Iterator[Stage]:
@@ -93,6 +103,11 @@ class DrivenGuest(MetaSubject):
             return replace(call, peak=max(after, call.peak + beside))
 
         return dict(ways.traced(names, inputs, again, whole.work))
+
+
+def _versions(network: nn.Module) -> list[int]:
+    """How often each weight of a network was written to."""
+    return [0 if slot.tensor.is_inference() else slot.tensor._version for slot in slots(network)]
 
 
 def _not_followed(pipeline: str, error: Exception) -> str:

@@ -67,7 +67,7 @@ def put_within(guest: Guest) -> None:
     guest.refused.put_on(guest.modules())
     if guest_of(pipe) is guest:
         return
-    own = guest.own_class
+    guest.own_class = own = type(pipe)  # which may be another since it was within a budget before
     members: dict[str, Any] = {name: _refused(name, own) for name in OFFLOADS if hasattr(own, name)}
     members |= {name: _put_aside(name, own) for name in CHANGING if hasattr(own, name)}
     if hasattr(own, "save_pretrained"):

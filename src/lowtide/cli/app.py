@@ -14,6 +14,7 @@ from lowtide.cli.doctor import doctor
 from lowtide.cli.errors import tell
 from lowtide.cli.generate import generate
 from lowtide.cli.plan_command import plan
+from lowtide.cli.serve import serve
 from lowtide.cli.terminal import make_readable
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.command()(generate)
 app.command()(decode)
 app.command()(plan)
 app.command()(doctor)
+app.command()(serve)
 app.add_typer(bench.app, name="bench")
 
 

@@ -1,0 +1,56 @@
+"""A job: what was asked, in which state it is, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class State(StrEnum):
+    """Of a job; the last three are ends."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_end(self) -> bool:
+        """Whether nothing comes after it."""
+        return self in (State.DONE, State.FAILED, State.CANCELLED)
+
+
+@dataclass
+class Job:
+    """A job of an `owner`, such as the holder of a key.
+
+    `call` are arguments of the pipeline's own call; there is a picture or a clip for each of the `seeds`. `plan` is
+    what it will take, in bytes and seconds. Times are seconds since 1970. `attempts` counts how often it was begun.
+    """
+
+    id: str
+    owner: str
+    model: str
+    call: dict[str, Any]
+    seeds: list[int]
+    created: float
+    plan: dict[str, Any] = field(default_factory=dict)
+    state: State = State.QUEUED
+    started: float | None = None
+    ended: float | None = None
+    attempts: int = 0
+    files: list[str] = field(default_factory=list)
+    measured: int | None = None
+    error: dict[str, Any] | None = None
+    idempotency_key: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """What the plan says that it takes."""
+        return float(self.plan.get("seconds", 0.0)) * len(self.seeds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)

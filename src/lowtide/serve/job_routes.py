@@ -1,0 +1,92 @@
+"""Jobs: plan, submit, look at, follow, cancel, and fetch what came of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query
+from fastapi.responses import FileResponse
+from sse_starlette import EventSourceResponse
+
+from lowtide.serve.dispatcher import Dispatcher
+from lowtide.serve.job import Job, State
+from lowtide.serve.keys import Owner
+from lowtide.serve.problems import ProblemError
+from lowtide.serve.requests import CallRequest
+
+MOST_LISTED = 1000
+TYPES = {".png": "image/png", ".mp4": "video/mp4"}
+
+
+def router(dispatcher: Dispatcher) -> APIRouter:
+    """The routes of jobs."""
+    routes = APIRouter()
+
+    def found(job: str, owner: str) -> Job:
+        kept = dispatcher.store.get(job)
+        if kept is None or kept.owner != owner:
+            raise ProblemError(404, f"There is no job {job!r}.")
+        return kept
+
+    @routes.post("/plan")
+    async def plan(request: CallRequest) -> dict[str, Any]:
+        """Whether a job would fit, and what it would take; nothing is run."""
+        return await dispatcher.plan(request)
+
+    @routes.post("/jobs", status_code=202)
+    async def submit(
+        request: CallRequest, owner: Owner, idempotency_key: Annotated[str | None, Header(max_length=200)] = None
+    ) -> dict[str, Any]:
+        """Take a job. The same `Idempotency-Key` gives the same job."""
+        return shown(await dispatcher.submit(request, owner, idempotency_key))
+
+    @routes.get("/jobs")
+    async def jobs(
+        owner: Owner, state: State | None = None, most: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100
+    ) -> dict[str, Any]:
+        """Jobs, the newest first."""
+        states = () if state is None else (state,)
+        return {"jobs": [shown(job) for job in dispatcher.store.jobs(*states, owner=owner, most=most)]}
+
+    @routes.get("/jobs/{job}")
+    async def job(job: str, owner: Owner) -> dict[str, Any]:
+        """A job, its progress among it."""
+        return {**shown(found(job, owner)), **(dispatcher.now(job) or {})}
+
+    @routes.post("/jobs/{job}/cancel")
+    async def cancel(job: str, owner: Owner) -> dict[str, Any]:
+        """End a job between its steps."""
+        return shown(await dispatcher.cancel(found(job, owner)))
+
+    @routes.get("/jobs/{job}/events")
+    async def events(job: str, owner: Owner) -> EventSourceResponse:
+        """A job's state and progress as they change, until it ends."""
+        found(job, owner)
+
+        async def told() -> AsyncIterator[dict[str, str]]:
+            async for now in dispatcher.watch(job):
+                yield {"event": now["state"], "data": json.dumps(now)}
+
+        return EventSourceResponse(told())
+
+    @routes.get("/jobs/{job}/content/{place}")
+    async def content(job: str, place: int, owner: Owner) -> FileResponse:
+        """A picture or clip of a job that is done."""
+        kept = found(job, owner)
+        if not 0 <= place < len(kept.files):
+            raise ProblemError(404, f"Job {job} is {kept.state.value} and has {len(kept.files)} results.")
+        path = dispatcher.store.results(job) / kept.files[place]
+        if not path.is_file():
+            raise ProblemError(410, f"Result {place} of job {job} is gone.")
+        return FileResponse(path, media_type=TYPES[path.suffix])
+
+    return routes
+
+
+def shown(job: Job) -> dict[str, Any]:
+    """A job as its owner sees it."""
+    content = job.to_dict()
+    del content["owner"]
+    return {**content, "content": [f"/jobs/{job.id}/content/{place}" for place in range(len(job.files))]}

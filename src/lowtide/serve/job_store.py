@@ -1,0 +1,108 @@
+"""Jobs in a database: what was taken is there after the server, or the machine, was killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lowtide.serve.job import Job, State
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS jobs (
+    id TEXT PRIMARY KEY,
+    owner TEXT NOT NULL,
+    state TEXT NOT NULL,
+    created REAL NOT NULL,
+    idempotency_key TEXT,
+    content TEXT NOT NULL,
+    UNIQUE (owner, idempotency_key)
+) STRICT
+"""
+
+
+class JobStore:
+    """The jobs in the folder `folder`, and the files that came of them; several threads may use it.
+
+    A change is on the disk when its method returns. Raises `OSError` for a folder that cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        try:
+            self._jobs = sqlite3.connect(folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
+            self._jobs.execute("PRAGMA journal_mode=WAL")
+            self._jobs.execute("PRAGMA synchronous=FULL")
+            self._jobs.execute(_TABLE)
+        except sqlite3.Error as error:
+            raise OSError(f"Jobs cannot be kept in {folder}: {error}.") from error
+
+    def close(self) -> None:
+        """Close the database."""
+        self._jobs.close()
+
+    def results(self, job: str) -> Path:
+        """The folder of the files of a job."""
+        return self._folder / "results" / job
+
+    def add(self, job: Job) -> Job:
+        """Keep a new job; one with the same owner and idempotency key that is there already is returned instead."""
+        with self._changing() as jobs:
+            values = (job.id, job.owner, job.state, job.created, job.idempotency_key, json.dumps(job.to_dict()))
+            done = jobs.execute("INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", values)
+            if done.rowcount:
+                return job
+            row = jobs.execute(
+                "SELECT content FROM jobs WHERE owner = ? AND idempotency_key = ?", (job.owner, job.idempotency_key)
+            ).fetchone()
+        return _job(row)
+
+    def keep(self, job: Job) -> None:
+        """Keep what has changed of a job."""
+        with self._changing() as jobs:
+            values = (job.state, json.dumps(job.to_dict()), job.id)
+            jobs.execute("UPDATE jobs SET state = ?, content = ? WHERE id = ?", values)
+
+    def get(self, job: str) -> Job | None:
+        """A job by its id."""
+        with self._lock:
+            row = self._jobs.execute("SELECT content FROM jobs WHERE id = ?", (job,)).fetchone()
+        return None if row is None else _job(row)
+
+    def jobs(self, *states: State, owner: str | None = None, most: int | None = None) -> list[Job]:
+        """Jobs in any of the states (none: all), the newest first."""
+        where, values = ["1"], list[Any]()
+        if states:
+            where.append(f"state IN ({', '.join('?' * len(states))})")
+            values += states
+        if owner is not None:
+            where.append("owner = ?")
+            values.append(owner)
+        limit = "" if most is None else f" LIMIT {int(most)}"
+        query = f"SELECT content FROM jobs WHERE {' AND '.join(where)} ORDER BY created DESC{limit}"
+        with self._lock:
+            return [_job(row) for row in self._jobs.execute(query, values).fetchall()]
+
+    def remove(self, job: str) -> None:
+        """Forget a job."""
+        with self._changing() as jobs:
+            jobs.execute("DELETE FROM jobs WHERE id = ?", (job,))
+
+    @contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                yield self._jobs
+            except sqlite3.OperationalError as error:  # a full disk, or a file that is gone
+                raise OSError(f"{self._folder}: {error}") from error
+
+
+def _job(row: Any) -> Job:
+    content = json.loads(row[0])
+    return Job(**{**content, "state": State(content["state"])})

@@ -1,0 +1,52 @@
+"""The jobs that wait: how many may, and whose is next."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from lowtide.serve.job import Job
+
+
+class Waiting:
+    """A bounded queue that is fair to owners: next is the first job of who was given the fewest seconds so far."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._jobs: list[Job] = []
+        self._given: defaultdict[str, float] = defaultdict(float)
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further job may wait."""
+        return len(self._jobs) >= self.most
+
+    @property
+    def seconds(self) -> float:
+        """What all jobs that wait will take, as planned."""
+        return sum(job.seconds for job in self._jobs)
+
+    def add(self, job: Job, *, first: bool = False) -> None:
+        """Have a job wait; `first` is for one that was begun before."""
+        if job.owner not in self._given:  # who comes new has no claim on what others were given before
+            self._given[job.owner] = min((self._given[each.owner] for each in self._jobs), default=0.0)
+        self._jobs.insert(0 if first else len(self._jobs), job)
+
+    def take(self) -> Job | None:
+        """The next job, which waits no longer."""
+        if not self._jobs:
+            return None
+        begun = self._jobs[0].attempts > 0
+        job = self._jobs[0] if begun else min(self._jobs, key=lambda job: self._given[job.owner])
+        self._jobs.remove(job)
+        self._given[job.owner] += job.seconds
+        return job
+
+    def remove(self, job: str) -> Job | None:
+        """Have a job wait no longer; None if it does not."""
+        found = next((each for each in self._jobs if each.id == job), None)
+        if found is not None:
+            self._jobs.remove(found)
+        return found

@@ -1,0 +1,157 @@
+"""The server's end of the process that computes: it is started, asked, and started anew when it has died."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+from lowtide.serve.channel import Message, encoded
+
+GROWTH = 64 * 10**6
+"""Bytes that the server may grow by: requests, answers and pictures on their way."""
+
+Heard = Callable[[Message], None]
+
+
+class WorkerDiedError(Exception):
+    """The process that computes has died: of a signal, of memory that ran out, or of a fault."""
+
+
+class AskedError(Exception):
+    """What was asked of the process that computes failed; `answer` has its `kind`, and `why` in words."""
+
+    def __init__(self, answer: Message) -> None:
+        super().__init__(answer["why"])
+        self.answer = answer
+
+
+class WorkerHandle:
+    """One process that computes, with the settings of `lowtide.serve.engine.Engine`."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._settings = settings
+        self._numbers = itertools.count()
+        self._asked: dict[str, tuple[asyncio.Future[Message], Heard | None]] = {}
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._is_ready = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.refusal: str | None = None
+        """Why the process cannot work with these settings at all."""
+        self.started = 0
+        """How often the process was started."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the process has begun to take work."""
+        return self._is_ready.is_set()
+
+    @property
+    def process_id(self) -> int | None:
+        """Of the process, while it is alive."""
+        return None if self._process is None or self._process.returncode is not None else self._process.pid
+
+    async def start(self) -> None:
+        """Start the process; what is asked before it is ready waits."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "lowtide.serve.worker", str(theirs.fileno()), json.dumps(self._settings),
+                pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        self.started += 1
+        reader, self._writer = await asyncio.open_connection(sock=ours, limit=2**24)
+        task = asyncio.create_task(self._listen(reader))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while line := await reader.readline():
+                self._hear(json.loads(line))
+        except OSError:
+            pass
+        self._is_ready.clear()
+        assert self._process is not None
+        await self._process.wait()
+        asked, self._asked = self._asked, {}
+        for answer, _ in asked.values():
+            if not answer.done():
+                answer.set_exception(WorkerDiedError(_last_words(self._process.returncode)))
+
+    def _hear(self, message: Message) -> None:
+        if message["event"] == "ready":
+            self._is_ready.set()
+            return
+        if message["event"] == "refused":
+            self.refusal = message["why"]
+            return
+        answer, heard = self._asked.get(message["id"], (None, None))
+        if answer is None or answer.done():
+            return
+        if message["event"] == "progress":
+            if heard is not None:
+                heard(message)
+        elif message["event"] == "failed":
+            answer.set_exception(AskedError(message))
+        else:
+            answer.set_result(message)
+
+    async def ask(self, do: str, *, key: str | None = None, heard: Heard | None = None, **content: Any) -> Message:
+        """Ask, and wait for the answer; `heard` is told of the progress.
+
+        Raises `AskedError` for what failed, and `WorkerDiedError` where the process has died.
+        """
+        if self.process_id is None:
+            raise WorkerDiedError("The process that computes is not running.")
+        key = key or f"question {next(self._numbers)}"
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._asked[key] = answer, heard
+        try:
+            self.tell(do=do, id=key, **content)
+            return await answer
+        finally:
+            self._asked.pop(key, None)
+
+    def tell(self, **message: Any) -> None:
+        """Send a message without waiting for an answer."""
+        if self._writer is not None:
+            self._writer.write(encoded(message))
+
+    async def wait_until_ready(self) -> None:
+        """Return when the process takes work."""
+        await self._is_ready.wait()
+
+    async def stop(self) -> None:
+        """End the process."""
+        if self._process is None:
+            return
+        if self._writer is not None:
+            self._writer.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), 5)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+
+def own_bytes() -> int:
+    """What the server's own process takes of the machine's memory, with room for requests."""
+    return int(psutil.Process().memory_info().rss) + GROWTH
+
+
+def _last_words(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        return f"The process that computes was killed by {name}" + (
+            ", as it is where memory runs out." if name == "SIGKILL" else "."
+        )
+    return f"The process that computes ended with code {code}."

@@ -20,11 +20,15 @@ class Server:
     """`lowtide serve` with the shipped model unless others are given, at a free port of this machine."""
 
     def __init__(self, data: Path, *arguments: str) -> None:
-        command = [sys.executable, "-m", "lowtide", "serve", *arguments, "--port", "0", "--data", str(data)]
+        self._command = [sys.executable, "-m", "lowtide", "serve", *arguments, "--port", "0", "--data", str(data)]
         self._log = data / "log"
         data.mkdir(exist_ok=True)
-        with self._log.open("a") as log:
-            self.process = subprocess.Popen(command, stderr=log)
+        self.start()
+
+    def start(self) -> None:
+        """Start it, anew if it was killed."""
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(self._command, stderr=log)
 
     @property
     def said(self) -> str:
@@ -33,8 +37,8 @@ class Server:
 
     @property
     def address(self) -> str:
-        """Where it listens, in its last words of that."""
-        return re.findall(r"http://\S+", self.said)[-1]
+        """Where it listens."""
+        return re.findall(r"http://\S+", self.said)[0]
 
     def wait_until_ready(self) -> None:
         until = time.monotonic() + 60

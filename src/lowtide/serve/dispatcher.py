@@ -21,7 +21,7 @@ from lowtide.serve.worker_handle import AskedError, WorkerDiedError, WorkerHandl
 
 LOG = logging.getLogger("lowtide.serve")
 SHARES = (1.0, 0.75, 0.5)
-"""Shares of the budget for each attempt at a job whose process died."""
+"""Shares of the budget for a job, by how often its process has died."""
 SMALLER = (0.75, 0.5, 0.25)
 """Of a picture's sides that do not fit, the shares that are tried to say what would."""
 PAUSE = 0.5
@@ -210,7 +210,7 @@ class Dispatcher:
             await self.worker.wait_until_ready()
             answer = await self.worker.ask(
                 "run", key=job.id, heard=self._heard, model=job.model, call=job.call, seeds=job.seeds,
-                folder=str(folder), share=SHARES[min(job.attempts, len(SHARES)) - 1],
+                folder=str(folder), share=SHARES[job.deaths],
             )  # fmt: skip
         except AskedError as error:
             cancelled = error.answer["kind"] == "cancelled"
@@ -225,13 +225,14 @@ class Dispatcher:
             await self._end(job, State.DONE)
 
     async def _again_or_never(self, job: Job, error: WorkerDiedError) -> None:
-        if job.attempts < len(SHARES):
+        job.deaths += 1
+        if job.deaths < len(SHARES):
             job.state = State.QUEUED
             await asyncio.to_thread(self.store.keep, job)
             self.running = None
             self.waiting.add(job, first=True)
             return
-        detail = f"{error} It was tried {job.attempts} times, each time in less memory."
+        detail = f"{error} It was tried {job.deaths} times, each time in less memory."
         job.error = {"detail": detail, "kind": "died"}
         await self._end(job, State.FAILED)
 

@@ -27,7 +27,8 @@ class Job:
     """A job of an `owner`, such as the holder of a key.
 
     `call` are arguments of the pipeline's own call; there is a picture or a clip for each of the `seeds`. `plan` is
-    what it will take, in bytes and seconds. Times are seconds since 1970. `attempts` counts how often it was begun.
+    what it will take, in bytes and seconds. Times are seconds since 1970. `attempts` counts how often it was begun, and
+    `deaths` how often the process that computes died of it.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Job:
     started: float | None = None
     ended: float | None = None
     attempts: int = 0
+    deaths: int = 0
     files: list[str] = field(default_factory=list)
     measured: int | None = None
     error: dict[str, Any] | None = None

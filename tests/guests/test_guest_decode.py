@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowtide.guests.guest_decode import GuestDecode
+from lowtide.guests.guest_decode import GuestDecode, in_tiles_where_it_must
 from lowtide.planning.workload import WHOLE
 
 diffusers = pytest.importorskip("diffusers")
@@ -21,6 +21,16 @@ def test_one_that_decodes_in_tiles_alone_stays_as_it_is():
         autoencoder.enable_tiling()
         assert GuestDecode.for_(autoencoder) is None
         assert autoencoder.use_tiling
+
+
+def test_one_that_is_loaded_has_its_tiles_turned_on_where_it_decodes_in_these_alone():
+    levels = {**LEVELS, "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    in_tiles_alone, either = diffusers.AutoencoderKLAllegro(**LEVELS), diffusers.AutoencoderKL(**levels)
+    for network, in_tiles in ((in_tiles_alone, True), (either, False)):
+        assert in_tiles_where_it_must(network) is network
+        assert network.use_tiling is in_tiles
+    no_network = torch.nn.Linear(1, 1)
+    assert in_tiles_where_it_must(no_network) is no_network
 
 
 def test_to_ask_for_its_ways_calls_none_of_its_parts():

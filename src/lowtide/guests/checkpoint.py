@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lowtide.fitting.prepare import Fit, prepare
 from lowtide.guests.conversions import NotInFileError, converted
 from lowtide.guests.empty_networks import dtype_in_configs, empty_network, is_quantized
 from lowtide.guests.guest import Guest
+from lowtide.guests.guest_decode import in_tiles_where_it_must
 from lowtide.guests.joined_networks import class_in, is_joined, joined, joined_names
 from lowtide.guests.library import component_class, pipeline_class
 from lowtide.guests.packed_files import packed
@@ -131,7 +132,8 @@ class GuestCheckpoint:
             names = joined_names(self.folder, name)
             classes = [class_in(component_folder(self.folder, each)) for each in names]
             return joined(own_class, [self._part(*each, may_lack_weights) for each in zip(names, classes, strict=True)])
-        return self._network(name, own_class, folder, may_lack_weights)
+        part = self._network(name, own_class, folder, may_lack_weights)
+        return replace(part, built=in_tiles_where_it_must(part.built))
 
     def _network(self, name: str, own_class: type[Any], folder: Path, may_lack_weights: bool) -> Part:
         if not (folder / "config.json").is_file():
@@ -274,7 +276,8 @@ class GuestCheckpoint:
                 return type(part.built).from_single_file(str(part.file), torch_dtype=self.dtype, **place)
         folder = self._with_weights(name)
         with quiet():
-            return type(part.built).from_pretrained(folder, torch_dtype=self.dtype, variant=self.variant)
+            network = type(part.built).from_pretrained(folder, torch_dtype=self.dtype, variant=self.variant)
+        return in_tiles_where_it_must(network)
 
 
 def is_file_for(spec: ComponentSpec | None, given: Any) -> bool:

@@ -44,6 +44,13 @@ def _decodes_at_once(network: Any) -> bool:
     return True
 
 
+def in_tiles_where_it_must(network: Any) -> Any:
+    """The network; one that can only decode in tiles has these turned on, without which its pipeline cannot be run."""
+    if not _decodes_at_once(network):
+        network.enable_tiling()
+    return network
+
+
 class GuestDecode:
     """Sets how an autoencoder decodes, and traces what each way takes; see `lowtide.fitting.subject.Ways`."""
 

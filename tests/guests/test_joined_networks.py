@@ -13,6 +13,8 @@ from tests.guests.guest_cases import ROWS, WARNINGS
 
 import lowtide
 from lowtide.configs import CheckpointError
+from lowtide.guests.checkpoint import GuestCheckpoint
+from lowtide.hub import Source
 from lowtide.memory.attach import attachment_of
 from lowtide.memory.store import DiskRest
 from lowtide.planning.plan import BudgetError
@@ -45,10 +47,11 @@ def two_adapters():
     return family(pipe, {**TEXT_CALL, **PICTURES, "adapter_conditioning_scale": [0.5, 0.6]})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The decode_latents method is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("build", "component"),
-    [(two_controls, "controlnet"), pytest.param(two_adapters, "adapter", marks=pytest.mark.slow)],
+    [(two_controls, "controlnet"), (two_adapters, "adapter")],
 )
 def test_they_are_those_that_diffusers_loads_and_rest_in_their_files(build, component, tmp_path):
     theirs = saved_and_loaded(build(), tmp_path)
@@ -74,6 +77,14 @@ def folder(tmp_path_factory):
     target = tmp_path_factory.mktemp("controls")
     two_controls().pipeline.save_pretrained(target)
     return target
+
+
+def test_its_weights_are_those_of_both_folders(folder):
+    part = GuestCheckpoint.opened(Source(str(folder)), {}).parts()["controlnet"]
+    assert part.index is not None
+    assert part.index.keys() == {name for name, _ in part.built.named_parameters()}
+    for number, place in enumerate(("controlnet", "controlnet_1")):
+        assert part.index[f"nets.{number}.conv_in.weight"].file.parent == folder / place
 
 
 @pytest.mark.parametrize(

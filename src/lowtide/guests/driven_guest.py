@@ -36,8 +36,8 @@ def stage_name(network: str, entry: str) -> str:
 class DrivenGuest(MetaSubject):
     """A guest on meta; `known` calls and operators are not looked at again.
 
-    `quantized` networks have so many bytes. Those that are `written` to in a call stay resident like these: what a call
-    writes to a weight at rest would be lost.
+    `quantized` networks have so many bytes. Those that are `written` to in a call, or given other weights, stay
+    resident like these: what a call writes to a weight at rest would be lost.
     """
 
     known: Repeats = field(default_factory=Repeats, repr=False)
@@ -60,7 +60,7 @@ class DrivenGuest(MetaSubject):
         guest = self.subject
         run = lambda: guest.pipe(**harmless(size.arguments))  # noqa: E731
         networks = guest.modules()
-        before = {name: _versions(network) for name, network in networks.items()}
+        before = {name: _weights(network) for name, network in networks.items()}
         with torch.random.fork_rng(devices=[]), muted():
             try:
                 driven = drive(run, networks, entries=ENTRY_POINTS, device=self.device.type, repeats=self.known)
@@ -70,7 +70,7 @@ class DrivenGuest(MetaSubject):
             raise ValueError(f"A call of {type(guest.pipe).__name__} with {size} calls none of its networks.")
         stages = tuple(self._stages(driven, tuple(other_ways)))
         components = {name: self._component(name, _traced(name, driven)) for name in networks}
-        self.written |= {name for name, network in networks.items() if _versions(network) != before[name]}
+        self.written |= {name for name, network in networks.items() if not _are_untouched(network, before[name])}
         bytes_of = {name: components[name].nbytes for name in self.written} | dict(self.quantized)
         staying = {name: that_stays(components[name], nbytes) for name, nbytes in bytes_of.items()}
         return components | staying, stages
@@ -105,9 +105,17 @@ class DrivenGuest(MetaSubject):
         return dict(ways.traced(names, inputs, again, whole.work))
 
 
-def _versions(network: nn.Module) -> list[int]:
-    """How often each weight of a network was written to."""
-    return [0 if slot.tensor.is_inference() else slot.tensor._version for slot in slots(network)]
+def _weights(network: nn.Module) -> list[tuple[torch.Tensor, int]]:
+    """The weights of a network, and how often each was written to."""
+    return [(x := slot.tensor, 0 if x.is_inference() else x._version) for slot in slots(network)]
+
+
+def _are_untouched(network: nn.Module, before: list[tuple[torch.Tensor, int]]) -> bool:
+    """Whether a network has the same weights as before, and none of them was written to."""
+    now = _weights(network)
+    return len(now) == len(before) and all(
+        x is y and written == earlier for (x, written), (y, earlier) in zip(now, before, strict=True)
+    )
 
 
 def _not_followed(pipeline: str, error: Exception) -> str:

@@ -9,6 +9,7 @@ from tests.memory_peaks import peak_bytes
 
 from lowtide.guests.doors import fit, plan_of, unfit
 from lowtide.guests.guest import Guest
+from lowtide.guests.within_budget import guest_of
 from lowtide.memory.attach import attachment_of
 
 pytest.importorskip("diffusers")
@@ -163,3 +164,15 @@ def test_quantized_networks_stay_resident(quantize):
         dense = sum(weight.numel() * 4 for weight in FAMILIES["Flux2 Klein"]().pipeline.transformer.parameters())
         assert planned.nbytes < 0.9 * dense
     unfit(family.pipeline)
+
+
+def test_a_lora_that_is_fused_is_planned_for_as_such():
+    """Its layers compute less then."""
+    family = FAMILIES["Flux2 Klein"]()
+    pipe = family.pipeline
+    pipe.load_lora_weights(lora(pipe, "transformer"), adapter_name="one")
+    fit(pipe, ram="8GB", **family.call)
+    meta = guest_of(pipe).applied.fit.meta
+    assert meta.is_of(guest_of(pipe))
+    pipe.fuse_lora()
+    assert not meta.is_of(guest_of(pipe))

@@ -67,11 +67,12 @@ class Original:
 
 
 def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The numbers, names and configurations that a module holds; of other objects the type.
+    """The numbers, names and configurations that a module holds, also in lists; of other objects the type.
 
     Such as those that compute the attention of modules. How an autoencoder decodes is the plan's to set.
     """
-    for name, value in list(module.__dict__.items()):  # another thread's call may set something now
+    for name, held in list(module.__dict__.items()):  # another thread's call may set something now
+        value = tuple(held) if type(held) is list else held  # a list may be changed where it is
         is_plain = _is_plain(value)
         is_ours = is_override(value) or isinstance(value, RowStreaming)
         if (is_plain or not name.startswith("_")) and not is_ours:

@@ -7,7 +7,7 @@ import torch
 from tests.guests.families import FAMILIES, run
 from tests.guests.guest_cases import WARNINGS, least
 
-from lowtide.guests.doors import fit, plan_of, unfit
+from lowtide.guests.doors import fit, plan_of, report, unfit
 from lowtide.guests.ghost import ghost_of
 from lowtide.memory.attach import attachment_of
 
@@ -178,3 +178,17 @@ def test_so_are_those_that_come_within_a_budget(name):
     put_on(family.pipeline)
     with pytest.raises(ValueError, match=told):
         run(family)
+
+
+@pytest.mark.filterwarnings("ignore:.*upcast_vae:FutureWarning")
+def test_a_network_that_the_call_itself_converts_stays_a_stage():
+    """SDXL in half precision decodes in float32, and converts its autoencoder for that."""
+    family = FAMILIES["SDXL"]()
+    pipe = family.pipeline.to(torch.float16)
+    pipe.vae.register_to_config(force_upcast=True)
+    plain = run(family)
+    fit(pipe, ram=least(pipe, **family.call), **family.call)
+    for _ in range(2):
+        assert torch.equal(run(family), plain)
+        assert [stage.name for stage in report(pipe).stages] == [stage.name for stage in plan_of(pipe).stages]
+        assert pipe.vae.dtype == torch.float16

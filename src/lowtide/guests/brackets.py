@@ -59,6 +59,24 @@ class Brackets:
                 method = getattr(network, entry, None)
                 if callable(method) and not isinstance(method, nn.Module):
                     self._set(network, (name, entry), entry)
+            for module in network.modules():
+                self._set_around_changes(module)
+
+    def _set_around_changes(self, module: nn.Module) -> None:
+        """Have the brackets off while the run converts a module, as by `.to(dtype)`: its rule is made anew then."""
+        inner = module._apply
+
+        @functools.wraps(inner)
+        def applied(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                return inner(*args, **kwargs)
+            self._put_off()
+            try:
+                return module._apply(*args, **kwargs)
+            finally:
+                self._put_on(self._subject.modules())
+
+        self._overrides.set(module, "_apply", applied)
 
     def _set(self, network: nn.Module, key: _Inner, attribute: str) -> None:
         inner = getattr(network, attribute)

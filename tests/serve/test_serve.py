@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
+import json
 import os
+import random
 import signal
 import time
 
@@ -97,6 +100,18 @@ def test_a_job_is_cancelled_between_its_steps(server):
     assert server.ended(running)["state"] == "cancelled"
 
 
+def test_who_goes_away_cancels(server):
+    address = server.address.removeprefix("http://")
+    connection = http.client.HTTPConnection(address, timeout=60)
+    asked = {"prompt": "a boat", "size": "128x128", "num_inference_steps": 400}
+    connection.request("POST", "/v1/images/generations", json.dumps(asked), {"Content-Type": "application/json"})
+    until = time.monotonic() + 30
+    while not (running := server.ask("GET", "/jobs?state=running")[1]["jobs"]) and time.monotonic() < until:
+        time.sleep(0.05)
+    connection.close()
+    assert server.ended(running[0]["id"])["state"] == "cancelled"
+
+
 # ---- what is refused, and how
 
 
@@ -127,6 +142,24 @@ def test_what_is_wrong_is_a_problem_that_says_what(server, name, path):
     assert headers["Content-Type"] == "application/problem+json"
     assert told in problem["detail"]
     assert problem["status"] == status
+
+
+ODD_NUMBERS = [True, -1, 0, 1, 8, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308]
+ODD = [None, *ODD_NUMBERS, "", "x", "\0", "\ud800", "128", "../../etc/passwd", [], {}, [1]]
+
+
+def test_nothing_odd_is_a_fault_of_the_server(server):
+    chance = random.Random(0)
+    names = ["model", "prompt", "negative_prompt", "width", "height", "num_frames", "num_inference_steps"]
+    names += ["guidance_scale", "seed", "n", "size", "response_format", "user", "other"]
+    for _ in range(200):
+        content = {"prompt": "a boat", "width": 64, "height": 64}
+        content |= {name: chance.choice(ODD) for name in chance.sample(names, chance.randint(1, 3))}
+        status, answer = server.ask("POST", "/plan", content)
+        assert status in (200, 404, 422), (content, answer)
+    for path in ("/jobs?most=0", "/jobs?state=x", "/jobs/%00", "/jobs/..%2f..%2fetc", "/nothing"):
+        assert server.ask("GET", path)[0] in (404, 422)
+    assert server.ask("DELETE", "/jobs")[0] == 405
 
 
 def test_what_can_never_fit_is_refused_with_what_would(server):

@@ -78,6 +78,16 @@ def test_jobs_are_kept(tmp_path):
     assert store.get("1") is None
 
 
+def test_a_disk_that_is_full_is_told(tmp_path):
+    store = JobStore(tmp_path)
+    first = store.add(job("1"))
+    store._jobs.execute("PRAGMA max_page_count=1")
+    with pytest.raises(OSError, match="full"):
+        store.add(Job("2", "anna", "seascapes", {"prompt": "x" * 10**6}, [1], 0.0))
+    assert store.get("2") is None
+    assert store.get("1") == first
+
+
 def test_keys(tmp_path):
     file = tmp_path / "keys"
     file.write_text(f"# ours\n\n{KEY}\n{OTHER}\n")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import lowtide
 from lowtide.serve import images, job_routes, operation, problems
@@ -39,25 +41,39 @@ def make_app(dispatcher: Dispatcher, keys: tuple[str, ...] = ()) -> FastAPI:
     app.include_router(operation.router(dispatcher))
     for routes in (job_routes, images):
         app.include_router(routes.router(dispatcher), dependencies=[Depends(owner)])
-    app.middleware("http")(_guarded(dispatcher.limits.body))
+    app.add_middleware(Guard, most=dispatcher.limits.body)
     return app
 
 
-def _guarded(most: int) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
-    async def guarded(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        length = request.headers.get("content-length", "0")
-        has_body = request.method not in ("GET", "HEAD", "DELETE", "OPTIONS")
-        if "transfer-encoding" in request.headers and has_body:
-            answer: Response = problem(411, "Say how long the body is: send Content-Length.")
-        elif not length.isdigit() or int(length) > most:
-            if length.isdigit() and int(length) <= DRAINED * most:  # else who sends it hears nothing but a broken pipe
-                async for _ in request.stream():
-                    pass
-            answer = problem(413, f"A body may have {most} bytes here.")
-        else:
-            answer = await call(request)
-        for name, value in HEADERS.items():
-            answer.headers.setdefault(name, value)
-        return answer
+class Guard:
+    """Refuses bodies that are too long before they are read, and sets `HEADERS` on every answer."""
 
-    return guarded
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        refused = await self._refusal(Headers(scope=scope), receive)
+        await (refused or self._app)(scope, receive, with_headers)
+
+    async def _refusal(self, headers: Headers, receive: Receive) -> Response | None:
+        if "transfer-encoding" in headers:
+            return problem(411, "Say how long the body is: send Content-Length.")
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) <= self._most:
+            return None
+        if length.isdigit() and int(length) <= DRAINED * self._most:  # else who sends it hears of a broken pipe alone
+            while (await receive()).get("more_body", False):
+                pass
+        return problem(413, f"A body may have {self._most} bytes here.")

@@ -95,7 +95,10 @@ class Dispatcher:
             uuid.uuid4().hex, owner, self._model(request), request.call(), request.seeds(), time.time(), numbers,
             idempotency_key=key,
         )  # fmt: skip
-        kept = await asyncio.to_thread(self.store.add, job)
+        try:
+            kept = await asyncio.to_thread(self.store.add, job)
+        except OSError as error:
+            raise ProblemError(507, f"The job cannot be kept: {error}.") from error
         if kept.id == job.id:
             self.waiting.add(kept)
             await self._tell()
@@ -202,11 +205,11 @@ class Dispatcher:
     async def _run(self, job: Job) -> None:
         job.state, job.started, job.attempts = State.RUNNING, time.time(), job.attempts + 1
         self.running = job
-        await asyncio.to_thread(self.store.keep, job)
-        folder = self.store.results(job.id)
-        folder.mkdir(parents=True, exist_ok=True)
+        await self._keep(job)
         await self._tell()
         try:
+            folder = self.store.results(job.id)
+            folder.mkdir(parents=True, exist_ok=True)
             await self.worker.wait_until_ready()
             answer = await self.worker.ask(
                 "run", key=job.id, heard=self._heard, model=job.model, call=job.call, seeds=job.seeds,
@@ -217,6 +220,9 @@ class Dispatcher:
             LOG.log(logging.INFO if cancelled else logging.ERROR, "job %s: %s", job.id, error)
             job.error = None if cancelled else {"detail": str(error), "kind": error.answer["kind"]}
             await self._end(job, State.CANCELLED if cancelled else State.FAILED)
+        except OSError as error:
+            job.error = {"detail": f"There is no place for its results: {error}", "kind": "disk"}
+            await self._end(job, State.FAILED)
         except WorkerDiedError as error:
             LOG.warning("job %s, attempt %d: %s", job.id, job.attempts, error)
             await self._again_or_never(job, error)
@@ -228,7 +234,7 @@ class Dispatcher:
         job.deaths += 1
         if job.deaths < len(SHARES):
             job.state = State.QUEUED
-            await asyncio.to_thread(self.store.keep, job)
+            await self._keep(job)
             self.running = None
             self.waiting.add(job, first=True)
             return
@@ -238,11 +244,18 @@ class Dispatcher:
 
     async def _end(self, job: Job, state: State) -> None:
         job.state, job.ended = state, time.time()
-        await asyncio.to_thread(self.store.keep, job)
+        await self._keep(job)
         self.progress.pop(job.id, None)
         if self.running is job:
             self.running = None
         await self._tell()
+
+    async def _keep(self, job: Job) -> None:
+        """Keep what has changed of a job; where the disk is full the work goes on, and a new server begins it again."""
+        try:
+            await asyncio.to_thread(self.store.keep, job)
+        except OSError as error:
+            LOG.error("job %s is %s, which cannot be kept: %s", job.id, job.state.value, error)
 
     def _heard(self, message: dict[str, Any]) -> None:
         self.progress[message["id"]] = {"picture": message["picture"], "step": message["step"]}

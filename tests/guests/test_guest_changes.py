@@ -29,7 +29,13 @@ pytestmark = [
     pytest.mark.usefixtures("traced_once"),
 ]
 IN_DEFAULT = ("fuse_qkv_projections of the network",)
-CASES = [pytest.param(name, marks=() if name in IN_DEFAULT else pytest.mark.slow) for name in CHANGES]
+
+
+def slow_but(name, *in_default):
+    return () if name in in_default else pytest.mark.slow
+
+
+CASES = [pytest.param(name, marks=slow_but(name, *IN_DEFAULT)) for name in CHANGES]
 ROOM = 400_000
 """Bytes for what comes with a change, beside the least that the pipeline needs without it."""
 
@@ -72,8 +78,7 @@ def test_it_is_as_without_a_budget(name, is_least):
     check(family, name, expected, ram)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_but(name, "a weight")) for name in CHANGES])
 def test_so_is_one_that_was_loaded_within_it(name, tmp_path):
     expected = changed(saved_and_loaded(stable_diffusion(), tmp_path), name)
     family = stable_diffusion()

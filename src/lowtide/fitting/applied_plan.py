@@ -38,22 +38,26 @@ _BETWEEN = "between two castings"
 
 @dataclass(frozen=True)
 class Before:
-    """How a subject was before a budget was given: its networks' rules and devices, and its stages' ways."""
+    """How a subject was before a budget was given: its networks' rules and devices, and its stages' ways.
+
+    Those that were loaded under a plan had no rule and were on no device.
+    """
 
     rules: Mapping[str, tuple[Rule, torch.device]]
     devices: Mapping[str, torch.device]
     ways: Mapping[str, object]
 
     @classmethod
-    def of(cls, subject: Subject) -> Before:
-        """That of a subject as it is now."""
-        attachments = {name: attachment_of(module) for name, module in subject.modules().items()}
+    def of(cls, subject: Subject, as_planned: Collection[str] = ()) -> Before:
+        """That of a subject as it is now, but for the networks named `as_planned`."""
+        modules = {name: module for name, module in subject.modules().items() if name not in as_planned}
+        attachments = {name: attachment_of(module) for name, module in modules.items()}
         rules = {
             name: (attachment.rule, attachment.device)
             for name, attachment in attachments.items()
             if attachment is not None
         }
-        free = {name: module for name, module in subject.modules().items() if name not in rules}
+        free = {name: module for name, module in modules.items() if name not in rules}
         devices = {name: weight.device for name, module in free.items() if (weight := _a_weight(module)) is not None}
         return cls(rules, devices, {stage: ways.now() for stage, ways in subject.ways().items()})
 
@@ -231,7 +235,7 @@ def put_under_plan(subject: Subject, fit: Fit, plan: Plan, *, as_planned: Collec
     """
     with subject.call_lock.between_calls("its budget"):
         earlier = subject.applied
-        before = Before.of(subject) if earlier is None else earlier.before
+        before = Before.of(subject, as_planned) if earlier is None else earlier.before
         modules, applied = subject.modules(), AppliedPlan(subject, fit, plan, before)
         if earlier is not None:
             applied.names, applied.castings = earlier.names, earlier.castings

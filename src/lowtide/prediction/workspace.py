@@ -107,11 +107,13 @@ def _of_avx512(by: Multiplier, rows: int, inner: int, columns: int) -> int:
 def _of_linear(rows: int, inner: int, columns: int) -> int:
     """`[rows, inner]` times a weight `[columns, inner]`: an upper estimate, measured from 1 to 4096 rows.
 
-    The weight is arranged whole where it is used often, else some columns at a time; a long first matrix, too.
+    The weight is arranged whole where it is used often or few numbers are summed up, else some columns at a time; a
+    long first matrix, too.
     """
+    inner = up(inner, 64 if inner > 32 else 32)
     some = 66 * inner + (128 * (rows + 1) if inner >= 512 else 0)
     some = max(some, 128 * inner) if rows == 1 or columns <= 64 else some
     whole = min(MATRIX_PART, 2 * inner * up(columns, 32))
     long = min(LONG_PART, 2 * rows * inner + (2**18 if inner > 2048 else 128)) if inner > 1536 and rows > 128 else 0
-    is_whole = columns <= rows or rows >= 512
+    is_whole = columns <= rows or rows >= 512 or inner <= 32
     return MATRIX_FIXED + max(whole if is_whole else 0, min(some, 2 * inner * up(columns, 32) + 2**13), long)

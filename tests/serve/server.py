@@ -92,4 +92,4 @@ class Server:
 
 
 def _read(headers: Any, body: bytes) -> Any:
-    return json.loads(body) if "json" in headers.get("Content-Type", "") else body
+    return json.loads(body) if body and "json" in headers.get("Content-Type", "") else body

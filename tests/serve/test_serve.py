@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import time
 
@@ -110,6 +111,28 @@ def test_who_goes_away_cancels(server):
         time.sleep(0.05)
     connection.close()
     assert server.ended(running[0]["id"])["state"] == "cancelled"
+
+
+def test_a_job_that_has_ended_is_deleted(server):
+    job = server.ask("POST", "/jobs", {**ASKED, "num_inference_steps": 400})[1]["id"]
+    assert server.ask("DELETE", f"/jobs/{job}")[0] == 409
+    server.ask("POST", f"/jobs/{job}/cancel")
+    server.ended(job)
+    assert server.ask("DELETE", f"/jobs/{job}")[0] == 204
+    assert server.ask("GET", f"/jobs/{job}")[0] == 404
+
+
+def test_the_page_is_there_and_asks_for_nothing_from_elsewhere(server):
+    status, headers, page = server.asked("GET", "/")
+    assert status == 200
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    parts = re.findall(rb'(?:href|src)="([^"]+)"', page)
+    assert parts == [b"data:,", b"page/style.css", b"page/script.js"]
+    for part in parts[1:]:
+        status, _, content = server.asked("GET", f"/{part.decode()}")
+        assert status == 200
+        assert not re.findall(rb"https?:|@import", content)
+    assert server.ask("GET", "/page/index.html")[0] == 404
 
 
 # ---- what is refused, and how

@@ -10,7 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import lowtide
-from lowtide.serve import images, job_routes, operation, problems
+from lowtide.serve import images, job_routes, operation, page_routes, problems
 from lowtide.serve.dispatcher import Dispatcher
 from lowtide.serve.keys import owner
 from lowtide.serve.problems import problem
@@ -38,6 +38,7 @@ def make_app(dispatcher: Dispatcher, keys: tuple[str, ...] = ()) -> FastAPI:
     app = FastAPI(title="Lowtide", version=lowtide.__version__, lifespan=life, docs_url=None, redoc_url=None)
     problems.install(app)
     app.state.keys = keys
+    app.include_router(page_routes.router())
     app.include_router(operation.router(dispatcher))
     for routes in (job_routes, images):
         app.include_router(routes.router(dispatcher), dependencies=[Depends(owner)])

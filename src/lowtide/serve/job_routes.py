@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -59,6 +60,14 @@ def router(dispatcher: Dispatcher) -> APIRouter:
     async def cancel(job: str, owner: Owner) -> dict[str, Any]:
         """End a job between its steps."""
         return shown(await dispatcher.cancel(found(job, owner)))
+
+    @routes.delete("/jobs/{job}", status_code=204)
+    async def delete(job: str, owner: Owner) -> None:
+        """Forget a job that has ended, and what came of it."""
+        kept = found(job, owner)
+        if not kept.state.is_end:
+            raise ProblemError(409, f"Job {job} is {kept.state.value}: cancel it before it is deleted.")
+        await asyncio.to_thread(dispatcher.store.remove, job)
 
     @routes.get("/jobs/{job}/events")
     async def events(job: str, owner: Owner) -> EventSourceResponse:

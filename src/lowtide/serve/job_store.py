@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -90,9 +91,10 @@ class JobStore:
             return [_job(row) for row in self._jobs.execute(query, values).fetchall()]
 
     def remove(self, job: str) -> None:
-        """Forget a job."""
+        """Forget a job, and remove its files."""
         with self._changing() as jobs:
             jobs.execute("DELETE FROM jobs WHERE id = ?", (job,))
+        shutil.rmtree(self.results(job), ignore_errors=True)
 
     @contextmanager
     def _changing(self) -> Iterator[sqlite3.Connection]:

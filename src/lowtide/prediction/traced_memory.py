@@ -9,14 +9,12 @@ from typing import Any
 import torch
 
 from lowtide.machine.segments import KINDS
-from lowtide.prediction.caching_allocator import FREED, Event
-
-_GRAIN = 512
+from lowtide.prediction.caching_allocator import FREED, GRAIN, Event
 
 
 def grain(device: str) -> int:
     """Bytes that the allocator of a kind of device rounds up to; on a CPU it is asked for exactly what is needed."""
-    return 1 if device == "cpu" else _GRAIN
+    return 1 if device == "cpu" else GRAIN
 
 
 @dataclass

@@ -41,6 +41,7 @@ class Dispatcher:
         self.running: Job | None = None
         self.progress: dict[str, dict[str, Any]] = {}
         self._plans: dict[Any, dict[str, Any]] = {}
+        self._names: dict[str, list[str]] = {}
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
         self._telling: set[asyncio.Task[None]] = set()
@@ -145,10 +146,11 @@ class Dispatcher:
         return request.model
 
     async def _check_names(self, model: str, call: dict[str, Any]) -> None:
-        names = (await self._asked("names", model=model))["names"]
-        unknown = sorted(set(call) - set(names))
+        if model not in self._names:  # the source of its library is read for them
+            self._names[model] = sorted((await self._asked("names", model=model))["names"])
+        unknown = sorted(set(call) - set(self._names[model]))
         if unknown:
-            raise ProblemError(422, f"{model} takes no {', '.join(unknown)}.", possible=sorted(names))
+            raise ProblemError(422, f"{model} takes no {', '.join(unknown)}.", possible=self._names[model])
 
     async def _asked(self, do: str, **content: Any) -> dict[str, Any]:
         try:

@@ -83,8 +83,7 @@ class Engine:
         try:
             plan = fit.choose()
         except BudgetError as refusal:
-            least = refusal.minimum
-            return {"fits": False, "why": str(refusal), "minimum": {"vram": least.vram, "ram": least.ram}}
+            return {"fits": False, **in_words(refusal)}
         return {"fits": True, **_in_numbers(plan)}
 
     def _prepared(self, model: str, call: Mapping[str, Any]) -> Fit:
@@ -186,6 +185,12 @@ def _written(output: Any, folder: Path, begin: int) -> list[str]:
 
 def _sizes(call: Mapping[str, Any]) -> dict[str, Any]:
     return {SIZES[name]: value for name, value in call.items() if name in SIZES}
+
+
+def in_words(refusal: BudgetError) -> dict[str, Any]:
+    """Why there is no plan, and the least that would be enough."""
+    least = refusal.minimum
+    return {"why": str(refusal), "minimum": {"vram": least.vram, "ram": least.ram}}
 
 
 def _in_numbers(plan: Plan) -> dict[str, Any]:

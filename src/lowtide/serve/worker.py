@@ -100,13 +100,12 @@ class _Worker:
 def _said(error: BaseException) -> dict[str, Any]:
     """What went wrong: `kind` tells what the caller can do about it."""
     from lowtide.planning.plan import BudgetError
-    from lowtide.serve.engine import CancelledError
+    from lowtide.serve.engine import CancelledError, in_words
 
     if isinstance(error, CancelledError):
         return {"kind": "cancelled", "why": "The job was cancelled."}
     if isinstance(error, BudgetError):
-        least = error.minimum
-        return {"kind": "budget", "why": str(error), "minimum": {"vram": least.vram, "ram": least.ram}}
+        return {"kind": "budget", **in_words(error)}
     if isinstance(error, (ValueError, TypeError, FileNotFoundError, ImportError)):
         return {"kind": "request", "why": str(error)}
     if isinstance(error, MemoryError):

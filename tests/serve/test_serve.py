@@ -37,7 +37,7 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected():
     """The pictures of plain runs, by seed."""
-    pipe = lowtide.load(str(shipped_model()), ram="4GB", device="cpu")
+    pipe = lowtide.load(str(shipped_model()), ram="4GB", device="cpu", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
     def picture(asked, seed):

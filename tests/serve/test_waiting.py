@@ -20,7 +20,11 @@ def job(name, owner="anna", seconds=1.0, key=None):
 
 
 def order(waiting):
-    return [taken.id for taken in iter(waiting.take, None)]
+    taken: list[str] = []
+    while (job := waiting.next()) is not None:
+        waiting.take(job)
+        taken.append(job.id)
+    return taken
 
 
 def test_who_asks_for_much_waits_for_others():
@@ -42,7 +46,7 @@ def test_who_comes_new_does_not_go_before_all_others_for_long():
     waiting = Waiting(10)
     for place in range(5):
         waiting.add(job(f"a{place}"))
-        waiting.take()
+        waiting.take(waiting.next())
     waiting.add(job("a5"))
     for place in range(3):
         waiting.add(job(f"b{place}", "bert"))

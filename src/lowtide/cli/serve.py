@@ -6,13 +6,13 @@ import ipaddress
 import signal
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lowtide.cli.budget_options import Budget
 from lowtide.cli.errors import InputError, in_one_line, tell
-from lowtide.cli.request import SHIPPED_MODEL, shipped_model
+from lowtide.cli.request import SHIPPED_MODEL, DType, shipped_model
 
 _EXTRA = "Serving needs packages that are not installed: pip install 'lowtide[serve]'"
 
@@ -30,6 +30,8 @@ def serve(
     ] = None,
     data: Annotated[Path, typer.Option(help="The folder in which jobs and results are kept.")] = Path("lowtide-data"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
+    dtype: Annotated[DType, typer.Option(help="In which to compute; auto is as in lowtide generate.")] = DType.AUTO,
+    at_once: Annotated[int, typer.Option(min=1, max=64, help="Jobs that may run together where they fit.")] = 1,
 ) -> None:
     """Make pictures and clips for whoever asks over HTTP, within a budget."""
     Budget(vram, ram)  # raises for text that means no size
@@ -38,13 +40,11 @@ def serve(
             f"--host {host}: whoever reaches this machine could use it. Give --api-key-file FILE, or 127.0.0.1."
         )
     with in_one_line("serve"):
-        _serve(_named(models or []), vram, ram, host, port, api_key_file, data, device)
+        settings = {"models": _named(models or []), "vram": vram, "ram": ram, "device": device, "dtype": dtype.value}
+        _serve(settings, host, port, api_key_file, data, at_once)
 
 
-def _serve(
-    models: dict[str, str], vram: str | None, ram: str | None, host: str, port: int, api_key_file: Path | None,
-    data: Path, device: str,
-) -> None:  # fmt: skip
+def _serve(settings: dict[str, Any], host: str, port: int, api_key_file: Path | None, data: Path, at_once: int) -> None:
     try:
         import uvicorn
 
@@ -56,14 +56,17 @@ def _serve(
     from lowtide.serve.dispatcher import Dispatcher
     from lowtide.serve.job_store import JobStore
     from lowtide.serve.keys import keys_in
+    from lowtide.serve.lanes import Lanes
     from lowtide.serve.limits import Limits
-    from lowtide.serve.worker_handle import WorkerHandle, own_bytes
+    from lowtide.serve.worker_handle import own_bytes
 
+    models: dict[str, str] = settings["models"]
     for model in models.values():  # one that is not there is refused at once, and not when torch is imported
         read_model_index(Source(model).fetch([MODEL_INDEX]))
     keys = () if api_key_file is None else keys_in(api_key_file)
-    settings = {"models": models, "vram": vram, "ram": ram, "device": device, "beside": own_bytes()}
-    dispatcher = Dispatcher(JobStore(data), WorkerHandle(settings), list(models), Limits())
+    store = JobStore(data)
+    settings |= {"beside": own_bytes(), "notes": str(store.notes)}
+    dispatcher = Dispatcher(store, Lanes(settings, at_once), list(models), Limits())
     listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     tell(f"lowtide serve: http://{host}:{listening.getsockname()[1]} · {', '.join(models)} · jobs in {data.resolve()}")
     config = uvicorn.Config(make_app(dispatcher, keys), log_level="warning", access_log=False)

@@ -10,9 +10,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import lowtide
-from lowtide.serve import images, job_routes, operation, page_routes, problems
+from lowtide.serve import images, job_routes, operation, page_routes, problems, videos
 from lowtide.serve.dispatcher import Dispatcher
 from lowtide.serve.keys import owner
+from lowtide.serve.limits import Limits
 from lowtide.serve.problems import problem
 
 DRAINED = 16
@@ -40,17 +41,17 @@ def make_app(dispatcher: Dispatcher, keys: tuple[str, ...] = ()) -> FastAPI:
     app.state.keys = keys
     app.include_router(page_routes.router())
     app.include_router(operation.router(dispatcher))
-    for routes in (job_routes, images):
+    for routes in (job_routes, images, videos):
         app.include_router(routes.router(dispatcher), dependencies=[Depends(owner)])
-    app.add_middleware(Guard, most=dispatcher.limits.body)
+    app.add_middleware(Guard, limits=dispatcher.limits)
     return app
 
 
 class Guard:
     """Refuses bodies that are too long before they are read, and sets `HEADERS` on every answer."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self._app, self._limits = app, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -71,10 +72,12 @@ class Guard:
     async def _refusal(self, headers: Headers, receive: Receive) -> Response | None:
         if "transfer-encoding" in headers:
             return problem(411, "Say how long the body is: send Content-Length.")
+        is_form = headers.get("content-type", "").startswith("multipart/form-data")
+        most = self._limits.upload if is_form else self._limits.body
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) <= self._most:
+        if length.isdigit() and int(length) <= most:
             return None
-        if length.isdigit() and int(length) <= DRAINED * self._most:  # else who sends it hears of a broken pipe alone
+        if length.isdigit() and int(length) <= DRAINED * most:  # else who sends it hears of a broken pipe alone
             while (await receive()).get("more_body", False):
                 pass
-        return problem(413, f"A body may have {self._most} bytes here.")
+        return problem(413, f"A body may have {most} bytes here.")

@@ -1,116 +1,125 @@
-"""Between requests and the process that computes: each job is planned, admitted, waits, and is run to its end."""
+"""Between requests and the processes that compute: each job is admitted, waits, and is run to its end."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from PIL import Image
+
+from lowtide.serve.admission import Admission, Bytes
 from lowtide.serve.job import Job, State
 from lowtide.serve.job_store import JobStore
+from lowtide.serve.lanes import Lane, Lanes
 from lowtide.serve.limits import Limits
 from lowtide.serve.problems import ProblemError
+from lowtide.serve.progress import Progress
 from lowtide.serve.requests import CallRequest
+from lowtide.serve.uploads import Uploads
 from lowtide.serve.waiting import Waiting
-from lowtide.serve.worker_handle import AskedError, WorkerDiedError, WorkerHandle
+from lowtide.serve.worker_handle import AskedError, WorkerDiedError, bytes_of
 
 LOG = logging.getLogger("lowtide.serve")
 SHARES = (1.0, 0.75, 0.5)
-"""Shares of the budget for a job, by how often its process has died."""
-SMALLER = (0.75, 0.5, 0.25)
-"""Of a picture's sides that do not fit, the shares that are tried to say what would."""
-PAUSE = 0.5
-"""Seconds before a process that died is started anew, doubled each time it dies before it is ready."""
-LONGEST_PAUSE = 30.0
+"""Shares of the budget for a job, by how often its process has died without progress."""
+LOOKED = 0.5
+"""Seconds between two looks at the memory in use."""
 
 
 class Dispatcher:
-    """Runs the jobs of a store, one at a time, by one process that computes; `models` are the names it knows.
+    """Runs the jobs of a store; `models` are the names that the processes of `lanes` know.
 
-    `on_refusal` is called where that process cannot work at all.
+    `on_refusal` is called where these cannot work at all.
     """
 
-    def __init__(self, store: JobStore, worker: WorkerHandle, models: list[str], limits: Limits) -> None:
-        self.store, self.worker, self.models, self.limits = store, worker, models, limits
+    def __init__(self, store: JobStore, lanes: Lanes, models: list[str], limits: Limits) -> None:
+        self.store, self.lanes, self.limits = store, lanes, limits
+        self.worker = lanes.first.worker
+        self.admission = Admission(self.worker, models, limits)
         self.waiting = Waiting(limits.queued)
-        self.running: Job | None = None
-        self.progress: dict[str, dict[str, Any]] = {}
-        self._plans: dict[Any, dict[str, Any]] = {}
-        self._names: dict[str, list[str]] = {}
-        self._changed = asyncio.Condition()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._telling: set[asyncio.Task[None]] = set()
-        self._is_draining = False
+        self.memory: dict[str, int | None] = {}
         self.on_refusal: Callable[[], None] = lambda: None
+        self._progress: dict[str, Progress] = {}
+        self._changed = asyncio.Condition()
+        self._look = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._runs: set[asyncio.Task[None]] = set()
+        self._is_draining = False
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the models."""
+        return self.admission.models
 
     async def start(self) -> None:
         """Take up the jobs that were not ended by an earlier server, begun ones first, and begin to work."""
         left = await asyncio.to_thread(self.store.jobs, State.QUEUED, State.RUNNING)
         for job in sorted(left, key=lambda job: (job.state is not State.RUNNING, job.created)):
             job.state = State.QUEUED
-            self.waiting.add(job)
-        self._tasks = [asyncio.create_task(self._keep_alive()), asyncio.create_task(self._work())]
+            self._wait(job)
+        for work in (self._keep_alive(), self._work(), self._watch_memory()):
+            self._in_background(work)
 
     async def stop(self) -> None:
-        """Begin nothing new, let the running job end, and end the process that computes."""
+        """Begin nothing new, let the running jobs end, and end the processes that compute."""
         self._is_draining = True
-        async with self._changed:
-            self._changed.notify_all()
-        if self.worker.refusal is not None:
-            self._tasks[1].cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._tasks[1]
-        self._tasks[0].cancel()
-        await self.worker.stop()
+        if self.worker.refusal is None and self._runs:
+            await asyncio.wait(self._runs)
+        for task in self._tasks:
+            task.cancel()
+        await self.lanes.stop()
 
     # ---- what requests ask
 
-    async def plan(self, request: CallRequest) -> dict[str, Any]:
-        """What a request would take; see `lowtide.serve.engine.Engine.plan`. Raises `ProblemError`."""
-        request.check(self.limits)
-        model, call = self._model(request), request.call()
-        key = model, tuple(sorted((name, value) for name, value in call.items() if "prompt" not in name))
-        if key not in self._plans:
-            await self._check_names(model, call)
-            self._plans[key] = await self._asked("plan", model=model, call=call)
-        return self._plans[key]
-
-    async def submit(self, request: CallRequest, owner: str, key: str | None = None) -> Job:
+    async def submit(
+        self, request: CallRequest, owner: str, key: str | None = None, *, uploads: Uploads | None = None,
+        asked_as: str = "jobs",
+    ) -> Job:  # fmt: skip
         """Take a job that fits; raises `ProblemError` for one that never will, and where too many wait."""
-        plan = await self.plan(request)
+        uploads = uploads or Uploads({})
+        plan = await self.admission.plan(request, uploads.sizes)
         if not plan["fits"]:
-            raise await self._refusal(request, plan)
-        if self.waiting.is_full:
-            seconds = math.ceil(self._seconds_left())
+            raise await self.admission.refusal(request, plan, uploads.sizes)
+        seconds = plan["seconds"] * request.n
+        if request.deadline is not None and seconds > request.deadline:
             raise ProblemError(
-                429, f"{len(self.waiting)} jobs wait, and no more may. Try again in {seconds} s.",
-                {"Retry-After": str(seconds)}, seconds=seconds,
+                422, f"It takes about {math.ceil(seconds)} s, and its deadline is in {request.deadline:g} s.",
+                seconds=seconds,
             )  # fmt: skip
+        if self.waiting.is_full:
+            raise self._full()
+        now = time.time()
         numbers = {name: plan[name] for name in ("peak", "seconds", "exactness", "plan")}
         job = Job(
-            uuid.uuid4().hex, owner, self._model(request), request.call(), request.seeds(), time.time(), numbers,
-            idempotency_key=key,
+            uuid.uuid4().hex, owner, self.admission.model(request.model), request.call(), request.seeds(), now, numbers,
+            idempotency_key=key, asked_as=asked_as, deadline=request.deadline and now + request.deadline,
         )  # fmt: skip
         try:
+            job.pictures = await asyncio.to_thread(uploads.write, self.store.results(job.id))
             kept = await asyncio.to_thread(self.store.add, job)
         except OSError as error:
             raise ProblemError(507, f"The job cannot be kept: {error}.") from error
         if kept.id == job.id:
-            self.waiting.add(kept)
+            self._wait(kept)
             await self._tell()
         return kept
 
     async def cancel(self, job: Job) -> Job:
         """End a job between its steps; one that has ended stays as it is."""
-        if self.waiting.remove(job.id) is not None:
-            await self._end(job, State.CANCELLED)
-        elif self.running is not None and self.running.id == job.id:
-            self.worker.tell(do="cancel", id=job.id)
+        lane = self.lanes.of(job.id)
+        if (waiting := self.waiting.remove(job.id)) is not None:
+            waiting.error = waiting.error or job.error
+            await self._end(waiting, State.CANCELLED)
+            return waiting
+        if lane is not None and lane.job is not None:
+            lane.job.error = job.error
+            lane.worker.tell(do="cancel", id=job.id)
         return job
 
     async def watch(self, job: str) -> AsyncIterator[dict[str, Any]]:
@@ -131,126 +140,127 @@ class Dispatcher:
 
     def now(self, job: str) -> dict[str, Any] | None:
         """A job's state and progress; None for one that is not known."""
-        if self.running is not None and self.running.id == job:
-            return {"id": job, "state": State.RUNNING.value, **self.progress.get(job, {})}
+        if job in self._progress:
+            shown = self._progress[job].shown()
+            return {"id": job, "state": State.RUNNING.value, **shown, "memory": self.memory}
+        if (ahead := self.waiting.ahead_of(job)) is not None:
+            return {"id": job, "state": State.QUEUED.value, "ahead": ahead}
         found = self.store.get(job)
         return None if found is None else {"id": job, "state": found.state.value, "error": found.error}
 
-    # ---- planning
+    @property
+    def seconds_left(self) -> float:
+        """What all jobs that are here will take, as planned."""
+        return max(1.0, self.waiting.seconds + sum(job.seconds for job in self.lanes.running))
 
-    def _model(self, request: CallRequest) -> str:
-        if request.model is None:
-            return self.models[0]
-        if request.model not in self.models:
-            raise ProblemError(404, f"There is no model {request.model!r} here.", possible=self.models)
-        return request.model
-
-    async def _check_names(self, model: str, call: dict[str, Any]) -> None:
-        if model not in self._names:  # the source of its library is read for them
-            self._names[model] = sorted((await self._asked("names", model=model))["names"])
-        unknown = sorted(set(call) - set(self._names[model]))
-        if unknown:
-            raise ProblemError(422, f"{model} takes no {', '.join(unknown)}.", possible=self._names[model])
-
-    async def _asked(self, do: str, **content: Any) -> dict[str, Any]:
-        try:
-            async with asyncio.timeout(self.limits.planning):
-                await self.worker.wait_until_ready()
-                return await self.worker.ask(do, **content)
-        except AskedError as error:
-            status = 422 if error.answer["kind"] in ("request", "budget") else 500
-            raise ProblemError(status, str(error)) from error
-        except (WorkerDiedError, TimeoutError) as error:
-            reason = str(error) or "The process that computes is busy or starting."
-            raise ProblemError(503, f"{reason} Try again.", {"Retry-After": "5"}) from error
-
-    async def _refusal(self, request: CallRequest, plan: dict[str, Any]) -> ProblemError:
-        more: dict[str, Any] = {"minimum": plan["minimum"]}
-        for share in SMALLER if request.width and request.height else ():
-            sides = {"width": _side(request.width, share), "height": _side(request.height, share)}
-            try:
-                if (await self.plan(request.model_copy(update=sides)))["fits"]:
-                    more["possible"] = sides
-                    break
-            except ProblemError:
-                continue
-        return ProblemError(422, plan["why"], **more)
-
-    def _seconds_left(self) -> float:
-        return max(1.0, self.waiting.seconds + (0.0 if self.running is None else self.running.seconds))
+    def _full(self) -> ProblemError:
+        seconds = math.ceil(self.seconds_left)
+        told = f"{len(self.waiting)} jobs wait, and no more may. Try again in {seconds} s."
+        return ProblemError(429, told, {"Retry-After": str(seconds)}, seconds=seconds)
 
     # ---- running
 
     async def _keep_alive(self) -> None:
-        pause = PAUSE
-        while self.worker.refusal is None:
-            if self.worker.process_id is None:
-                if self.worker.started:
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, LONGEST_PAUSE)
-                await self.worker.start()
-            elif self.worker.is_ready:
-                pause = PAUSE
-            await asyncio.sleep(0.05)
+        await self.lanes.keep_alive()
         self.on_refusal()
+
+    async def _watch_memory(self) -> None:
+        while True:
+            budget = self.lanes.budgets.get("ram")
+            own = await asyncio.to_thread(lambda: bytes_of(os.getpid()) + self.lanes.bytes_now)
+            self.memory = {"used": own, "budget": None if budget is None else budget + self.lanes.beside}
+            await self._tell()
+            await asyncio.sleep(LOOKED)
 
     async def _work(self) -> None:
         while not self._is_draining:
-            job = self.waiting.take()
-            if job is None:
-                async with self._changed:
-                    if not len(self.waiting) and not self._is_draining:
-                        await self._changed.wait()
-                continue
-            await self._run(job)
+            self._look.clear()
+            while await self._begin_next():
+                pass
+            if not len(self.waiting):
+                await self.lanes.end_idle()
+            await self._look.wait()
 
-    async def _run(self, job: Job) -> None:
+    async def _begin_next(self) -> bool:
+        """Begin the next job, if there is one that fits beside those that run."""
+        job, lane = self.waiting.next(), self.lanes.free()
+        if job is None or lane is None or self._is_draining:
+            return False
+        within: Bytes | None = None
+        if self.lanes.running:
+            within = self.lanes.left_for(lane)
+            try:
+                plan = await self.admission.planned(job.model, job.call, self._sizes(job), within)
+            except ProblemError:
+                return False
+            if not plan["fits"] or plan["exactness"] != job.plan["exactness"] or self.waiting.ahead_of(job.id) is None:
+                return False
+        self.waiting.take(job)
+        await self.lanes.begin(lane, job, within or self.lanes.budgets)
+        task = asyncio.create_task(self._run(lane, job, within))
+        self._runs.add(task)
+        task.add_done_callback(self._runs.discard)
+        return True
+
+    async def _run(self, lane: Lane, job: Job, within: Bytes | None) -> None:
         job.state, job.started, job.attempts = State.RUNNING, time.time(), job.attempts + 1
-        self.running = job
+        progress = self._progress[job.id] = Progress(job)
         await self._keep(job)
         await self._tell()
+
+        def heard(message: dict[str, Any]) -> None:
+            lane.held = message.get("needs") or lane.held
+            progress.hear(message)
+            self._in_background(self._tell())
+
         try:
             folder = self.store.results(job.id)
             folder.mkdir(parents=True, exist_ok=True)
-            await self.worker.wait_until_ready()
-            answer = await self.worker.ask(
-                "run", key=job.id, heard=self._heard, model=job.model, call=job.call, seeds=job.seeds,
-                folder=str(folder), share=SHARES[job.deaths],
+            await lane.worker.wait_until_ready()
+            answer = await lane.worker.ask(
+                "run", key=job.id, heard=heard, model=job.model, call=job.call, seeds=job.seeds, folder=str(folder),
+                pictures=job.pictures, share=SHARES[job.deaths], within=within, exactness=job.plan["exactness"],
             )  # fmt: skip
         except AskedError as error:
             cancelled = error.answer["kind"] == "cancelled"
             LOG.log(logging.INFO if cancelled else logging.ERROR, "job %s: %s", job.id, error)
-            job.error = None if cancelled else {"detail": str(error), "kind": error.answer["kind"]}
-            await self._end(job, State.CANCELLED if cancelled else State.FAILED)
+            if not cancelled:
+                job.error = {"detail": str(error), "kind": error.answer["kind"]}
+            await self._end(job, State.CANCELLED if cancelled else State.FAILED, lane)
         except OSError as error:
             job.error = {"detail": f"There is no place for its results: {error}", "kind": "disk"}
-            await self._end(job, State.FAILED)
+            await self._end(job, State.FAILED, lane)
         except WorkerDiedError as error:
             LOG.warning("job %s, attempt %d: %s", job.id, job.attempts, error)
-            await self._again_or_never(job, error)
+            await self._again_or_never(job, lane, error, made_progress=progress.made_progress)
         else:
-            job.files, job.measured = answer["files"], answer["measured"]
-            await self._end(job, State.DONE)
+            job.files, job.measured, job.taken = answer["files"], answer.get("measured"), answer.get("taken", [])
+            await self._end(job, State.DONE, lane)
 
-    async def _again_or_never(self, job: Job, error: WorkerDiedError) -> None:
-        job.deaths += 1
+    async def _again_or_never(self, job: Job, lane: Lane, error: WorkerDiedError, *, made_progress: bool) -> None:
+        job.deaths = 1 if made_progress else job.deaths + 1
+        lane.held = {}
         if job.deaths < len(SHARES):
             job.state = State.QUEUED
             await self._keep(job)
-            self.running = None
+            self._leave(job, lane)
             self.waiting.add(job, first=True)
+            await self._tell()
             return
         detail = f"{error} It was tried {job.deaths} times, each time in less memory."
         job.error = {"detail": detail, "kind": "died"}
-        await self._end(job, State.FAILED)
+        await self._end(job, State.FAILED, lane)
 
-    async def _end(self, job: Job, state: State) -> None:
+    async def _end(self, job: Job, state: State, lane: Lane | None = None) -> None:
         job.state, job.ended = state, time.time()
         await self._keep(job)
-        self.progress.pop(job.id, None)
-        if self.running is job:
-            self.running = None
+        self._leave(job, lane)
         await self._tell()
+
+    def _leave(self, job: Job, lane: Lane | None) -> None:
+        self._progress.pop(job.id, None)
+        if lane is not None:
+            lane.job = None
 
     async def _keep(self, job: Job) -> None:
         """Keep what has changed of a job; where the disk is full the work goes on, and a new server begins it again."""
@@ -259,17 +269,27 @@ class Dispatcher:
         except OSError as error:
             LOG.error("job %s is %s, which cannot be kept: %s", job.id, job.state.value, error)
 
-    def _heard(self, message: dict[str, Any]) -> None:
-        self.progress[message["id"]] = {"picture": message["picture"], "step": message["step"]}
-        telling = asyncio.get_running_loop().create_task(self._tell())
-        self._telling.add(telling)
-        telling.add_done_callback(self._telling.discard)
+    def _wait(self, job: Job) -> None:
+        self.waiting.add(job)
+        self._look.set()
+        if job.deadline is not None:
+            self._in_background(self._end_at(job, job.deadline))
+
+    async def _end_at(self, job: Job, deadline: float) -> None:
+        await asyncio.sleep(max(0.0, deadline - time.time()))
+        if not job.state.is_end:
+            job.error = {"detail": "Its deadline had come.", "kind": "deadline"}
+            await self.cancel(job)
+
+    def _sizes(self, job: Job) -> dict[str, list[tuple[int, int]]]:
+        return {name: [Image.open(file).size for file in files] for name, files in job.pictures.items()}
+
+    def _in_background(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _tell(self) -> None:
+        self._look.set()
         async with self._changed:
             self._changed.notify_all()
-
-
-def _side(side: int | None, share: float) -> int:
-    assert side is not None
-    return max(8, int(side * share) // 8 * 8)

@@ -6,185 +6,226 @@ where that is not enough, the others are put under their smallest plans, so that
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 import lowtide
 from lowtide.fitting.budgets import parse_budgets
 from lowtide.fitting.prepare import Fit
 from lowtide.guests.checkpoint import GuestCheckpoint
-from lowtide.guests.results import results_of
 from lowtide.hub import Source
-from lowtide.loading.model_index import MODEL_INDEX, read_model_index
-from lowtide.media.unfinished import whole_or_not
-from lowtide.memory.presets import execution_device
 from lowtide.pipelines.load import prepare_checkpoint
-from lowtide.pipelines.parts import KINDS
 from lowtide.planning.plan import BudgetError, Budgets, Plan
-from lowtide.utils import export_to_video
-
-SIZES = {"height": "height", "width": "width", "num_inference_steps": "steps", "num_frames": "frames"}
-"""What plans of our own pipelines call arguments of a call on which memory depends."""
-
-FPS = 8
-"""Frames a second of clips, as their published models make them."""
+from lowtide.serve.kept_answers import KeptAnswers
+from lowtide.serve.made_files import MadeFiles, stage_figures
+from lowtide.serve.previews import Previews
+from lowtide.serve.served_model import SAMPLER, ServedModel
 
 Told = Callable[..., None]
-"""Told of what a call has done: of `step` of `steps`."""
+"""Told of what a call has done, by name; it may raise to end it."""
 
 
 class CancelledError(Exception):
     """The call was asked to end."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """A picture or clip for each of the `seeds` by a call of `model`, with files in `folder`.
+
+    `pictures` are files of arguments that are pictures. `share` is how much it may take of the budget, or of `within`
+    where that is less; `exactness` is what a plan has told of its results.
+    """
+
+    model: str
+    call: dict[str, Any]
+    seeds: list[int]
+    folder: Path
+    pictures: dict[str, list[str]]
+    share: float = 1.0
+    within: Budgets | None = None
+    exactness: str | None = None
+
+
 class Engine:
     """The models called `models` by name, each a folder or a Hub id, within budgets as `lowtide.fit` takes them.
 
-    Of `ram`, so many bytes are `beside` this process, in the server. Raises what `lowtide.load` does for models that
-    are not there, and `ValueError` for devices and budgets that are not possible.
+    Of `ram`, so many bytes are `beside` this process, in the server. What is learned about models is in `notes`.
+    `dtype` is as the command line has it. Raises what `lowtide.load` does for models that are not there, and
+    `ValueError` for devices and budgets that are not possible.
     """
 
     def __init__(
         self,
         models: Mapping[str, str],
-        vram: str | None = None,
-        ram: str | None = None,
+        vram: int | str | None = None,
+        ram: int | str | None = None,
         device: str | None = None,
         beside: int = 0,
+        notes: str = ".",
+        dtype: str = "auto",
     ) -> None:
-        self._models = dict(models)
-        self._device = execution_device(None if device == "auto" else device)
+        self._device = ServedModel.device(device)
         budgets = parse_budgets(self._device, vram, ram, None)
-        self._budgets = budgets if budgets.ram is None else replace(budgets, ram=max(1, budgets.ram - beside))
+        self.budgets = budgets if budgets.ram is None else replace(budgets, ram=max(1, budgets.ram - beside))
+        self._notes = Path(notes)
+        self._models = {name: ServedModel(source, self._device, dtype) for name, source in models.items()}
         self._pipes: dict[str, Any] = {}
-        self._classes = {name: read_model_index(Source(each).fetch([MODEL_INDEX]))[0] for name, each in models.items()}
 
-    def names_of(self, model: str) -> list[str]:
-        """The arguments that a model's call takes."""
-        class_name = self._classes[model]
-        if class_name in KINDS:
-            call = getattr(lowtide, class_name).__call__
-            return [name for name in inspect.signature(call).parameters if name not in ("self", "others")]
-        from lowtide.guests.written_call import call_of
+    def about(self, model: str) -> dict[str, Any]:
+        """What a model makes, and what its call takes."""
+        return self._models[model].about()
 
-        return list(call_of(class_name).parameters)
-
-    def plan(self, model: str, call: Mapping[str, Any]) -> dict[str, Any]:
+    def plan(
+        self,
+        model: str,
+        call: Mapping[str, Any],
+        sizes: Mapping[str, list[tuple[int, int]]] | None = None,
+        within: Budgets | None = None,
+    ) -> dict[str, Any]:
         """What a call takes: bytes, seconds and the plan, or, with `fits` false, the least that would be enough.
 
-        Raises `ValueError` for a call that is not possible.
+        `sizes` are those of arguments that are pictures, width and height. Raises `ValueError` for a call that is not
+        possible.
         """
-        fit = self._prepared(model, call)
+        pictures = {name: [Image.new("RGB", size) for size in many] for name, many in (sizes or {}).items()}
+        call = {**call, **self._models[model].pictures(pictures)}
+        fit = self._prepared(self._models[model], call, self._least(within))
         try:
             plan = fit.choose()
         except BudgetError as refusal:
             return {"fits": False, **in_words(refusal)}
         return {"fits": True, **_in_numbers(plan)}
 
-    def _prepared(self, model: str, call: Mapping[str, Any]) -> Fit:
-        source = self._models[model]
-        if self._classes[model] in KINDS:
-            return prepare_checkpoint(source, self._budgets, device=self._device, **_sizes(call))
-        checkpoint = GuestCheckpoint.opened(Source(source), dict(call), None, None, None)
-        return checkpoint.prepared(checkpoint.parts(), self._budgets, (), self._device)
+    def _prepared(self, model: ServedModel, call: Mapping[str, Any], budgets: Budgets) -> Fit:
+        if model.is_ours:
+            size = model.size(call)
+            return prepare_checkpoint(model.source, budgets, device=self._device, dtype=model.dtype, **size)
+        checkpoint = GuestCheckpoint.opened(Source(model.source), dict(call), model.dtype, None, None)
+        return checkpoint.prepared(checkpoint.parts(), budgets, (), self._device)
 
-    def run(
-        self, model: str, call: Mapping[str, Any], seeds: list[int], folder: Path, told: Told, *, share: float = 1.0
-    ) -> dict[str, Any]:
-        """Make a picture or clip for each seed, as files in `folder`, and say what it took.
-
-        `told` may raise to end it. `share` is how much of the budget it may take.
-        """
-        pipe = self._within(model, call, share)
-        files: list[str] = []
-        for place, seed in enumerate(seeds):
-            generator = torch.Generator("cpu").manual_seed(seed)
-            output = pipe(**call, **_watched(pipe, told, place), generator=generator)
-            files += _written(output, folder, len(files))
+    def run(self, run: Run, told: Told) -> dict[str, Any]:
+        """Make what a run asks for, and say what it took; what an earlier attempt has made is not made again."""
+        model = self._models[run.model]
+        pictures = {name: [Image.open(file) for file in files] for name, files in run.pictures.items()}
+        call = {**run.call, **model.pictures(pictures)}
+        sampler = call.pop(SAMPLER, None)
+        pipe = self._within(run, call)
         plan = lowtide.plan_of(pipe)
-        taken = lowtide.report(pipe)
-        measured = max((stage.peak or 0 for stage in taken.stages), default=0)
-        return {"files": files, "measured": measured, **({} if plan is None else _in_numbers(plan))}
+        told(needs=_needs(plan))
+        made = MadeFiles(run.folder)
+        previews = Previews(self._notes / f"{run.model}.safetensors", model.channels(pipe))
+        with model.sampled(pipe, sampler):
+            for place, seed in enumerate(run.seeds):
+                if place not in made:
+                    self._make(pipe, call, seed, made, place, told, previews)
+        answer = {"files": made.names, **({} if plan is None else _in_numbers(plan))}
+        return {**answer, **stage_figures(pipe)} if plan is not None else answer
 
-    def _within(self, model: str, call: Mapping[str, Any], share: float) -> Any:
+    def _make(
+        self, pipe: Any, call: Mapping[str, Any], seed: int, made: MadeFiles, place: int, told: Told, previews: Previews
+    ) -> None:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        with KeptAnswers(pipe, made.kept(place)) as answers:
+            watch = _Watch(call, told, place, answers, previews)
+            output = pipe(**call, **watch.arguments(pipe), generator=generator)
+        watch.learn(made.write(output, place))
+
+    def _within(self, run: Run, call: Mapping[str, Any]) -> Any:
         """The model's pipeline, planned for this call beside the other models.
 
-        In a share of the budget that is too little for any plan, it is planned for the least that is enough.
+        If a share of the budget gives other bits than were told, it takes more.
         """
-        given = self._budgets
-        vram, ram = (None if each is None else int(each * share) for each in (given.vram, given.ram))
+        pipe = None
+        for share in sorted({run.share, (1 + run.share) / 2, 1.0}):
+            pipe = self._in_share(run, call, share)
+            plan = lowtide.plan_of(pipe)
+            if plan is None or run.exactness in (None, plan.exactness):
+                break
+        return pipe
+
+    def _in_share(self, run: Run, call: Mapping[str, Any], share: float) -> Any:
+        """The same in a share of the budget; if that is too little for any plan, for the least that is enough."""
+        most = self._least(run.within)
+        vram, ram = (None if each is None else int(each * share) for each in (most.vram, most.ram))
         budgets = Budgets(vram, ram)
         try:
-            return self._planned(model, call, budgets)
+            return self._planned(run.model, call, budgets)
         except BudgetError:
-            for name in [name for name in self._pipes if name != model]:
+            for name in [name for name in self._pipes if name != run.model]:
                 self._put_to_rest(name)
         try:
-            return self._planned(model, call, budgets)
+            return self._planned(run.model, call, budgets)
         except BudgetError as refusal:
-            if share == 1 or not _is_within(refusal.minimum, given):
+            if share == 1 or not _is_within(refusal.minimum, most):
                 raise
-            return self._planned(model, call, refusal.minimum)
+            return self._planned(run.model, call, refusal.minimum)
 
-    def _planned(self, model: str, call: Mapping[str, Any], budgets: Budgets) -> Any:
+    def _planned(self, name: str, call: Mapping[str, Any], budgets: Budgets) -> Any:
+        model = self._models[name]
         given = {"vram": budgets.vram, "ram": budgets.ram, "device": self._device}
-        size = _sizes(call) if self._classes[model] in KINDS else dict(call)
-        pipe = self._pipes.get(model)
+        size = model.size(call)
+        pipe = self._pipes.get(name)
         if pipe is None:
-            pipe = self._pipes[model] = lowtide.load(self._models[model], **given, **size)
+            pipe = self._pipes[name] = lowtide.load(model.source, dtype=model.dtype, **given, **size)
             if hasattr(pipe, "set_progress_bar_config"):
                 pipe.set_progress_bar_config(disable=True)
             return pipe
         lowtide.fit(pipe, **given, **size)
         return pipe
 
-    def _put_to_rest(self, model: str) -> None:
-        pipe, made_for = self._pipes[model], lowtide.plan_of(self._pipes[model])
+    def _put_to_rest(self, name: str) -> None:
+        pipe, made_for = self._pipes[name], lowtide.plan_of(self._pipes[name])
         call = {} if made_for is None else dict(made_for.made_for)
         try:
             lowtide.fit(pipe, vram=1, ram=1, device=self._device, **call)
         except BudgetError as refusal:
             lowtide.fit(pipe, refusal.minimum.vram, refusal.minimum.ram, device=self._device, **call)
 
+    def _least(self, within: Budgets | None) -> Budgets:
+        """The budgets, or less."""
+        if within is None:
+            return self.budgets
+        pairs = ((within.vram, self.budgets.vram), (within.ram, self.budgets.ram))
+        vram, ram = (min((each for each in pair if each is not None), default=None) for pair in pairs)
+        return replace(self.budgets, vram=vram, ram=ram)
+
+
+class _Watch:
+    """What a call tells of after each of its steps."""
+
+    def __init__(
+        self, call: Mapping[str, Any], told: Told, place: int, answers: KeptAnswers, previews: Previews
+    ) -> None:
+        self._size = call.get("width"), call.get("height")
+        self._told, self._place, self._answers, self._previews = told, place, answers, previews
+        self._latents: Any = None
+
+    def arguments(self, pipe: Any) -> dict[str, Any]:
+        """For the call of a pipeline, if it tells of its steps."""
+        return {"callback_on_step_end": self._after_step} if ServedModel.tells_of_steps(pipe) else {}
+
+    def _after_step(self, pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        self._latents = tensors.get("latents")
+        steps = getattr(pipe, "num_timesteps", None)
+        preview = self._previews.png(self._latents, *self._size)
+        self._told(picture=self._place, step=step + 1, steps=steps, new=self._answers.new, preview=preview)
+        return {}
+
+    def learn(self, picture: Image.Image | None) -> None:
+        """Learn for the next previews."""
+        if picture is not None:
+            self._previews.learn(self._latents, picture)
+
 
 def _is_within(budgets: Budgets, given: Budgets) -> bool:
     pairs = ((budgets.vram, given.vram), (budgets.ram, given.ram))
     return all(least is None or most is None or least <= most for least, most in pairs)
-
-
-def _watched(pipe: Any, told: Told, place: int) -> dict[str, Any]:
-    names = inspect.signature(type(pipe).__call__).parameters
-    if "callback_on_step_end" not in names:
-        return {}
-
-    def after_step(_: Any, step: int, *_rest: Any) -> dict[str, Any]:
-        told(picture=place, step=step + 1)
-        return {}
-
-    return {"callback_on_step_end": after_step}
-
-
-def _written(output: Any, folder: Path, begin: int) -> list[str]:
-    """The names of files of what came out, the first of which is number `begin`; each is whole or not there."""
-    results = results_of(output)
-    names: list[str] = []
-    for place, picture in enumerate(results.pictures, begin):
-        with whole_or_not(folder / f"{place}.png") as unfinished:
-            picture.save(unfinished, format="PNG")
-        names.append(f"{place}.png")
-    for place, clip in enumerate(results.clips, begin + len(names)):
-        export_to_video(clip, str(folder / f"{place}.mp4"), fps=FPS)
-        names.append(f"{place}.mp4")
-    return names
-
-
-def _sizes(call: Mapping[str, Any]) -> dict[str, Any]:
-    return {SIZES[name]: value for name, value in call.items() if name in SIZES}
 
 
 def in_words(refusal: BudgetError) -> dict[str, Any]:
@@ -193,11 +234,19 @@ def in_words(refusal: BudgetError) -> dict[str, Any]:
     return {"why": str(refusal), "minimum": {"vram": least.vram, "ram": least.ram}}
 
 
+def _needs(plan: Plan | None) -> dict[str, int | None]:
+    """The memory of each kind that a plan takes."""
+    if plan is None:
+        return {"vram": None, "ram": None}
+    return {"vram": None if plan.device == "cpu" or plan.unified else plan.peak, "ram": plan.host_peak}
+
+
 def _in_numbers(plan: Plan) -> dict[str, Any]:
     """A plan's bytes and seconds, and its text."""
     return {
         "peak": plan.peak,
-        "seconds": sum(stage.seconds for stage in plan.stages),
+        "needs": _needs(plan),
+        "seconds": plan.seconds,
         "exactness": plan.exactness,
         "stages": [{"name": stage.name, "peak": stage.peak, "seconds": stage.seconds} for stage in plan.stages],
         "plan": str(plan),

@@ -27,8 +27,10 @@ class Job:
     """A job of an `owner`, such as the holder of a key.
 
     `call` are arguments of the pipeline's own call; there is a picture or a clip for each of the `seeds`. `plan` is
-    what it will take, in bytes and seconds. Times are seconds since 1970. `attempts` counts how often it was begun, and
-    `deaths` how often the process that computes died of it.
+    what it will take, in bytes and seconds. `pictures` are files of arguments that are
+    pictures. Times are seconds since 1970; it is ended at its `deadline`. `attempts` counts how often it was begun, and
+    `deaths` how often in a row the process that computes died of it without progress. `asked_as` is the interface that
+    it came by, and `taken` what each stage took.
     """
 
     id: str
@@ -47,6 +49,10 @@ class Job:
     measured: int | None = None
     error: dict[str, Any] | None = None
     idempotency_key: str | None = None
+    pictures: dict[str, list[str]] = field(default_factory=dict)
+    deadline: float | None = None
+    asked_as: str = "jobs"
+    taken: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:

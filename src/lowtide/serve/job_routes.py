@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
@@ -25,16 +26,17 @@ def router(dispatcher: Dispatcher) -> APIRouter:
     """The routes of jobs."""
     routes = APIRouter()
 
-    def found(job: str, owner: str) -> Job:
-        kept = dispatcher.store.get(job)
-        if kept is None or kept.owner != owner:
-            raise ProblemError(404, f"There is no job {job!r}.")
-        return kept
-
     @routes.post("/plan")
     async def plan(request: CallRequest) -> dict[str, Any]:
         """Whether a job would fit, and what it would take; nothing is run."""
-        return await dispatcher.plan(request)
+        return await dispatcher.admission.plan(request)
+
+    @routes.get("/capabilities")
+    async def capabilities() -> dict[str, Any]:
+        """The budgets, the limits, and what each model makes and takes."""
+        admission = dispatcher.admission
+        models = [{"name": name, **await admission.about(name)} for name in admission.models]
+        return {"budget": dispatcher.lanes.budgets, "limits": asdict(dispatcher.limits), "models": models}
 
     @routes.post("/jobs", status_code=202)
     async def submit(
@@ -54,25 +56,22 @@ def router(dispatcher: Dispatcher) -> APIRouter:
     @routes.get("/jobs/{job}")
     async def job(job: str, owner: Owner) -> dict[str, Any]:
         """A job, its progress among it."""
-        return {**shown(found(job, owner)), **(dispatcher.now(job) or {})}
+        return {**shown(job_of(dispatcher, job, owner)), **(dispatcher.now(job) or {})}
 
     @routes.post("/jobs/{job}/cancel")
     async def cancel(job: str, owner: Owner) -> dict[str, Any]:
         """End a job between its steps."""
-        return shown(await dispatcher.cancel(found(job, owner)))
+        return shown(await dispatcher.cancel(job_of(dispatcher, job, owner)))
 
     @routes.delete("/jobs/{job}", status_code=204)
     async def delete(job: str, owner: Owner) -> None:
         """Forget a job that has ended, and what came of it."""
-        kept = found(job, owner)
-        if not kept.state.is_end:
-            raise ProblemError(409, f"Job {job} is {kept.state.value}: cancel it before it is deleted.")
-        await asyncio.to_thread(dispatcher.store.remove, job)
+        await delete_ended(dispatcher, job_of(dispatcher, job, owner))
 
     @routes.get("/jobs/{job}/events")
     async def events(job: str, owner: Owner) -> EventSourceResponse:
         """A job's state and progress as they change, until it ends."""
-        found(job, owner)
+        job_of(dispatcher, job, owner)
 
         async def told() -> AsyncIterator[dict[str, str]]:
             async for now in dispatcher.watch(job):
@@ -83,19 +82,39 @@ def router(dispatcher: Dispatcher) -> APIRouter:
     @routes.get("/jobs/{job}/content/{place}")
     async def content(job: str, place: int, owner: Owner) -> FileResponse:
         """A picture or clip of a job that is done."""
-        kept = found(job, owner)
-        if not 0 <= place < len(kept.files):
-            raise ProblemError(404, f"Job {job} is {kept.state.value} and has {len(kept.files)} results.")
-        path = dispatcher.store.results(job) / kept.files[place]
-        if not path.is_file():
-            raise ProblemError(410, f"Result {place} of job {job} is gone.")
-        return FileResponse(path, media_type=TYPES[path.suffix])
+        return content_of(dispatcher, job_of(dispatcher, job, owner), place)
 
     return routes
+
+
+def job_of(dispatcher: Dispatcher, job: str, owner: str) -> Job:
+    """A job of an owner; raises `ProblemError` where there is none."""
+    kept = dispatcher.store.get(job)
+    if kept is None or kept.owner != owner:
+        raise ProblemError(404, f"There is no job {job!r}.")
+    return kept
+
+
+async def delete_ended(dispatcher: Dispatcher, job: Job) -> None:
+    """Forget a job that has ended, and its files; raises `ProblemError` for one that has not."""
+    if not job.state.is_end:
+        raise ProblemError(409, f"Job {job.id} is {job.state.value}: cancel it before it is deleted.")
+    await asyncio.to_thread(dispatcher.store.remove, job.id)
+
+
+def content_of(dispatcher: Dispatcher, job: Job, place: int) -> FileResponse:
+    """A result of a job; raises `ProblemError` where there is none."""
+    if not 0 <= place < len(job.files):
+        raise ProblemError(404, f"Job {job.id} is {job.state.value} and has {len(job.files)} results.")
+    path = dispatcher.store.results(job.id) / job.files[place]
+    if not path.is_file():
+        raise ProblemError(410, f"Result {place} of job {job.id} is gone.")
+    return FileResponse(path, media_type=TYPES[path.suffix])
 
 
 def shown(job: Job) -> dict[str, Any]:
     """A job as its owner sees it."""
     content = job.to_dict()
-    del content["owner"]
+    for name in ("owner", "pictures", "asked_as"):
+        del content[name]
     return {**content, "content": [f"/jobs/{job.id}/content/{place}" for place in range(len(job.files))]}

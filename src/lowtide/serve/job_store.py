@@ -50,7 +50,12 @@ class JobStore:
 
     def results(self, job: str) -> Path:
         """The folder of the files of a job."""
-        return self._folder / "results" / job
+        return self._folder.resolve() / "results" / job
+
+    @property
+    def notes(self) -> Path:
+        """The folder of what is learned about models."""
+        return self._folder.resolve() / "notes"
 
     def add(self, job: Job) -> Job:
         """Keep a new job; one with the same owner and idempotency key that is there already is returned instead."""
@@ -76,7 +81,9 @@ class JobStore:
             row = self._jobs.execute("SELECT content FROM jobs WHERE id = ?", (job,)).fetchone()
         return None if row is None else _job(row)
 
-    def jobs(self, *states: State, owner: str | None = None, most: int | None = None) -> list[Job]:
+    def jobs(
+        self, *states: State, owner: str | None = None, asked_as: str | None = None, most: int | None = None
+    ) -> list[Job]:
         """Jobs in any of the states (none: all), the newest first."""
         where, values = ["1"], list[Any]()
         if states:
@@ -85,6 +92,9 @@ class JobStore:
         if owner is not None:
             where.append("owner = ?")
             values.append(owner)
+        if asked_as is not None:
+            where.append("json_extract(content, '$.asked_as') = ?")
+            values.append(asked_as)
         limit = "" if most is None else f" LIMIT {int(most)}"
         query = f"SELECT content FROM jobs WHERE {' AND '.join(where)} ORDER BY created DESC{limit}"
         with self._lock:

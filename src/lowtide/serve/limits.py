@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """The most of each: bytes of a body, characters of a prompt, pictures of a job, pixels of a picture, frames of a
-    clip, steps, jobs that wait, and seconds that a request waits for its plan.
+    """The most of each: bytes of a body, of one with files, characters of a prompt, pictures of a job, pixels of a
+    picture, frames of a clip, steps, jobs that wait, and seconds that a request waits for its plan.
     """
 
     body: int = 2**20
+    upload: int = 2**25
     prompt: int = 4000
     pictures: int = 10
     pixels: int = 4096 * 4096

@@ -11,6 +11,7 @@ from lowtide.serve.limits import Limits
 from lowtide.serve.problems import ProblemError
 
 MOST_SEED = 2**63 - 1
+LONGEST = 30 * 24 * 3600.0
 
 
 class CallRequest(BaseModel):
@@ -26,8 +27,11 @@ class CallRequest(BaseModel):
     num_frames: int | None = Field(None, ge=1)
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0, le=1000)
+    strength: float | None = Field(None, ge=0, le=1)
+    sampler: str | None = Field(None, max_length=40)
     seed: int | None = Field(None, ge=0, le=MOST_SEED)
     n: int = Field(1, ge=1)
+    deadline: float | None = Field(None, gt=0, le=LONGEST, description="Seconds from now, after which it is ended.")
 
     @model_validator(mode="after")
     def _both_sides(self) -> Self:
@@ -37,7 +41,7 @@ class CallRequest(BaseModel):
 
     def call(self) -> dict[str, Any]:
         """The arguments of the pipeline's call."""
-        return self.model_dump(exclude={"model", "seed", "n"}, exclude_none=True)
+        return self.model_dump(exclude={"model", "seed", "n", "deadline"}, exclude_none=True)
 
     def seeds(self) -> list[int]:
         """The seed of each picture: those after the one asked for, or after one that is drawn."""

@@ -34,15 +34,21 @@ class Waiting:
             self._given[job.owner] = min((self._given[each.owner] for each in self._jobs), default=0.0)
         self._jobs.insert(0 if first else len(self._jobs), job)
 
-    def take(self) -> Job | None:
-        """The next job, which waits no longer."""
+    def next(self) -> Job | None:
+        """The job whose turn it is: one that was begun before, else of the owner who was given the least."""
         if not self._jobs:
             return None
         begun = self._jobs[0].attempts > 0
-        job = self._jobs[0] if begun else min(self._jobs, key=lambda job: self._given[job.owner])
+        return self._jobs[0] if begun else min(self._jobs, key=lambda job: self._given[job.owner])
+
+    def take(self, job: Job) -> None:
+        """Give a job its turn; it waits no longer."""
         self._jobs.remove(job)
         self._given[job.owner] += job.seconds
-        return job
+
+    def ahead_of(self, job: str) -> int | None:
+        """How many jobs came before one that waits; None if it does not."""
+        return next((place for place, each in enumerate(self._jobs) if each.id == job), None)
 
     def remove(self, job: str) -> Job | None:
         """Have a job wait no longer; None if it does not."""

@@ -53,15 +53,17 @@ class _Worker:
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             self._channel.send(event="refused", why=str(error))
             return
-        self._channel.send(event="ready")
+        budgets = self._engine.budgets
+        self._channel.send(event="ready", budgets={"vram": budgets.vram, "ram": budgets.ram})
         threading.Thread(target=self._plan_all, daemon=True).start()
         while True:
             self._answer(self._runs.get(), self._run)
 
     def _plan_all(self) -> None:
+        make = {"plan": self._plan, "about": self._about}
         while True:
             message = self._plans.get()
-            self._answer(message, self._plan if message["do"] == "plan" else self._names)
+            self._answer(message, make[message["do"]])
 
     def _answer(self, message: Message, make: Any) -> None:
         try:
@@ -74,13 +76,14 @@ class _Worker:
             self._channel.send(id=message["id"], event="answer", **answer)
 
     def _plan(self, message: Message) -> dict[str, Any]:
-        return self._engine.plan(message["model"], message["call"])
+        sizes = {name: [(width, height) for width, height in many] for name, many in message["sizes"].items()}
+        return self._engine.plan(message["model"], message["call"], sizes, _budgets(message["within"]))
 
-    def _names(self, message: Message) -> dict[str, Any]:
-        return {"names": self._engine.names_of(message["model"])}
+    def _about(self, message: Message) -> dict[str, Any]:
+        return self._engine.about(message["model"])
 
     def _run(self, message: Message) -> dict[str, Any]:
-        from lowtide.serve.engine import CancelledError
+        from lowtide.serve.engine import CancelledError, Run
 
         job = message["id"]
 
@@ -91,10 +94,19 @@ class _Worker:
 
         try:
             told(picture=0, step=0)
-            call, seeds, folder = message["call"], message["seeds"], Path(message["folder"])
-            return self._engine.run(message["model"], call, seeds, folder, told, share=message["share"])
+            run = Run(
+                message["model"], message["call"], message["seeds"], Path(message["folder"]), message["pictures"],
+                message["share"], _budgets(message["within"]), message["exactness"],
+            )  # fmt: skip
+            return self._engine.run(run, told)
         finally:
             self._cancelled.discard(job)
+
+
+def _budgets(content: dict[str, int | None] | None) -> Any:
+    from lowtide.planning.plan import Budgets
+
+    return None if content is None else Budgets(**content)
 
 
 def _said(error: BaseException) -> dict[str, Any]:

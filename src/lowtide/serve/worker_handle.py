@@ -48,6 +48,8 @@ class WorkerHandle:
         """Why the process cannot work with these settings at all."""
         self.started = 0
         """How often the process was started."""
+        self.budgets: dict[str, int | None] | None = None
+        """The most bytes of each kind that it may take; None until it has said so."""
 
     @property
     def is_ready(self) -> bool:
@@ -89,6 +91,7 @@ class WorkerHandle:
 
     def _hear(self, message: Message) -> None:
         if message["event"] == "ready":
+            self.budgets = message["budgets"]
             self._is_ready.set()
             return
         if message["event"] == "refused":
@@ -141,6 +144,14 @@ class WorkerHandle:
         except TimeoutError:
             self._process.kill()
             await self._process.wait()
+
+
+def bytes_of(process: int | None) -> int:
+    """The resident memory of a process; 0 for one that is gone."""
+    try:
+        return 0 if process is None else int(psutil.Process(process).memory_info().rss)
+    except psutil.Error:
+        return 0
 
 
 def own_bytes() -> int:

@@ -1,0 +1,117 @@
+"""A model that is served: what it makes, what its call takes, and how its plans call that."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+
+import lowtide
+from lowtide.hub import Source
+from lowtide.loading.model_index import MODEL_INDEX, read_model_index
+from lowtide.memory.presets import execution_device
+from lowtide.pipelines.parts import KINDS
+from lowtide.schedulers import SCHEDULERS, SHORT_NAMES
+
+SAMPLER = "sampler"
+SIZES = {"height": "height", "width": "width", "num_inference_steps": "steps", "num_frames": "frames"}
+"""What plans of our own pipelines call arguments of a call on which memory depends."""
+SAMPLERS = {
+    "StableDiffusionPipeline": ("ddim", "pndm", "unipc", "euler", "dpm"),
+    "CogVideoXPipeline": ("cogvideox-ddim", "cogvideox-dpm"),
+}
+"""The short names of schedulers that pipelines of ours can be given."""
+SHOWN = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt", "strength")
+"""Arguments whose values by default are told."""
+
+
+class ServedModel:
+    """A model in a folder or on the Hub. Raises what `lowtide.load` does for one that is not there.
+
+    It computes in `dtype`: "auto" is, for pipelines of ours, float32 on a CPU and float16 on a GPU, as for
+    `lowtide generate`, and for others as their files have it.
+    """
+
+    def __init__(self, source: str, device: torch.device, dtype: str = "auto") -> None:
+        self.source = source
+        self.class_name = read_model_index(Source(source).fetch([MODEL_INDEX]))[0]
+        usual = torch.float32 if device.type == "cpu" else torch.float16
+        self.dtype: torch.dtype | None = (usual if self.is_ours else None) if dtype == "auto" else getattr(torch, dtype)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether its pipeline is one of Lowtide's own."""
+        return self.class_name in KINDS
+
+    @cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """Of its call."""
+        if self.is_ours:
+            call = inspect.signature(getattr(lowtide, self.class_name).__call__)
+            return {name: each for name, each in call.parameters.items() if name not in ("self", "others")}
+        from lowtide.guests.written_call import call_of
+
+        return call_of(self.class_name).parameters
+
+    def about(self) -> dict[str, Any]:
+        """What it makes, the names and usual values of what its call takes, and its samplers."""
+        samplers = SAMPLERS.get(self.class_name, ())
+        usual = {name: self.parameters[name].default for name in SHOWN if name in self.parameters}
+        return {
+            "kind": self.class_name,
+            "makes": "clips" if {"num_frames", "frames"} & self.parameters.keys() else "pictures",
+            "arguments": [*self.parameters, *([SAMPLER] if samplers else [])],
+            "defaults": {name: value for name, value in usual.items() if isinstance(value, (int, float, str))},
+            "size": self._usual_size(),
+            "samplers": list(samplers),
+        }
+
+    def _usual_size(self) -> dict[str, int] | None:
+        if not self.is_ours:
+            return None
+        from lowtide.loading.components import LoadOptions
+        from lowtide.pipelines.load import open_checkpoint
+
+        size = open_checkpoint(Source(self.source), LoadOptions(None)).on_meta(torch.device("cpu")).subject.usual_size()
+        return {"width": size.width, "height": size.height}
+
+    def size(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a call plans depend on, as plans call it."""
+        return {SIZES[name]: value for name, value in call.items() if name in SIZES} if self.is_ours else dict(call)
+
+    def pictures(self, given: Mapping[str, Sequence[Image.Image]]) -> dict[str, Any]:
+        """Pictures as arguments: one, or a list where there are several."""
+        return {name: many[0] if len(many) == 1 else list(many) for name, many in given.items()}
+
+    @contextmanager
+    def sampled(self, pipe: Any, sampler: str | None) -> Iterator[None]:
+        """Have a pipeline take its steps by the sampler with this short name, for a while."""
+        if sampler is None:
+            yield
+            return
+        own = pipe.scheduler
+        pipe.scheduler = SCHEDULERS[SHORT_NAMES[sampler]].from_config(own.config)
+        try:
+            yield
+        finally:
+            pipe.scheduler = own
+
+    def channels(self, pipe: Any) -> int | None:
+        """Of its latents; None where it does not say."""
+        config = getattr(getattr(pipe, "vae", None), "config", None)
+        return getattr(config, "latent_channels", None) or getattr(config, "z_dim", None)
+
+    @staticmethod
+    def tells_of_steps(pipe: Any) -> bool:
+        """Whether the call of a pipeline tells of its steps."""
+        return "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+
+    @staticmethod
+    def device(asked: str | None) -> torch.device:
+        """Where to compute; raises `ValueError` for what there is not."""
+        return execution_device(None if asked == "auto" else asked)

@@ -15,11 +15,11 @@ from PIL import Image
 
 from lowtide.serve.admission import Admission, Bytes
 from lowtide.serve.job import Job, State
+from lowtide.serve.job_progress import Progress
 from lowtide.serve.job_store import JobStore
 from lowtide.serve.lanes import Lane, Lanes
 from lowtide.serve.limits import Limits
 from lowtide.serve.problems import ProblemError
-from lowtide.serve.progress import Progress
 from lowtide.serve.requests import CallRequest
 from lowtide.serve.uploads import Uploads
 from lowtide.serve.waiting import Waiting

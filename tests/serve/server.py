@@ -56,7 +56,7 @@ class Server:
         body = content if isinstance(content, bytes) or content is None else json.dumps(content).encode()
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         request = urllib.request.Request(self.address + path, body, named, method=method)
-        if body is not None:
+        if body is not None and "Content-Type" not in named:
             request.add_header("Content-Type", "application/json")
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:

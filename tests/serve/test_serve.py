@@ -101,6 +101,17 @@ def test_a_job_is_cancelled_between_its_steps(server):
     assert server.ended(running)["state"] == "cancelled"
 
 
+def test_a_job_ends_at_its_deadline(server):
+    status, problem = server.ask("POST", "/jobs", {**ASKED, "num_inference_steps": 400, "deadline": 0.1})
+    assert (status, "deadline" in problem["detail"]) == (422, True)
+    running = server.ask("POST", "/jobs", {**ASKED, "num_inference_steps": 400})[1]["id"]
+    waiting = server.ask("POST", "/jobs", {**ASKED, "deadline": 2})[1]["id"]
+    ended = server.ended(waiting)
+    assert (ended["state"], ended["error"]["kind"], ended["attempts"]) == ("cancelled", "deadline", 0)
+    server.ask("POST", f"/jobs/{running}/cancel")
+    assert server.ended(running)["state"] == "cancelled"
+
+
 def test_who_goes_away_cancels(server):
     address = server.address.removeprefix("http://")
     connection = http.client.HTTPConnection(address, timeout=60)

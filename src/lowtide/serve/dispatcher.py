@@ -17,7 +17,7 @@ from lowtide.serve.admission import Admission, Bytes
 from lowtide.serve.job import Job, State
 from lowtide.serve.job_progress import Progress
 from lowtide.serve.job_store import JobStore
-from lowtide.serve.lanes import Lane, Lanes
+from lowtide.serve.lanes import WORTH_A_START, Lane, Lanes
 from lowtide.serve.limits import Limits
 from lowtide.serve.problems import ProblemError
 from lowtide.serve.requests import CallRequest
@@ -153,6 +153,12 @@ class Dispatcher:
         """What all jobs that are here will take, as planned."""
         return max(1.0, self.waiting.seconds + sum(job.seconds for job in self.lanes.running))
 
+    @property
+    def _soonest(self) -> float:
+        """Seconds until the first of the jobs that run will have ended."""
+        left = (progress.seconds_left for progress in self._progress.values())
+        return min((seconds for seconds in left if seconds is not None), default=math.inf)
+
     def _full(self) -> ProblemError:
         seconds = math.ceil(self.seconds_left)
         told = f"{len(self.waiting)} jobs wait, and no more may. Try again in {seconds} s."
@@ -188,6 +194,8 @@ class Dispatcher:
             return False
         within: Bytes | None = None
         if self.lanes.running:
+            if not lane.worker.started and self._soonest < WORTH_A_START:
+                return False
             within = self.lanes.left_for(lane)
             try:
                 plan = await self.admission.planned(job.model, job.call, self._sizes(job), within)

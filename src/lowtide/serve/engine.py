@@ -76,6 +76,7 @@ class Engine:
         self._notes = Path(notes)
         self._models = {name: ServedModel(source, self._device, dtype) for name, source in models.items()}
         self._pipes: dict[str, Any] = {}
+        self._last: tuple[str, Budgets, dict[str, Any]] | None = None
 
     def about(self, model: str) -> dict[str, Any]:
         """What a model makes, and what its call takes."""
@@ -115,15 +116,17 @@ class Engine:
         pictures = {name: [Image.open(file) for file in files] for name, files in run.pictures.items()}
         call = {**run.call, **model.pictures(pictures)}
         sampler = call.pop(SAMPLER, None)
+        if run.model in self._pipes:
+            model.take_sampler(self._pipes[run.model], sampler)
         pipe = self._within(run, call)
+        model.take_sampler(pipe, sampler)
         plan = lowtide.plan_of(pipe)
         told(needs=_needs(plan))
         made = MadeFiles(run.folder)
         previews = Previews(self._notes / f"{run.model}.safetensors", model.channels(pipe))
-        with model.sampled(pipe, sampler):
-            for place, seed in enumerate(run.seeds):
-                if place not in made:
-                    self._make(pipe, call, seed, made, place, told, previews)
+        for place, seed in enumerate(run.seeds):
+            if place not in made:
+                self._make(pipe, call, seed, made, place, told, previews)
         answer = {"files": made.names, **({} if plan is None else _in_numbers(plan))}
         return {**answer, **stage_figures(pipe)} if plan is not None else answer
 
@@ -171,12 +174,16 @@ class Engine:
         given = {"vram": budgets.vram, "ram": budgets.ram, "device": self._device}
         size = model.size(call)
         pipe = self._pipes.get(name)
+        if self._last == (name, budgets, size):  # planned for this, and no other model has run since
+            return pipe
+        self._last = None
         if pipe is None:
             pipe = self._pipes[name] = lowtide.load(model.source, dtype=model.dtype, **given, **size)
             if hasattr(pipe, "set_progress_bar_config"):
                 pipe.set_progress_bar_config(disable=True)
-            return pipe
-        lowtide.fit(pipe, **given, **size)
+        else:
+            lowtide.fit(pipe, **given, **size)
+        self._last = name, budgets, size
         return pipe
 
     def _put_to_rest(self, name: str) -> None:

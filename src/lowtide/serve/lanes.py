@@ -13,6 +13,8 @@ from lowtide.serve.worker_handle import WorkerHandle, bytes_of
 PAUSE = 0.5
 """Seconds before a process that died is started anew, doubled each time it dies before it is ready."""
 LONGEST_PAUSE = 30.0
+WORTH_A_START = 10.0
+"""Seconds that a running job must still take for a further process to be started beside it."""
 
 
 @dataclass(eq=False)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +39,8 @@ class ServedModel:
     def __init__(self, source: str, device: torch.device, dtype: str = "auto") -> None:
         self.source = source
         self.class_name = read_model_index(Source(source).fetch([MODEL_INDEX]))[0]
+        self._own_scheduler: Any = None
+        self._sampler: str | None = None
         usual = torch.float32 if device.type == "cpu" else torch.float16
         self.dtype: torch.dtype | None = (usual if self.is_ours else None) if dtype == "auto" else getattr(torch, dtype)
 
@@ -88,18 +89,17 @@ class ServedModel:
         """Pictures as arguments: one, or a list where there are several."""
         return {name: many[0] if len(many) == 1 else list(many) for name, many in given.items()}
 
-    @contextmanager
-    def sampled(self, pipe: Any, sampler: str | None) -> Iterator[None]:
-        """Have a pipeline take its steps by the sampler with this short name, for a while."""
-        if sampler is None:
-            yield
+    def take_sampler(self, pipe: Any, sampler: str | None) -> None:
+        """Have a pipeline take its steps by the sampler with this short name, or by its own.
+
+        It stays until another is asked for, since plans are made anew for each change.
+        """
+        if self._own_scheduler is None:
+            self._own_scheduler = getattr(pipe, "scheduler", None)
+        if sampler == self._sampler:
             return
-        own = pipe.scheduler
-        pipe.scheduler = SCHEDULERS[SHORT_NAMES[sampler]].from_config(own.config)
-        try:
-            yield
-        finally:
-            pipe.scheduler = own
+        own, self._sampler = self._own_scheduler, sampler
+        pipe.scheduler = own if sampler is None else SCHEDULERS[SHORT_NAMES[sampler]].from_config(own.config)
 
     def channels(self, pipe: Any) -> int | None:
         """Of its latents; None where it does not say."""

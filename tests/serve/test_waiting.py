@@ -46,7 +46,9 @@ def test_who_comes_new_does_not_go_before_all_others_for_long():
     waiting = Waiting(10)
     for place in range(5):
         waiting.add(job(f"a{place}"))
-        waiting.take(waiting.next())
+        taken = waiting.next()
+        assert taken is not None
+        waiting.take(taken)
     waiting.add(job("a5"))
     for place in range(3):
         waiting.add(job(f"b{place}", "bert"))

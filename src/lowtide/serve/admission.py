@@ -44,7 +44,10 @@ class Admission:
         self, model: str, call: Mapping[str, Any], sizes: Sizes, within: Bytes | None = None
     ) -> dict[str, Any]:
         """The same of a call that was let in before."""
-        settings = sorted((name, value) for name, value in call.items() if "prompt" not in name)
+        names = (await self.about(model))["planned_by"]
+        settings = sorted(
+            (name, value) for name, value in call.items() if (name in names if names else "prompt" not in name)
+        )
         key = model, tuple(settings), str(sizes), str(within)
         if key not in self._plans:
             made = await self._asked("plan", model=model, call=call, sizes=sizes, within=within)

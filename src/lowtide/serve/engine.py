@@ -16,10 +16,6 @@ from PIL import Image
 
 import lowtide
 from lowtide.fitting.budgets import parse_budgets
-from lowtide.fitting.prepare import Fit
-from lowtide.guests.checkpoint import GuestCheckpoint
-from lowtide.hub import Source
-from lowtide.pipelines.load import prepare_checkpoint
 from lowtide.planning.plan import BudgetError, Budgets, Plan
 from lowtide.serve.kept_answers import KeptAnswers
 from lowtide.serve.made_files import MadeFiles, stage_figures
@@ -96,19 +92,12 @@ class Engine:
         """
         pictures = {name: [Image.new("RGB", size) for size in many] for name, many in (sizes or {}).items()}
         call = {**call, **self._models[model].pictures(pictures)}
-        fit = self._prepared(self._models[model], call, self._least(within))
+        fit = self._models[model].prepared(call, self._least(within))
         try:
             plan = fit.choose()
         except BudgetError as refusal:
             return {"fits": False, **in_words(refusal)}
         return {"fits": True, **_in_numbers(plan)}
-
-    def _prepared(self, model: ServedModel, call: Mapping[str, Any], budgets: Budgets) -> Fit:
-        if model.is_ours:
-            size = model.size(call)
-            return prepare_checkpoint(model.source, budgets, device=self._device, dtype=model.dtype, **size)
-        checkpoint = GuestCheckpoint.opened(Source(model.source), dict(call), model.dtype, None, None)
-        return checkpoint.prepared(checkpoint.parts(), budgets, (), self._device)
 
     def run(self, run: Run, told: Told) -> dict[str, Any]:
         """Make what a run asks for, and say what it took; what an earlier attempt has made is not made again."""

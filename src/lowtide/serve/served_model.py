@@ -11,10 +11,16 @@ import torch
 from PIL import Image
 
 import lowtide
+from lowtide.fitting.meta_subject import MetaSubject
+from lowtide.fitting.prepare import Fit, prepare
+from lowtide.guests.checkpoint import GuestCheckpoint
 from lowtide.hub import Source
+from lowtide.loading.components import LoadOptions
 from lowtide.loading.model_index import MODEL_INDEX, read_model_index
 from lowtide.memory.presets import execution_device
+from lowtide.pipelines.load import open_checkpoint
 from lowtide.pipelines.parts import KINDS
+from lowtide.planning.plan import Budgets
 from lowtide.schedulers import SCHEDULERS, SHORT_NAMES
 
 SAMPLER = "sampler"
@@ -25,6 +31,8 @@ SAMPLERS = {
     "CogVideoXPipeline": ("cogvideox-ddim", "cogvideox-dpm"),
 }
 """The short names of schedulers that pipelines of ours can be given."""
+MOST_TRACED = 50
+"""Sizes of calls that are remembered, from which plans are made quickly."""
 SHOWN = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt", "strength")
 """Arguments whose values by default are told."""
 
@@ -37,7 +45,7 @@ class ServedModel:
     """
 
     def __init__(self, source: str, device: torch.device, dtype: str = "auto") -> None:
-        self.source = source
+        self.source, self._device = source, device
         self.class_name = read_model_index(Source(source).fetch([MODEL_INDEX]))[0]
         self._own_scheduler: Any = None
         self._sampler: str | None = None
@@ -60,7 +68,10 @@ class ServedModel:
         return call_of(self.class_name).parameters
 
     def about(self) -> dict[str, Any]:
-        """What it makes, the names and usual values of what its call takes, and its samplers."""
+        """What it makes, what its call takes and the usual values of that, and its samplers.
+
+        `planned_by` names the arguments on which its plans depend; None is for all.
+        """
         samplers = SAMPLERS.get(self.class_name, ())
         usual = {name: self.parameters[name].default for name in SHOWN if name in self.parameters}
         return {
@@ -70,16 +81,25 @@ class ServedModel:
             "defaults": {name: value for name, value in usual.items() if isinstance(value, (int, float, str))},
             "size": self._usual_size(),
             "samplers": list(samplers),
+            "planned_by": list(SIZES) if self.is_ours else None,
         }
 
     def _usual_size(self) -> dict[str, int] | None:
-        if not self.is_ours:
-            return None
-        from lowtide.loading.components import LoadOptions
-        from lowtide.pipelines.load import open_checkpoint
+        size = self._meta.subject.usual_size() if self.is_ours else None
+        return None if size is None else {"width": size.width, "height": size.height}
 
-        size = open_checkpoint(Source(self.source), LoadOptions(None)).on_meta(torch.device("cpu")).subject.usual_size()
-        return {"width": size.width, "height": size.height}
+    def prepared(self, call: Mapping[str, Any], budgets: Budgets) -> Fit:
+        """All that plans for a call are made from; none of its weights are read."""
+        if self.is_ours:
+            if len(self._meta.traced) > MOST_TRACED:
+                del self._meta
+            return prepare(self._meta, budgets, self._meta.subject.usual_size(**self.size(call)))
+        checkpoint = GuestCheckpoint.opened(Source(self.source), dict(call), self.dtype, None, None)
+        return checkpoint.prepared(checkpoint.parts(), budgets, (), self._device)
+
+    @cached_property
+    def _meta(self) -> MetaSubject:
+        return open_checkpoint(Source(self.source), LoadOptions(self.dtype)).on_meta(self._device)
 
     def size(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """What of a call plans depend on, as plans call it."""

@@ -17,7 +17,7 @@ from lowtide.serve.admission import Admission, Bytes
 from lowtide.serve.job import Job, State
 from lowtide.serve.job_progress import Progress
 from lowtide.serve.job_store import JobStore
-from lowtide.serve.lanes import WORTH_A_START, Lane, Lanes
+from lowtide.serve.lanes import WORTH_A_START, Lane, Lanes, NotStartedError
 from lowtide.serve.limits import Limits
 from lowtide.serve.problems import ProblemError
 from lowtide.serve.requests import CallRequest
@@ -224,7 +224,7 @@ class Dispatcher:
         try:
             folder = self.store.results(job.id)
             folder.mkdir(parents=True, exist_ok=True)
-            await lane.worker.wait_until_ready()
+            await self.lanes.ready(lane)
             answer = await lane.worker.ask(
                 "run", key=job.id, heard=heard, model=job.model, call=job.call, seeds=job.seeds, folder=str(folder),
                 pictures=job.pictures, share=SHARES[job.deaths], within=within, exactness=job.plan["exactness"],
@@ -246,7 +246,8 @@ class Dispatcher:
             await self._end(job, State.DONE, lane)
 
     async def _again_or_never(self, job: Job, lane: Lane, error: WorkerDiedError, *, made_progress: bool) -> None:
-        job.deaths = 1 if made_progress else job.deaths + 1
+        if not isinstance(error, NotStartedError):
+            job.deaths = 1 if made_progress else job.deaths + 1
         lane.held = {}
         if job.deaths < len(SHARES):
             job.state = State.QUEUED
@@ -268,7 +269,7 @@ class Dispatcher:
     def _leave(self, job: Job, lane: Lane | None) -> None:
         self._progress.pop(job.id, None)
         if lane is not None:
-            lane.job = None
+            self.lanes.leave(lane)
 
     async def _keep(self, job: Job) -> None:
         """Keep what has changed of a job; where the disk is full the work goes on, and a new server begins it again."""

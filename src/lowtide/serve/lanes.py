@@ -8,13 +8,19 @@ from typing import Any
 
 from lowtide.serve.admission import Bytes
 from lowtide.serve.job import Job
-from lowtide.serve.worker_handle import WorkerHandle, bytes_of
+from lowtide.serve.worker_handle import WorkerDiedError, WorkerHandle, bytes_of
 
 PAUSE = 0.5
 """Seconds before a process that died is started anew, doubled each time it dies before it is ready."""
 LONGEST_PAUSE = 30.0
+MOST_FAILED_STARTS = 3
+"""In a row, after which no further process is started."""
 WORTH_A_START = 10.0
 """Seconds that a running job must still take for a further process to be started beside it."""
+
+
+class NotStartedError(WorkerDiedError):
+    """A further process that computes has died before it took work: of nothing that a job did."""
 
 
 @dataclass(eq=False)
@@ -33,6 +39,7 @@ class Lanes:
         self._settings, self._most = settings, most
         self.first = Lane(WorkerHandle(settings))
         self._lanes = [self.first]
+        self._failed_starts = 0
 
     @property
     def running(self) -> list[Job]:
@@ -80,6 +87,23 @@ class Lanes:
         if lane not in self._lanes:
             self._lanes.append(lane)
             await lane.worker.start()
+
+    async def ready(self, lane: Lane) -> None:
+        """Wait until a lane takes work; raises `NotStartedError` for a further process that died before."""
+        while not lane.worker.is_ready:
+            if lane is not self.first and lane.worker.process_id is None:
+                self._failed_starts += 1
+                if self._failed_starts >= MOST_FAILED_STARTS:
+                    self._most = 1
+                raise NotStartedError("A further process that computes has died while it started.")
+            await asyncio.sleep(0.05)
+        self._failed_starts = 0
+
+    def leave(self, lane: Lane) -> None:
+        """Have a lane's job leave it. A further process that has died is not started again."""
+        lane.job = None
+        if lane is not self.first and lane.worker.process_id is None:
+            self._lanes.remove(lane)
 
     async def end_idle(self) -> None:
         """End the processes that have nothing to do, but for the first."""

@@ -17,18 +17,19 @@ from typing import Any
 
 
 class Server:
-    """`lowtide serve` with the shipped model unless others are given, at a free port of this machine."""
+    """`lowtide serve` with the shipped model unless others are given, at a free port, which it keeps."""
 
     def __init__(self, data: Path, *arguments: str) -> None:
-        self._command = [sys.executable, "-m", "lowtide", "serve", *arguments, "--port", "0", "--data", str(data)]
+        self._command = [sys.executable, "-m", "lowtide", "serve", *arguments, "--data", str(data)]
         self._log = data / "log"
         data.mkdir(exist_ok=True)
         self.start()
 
     def start(self) -> None:
         """Start it, anew if it was killed."""
+        port = self.address.rpartition(":")[2] if self._log.exists() else "0"
         with self._log.open("w") as log:
-            self.process = subprocess.Popen(self._command, stderr=log)
+            self.process = subprocess.Popen([*self._command, "--port", port], stderr=log)
 
     @property
     def said(self) -> str:

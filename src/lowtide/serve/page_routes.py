@@ -1,4 +1,4 @@
-"""The page for people: three files of the package, which ask for nothing from elsewhere."""
+"""The page for people: files of the package, which ask for nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' blob: data:; "
     "media-src blob:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
-TYPES = {"style.css": "text/css", "script.js": "text/javascript"}
+TYPES = {".css": "text/css", ".js": "text/javascript"}
 
 
 def router() -> APIRouter:
     """The routes of the page; no key is asked for."""
     routes = APIRouter(include_in_schema=False)
     folder = Path(str(resources.files("lowtide"))) / "serve" / "page"
+    parts = {file.name: TYPES[file.suffix] for file in folder.iterdir() if file.suffix in TYPES}
 
     @routes.get("/")
     async def page() -> FileResponse:
@@ -29,9 +30,9 @@ def router() -> APIRouter:
 
     @routes.get("/page/{name}")
     async def part(name: str) -> FileResponse:
-        """Its style and its script."""
-        if name not in TYPES:
+        """Its style and its scripts."""
+        if name not in parts:
             raise ProblemError(404, f"The page has no {name!r}.")
-        return FileResponse(folder / name, media_type=TYPES[name])
+        return FileResponse(folder / name, media_type=parts[name])
 
     return routes

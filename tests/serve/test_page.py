@@ -291,6 +291,25 @@ def test_a_key_is_asked_for_and_forgotten_with_the_tab(page, made):
     assert page.evaluate("() => [localStorage.length, document.cookie, sessionStorage.length]") == [0, "", 1]
 
 
+def test_a_picture_to_start_from_is_sent_where_the_model_takes_one(page, server):
+    expect(page.get_by_label("Picture to start from")).to_be_hidden()
+    capabilities = server.ask("GET", "/capabilities")[1]
+    capabilities["models"][0]["arguments"] += ["image", "strength"]
+    sent = []
+    page.route("**/capabilities", lambda route: route.fulfill(json=capabilities))
+    page.route("**/v1/images/edits", lambda route: (sent.append(route.request), route.fulfill(json={"data": []})))
+    page.reload()
+    file = {"name": "boat.png", "mimeType": "image/png", "buffer": b"a picture"}
+    page.get_by_label("Picture to start from").set_input_files(file)
+    write(page, strength=0.5)
+    with page.expect_response("**/v1/images/edits"):
+        page.get_by_role("button", name="Make").click()
+    assert sent[0].headers["content-type"].startswith("multipart/form-data")
+    body = sent[0].post_data_buffer
+    for part in (b'name="prompt"\r\n\r\na boat', b'name="strength"\r\n\r\n0.5', b'filename="boat.png"'):
+        assert part in body
+
+
 def test_the_server_is_killed_and_started_while_the_page_is_open(page, server):
     write(page, prompt="through it", num_inference_steps=20)
     page.get_by_role("button", name="Make").click()

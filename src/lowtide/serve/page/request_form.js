@@ -10,9 +10,10 @@ const smaller = document.querySelector("#smaller");
 const presets = document.querySelector("#presets");
 const button = form.querySelector("[type=submit]");
 const TEXTS = ["prompt", "negative_prompt", "model", "sampler"];
-const NUMBERS = ["width", "height", "num_frames", "num_inference_steps", "guidance_scale", "seed", "n"];
+const NUMBERS = ["width", "height", "num_frames", "num_inference_steps", "guidance_scale", "strength", "seed", "n"];
 const SHARES = [0.75, 0.5, 0.25]; // of the sides of a picture that does not fit
-const OPTIONAL = ["negative_prompt", "num_frames", "num_inference_steps", "guidance_scale", "sampler"];
+const USUAL = ["negative_prompt", "num_inference_steps", "guidance_scale", "sampler"];
+const SELDOM = ["image", "num_frames", "strength"]; // not shown before the model is known
 let capabilities = { budget: {}, models: [] };
 let planning = 0;
 let soon;
@@ -34,6 +35,10 @@ export function asked() {
   return content;
 }
 
+/** The picture to start from, where the model takes one and it was chosen. */
+const picture = () => (takesPicture() ? field("image").files[0] : undefined);
+const takesPicture = () => model().arguments?.includes("image");
+
 /** Take over what the server can do; what was chosen stays where it is still possible. */
 export function know(given) {
   capabilities = given;
@@ -53,8 +58,8 @@ export function know(given) {
 /** Show what the chosen model takes, with what it has by itself. */
 function suit() {
   const { arguments: names, defaults = {}, size, samplers = [], makes } = model();
-  for (const name of OPTIONAL) {
-    const isTaken = names ? names.includes(name) : name !== "num_frames";
+  for (const name of [...USUAL, ...SELDOM]) {
+    const isTaken = names ? names.includes(name) : !SELDOM.includes(name);
     field(name).closest(".optional").hidden = name === "sampler" ? !samplers.length : !isTaken;
   }
   for (const name of NUMBERS) if (name !== "n" && name !== "seed") field(name).placeholder = defaults[name] ?? "";
@@ -103,6 +108,7 @@ function markPreset() {
 
 export async function plan() {
   const mine = ++planning;
+  if (takesPicture()) return tell("What it takes depends on the picture, and is known once that is sent.");
   const request = { ...asked(), prompt: field("prompt").value || "a picture" };
   delete request.seed;
   try {
@@ -157,7 +163,8 @@ function showShare(bytes) {
 /** A button for the largest of some smaller sizes that fits. */
 async function offerSmaller(request, possible, mine) {
   const { width, height } = request.width ? request : (model().size ?? {});
-  const sizes = possible ? [possible] : SHARES.map((share) => ({ width: multiple(width * share), height: multiple(height * share) }));
+  const share = (part) => ({ width: multiple(width * part), height: multiple(height * part) });
+  const sizes = possible ? [possible] : SHARES.map(share);
   for (const size of width ? sizes : []) {
     const { fits } = possible ? { fits: true } : await ask("POST", "plan", { ...request, ...size }).catch(() => ({}));
     if (mine !== planning) return;
@@ -197,7 +204,7 @@ export function begin(submit) {
     event.preventDefault();
     isSending = true;
     allow(!isImpossible);
-    const error = await submit(asked()).catch((error) => error);
+    const error = await submit(asked(), picture()).catch((error) => error);
     isSending = false;
     allow(!isImpossible);
     if (error) refuse(error.message, error.status === 422);

@@ -62,10 +62,21 @@ function tell(words, isWrong = false) {
   status.classList.toggle("wrong", isWrong);
 }
 
-async function submit(request) {
+async function submit(request, picture) {
+  if (picture) return edit({ ...request, response_format: "url" }, picture);
   const item = gallery.add(await ask("POST", "jobs", request));
   item.scrollIntoView({ block: "nearest" });
   say("Taken");
+}
+
+/** Answered when the job is done, which is shown as those of others are. */
+async function edit(request, picture) {
+  const form = new FormData();
+  for (const [name, value] of Object.entries(request)) form.append(name, value);
+  form.append("image", picture);
+  say("Sent");
+  await ask("POST", "v1/images/edits", form);
+  await gallery.refresh();
 }
 
 keyForm.addEventListener("submit", (event) => {

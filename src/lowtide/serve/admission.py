@@ -70,18 +70,20 @@ class Admission:
             raise ProblemError(404, f"There is no model {name!r} here.", possible=self.models)
         return name
 
-    async def refusal(self, request: CallRequest, plan: Mapping[str, Any], sizes: Sizes | None = None) -> ProblemError:
-        """Why a request that does not fit is refused: the least memory that would be enough, and a size that fits."""
-        more: dict[str, Any] = {"minimum": plan["minimum"]}
+    async def told(self, request: CallRequest, sizes: Sizes | None = None) -> dict[str, Any]:
+        """The plan of a request, or why there is none, the least memory that would be enough, and a size that fits."""
+        plan = await self.plan(request, sizes)
+        return plan if plan["fits"] else {**plan, **await self._possible(request, sizes)}
+
+    async def _possible(self, request: CallRequest, sizes: Sizes | None) -> dict[str, Any]:
         for share in SMALLER if request.width and request.height else ():
             sides = {"width": _side(request.width, share), "height": _side(request.height, share)}
             try:
                 if (await self.plan(request.model_copy(update=sides), sizes))["fits"]:
-                    more["possible"] = sides
-                    break
+                    return {"possible": sides}
             except ProblemError:
                 continue
-        return ProblemError(422, plan["why"], **more)
+        return {}
 
     async def _check_names(self, model: str, call: Mapping[str, Any], sizes: Sizes) -> None:
         about = await self.about(model)

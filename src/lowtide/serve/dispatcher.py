@@ -83,9 +83,10 @@ class Dispatcher:
     ) -> Job:  # fmt: skip
         """Take a job that fits; raises `ProblemError` for one that never will, and where too many wait."""
         uploads = uploads or Uploads({})
-        plan = await self.admission.plan(request, uploads.sizes)
+        plan = await self.admission.told(request, uploads.sizes)
         if not plan["fits"]:
-            raise await self.admission.refusal(request, plan, uploads.sizes)
+            more = {name: plan[name] for name in ("minimum", "possible") if name in plan}
+            raise ProblemError(422, plan["why"], **more)
         seconds = plan["seconds"] * request.n
         if request.deadline is not None and seconds > request.deadline:
             raise ProblemError(
@@ -172,9 +173,8 @@ class Dispatcher:
 
     async def _watch_memory(self) -> None:
         while True:
-            budget = self.lanes.budgets.get("ram")
             own = await asyncio.to_thread(lambda: bytes_of(os.getpid()) + self.lanes.bytes_now)
-            self.memory = {"used": own, "budget": None if budget is None else budget + self.lanes.beside}
+            self.memory = {"used": own, "budget": self.lanes.told.get("ram")}
             await self._tell()
             await asyncio.sleep(LOOKED)
 

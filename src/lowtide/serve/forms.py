@@ -16,6 +16,8 @@ from lowtide.serve.problems import ProblemError
 from lowtide.serve.uploads import Uploads
 
 MOST_FILES = 16
+PICTURES = {"image": "image", "mask": "mask_image"}
+"""Arguments for the pictures of an edit, by their names in a request."""
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -45,6 +47,15 @@ async def read_request(http: Request, kind: type[M], pictures: Mapping[str, str]
             else:
                 raise ProblemError(422, f"{name} must be a file: no path and no address is opened here.")
     return _valid(kind, fields), await run_in_threadpool(Uploads.decoded, files, limits)
+
+
+def body_of(kind: type[BaseModel], pictures: Mapping[str, str]) -> dict[str, Any]:
+    """What the interface's description says of such a body."""
+    schema = kind.model_json_schema()
+    files = {name: {"type": "string", "format": "binary"} for name in pictures}
+    with_files = {**schema, "properties": {**schema["properties"], **files}}
+    content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": with_files}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _valid(kind: type[M], content: Any) -> M:

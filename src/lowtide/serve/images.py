@@ -17,15 +17,13 @@ from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
 from lowtide.serve.dispatcher import Dispatcher
-from lowtide.serve.forms import read_request
+from lowtide.serve.forms import PICTURES, body_of, read_request
 from lowtide.serve.job import Job, State
 from lowtide.serve.keys import Owner
 from lowtide.serve.problems import ProblemError
 from lowtide.serve.requests import CallRequest
 
 SIZE = r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"
-PICTURES = {"image": "image", "mask": "mask_image"}
-"""Arguments for the pictures of an edit, by their names in a request."""
 NOT_OURS = {"size", "response_format", "output_format", "output_compression", "stream", "partial_images"}
 NOT_LOOKED_AT = {"user", "quality", "style", "background", "moderation", "input_fidelity"}
 
@@ -78,7 +76,7 @@ def router(dispatcher: Dispatcher) -> APIRouter:
         job = await dispatcher.submit(request.asked(), owner, asked_as="images")
         return await _answer(dispatcher, job, request, http, "image_generation")
 
-    @routes.post("/images/edits", response_model=None, openapi_extra=EDIT_BODY)
+    @routes.post("/images/edits", response_model=None, openapi_extra=body_of(ImagesRequest, PICTURES))
     async def edits(owner: Owner, http: Request) -> Response:
         """Make pictures from a picture (`image`), and within a `mask` where its transparent part is."""
         request, uploads = await read_request(http, ImagesRequest, PICTURES, dispatcher.limits)
@@ -88,26 +86,6 @@ def router(dispatcher: Dispatcher) -> APIRouter:
         return await _answer(dispatcher, job, request, http, "image_edit")
 
     return routes
-
-
-EDIT_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["prompt", "image"],
-                    "properties": {
-                        "prompt": {"type": "string", "minLength": 1},
-                        "image": {"type": "string", "format": "binary"},
-                        "mask": {"type": "string", "format": "binary"},
-                    },
-                }
-            }
-        },
-    }
-}
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import FileResponse
 from sse_starlette import EventSourceResponse
 
 from lowtide.serve.dispatcher import Dispatcher
+from lowtide.serve.forms import PICTURES, body_of, read_request
 from lowtide.serve.job import Job, State
 from lowtide.serve.keys import Owner
 from lowtide.serve.problems import ProblemError
@@ -26,24 +27,26 @@ def router(dispatcher: Dispatcher) -> APIRouter:
     """The routes of jobs."""
     routes = APIRouter()
 
-    @routes.post("/plan")
-    async def plan(request: CallRequest) -> dict[str, Any]:
+    @routes.post("/plan", openapi_extra=body_of(CallRequest, PICTURES))
+    async def plan(http: Request) -> dict[str, Any]:
         """Whether a job would fit, and what it would take; nothing is run."""
-        return await dispatcher.admission.plan(request)
+        request, uploads = await read_request(http, CallRequest, PICTURES, dispatcher.limits)
+        return await dispatcher.admission.told(request, uploads.sizes)
 
     @routes.get("/capabilities")
     async def capabilities() -> dict[str, Any]:
         """The budgets, the limits, and what each model makes and takes."""
         admission = dispatcher.admission
         models = [{"name": name, **await admission.about(name)} for name in admission.models]
-        return {"budget": dispatcher.lanes.budgets, "limits": asdict(dispatcher.limits), "models": models}
+        return {"budget": dispatcher.lanes.told, "limits": asdict(dispatcher.limits), "models": models}
 
-    @routes.post("/jobs", status_code=202)
+    @routes.post("/jobs", status_code=202, openapi_extra=body_of(CallRequest, PICTURES))
     async def submit(
-        request: CallRequest, owner: Owner, idempotency_key: Annotated[str | None, Header(max_length=200)] = None
+        http: Request, owner: Owner, idempotency_key: Annotated[str | None, Header(max_length=200)] = None
     ) -> dict[str, Any]:
         """Take a job. The same `Idempotency-Key` gives the same job."""
-        return shown(await dispatcher.submit(request, owner, idempotency_key))
+        request, uploads = await read_request(http, CallRequest, PICTURES, dispatcher.limits)
+        return shown(await dispatcher.submit(request, owner, idempotency_key, uploads=uploads))
 
     @routes.get("/jobs")
     async def jobs(
@@ -51,7 +54,8 @@ def router(dispatcher: Dispatcher) -> APIRouter:
     ) -> dict[str, Any]:
         """Jobs, the newest first."""
         states = () if state is None else (state,)
-        return {"jobs": [shown(job) for job in dispatcher.store.jobs(*states, owner=owner, most=most)]}
+        kept = dispatcher.store.jobs(*states, owner=owner, most=most)
+        return {"jobs": [{**shown(job), "ahead": dispatcher.waiting.ahead_of(job.id)} for job in kept]}
 
     @routes.get("/jobs/{job}")
     async def job(job: str, owner: Owner) -> dict[str, Any]:

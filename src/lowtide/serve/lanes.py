@@ -57,9 +57,10 @@ class Lanes:
         return self.first.worker.budgets or {}
 
     @property
-    def beside(self) -> int:
-        """The bytes of the server's own process, which count against the budgets too."""
-        return int(self._settings.get("beside", 0))
+    def told(self) -> Bytes:
+        """The budgets as they were given: the bytes of the server's own process count against them too."""
+        given, ram = dict(self.budgets), self.budgets.get("ram")
+        return given if ram is None else {**given, "ram": ram + int(self._settings.get("beside", 0))}
 
     def of(self, job: str) -> Lane | None:
         """The lane in which a job runs."""

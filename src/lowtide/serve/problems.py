@@ -44,7 +44,10 @@ async def _of_ours(_: Request, error: Exception) -> JSONResponse:
 
 async def _of_validation(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    wrong = [f"{'.'.join(map(str, each['loc'][1:])) or 'the body'}: {each['msg']}" for each in error.errors()]
+    wrong = [
+        f"{'.'.join(map(str, each['loc'][1:])) or 'the body'}: {each['msg'].removeprefix('Value error, ')}"
+        for each in error.errors()
+    ]
     return problem(422, "; ".join(wrong) + ".")
 
 

@@ -9,7 +9,7 @@ from fastapi.responses import FileResponse
 from pydantic import Field
 
 from lowtide.serve.dispatcher import Dispatcher
-from lowtide.serve.forms import read_request
+from lowtide.serve.forms import body_of, read_request
 from lowtide.serve.images import SIZE
 from lowtide.serve.job import Job, State
 from lowtide.serve.job_routes import content_of, delete_ended, job_of
@@ -19,6 +19,8 @@ from lowtide.serve.requests import CallRequest
 
 FPS = 8
 """Frames a second of the clips that are written."""
+REFERENCE = {"input_reference": "image"}
+"""The argument for the picture that a clip begins with, by its name in a request."""
 LONGEST = 120
 """Seconds of a clip."""
 STATES = {
@@ -51,10 +53,10 @@ def router(dispatcher: Dispatcher) -> APIRouter:
     """The routes of clips."""
     routes = APIRouter(prefix="/v1/videos")
 
-    @routes.post("", openapi_extra=VIDEO_BODY)
+    @routes.post("", openapi_extra=body_of(VideoRequest, REFERENCE))
     async def create(owner: Owner, http: Request) -> dict[str, Any]:
         """Take a job for a clip, from a picture (`input_reference`) where the model begins with one."""
-        request, uploads = await read_request(http, VideoRequest, {"input_reference": "image"}, dispatcher.limits)
+        request, uploads = await read_request(http, VideoRequest, REFERENCE, dispatcher.limits)
         model = dispatcher.admission.model(request.model)
         if (await dispatcher.admission.about(model))["makes"] != "clips":
             raise ProblemError(422, f"{model} makes pictures: ask /v1/images/generations.")
@@ -85,27 +87,6 @@ def router(dispatcher: Dispatcher) -> APIRouter:
         return {"id": video, "object": "video.deleted", "deleted": True}
 
     return routes
-
-
-VIDEO_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["prompt"],
-                    "properties": {
-                        "prompt": {"type": "string", "minLength": 1},
-                        "input_reference": {"type": "string", "format": "binary"},
-                        "seconds": {"type": "integer", "minimum": 1, "maximum": LONGEST},
-                        "size": {"type": "string", "pattern": SIZE},
-                    },
-                }
-            }
-        },
-    }
-}
 
 
 def _shown(dispatcher: Dispatcher, job: Job) -> dict[str, Any]:

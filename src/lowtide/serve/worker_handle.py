@@ -18,6 +18,8 @@ from lowtide.serve.channel import Message, encoded
 GROWTH = 64 * 10**6
 """Bytes that the server may grow by: requests, answers and pictures on their way."""
 
+ENVELOPE = ("id", "event")
+"""What of a message is for its way alone."""
 Heard = Callable[[Message], None]
 
 
@@ -120,7 +122,7 @@ class WorkerHandle:
         self._asked[key] = answer, heard
         try:
             self.tell(do=do, id=key, **content)
-            return await answer
+            return {name: value for name, value in (await answer).items() if name not in ENVELOPE}
         finally:
             self._asked.pop(key, None)
 

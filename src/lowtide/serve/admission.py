@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lowtide.serve.limits import Limits
@@ -20,14 +21,18 @@ Sizes = Mapping[str, Sequence[tuple[int, int]]]
 """Width and height of arguments that are pictures, by their names."""
 Bytes = dict[str, int | None]
 """Of each kind of memory: vram and ram."""
+Planning = Callable[[str], AbstractContextManager[Any]]
+"""What is put around the making of a plan for a model."""
 
 
 class Admission:
     """Plans the requests for `models` within `limits`, by the process `worker`."""
 
-    def __init__(self, worker: WorkerHandle, models: Sequence[str], limits: Limits) -> None:
+    def __init__(
+        self, worker: WorkerHandle, models: Sequence[str], limits: Limits, planning: Planning = nullcontext
+    ) -> None:
         self.models, self.limits = list(models), limits
-        self._worker = worker
+        self._worker, self._planning = worker, planning
         self._plans: dict[Any, dict[str, Any]] = {}
         self._about: dict[str, dict[str, Any]] = {}
 
@@ -50,7 +55,8 @@ class Admission:
         )
         key = model, tuple(settings), str(sizes), str(within)
         if key not in self._plans:
-            made = await self._asked("plan", model=model, call=call, sizes=sizes, within=within)
+            with self._planning(model):
+                made = await self._asked("plan", model=model, call=call, sizes=sizes, within=within)
             if len(self._plans) >= MOST_PLANS:
                 del self._plans[next(iter(self._plans))]
             self._plans[key] = made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -14,7 +15,9 @@ from lowtide.serve import images, job_routes, operation, page_routes, problems, 
 from lowtide.serve.dispatcher import Dispatcher
 from lowtide.serve.keys import owner
 from lowtide.serve.limits import Limits
-from lowtide.serve.problems import problem
+from lowtide.serve.problems import declared, problem
+from lowtide.serve.request_log import RequestLog
+from lowtide.serve.retention import Retention
 
 DRAINED = 16
 """Bodies of up to so many times the bytes that are possible are read to their end before they are refused."""
@@ -27,23 +30,30 @@ HEADERS = {
 }
 
 
-def make_app(dispatcher: Dispatcher, keys: tuple[str, ...] = ()) -> FastAPI:
-    """The application of a dispatcher, which it starts and stops; with `keys` each request must hold one."""
+def make_app(dispatcher: Dispatcher, keys: tuple[str, ...] = (), retention: Retention | None = None) -> FastAPI:
+    """The application of a dispatcher, which it starts and stops; with `keys` each request must hold one.
+
+    What has ended is kept as long as `retention` says.
+    """
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         await dispatcher.start()
+        sweeping = asyncio.create_task((retention or Retention()).keep_up(dispatcher.store))
         yield
+        sweeping.cancel()
         await dispatcher.stop()
 
     app = FastAPI(title="Lowtide", version=lowtide.__version__, lifespan=life, docs_url=None, redoc_url=None)
     problems.install(app)
     app.state.keys = keys
     app.include_router(page_routes.router())
-    app.include_router(operation.router(dispatcher))
+    app.include_router(operation.router(dispatcher), responses=declared(411, 413, 503))
+    refusals = declared(400, 401, 404, 409, 410, 411, 413, 415, 422, 429, 500, 503, 507)
     for routes in (job_routes, images, videos):
-        app.include_router(routes.router(dispatcher), dependencies=[Depends(owner)])
+        app.include_router(routes.router(dispatcher), dependencies=[Depends(owner)], responses=refusals)
     app.add_middleware(Guard, limits=dispatcher.limits)
+    app.add_middleware(RequestLog, observer=dispatcher.observer)
     return app
 
 

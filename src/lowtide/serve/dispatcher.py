@@ -19,6 +19,8 @@ from lowtide.serve.job_progress import Progress
 from lowtide.serve.job_store import JobStore
 from lowtide.serve.lanes import WORTH_A_START, Lane, Lanes, NotStartedError
 from lowtide.serve.limits import Limits
+from lowtide.serve.log_lines import REQUEST
+from lowtide.serve.observer import Observer
 from lowtide.serve.problems import ProblemError
 from lowtide.serve.requests import CallRequest
 from lowtide.serve.uploads import Uploads
@@ -38,10 +40,13 @@ class Dispatcher:
     `on_refusal` is called where these cannot work at all.
     """
 
-    def __init__(self, store: JobStore, lanes: Lanes, models: list[str], limits: Limits) -> None:
+    def __init__(
+        self, store: JobStore, lanes: Lanes, models: list[str], limits: Limits, observer: Observer | None = None
+    ) -> None:
         self.store, self.lanes, self.limits = store, lanes, limits
+        self.observer = observer or Observer()
         self.worker = lanes.first.worker
-        self.admission = Admission(self.worker, models, limits)
+        self.admission = Admission(self.worker, models, limits, self.observer.planning)
         self.waiting = Waiting(limits.queued)
         self.memory: dict[str, int | None] = {}
         self.on_refusal: Callable[[], None] = lambda: None
@@ -50,7 +55,7 @@ class Dispatcher:
         self._look = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._runs: set[asyncio.Task[None]] = set()
-        self._is_draining = False
+        self.is_draining = False
 
     @property
     def models(self) -> list[str]:
@@ -66,13 +71,22 @@ class Dispatcher:
         for work in (self._keep_alive(), self._work(), self._watch_memory()):
             self._in_background(work)
 
+    async def drain(self, seconds: float) -> None:
+        """Begin nothing new, let the running jobs end within so many seconds, and stop. What waits stays kept."""
+        self.is_draining = True
+        await self._tell()
+        if self._runs:
+            await asyncio.wait(list(self._runs), timeout=seconds)
+        await self.stop()
+
     async def stop(self) -> None:
-        """Begin nothing new, let the running jobs end, and end the processes that compute."""
-        self._is_draining = True
-        if self.worker.refusal is None and self._runs:
-            await asyncio.wait(self._runs)
-        for task in self._tasks:
+        """End the processes that compute; a job that runs is begun again by the next server."""
+        self.is_draining = True
+        for task in (*self._tasks, *self._runs):
             task.cancel()
+        await asyncio.gather(*self._runs, return_exceptions=True)
+        self._progress.clear()
+        await self._tell()
         await self.lanes.stop()
 
     # ---- what requests ask
@@ -82,6 +96,7 @@ class Dispatcher:
         asked_as: str = "jobs",
     ) -> Job:  # fmt: skip
         """Take a job that fits; raises `ProblemError` for one that never will, and where too many wait."""
+        self._check_open()
         uploads = uploads or Uploads({})
         plan = await self.admission.told(request, uploads.sizes)
         if not plan["fits"]:
@@ -91,7 +106,7 @@ class Dispatcher:
         if request.deadline is not None and seconds > request.deadline:
             raise ProblemError(
                 422, f"It takes about {math.ceil(seconds)} s, and its deadline is in {request.deadline:g} s.",
-                seconds=seconds,
+                refusal="deadline", seconds=seconds,
             )  # fmt: skip
         if self.waiting.is_full:
             raise self._full()
@@ -99,7 +114,8 @@ class Dispatcher:
         numbers = {name: plan[name] for name in ("peak", "seconds", "exactness", "plan")}
         job = Job(
             uuid.uuid4().hex, owner, self.admission.model(request.model), request.call(), request.seeds(), now, numbers,
-            idempotency_key=key, asked_as=asked_as, deadline=request.deadline and now + request.deadline,
+            idempotency_key=key, request_id=REQUEST.get(), asked_as=asked_as,
+            deadline=request.deadline and now + request.deadline,
         )  # fmt: skip
         try:
             job.pictures = await asyncio.to_thread(uploads.write, self.store.results(job.id))
@@ -107,6 +123,7 @@ class Dispatcher:
         except OSError as error:
             raise ProblemError(507, f"The job cannot be kept: {error}.") from error
         if kept.id == job.id:
+            self.observer.submitted(kept)
             self._wait(kept)
             await self._tell()
         return kept
@@ -133,7 +150,7 @@ class Dispatcher:
             if now != seen:
                 seen = now
                 yield now
-            if State(now["state"]).is_end:
+            if State(now["state"]).is_end or self.is_left(job):
                 return
             async with self._changed:
                 if self.now(job) == seen:
@@ -148,6 +165,16 @@ class Dispatcher:
             return {"id": job, "state": State.QUEUED.value, "ahead": ahead}
         found = self.store.get(job)
         return None if found is None else {"id": job, "state": found.state.value, "error": found.error}
+
+    def is_left(self, job: str) -> bool:
+        """Whether a job that has not ended is left to the next server."""
+        return self.is_draining and job not in self._progress
+
+    def _check_open(self) -> None:
+        if self.is_draining:
+            raise ProblemError(
+                503, "The server is ending and takes no new jobs.", {"Retry-After": "30"}, refusal="draining"
+            )
 
     @property
     def seconds_left(self) -> float:
@@ -179,7 +206,7 @@ class Dispatcher:
             await asyncio.sleep(LOOKED)
 
     async def _work(self) -> None:
-        while not self._is_draining:
+        while not self.is_draining:
             self._look.clear()
             while await self._begin_next():
                 pass
@@ -190,7 +217,7 @@ class Dispatcher:
     async def _begin_next(self) -> bool:
         """Begin the next job, if there is one that fits beside those that run."""
         job, lane = self.waiting.next(), self.lanes.free()
-        if job is None or lane is None or self._is_draining:
+        if job is None or lane is None or self.is_draining:
             return False
         within: Bytes | None = None
         if self.lanes.running:
@@ -213,6 +240,7 @@ class Dispatcher:
     async def _run(self, lane: Lane, job: Job, within: Bytes | None) -> None:
         job.state, job.started, job.attempts = State.RUNNING, time.time(), job.attempts + 1
         progress = self._progress[job.id] = Progress(job)
+        self.observer.began(job)
         await self._keep(job)
         await self._tell()
 
@@ -231,7 +259,7 @@ class Dispatcher:
             )  # fmt: skip
         except AskedError as error:
             cancelled = error.answer["kind"] == "cancelled"
-            LOG.log(logging.INFO if cancelled else logging.ERROR, "job %s: %s", job.id, error)
+            LOG.log(logging.INFO if cancelled else logging.ERROR, "%s", error.answer.get("where", error))
             if not cancelled:
                 job.error = {"detail": str(error), "kind": error.answer["kind"]}
             await self._end(job, State.CANCELLED if cancelled else State.FAILED, lane)
@@ -239,11 +267,11 @@ class Dispatcher:
             job.error = {"detail": f"There is no place for its results: {error}", "kind": "disk"}
             await self._end(job, State.FAILED, lane)
         except WorkerDiedError as error:
-            LOG.warning("job %s, attempt %d: %s", job.id, job.attempts, error)
+            self.observer.died(job, str(error))
             await self._again_or_never(job, lane, error, made_progress=progress.made_progress)
         else:
             job.files, job.measured, job.taken = answer["files"], answer.get("measured"), answer.get("taken", [])
-            await self._end(job, State.DONE, lane)
+            await self._end(job, State.DONE, lane, answer)
 
     async def _again_or_never(self, job: Job, lane: Lane, error: WorkerDiedError, *, made_progress: bool) -> None:
         if not isinstance(error, NotStartedError):
@@ -260,9 +288,12 @@ class Dispatcher:
         job.error = {"detail": detail, "kind": "died"}
         await self._end(job, State.FAILED, lane)
 
-    async def _end(self, job: Job, state: State, lane: Lane | None = None) -> None:
+    async def _end(
+        self, job: Job, state: State, lane: Lane | None = None, answer: dict[str, Any] | None = None
+    ) -> None:
         job.state, job.ended = state, time.time()
         await self._keep(job)
+        self.observer.ended(job, answer)
         self._leave(job, lane)
         await self._tell()
 

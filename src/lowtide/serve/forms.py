@@ -30,7 +30,7 @@ async def read_request(http: Request, kind: type[M], pictures: Mapping[str, str]
     content_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "application/json":
         try:
-            return _valid(kind, await http.json()), Uploads({})
+            return valid(kind, await http.json()), Uploads({})
         except (ValueError, RecursionError) as error:
             raise ProblemError(422, f"The body is no JSON: {error}.") from error
     if content_type not in ("multipart/form-data", "application/x-www-form-urlencoded"):
@@ -46,7 +46,7 @@ async def read_request(http: Request, kind: type[M], pictures: Mapping[str, str]
                 files.setdefault(pictures[name], []).append(await value.read())
             else:
                 raise ProblemError(422, f"{name} must be a file: no path and no address is opened here.")
-    return _valid(kind, fields), await run_in_threadpool(Uploads.decoded, files, limits)
+    return valid(kind, fields), await run_in_threadpool(Uploads.decoded, files, limits)
 
 
 def body_of(kind: type[BaseModel], pictures: Mapping[str, str]) -> dict[str, Any]:
@@ -58,7 +58,8 @@ def body_of(kind: type[BaseModel], pictures: Mapping[str, str]) -> dict[str, Any
     return {"requestBody": {"required": True, "content": content}}
 
 
-def _valid(kind: type[M], content: Any) -> M:
+def valid(kind: type[M], content: Any) -> M:
+    """A request of this kind; raises `RequestValidationError` for fields that are not possible."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:

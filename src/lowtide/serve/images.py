@@ -17,10 +17,10 @@ from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
 from lowtide.serve.dispatcher import Dispatcher
-from lowtide.serve.forms import PICTURES, body_of, read_request
+from lowtide.serve.forms import PICTURES, body_of, read_request, valid
 from lowtide.serve.job import Job, State
 from lowtide.serve.keys import Owner
-from lowtide.serve.problems import ProblemError
+from lowtide.serve.problems import ProblemError, types_of_answers
 from lowtide.serve.requests import CallRequest
 
 SIZE = r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"
@@ -53,7 +53,7 @@ class ImagesRequest(CallRequest):
         fields = self.model_dump(exclude=NOT_OURS | NOT_LOOKED_AT)
         if self.size != "auto":
             fields["width"], fields["height"] = map(int, self.size.split("x"))
-        return CallRequest(**fields)
+        return valid(CallRequest, fields)
 
 
 def router(dispatcher: Dispatcher) -> APIRouter:
@@ -70,13 +70,18 @@ def router(dispatcher: Dispatcher) -> APIRouter:
         """A model that can be asked."""
         return _model(dispatcher.admission.model(model))
 
-    @routes.post("/images/generations", response_model=None)
+    @routes.post("/images/generations", response_model=None, responses=types_of_answers("text/event-stream"))
     async def generations(request: ImagesRequest, owner: Owner, http: Request) -> Response:
         """Make pictures, and answer when they are there; a caller who goes away cancels."""
         job = await dispatcher.submit(request.asked(), owner, asked_as="images")
         return await _answer(dispatcher, job, request, http, "image_generation")
 
-    @routes.post("/images/edits", response_model=None, openapi_extra=body_of(ImagesRequest, PICTURES))
+    @routes.post(
+        "/images/edits",
+        response_model=None,
+        responses=types_of_answers("text/event-stream"),
+        openapi_extra=body_of(ImagesRequest, PICTURES),
+    )
     async def edits(owner: Owner, http: Request) -> Response:
         """Make pictures from a picture (`image`), and within a `mask` where its transparent part is."""
         request, uploads = await read_request(http, ImagesRequest, PICTURES, dispatcher.limits)
@@ -98,6 +103,8 @@ async def _answer(dispatcher: Dispatcher, job: Job, request: ImagesRequest, http
     async for _ in dispatcher.watch(job.id):
         if await http.is_disconnected():
             await dispatcher.cancel(job)
+    if dispatcher.is_left(job.id):  # nobody would fetch it
+        await dispatcher.cancel(job)
     done = _done(dispatcher, job)
     data: list[dict[str, str]] = []
     for place, content in enumerate(_contents(dispatcher, done, request)):
@@ -140,6 +147,8 @@ def _event(kind: str, **content: Any) -> dict[str, str]:
 
 def _done(dispatcher: Dispatcher, job: Job) -> Job:
     done = dispatcher.store.get(job.id)
+    if done is not None and done.state is not State.DONE and dispatcher.is_draining:
+        raise ProblemError(503, "The server is ending. Ask again.", {"Retry-After": "30"}, refusal="draining")
     if done is None or done.state is not State.DONE:
         state = "deleted" if done is None else done.state.value
         error = (done and done.error) or {}

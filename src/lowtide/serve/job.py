@@ -30,7 +30,7 @@ class Job:
     what it will take, in bytes and seconds. `pictures` are files of arguments that are
     pictures. Times are seconds since 1970; it is ended at its `deadline`. `attempts` counts how often it was begun, and
     `deaths` how often in a row the process that computes died of it without progress. `asked_as` is the interface that
-    it came by, and `taken` what each stage took.
+    it came by, `request_id` the request, and `taken` what each stage took.
     """
 
     id: str
@@ -49,6 +49,7 @@ class Job:
     measured: int | None = None
     error: dict[str, Any] | None = None
     idempotency_key: str | None = None
+    request_id: str | None = None
     pictures: dict[str, list[str]] = field(default_factory=dict)
     deadline: float | None = None
     asked_as: str = "jobs"

@@ -16,7 +16,7 @@ from lowtide.serve.dispatcher import Dispatcher
 from lowtide.serve.forms import PICTURES, body_of, read_request
 from lowtide.serve.job import Job, State
 from lowtide.serve.keys import Owner
-from lowtide.serve.problems import ProblemError
+from lowtide.serve.problems import ProblemError, types_of_answers
 from lowtide.serve.requests import CallRequest
 
 MOST_LISTED = 1000
@@ -72,7 +72,9 @@ def router(dispatcher: Dispatcher) -> APIRouter:
         """Forget a job that has ended, and what came of it."""
         await delete_ended(dispatcher, job_of(dispatcher, job, owner))
 
-    @routes.get("/jobs/{job}/events")
+    @routes.get(
+        "/jobs/{job}/events", response_class=EventSourceResponse, responses=types_of_answers("text/event-stream")
+    )
     async def events(job: str, owner: Owner) -> EventSourceResponse:
         """A job's state and progress as they change, until it ends."""
         job_of(dispatcher, job, owner)
@@ -83,7 +85,7 @@ def router(dispatcher: Dispatcher) -> APIRouter:
 
         return EventSourceResponse(told())
 
-    @routes.get("/jobs/{job}/content/{place}")
+    @routes.get("/jobs/{job}/content/{place}", response_class=FileResponse, responses=types_of_answers(*TYPES.values()))
     async def content(job: str, place: int, owner: Owner) -> FileResponse:
         """A picture or clip of a job that is done."""
         return content_of(dispatcher, job_of(dispatcher, job, owner), place)

@@ -6,7 +6,7 @@ import json
 import shutil
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,28 @@ class JobStore:
         query = f"SELECT content FROM jobs WHERE {' AND '.join(where)} ORDER BY created DESC{limit}"
         with self._lock:
             return [_job(row) for row in self._jobs.execute(query, values).fetchall()]
+
+    def counts(self) -> dict[str, int]:
+        """How many jobs there are, by state."""
+        with self._lock:
+            rows = self._jobs.execute("SELECT state, COUNT(*) FROM jobs GROUP BY state").fetchall()
+        return {**dict.fromkeys((state.value for state in State), 0), **dict(rows)}
+
+    def ended(self) -> list[tuple[str, float]]:
+        """The jobs that have ended and when, the newest first."""
+        ends = [state for state in State if state.is_end]
+        when = "COALESCE(json_extract(content, '$.ended'), created)"
+        query = f"SELECT id, {when} FROM jobs WHERE state IN ({', '.join('?' * len(ends))}) ORDER BY 2 DESC"
+        with self._lock:
+            return self._jobs.execute(query, ends).fetchall()
+
+    def known(self, names: Sequence[str]) -> set[str]:
+        """Those of the names that are ids of jobs."""
+        with self._lock:
+            rows = self._jobs.execute(
+                "SELECT id FROM jobs WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(names),)
+            ).fetchall()
+        return {row[0] for row in rows}
 
     def remove(self, job: str) -> None:
         """Forget a job, and remove its files."""

@@ -44,7 +44,8 @@ def owner_of(authorization: str | None, keys: tuple[str, ...]) -> str:
 
 def owner(request: Request, authorization: Annotated[str | None, Header()] = None) -> str:
     """Whose request it is, by the keys of the application."""
-    return owner_of(authorization, request.app.state.keys)
+    request.state.owner = owner_of(authorization, request.app.state.keys)  # for the log
+    return request.state.owner
 
 
 Owner = Annotated[str, Depends(owner)]

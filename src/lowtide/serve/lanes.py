@@ -40,6 +40,7 @@ class Lanes:
         self.first = Lane(WorkerHandle(settings))
         self._lanes = [self.first]
         self._failed_starts = 0
+        self._ended_starts = 0
 
     @property
     def running(self) -> list[Job]:
@@ -50,6 +51,11 @@ class Lanes:
     def bytes_now(self) -> int:
         """The resident memory of all processes."""
         return sum(bytes_of(lane.worker.process_id) for lane in self._lanes)
+
+    @property
+    def started(self) -> int:
+        """How often a process was started."""
+        return self._ended_starts + sum(lane.worker.started for lane in self._lanes)
 
     @property
     def budgets(self) -> Bytes:
@@ -111,6 +117,7 @@ class Lanes:
         for lane in [lane for lane in self._lanes[1:] if lane.job is None]:
             await lane.worker.stop()
             self._lanes.remove(lane)
+            self._ended_starts += lane.worker.started
 
     async def keep_alive(self) -> None:
         """Start the first process, anew when it has died, until it says that it cannot work at all."""

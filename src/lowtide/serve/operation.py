@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+
 from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from lowtide.serve.dispatcher import Dispatcher
-from lowtide.serve.job import State
 from lowtide.serve.problems import ProblemError
+from lowtide.serve.worker_handle import bytes_of
 
 
 def router(dispatcher: Dispatcher) -> APIRouter:
     """The routes that need no key."""
     routes = APIRouter()
-    registry = CollectorRegistry()
-    jobs = Gauge("lowtide_jobs", "Jobs that are kept, by state.", ["state"], registry=registry)
-    waiting = Gauge("lowtide_waiting_seconds", "What the jobs that wait will take, as planned.", registry=registry)
-    starts = Gauge("lowtide_worker_starts", "How often the process that computes was started.", registry=registry)
 
     @routes.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -26,17 +25,20 @@ def router(dispatcher: Dispatcher) -> APIRouter:
     @routes.get("/readyz")
     async def readyz() -> dict[str, str]:
         """Whether the process that computes takes work."""
+        if dispatcher.is_draining:
+            raise ProblemError(503, "The server is ending.", {"Retry-After": "30"})
         if not dispatcher.worker.is_ready:
             raise ProblemError(503, "The process that computes is starting.", {"Retry-After": "5"})
         return {"status": "ready"}
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE_LATEST: {}}}})
     async def metrics() -> Response:
         """Figures in Prometheus' format."""
-        for state in State:
-            jobs.labels(state.value).set(len(dispatcher.store.jobs(state)))
-        waiting.set(dispatcher.waiting.seconds)
-        starts.set(dispatcher.worker.started)
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        text = dispatcher.observer.measures.text(
+            await asyncio.to_thread(dispatcher.store.counts),
+            len(dispatcher.waiting), dispatcher.waiting.seconds, dispatcher.lanes.started,
+            {"server": bytes_of(os.getpid()), "workers": dispatcher.lanes.bytes_now},
+        )  # fmt: skip
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     return routes

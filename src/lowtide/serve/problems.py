@@ -8,17 +8,56 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 MEDIA_TYPE = "application/problem+json"
+REFUSAL = "refusal"
+"""Where a request's state says why it was refused, for the figures."""
 
 
 class ProblemError(Exception):
-    """An answer that says why a request is refused; `more` are further members of the problem."""
+    """An answer that says why a request is refused; `more` are further members of the problem.
 
-    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> None:
+    `refusal` is the reason in two words for the figures, where the status alone does not say it.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        headers: dict[str, str] | None = None,
+        *,
+        refusal: str | None = None,
+        **more: Any,
+    ) -> None:
         super().__init__(detail)
         self.status, self.detail, self.headers, self.more = status, detail, headers or {}, more
+        self.refusal = refusal
+
+
+class Problem(BaseModel):
+    """An error: what was asked, what is possible, and what to try."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    error: dict[str, Any]
+
+
+def declared(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Problems with these statuses, for the description of a route."""
+    schema = Problem.model_json_schema()
+    return {
+        status: {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": schema}}}
+        for status in statuses
+    }
+
+
+def types_of_answers(*types: str) -> dict[int | str, dict[str, Any]]:
+    """What a route answers where it is no JSON."""
+    return {200: {"content": {each: {"schema": {"type": "string", "format": "binary"}} for each in types}}}
 
 
 def install(app: FastAPI) -> None:
@@ -37,8 +76,10 @@ def problem(status: int, detail: str, headers: dict[str, str] | None = None, **m
     return JSONResponse(content, status, headers, MEDIA_TYPE)
 
 
-async def _of_ours(_: Request, error: Exception) -> JSONResponse:
+async def _of_ours(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ProblemError)
+    if error.refusal is not None:
+        request.scope.setdefault("state", {})[REFUSAL] = error.refusal
     return problem(error.status, error.detail, error.headers, **error.more)
 
 

@@ -9,12 +9,12 @@ from fastapi.responses import FileResponse
 from pydantic import Field
 
 from lowtide.serve.dispatcher import Dispatcher
-from lowtide.serve.forms import body_of, read_request
+from lowtide.serve.forms import body_of, read_request, valid
 from lowtide.serve.images import SIZE
 from lowtide.serve.job import Job, State
-from lowtide.serve.job_routes import content_of, delete_ended, job_of
+from lowtide.serve.job_routes import TYPES, content_of, delete_ended, job_of
 from lowtide.serve.keys import Owner
-from lowtide.serve.problems import ProblemError
+from lowtide.serve.problems import ProblemError, types_of_answers
 from lowtide.serve.requests import CallRequest
 
 FPS = 8
@@ -46,7 +46,7 @@ class VideoRequest(CallRequest):
             fields["width"], fields["height"] = map(int, self.size.split("x"))
         if self.seconds is not None:
             fields["num_frames"] = self.seconds * FPS + 1
-        return CallRequest(**fields)
+        return valid(CallRequest, fields)
 
 
 def router(dispatcher: Dispatcher) -> APIRouter:
@@ -75,7 +75,7 @@ def router(dispatcher: Dispatcher) -> APIRouter:
         """How far a clip is."""
         return _shown(dispatcher, job_of(dispatcher, video, owner))
 
-    @routes.get("/{video}/content")
+    @routes.get("/{video}/content", response_class=FileResponse, responses=types_of_answers(*TYPES.values()))
     async def content(video: str, owner: Owner, variant: Literal["video"] = "video") -> FileResponse:
         """The clip (MP4)."""
         return content_of(dispatcher, job_of(dispatcher, video, owner), 0)

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from lowtide.serve.channel import Message, encoded
+from lowtide.serve.log_lines import relay
 
 GROWTH = 64 * 10**6
 """Bytes that the server may grow by: requests, answers and pictures on their way."""
@@ -69,13 +70,16 @@ class WorkerHandle:
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "lowtide.serve.worker", str(theirs.fileno()), json.dumps(self._settings),
-                pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
+                pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+                start_new_session=True, limit=2**20,
             )  # fmt: skip
         self.started += 1
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=2**24)
-        task = asyncio.create_task(self._listen(reader))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        assert self._process.stderr is not None
+        for work in (self._listen(reader), relay(self._process.stderr)):
+            task = asyncio.create_task(work)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         try:

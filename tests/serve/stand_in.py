@@ -28,7 +28,7 @@ from lowtide.serve.worker_handle import AskedError, WorkerHandle
 ABOUT = {
     "kind": "StableDiffusionPipeline", "makes": "pictures", "defaults": {}, "size": {"width": 128, "height": 128},
     "arguments": ["prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "sampler"],
-    "samplers": ["ddim"],
+    "samplers": ["ddim"], "planned_by": ["width", "height", "num_inference_steps"],
 }  # fmt: skip
 STAGE = {
     "name": "denoise", "predicted_peak": 400, "peak": 390, "predicted_seconds": 2.0, "seconds": 3.0, "moved": 70,

@@ -59,6 +59,12 @@ def test_what_is_old_or_too_much_goes_and_what_waits_or_runs_stays(store, retent
     assert retention.sweep(store, NOW) == (0, 0)
 
 
+def test_what_has_just_ended_can_be_fetched(store):
+    add(store, "new", State.DONE, NOW - 10)
+    assert Retention(seconds=0.0, nbytes=0).sweep(store, NOW) == (4, 0)
+    assert kept(store) == {"new"}
+
+
 def test_folders_without_a_job_go_once_they_are_old(store):
     for name, age in (("lost", LOST + 60), ("new", 60)):
         folder = store.results(name)

@@ -16,6 +16,8 @@ PAUSE = 300.0
 """Seconds between two sweeps."""
 LOST = 3600.0
 """Seconds after which a folder without a job belongs to none that is just being taken."""
+FETCHED = 60.0
+"""Seconds for which results are there at least, so that who waited for them can fetch them."""
 DAY = 24 * 3600.0
 
 
@@ -49,7 +51,7 @@ class Retention:
             kept_bytes += _nbytes(store.results(job))
             old = self.seconds is not None and ended < now - self.seconds
             much = self.nbytes is not None and kept_bytes > self.nbytes
-            if old or much:
+            if (old or much) and ended < now - FETCHED:
                 store.remove(job)
                 removed += 1
         return removed, len(lost)

@@ -101,7 +101,7 @@ class Dispatcher:
         plan = await self.admission.told(request, uploads.sizes)
         if not plan["fits"]:
             more = {name: plan[name] for name in ("minimum", "possible") if name in plan}
-            raise ProblemError(422, plan["why"], **more)
+            raise ProblemError(422, plan["why"], refusal="never fits", **more)
         seconds = plan["seconds"] * request.n
         if request.deadline is not None and seconds > request.deadline:
             raise ProblemError(

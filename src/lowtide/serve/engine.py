@@ -18,7 +18,7 @@ import lowtide
 from lowtide.fitting.budgets import parse_budgets
 from lowtide.planning.plan import BudgetError, Budgets, Plan
 from lowtide.serve.kept_answers import KeptAnswers
-from lowtide.serve.made_files import MadeFiles, stage_figures
+from lowtide.serve.made_files import MadeFiles, most_of, stage_figures
 from lowtide.serve.previews import Previews
 from lowtide.serve.served_model import SAMPLER, ServedModel
 
@@ -113,11 +113,12 @@ class Engine:
         told(needs=_needs(plan))
         made = MadeFiles(run.folder)
         previews = Previews(self._notes / f"{run.model}.safetensors", model.channels(pipe))
+        taken: list[list[dict[str, Any]]] = []
         for place, seed in enumerate(run.seeds):
             if place not in made:
                 self._make(pipe, call, seed, made, place, told, previews)
-        answer = {"files": made.names, **({} if plan is None else _in_numbers(plan))}
-        return {**answer, **stage_figures(pipe)} if plan is not None else answer
+                taken.append(stage_figures(pipe))
+        return {"files": made.names, **most_of(taken), **({} if plan is None else _in_numbers(plan))}
 
     def _make(
         self, pipe: Any, call: Mapping[str, Any], seed: int, made: MadeFiles, place: int, told: Told, previews: Previews

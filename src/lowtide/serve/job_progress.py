@@ -21,6 +21,7 @@ class Progress:
     preview: str | None = None
     seconds_left: float | None = None
     made_progress: bool = False
+    is_cancelled: bool = False
     _first: int = -1
 
     def hear(self, message: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from lowtide.utils import export_to_video
 FPS = 8
 """Frames a second of clips, as their published models make them."""
 SUFFIXES = (".png", ".mp4")
+FIGURES = ("name", "predicted_peak", "peak", "predicted_seconds", "seconds", "moved", "stalled")
 
 
 class MadeFiles:
@@ -56,9 +57,14 @@ class MadeFiles:
         return self._folder / (f"{place}-{number}{suffix}" if number else f"{place}{suffix}")
 
 
-def stage_figures(pipe: Any) -> dict[str, Any]:
-    """The measured peak of a pipeline's last call, and what each of its stages took beside its plan."""
-    taken = lowtide.report(pipe)
-    names = ("name", "predicted_peak", "peak", "predicted_seconds", "seconds", "moved", "stalled")
-    stages = [{name: getattr(stage, name) for name in names} for stage in taken.stages]
-    return {"measured": taken.peak or 0, "taken": stages}
+def stage_figures(pipe: Any) -> list[dict[str, Any]]:
+    """What each stage of a pipeline's last call took, beside its plan."""
+    return [{name: getattr(stage, name) for name in FIGURES} for stage in lowtide.report(pipe).stages]
+
+
+def most_of(taken: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """The highest measured peak of several calls, and what the stages of the call with it took; {} of none."""
+    if not taken:
+        return {}
+    peaks = [max((stage["peak"] or 0 for stage in stages), default=0) for stages in taken]
+    return {"measured": max(peaks), "taken": taken[peaks.index(max(peaks))]}

@@ -17,6 +17,7 @@ from lowtide.casting.apply_casting import apply_casting, remove_casting
 from lowtide.casting.casting import NAMED_CASTINGS, Casting
 from lowtide.fitting.observers import Heap
 from lowtide.fitting.prepare import Fit
+from lowtide.fitting.process import has_run
 from lowtide.fitting.run_report import RunReport, run_report
 from lowtide.fitting.subject import Subject
 from lowtide.machine.heap import steady_malloc, trim_heap
@@ -189,6 +190,7 @@ class AppliedPlan:
             with stages.observed(flows, *watching, *([ours] if meter is None else [])):
                 yield
         finally:
+            has_run(self.fit.device, self.subject.dtype)
             self.last_call = CallTook(self.plan, tuple(ours.report()[earlier:]), dict(flows.report()))
 
     def report(self) -> RunReport:

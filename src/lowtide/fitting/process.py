@@ -117,9 +117,21 @@ def process_rates(rates: Rates, subject: Subject, device: torch.device, loaded: 
         trim_heap()
         own = resident_memory() - weights
     whole = nbytes(*(weight for module in subject.modules().values() for weight in module.parameters()))
-    steady = _steady((device.type, subject.dtype, subject.vocabulary), max(usual, own))
-    base = steady + compiled(subject.dtype, whole)
+    kernels = compiled(subject.dtype, whole)
+    left = min(kernels, LATER) if (device.type, subject.dtype) in _warm else kernels
+    base = _steady((device.type, subject.dtype, subject.vocabulary), max(usual + kernels, own + left))
     return replace(rates, base=base, device_base=on_device, libraries=min(workspaces(device), on_device))
+
+
+def has_run(device: torch.device, dtype: torch.dtype) -> None:
+    """A pipeline has run in this process: what its kernels keep is there, and need not be added any more."""
+    _warm.add((device.type, dtype))
+
+
+def look_again() -> None:
+    """Have the next plan count what the process takes now, where it would count what it took before."""
+    with _bases_lock:
+        _bases.clear()
 
 
 def _steady(key: tuple[str, torch.dtype, int], base: int) -> int:
@@ -133,6 +145,9 @@ def _steady(key: tuple[str, torch.dtype, int], base: int) -> int:
 
 _bases: dict[tuple[str, torch.dtype, int], int] = {}
 _bases_lock = new_lock()
+_warm: set[tuple[str, torch.dtype]] = set()
+LATER = 8 * 2**20
+"""Bytes that kernels of a process in which pipelines have run may still take, for other sizes."""
 CREEP = 64 * 2**20
 """Bytes by which kernels that are compiled, and what lies between two collections, change a process: no news."""
 

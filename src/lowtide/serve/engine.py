@@ -16,6 +16,7 @@ from PIL import Image
 
 import lowtide
 from lowtide.fitting.budgets import parse_budgets
+from lowtide.fitting.process import look_again
 from lowtide.planning.plan import BudgetError, Budgets, Plan
 from lowtide.serve.kept_answers import KeptAnswers
 from lowtide.serve.made_files import MadeFiles, most_of, stage_figures
@@ -171,8 +172,8 @@ class Engine:
             pipe = self._pipes[name] = lowtide.load(model.source, dtype=model.dtype, **given, **size)
             if hasattr(pipe, "set_progress_bar_config"):
                 pipe.set_progress_bar_config(disable=True)
-        else:
-            lowtide.fit(pipe, **given, **size)
+        look_again()
+        lowtide.fit(pipe, **given, **size)  # of one just loaded too: libraries that it needed are in memory now
         self._last = name, budgets, size
         return pipe
 

@@ -138,6 +138,7 @@ class Runs:
             self._observer.died(job, str(error))
             await self._again_or_never(job, lane, error, made_progress=progress.made_progress)
         else:
+            job.plan |= {name: answer[name] for name in ("peak", "plan") if name in answer}
             job.files, job.measured, job.taken = answer["files"], answer.get("measured"), answer.get("taken", [])
             await self.end(job, State.DONE, lane, answer)
 

@@ -14,6 +14,7 @@ import lowtide
 from lowtide.fitting.meta_subject import MetaSubject
 from lowtide.fitting.prepare import Fit, prepare
 from lowtide.guests.checkpoint import GuestCheckpoint
+from lowtide.guests.library import pipeline_class
 from lowtide.hub import Source
 from lowtide.loading.components import LoadOptions
 from lowtide.loading.model_index import MODEL_INDEX, read_model_index
@@ -47,6 +48,8 @@ class ServedModel:
     def __init__(self, source: str, device: torch.device, dtype: str = "auto") -> None:
         self.source, self._device = source, device
         self.class_name = read_model_index(Source(source).fetch([MODEL_INDEX]))[0]
+        if not self.is_ours:
+            pipeline_class(self.class_name)  # its library takes memory, which plans are to see
         self._own_scheduler: Any = None
         self._sampler: str | None = None
         usual = torch.float32 if device.type == "cpu" else torch.float16

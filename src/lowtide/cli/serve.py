@@ -52,6 +52,7 @@ class _Operation:
     retention: Retention
     drain_seconds: float
     at_once: int
+    batch: int
 
 
 def serve(
@@ -81,6 +82,10 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = "auto",
     dtype: Annotated[DType, typer.Option(help="In which to compute; auto is as in lowtide generate.")] = DType.AUTO,
     at_once: Annotated[int, typer.Option(min=1, max=64, help="Jobs that may run together where they fit.")] = 1,
+    batch: Annotated[
+        int,
+        typer.Option(min=1, max=64, help="Pictures of a job made by one call where planned faster, up to rounding."),
+    ] = 1,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="LOWTIDE_DEBUG", help="Show tracebacks.", show_envvar=False)
     ] = False,
@@ -93,7 +98,7 @@ def serve(
                 f"--host {host}: whoever reaches this machine could use it. Give --api-key-file FILE, or 127.0.0.1."
             )
         retention = _retention(keep_days, keep_bytes)
-        operation = _Operation(host, port, api_key_file, data, log, log_level, retention, drain_seconds, at_once)
+        operation = _Operation(host, port, api_key_file, data, log, log_level, retention, drain_seconds, at_once, batch)
         named = _named(models or [], models_dir)
         _serve({"models": named, "vram": vram, "ram": ram, "device": device, "dtype": dtype.value}, operation)
 
@@ -126,7 +131,9 @@ def _serve(settings: dict[str, Any], operation: _Operation) -> None:
     observer = Observer(spans_from_environment())
     store = JobStore(operation.data)
     settings |= {"beside": own_bytes(), "notes": str(store.notes)}
-    dispatcher = Dispatcher(store, Lanes(settings, operation.at_once), list(models), Limits(), observer)
+    dispatcher = Dispatcher(
+        store, Lanes(settings, operation.at_once), list(models), Limits(together=operation.batch), observer
+    )
     listening = _listening(operation.host, operation.port)
     where = f"http://{operation.host}:{listening.getsockname()[1]}"
     said = f"lowtide serve: {where} · {', '.join(models)} · jobs in {operation.data.resolve()}"

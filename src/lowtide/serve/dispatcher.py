@@ -25,6 +25,7 @@ from lowtide.serve.uploads import Uploads
 from lowtide.serve.waiting import Waiting
 from lowtide.serve.worker_handle import bytes_of
 
+EQUAL, UP_TO_ROUNDING = "equal bits", "exact up to rounding"
 LOOKED = 0.5
 """Seconds between two looks at the memory in use."""
 
@@ -103,6 +104,8 @@ class Dispatcher:
             raise self._full()
         now = time.time()
         numbers = {name: plan[name] for name in ("peak", "seconds", "exactness", "plan")}
+        if min(self.limits.together, request.n) > 1 and plan["exactness"] == EQUAL:
+            numbers["exactness"] = UP_TO_ROUNDING
         job = Job(
             uuid.uuid4().hex, owner, self.admission.model(request.model), request.call(), request.seeds(), now, numbers,
             idempotency_key=key, request_id=REQUEST.get(), asked_as=asked_as,

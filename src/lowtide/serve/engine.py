@@ -21,8 +21,10 @@ from lowtide.planning.plan import BudgetError, Budgets, Plan
 from lowtide.serve.kept_answers import KeptAnswers
 from lowtide.serve.made_files import MadeFiles, most_of, stage_figures
 from lowtide.serve.previews import Previews
-from lowtide.serve.served_model import SAMPLER, ServedModel
+from lowtide.serve.served_model import SAMPLER, ServedModel, many
 
+FASTER = 0.95
+"""Pictures are made together where that takes less than this share of the time of one after the other."""
 Told = Callable[..., None]
 """Told of what a call has done, by name; it may raise to end it."""
 
@@ -36,7 +38,8 @@ class Run:
     """A picture or clip for each of the `seeds` by a call of `model`, with files in `folder`.
 
     `pictures` are files of arguments that are pictures. `share` is how much it may take of the budget, or of `within`
-    where that is less; `exactness` is what a plan has told of its results.
+    where that is less; `exactness` is what a plan has told of its results. A
+    call makes up to `together` pictures where that is planned to be faster: the same up to rounding.
     """
 
     model: str
@@ -47,6 +50,7 @@ class Run:
     share: float = 1.0
     within: Budgets | None = None
     exactness: str | None = None
+    together: int = 1
 
 
 class Engine:
@@ -115,20 +119,45 @@ class Engine:
         made = MadeFiles(run.folder)
         previews = Previews(self._notes / f"{run.model}.safetensors", model.channels(pipe))
         taken: list[list[dict[str, Any]]] = []
-        for place, seed in enumerate(run.seeds):
-            if place not in made:
-                self._make(pipe, call, seed, made, place, told, previews)
-                taken.append(stage_figures(pipe))
+        missing = [place for place in range(len(run.seeds)) if place not in made]
+        count = 1 if run.pictures else self._together(run, call, len(missing))
+        for begin in range(0, len(missing), count):
+            places = missing[begin : begin + count]
+            self._make(pipe, call, {place: run.seeds[place] for place in places}, made, told, previews)
+            taken.append(stage_figures(pipe))
+        plan = lowtide.plan_of(pipe)
         return {"files": made.names, **most_of(taken), **({} if plan is None else _in_numbers(plan))}
 
     def _make(
-        self, pipe: Any, call: Mapping[str, Any], seed: int, made: MadeFiles, place: int, told: Told, previews: Previews
-    ) -> None:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        with KeptAnswers(pipe, made.kept(place)) as answers:
-            watch = _Watch(call, told, place, answers, previews)
-            output = pipe(**call, **watch.arguments(pipe), generator=generator)
-        watch.learn(made.write(output, place))
+        self, pipe: Any, call: Mapping[str, Any], seeds: Mapping[int, int], made: MadeFiles, told: Told,
+        previews: Previews,
+    ) -> None:  # fmt: skip
+        """Make the pictures of these seeds, by their places, in one call."""
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds.values()]
+        first, count = next(iter(seeds)), len(seeds)
+        with KeptAnswers(pipe, made.kept(first)) as answers:
+            watch = _Watch(call, told, first, answers, previews)
+            generator = generators[0] if count == 1 else generators
+            output = pipe(**many(call, count), **watch.arguments(pipe), generator=generator)
+        watch.learn(made.write(output, list(seeds)))
+
+    def _together(self, run: Run, call: Mapping[str, Any], missing: int) -> int:
+        """How many pictures one call is to make, and the pipeline planned for that."""
+        count = min(run.together, missing)
+        alone = lowtide.plan_of(self._pipes[run.model])
+        while count > 1 and alone is not None:
+            try:
+                pipe = self._in_share(run, many(call, count), run.share)
+            except BudgetError:
+                count //= 2
+                continue
+            plan = lowtide.plan_of(pipe)
+            if plan is not None and plan.seconds < FASTER * count * alone.seconds:
+                return count
+            count //= 2
+        if run.together > 1:
+            self._within(run, call)
+        return 1
 
     def _within(self, run: Run, call: Mapping[str, Any]) -> Any:
         """The model's pipeline, planned for this call beside the other models.

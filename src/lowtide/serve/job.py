@@ -29,8 +29,8 @@ class Job:
     `call` are arguments of the pipeline's own call; there is a picture or a clip for each of the `seeds`. `plan` is
     what it will take, in bytes and seconds; once it is done, the plan that it ran under. `pictures` are files of
     arguments that are pictures. Times are seconds since 1970; it is ended at its `deadline`. `attempts` counts how
-    often it was begun, and `deaths` how often in a row the process that computes died of it without progress. `asked_as` is
-    the interface that it came by, `request_id` the request, and `taken` what each stage took.
+    often it was begun, and `deaths` how often in a row the process that computes died of it without progress.
+    `asked_as` is the interface that it came by, `request_id` the request, and `taken` what each stage took.
     """
 
     id: str

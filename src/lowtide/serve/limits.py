@@ -8,7 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Limits:
     """The most of each: bytes of a body, of one with files, characters of a prompt, pictures of a job, pixels of a
-    picture, frames of a clip, steps, jobs that wait, and seconds that a request waits for its plan.
+    picture, frames of a clip, steps, jobs that wait, seconds that a request waits for its plan, and pictures of a job
+    that one call makes.
     """
 
     body: int = 2**20
@@ -20,3 +21,4 @@ class Limits:
     steps: int = 500
     queued: int = 100
     planning: float = 60.0
+    together: int = 1

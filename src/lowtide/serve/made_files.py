@@ -38,23 +38,32 @@ class MadeFiles:
         """A folder for what is kept until this result is there."""
         return self._folder / f"kept-{place}"
 
-    def write(self, output: Any, place: int) -> Image.Image | None:
-        """Write what came out as this result, and return its picture, or the first frame of its clip.
+    def write(self, output: Any, places: list[int]) -> Image.Image | None:
+        """Write what came out as the results of these places, and return the first picture, or frame of a clip.
 
-        Of several pictures or clips the first is written last, so that it tells that all are there.
+        Of several pictures or clips of a place the first is written last, so that it tells that all are there.
         """
         results = results_of(output)
-        for number, picture in reversed(list(enumerate(results.pictures))):
-            with whole_or_not(self._file(place, ".png", number)) as unfinished:
-                picture.save(unfinished, format="PNG")
-        for number, clip in reversed(list(enumerate(results.clips))):
-            export_to_video(clip, str(self._file(place, ".mp4", number)), fps=FPS)
-        shutil.rmtree(self.kept(place), ignore_errors=True)
+        for name, values in ((".png", results.pictures), (".mp4", results.clips)):
+            each = len(values) // len(places)
+            for place, begin in zip(places, range(0, len(values), each or 1), strict=False):
+                for number, value in reversed(list(enumerate(values[begin : begin + each]))):
+                    _write(value, self._file(place, name, number))
+        for place in places:
+            shutil.rmtree(self.kept(place), ignore_errors=True)
         first = next(iter(results.pictures), None) or next((clip[0] for clip in results.clips), None)
         return first if isinstance(first, Image.Image) else None
 
     def _file(self, place: int, suffix: str, number: int = 0) -> Path:
         return self._folder / (f"{place}-{number}{suffix}" if number else f"{place}{suffix}")
+
+
+def _write(value: Any, file: Path) -> None:
+    if isinstance(value, Image.Image):
+        with whole_or_not(file) as unfinished:
+            value.save(unfinished, format="PNG")
+    else:
+        export_to_video(value, str(file), fps=FPS)
 
 
 def stage_figures(pipe: Any) -> list[dict[str, Any]]:

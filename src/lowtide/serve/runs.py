@@ -105,6 +105,7 @@ class Runs:
     async def _run(self, lane: Lane, job: Job, within: Bytes | None) -> None:
         job.state, job.started, job.attempts = State.RUNNING, time.time(), job.attempts + 1
         progress = self.progress[job.id] = Progress(job)
+        together = min(self._admission.limits.together, len(job.seeds))
         self._observer.began(job)
         await self._keep(job)
         self._changes.tell()
@@ -123,7 +124,8 @@ class Runs:
                 return
             answer = await lane.worker.ask(
                 "run", key=job.id, heard=heard, model=job.model, call=job.call, seeds=job.seeds, folder=str(folder),
-                pictures=job.pictures, share=SHARES[job.deaths], within=within, exactness=job.plan["exactness"],
+                pictures=job.pictures, share=SHARES[job.deaths], within=within,
+                exactness=None if together > 1 else job.plan["exactness"], together=together,
             )  # fmt: skip
         except AskedError as error:
             cancelled = error.answer["kind"] == "cancelled"

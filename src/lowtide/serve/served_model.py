@@ -32,6 +32,7 @@ SAMPLERS = {
     "CogVideoXPipeline": ("cogvideox-ddim", "cogvideox-dpm"),
 }
 """The short names of schedulers that pipelines of ours can be given."""
+PROMPTS = ("prompt", "negative_prompt")
 MOST_TRACED = 50
 """Sizes of calls that are remembered, from which plans are made quickly."""
 SHOWN = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt", "strength")
@@ -106,7 +107,11 @@ class ServedModel:
 
     def size(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """What of a call plans depend on, as plans call it."""
-        return {SIZES[name]: value for name, value in call.items() if name in SIZES} if self.is_ours else dict(call)
+        if not self.is_ours:
+            return dict(call)
+        size = {SIZES[name]: value for name, value in call.items() if name in SIZES}
+        prompts = call.get("prompt")
+        return {**size, "prompts": len(prompts), "pictures": len(prompts)} if isinstance(prompts, list) else size
 
     def pictures(self, given: Mapping[str, Sequence[Image.Image]]) -> dict[str, Any]:
         """Pictures as arguments: one, or a list where there are several."""
@@ -138,3 +143,10 @@ class ServedModel:
     def device(asked: str | None) -> torch.device:
         """Where to compute; raises `ValueError` for what there is not."""
         return execution_device(None if asked == "auto" else asked)
+
+
+def many(call: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """A call for so many pictures or clips of the same prompt."""
+    if count == 1:
+        return dict(call)
+    return {name: [value] * count if name in PROMPTS else value for name, value in call.items()}

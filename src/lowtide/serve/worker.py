@@ -97,6 +97,7 @@ class _Worker:
             run = Run(
                 message["model"], message["call"], message["seeds"], Path(message["folder"]), message["pictures"],
                 message["share"], _budgets(message["within"]), message["exactness"],
+                message["together"],
             )  # fmt: skip
             return self._engine.run(run, told)
         finally:

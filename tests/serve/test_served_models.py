@@ -112,6 +112,42 @@ def test_forms_that_are_refused(server, name):
     assert (status, told in problem["detail"]) == (expected, True), problem
 
 
+# ---- OpenAI's client
+
+
+@pytest.fixture
+def client(server):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_openais_client_edits_a_picture(client):
+    more = {name: EDIT[name] for name in ("num_inference_steps", "strength", "seed")}
+    answer = client.images.edit(model="edits", prompt="a red boat", image=io.BytesIO(PNG), extra_body=more)
+    assert pixels(base64.b64decode(answer.data[0].b64_json)).shape == (64, 48, 3)
+
+
+def test_openais_client_gets_a_stream(client):
+    events = list(
+        client.images.generate(
+            prompt="a boat", size="128x128", stream=True, partial_images=1, extra_body={"num_inference_steps": 4}
+        )
+    )
+    assert [event.type for event in events] == ["image_generation.partial_image", "image_generation.completed"]
+    assert pixels(base64.b64decode(events[-1].b64_json)).shape == (128, 128, 3)
+
+
+@pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+def test_openais_client_makes_a_clip(client):
+    more = {"num_inference_steps": 2, "num_frames": 9}
+    video = client.videos.create_and_poll(model="clips", prompt="a boat", size="48x32", extra_body=more)
+    assert (video.status, video.progress, video.error) == ("completed", 100, None)
+    assert client.videos.download_content(video.id).read()[4:8] == b"ftyp"
+    assert [each.id for each in client.videos.list()] == [video.id]
+    assert client.videos.delete(video.id).deleted
+
+
 def test_other_bodies_are_refused(server):
     assert server.ask("POST", "/v1/images/edits", b"x", Content_Type="text/plain")[0] == 415
     assert server.ask("POST", "/v1/images/edits", b"x", Content_Type="multipart/form-data; boundary=x")[0] == 400

@@ -57,6 +57,11 @@ class JobStore:
         """The folder of what is learned about models."""
         return self._folder.resolve() / "notes"
 
+    def forget_unfinished(self, job: str) -> None:
+        """Remove what is kept so that a job can go on: it has ended."""
+        for folder in self.results(job).glob("kept-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def add(self, job: Job) -> Job:
         """Keep a new job; one with the same owner and idempotency key that is there already is returned instead."""
         with self._changing() as jobs:

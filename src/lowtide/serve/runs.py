@@ -166,6 +166,7 @@ class Runs:
         """Have a job be in a state that is an end."""
         job.state, job.ended = state, time.time()
         await self._keep(job)
+        await asyncio.to_thread(self._store.forget_unfinished, job.id)
         self._observer.ended(job, answer)
         self._leave(job, lane)
         self._changes.tell()

@@ -65,6 +65,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--at-once", type=int, default=2)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--keep", type=Path, help="A folder for results that are wrong.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         models = written_models(Path(scratch))
@@ -74,7 +75,7 @@ def main() -> int:
         arguments = [*named, "--ram", options.ram, "--at-once", str(options.at_once)]
         server = Server(Path(scratch) / "served", *arguments)
         server.wait_until_ready()
-        soak = Soak(server, expected, parse_bytes(options.ram))
+        soak = Soak(server, expected, parse_bytes(options.ram), options.keep)
         soak.measure_overhead()
         print(f"overhead of a call: {soak.found['overhead_ms']:.0f} ms (median); soaking ...", flush=True)
         soak.run(60 * options.minutes, options.kill_every, options.clients)
@@ -136,13 +137,14 @@ def hash_of(content: bytes, model: str) -> str:
 class Soak:
     """Clients, killers and a look at the memory, for a while."""
 
-    def __init__(self, server: Server, expected: Expected, budget: int) -> None:
+    def __init__(self, server: Server, expected: Expected, budget: int, keep: Path | None = None) -> None:
         self.server, self.expected, self.budget = server, expected, budget
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.samples: list[tuple[float, int]] = []
         self.peaks: list[float] = []
         self.ratios: list[float] = []
+        self.keep = keep
         self.found: dict[str, Any] = {}
         self._ended = threading.Event()
         self._is_restarting = threading.Lock()
@@ -245,7 +247,13 @@ class Soak:
             self.ratios.append(ended["plan"]["peak"] / ended["measured"])
         content = self._asked("GET", f"/jobs/{job}/content/0")[1]
         if hash_of(content, model) != self.expected.hashes[(model, *size, seed)]:
-            self.wrong.append(f"job {job} ({model}, {size}, seed {seed}) is another picture")
+            about = {name: ended[name] for name in ("attempts", "deaths", "alone")} | {
+                "told": ended["plan"]["exactness"]
+            }
+            self.wrong.append(f"job {job} ({model}, {size}, seed {seed}) is another picture: {about}")
+            if self.keep:
+                (self.keep / f"{job}-{model}-{size}-{seed}").write_bytes(content)
+                (self.keep / f"{job}.plan").write_text(ended["plan"]["plan"])
 
     def _cancelled(self, model: str, size: tuple[int, int, int], seed: int, chance: random.Random) -> None:
         job = self._submitted(model, size, seed, chance)

@@ -23,6 +23,8 @@ from lowtide.serve.made_files import MadeFiles, most_of, stage_figures
 from lowtide.serve.previews import Previews
 from lowtide.serve.served_model import SAMPLER, ServedModel, many
 
+BESIDE = 12 * 2**20
+"""Bytes that serving takes beside a call: previews, answers that are kept, files, and plans made meanwhile."""
 FASTER = 0.95
 """Pictures are made together where that takes less than this share of the time of one after the other."""
 Told = Callable[..., None]
@@ -146,12 +148,8 @@ class Engine:
         count = min(run.together, missing)
         alone = lowtide.plan_of(self._pipes[run.model])
         while count > 1 and alone is not None:
-            try:
-                pipe = self._in_share(run, many(call, count), run.share)
-            except BudgetError:
-                count //= 2
-                continue
-            plan = lowtide.plan_of(pipe)
+            pipe = self._in_share(run, many(call, count), run.share)
+            plan = None if pipe is None else lowtide.plan_of(pipe)
             if plan is not None and plan.seconds < FASTER * count * alone.seconds:
                 return count
             count //= 2
@@ -162,32 +160,32 @@ class Engine:
     def _within(self, run: Run, call: Mapping[str, Any]) -> Any:
         """The model's pipeline, planned for this call beside the other models.
 
-        If a share of the budget gives other bits than were told, it takes more.
+        It takes more than its share where that is too little, or gives other bits than were told; the other models rest
+        where it would else. Raises `BudgetError` if that does not help beside other processes; alone it gives what it
+        can, and says so.
         """
-        pipe = None
         for share in sorted({run.share, (1 + run.share) / 2, 1.0}):
-            pipe = self._in_share(run, call, share)
-            plan = lowtide.plan_of(pipe)
-            if plan is None or run.exactness in (None, plan.exactness):
-                break
-        return pipe
+            if (pipe := self._in_share(run, call, share)) is not None:
+                return pipe
+        for name in [name for name in self._pipes if name != run.model]:
+            self._put_to_rest(name)
+        if (pipe := self._in_share(run, call, 1.0)) is not None:
+            return pipe
+        most = self._least(run.within)
+        if run.within is not None:
+            raise BudgetError("It fits beside others in other ways alone.", "Try again.", most)
+        return self._planned(run.model, call, most)
 
     def _in_share(self, run: Run, call: Mapping[str, Any], share: float) -> Any:
-        """The same in a share of the budget; if that is too little for any plan, for the least that is enough."""
+        """The same in a share of the budget; None if that is too little, or gives other bits than were told."""
         most = self._least(run.within)
         vram, ram = (None if each is None else int(each * share) for each in (most.vram, most.ram))
-        budgets = Budgets(vram, ram)
         try:
-            return self._planned(run.model, call, budgets)
+            pipe = self._planned(run.model, call, Budgets(vram, ram))
         except BudgetError:
-            for name in [name for name in self._pipes if name != run.model]:
-                self._put_to_rest(name)
-        try:
-            return self._planned(run.model, call, budgets)
-        except BudgetError as refusal:
-            if share == 1 or not _is_within(refusal.minimum, most):
-                raise
-            return self._planned(run.model, call, refusal.minimum)
+            return None
+        plan = lowtide.plan_of(pipe)
+        return pipe if plan is None or run.exactness in (None, plan.exactness) else None
 
     def _planned(self, name: str, call: Mapping[str, Any], budgets: Budgets) -> Any:
         model = self._models[name]
@@ -215,12 +213,11 @@ class Engine:
             lowtide.fit(pipe, refusal.minimum.vram, refusal.minimum.ram, device=self._device, **call)
 
     def _least(self, within: Budgets | None) -> Budgets:
-        """The budgets, or less."""
-        if within is None:
-            return self.budgets
+        """The budgets, or less, without what serving takes itself."""
+        within = within or self.budgets
         pairs = ((within.vram, self.budgets.vram), (within.ram, self.budgets.ram))
         vram, ram = (min((each for each in pair if each is not None), default=None) for pair in pairs)
-        return replace(self.budgets, vram=vram, ram=ram)
+        return replace(self.budgets, vram=vram, ram=None if ram is None else max(1, ram - BESIDE))
 
 
 class _Watch:
@@ -250,11 +247,6 @@ class _Watch:
             self._previews.learn(self._latents, picture)
 
 
-def _is_within(budgets: Budgets, given: Budgets) -> bool:
-    pairs = ((budgets.vram, given.vram), (budgets.ram, given.ram))
-    return all(least is None or most is None or least <= most for least, most in pairs)
-
-
 def in_words(refusal: BudgetError) -> dict[str, Any]:
     """Why there is no plan, and the least that would be enough."""
     least = refusal.minimum
@@ -265,13 +257,13 @@ def _needs(plan: Plan | None) -> dict[str, int | None]:
     """The memory of each kind that a plan takes."""
     if plan is None:
         return {"vram": None, "ram": None}
-    return {"vram": None if plan.device == "cpu" or plan.unified else plan.peak, "ram": plan.host_peak}
+    return {"vram": None if plan.device == "cpu" or plan.unified else plan.peak, "ram": plan.host_peak + BESIDE}
 
 
 def _in_numbers(plan: Plan) -> dict[str, Any]:
     """A plan's bytes and seconds, and its text."""
     return {
-        "peak": plan.peak,
+        "peak": plan.peak + (BESIDE if plan.device == "cpu" else 0),
         "needs": _needs(plan),
         "seconds": plan.seconds,
         "exactness": plan.exactness,

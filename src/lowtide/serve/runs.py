@@ -86,7 +86,7 @@ class Runs:
             return False
         within: Bytes | None = None
         if self._lanes.running:
-            if not lane.worker.started and self._soonest < WORTH_A_START:
+            if job.alone or (not lane.worker.started and self._soonest < WORTH_A_START):
                 return False
             within = self._lanes.left_for(lane)
             try:
@@ -128,6 +128,9 @@ class Runs:
                 exactness=None if together > 1 else job.plan["exactness"], together=together,
             )  # fmt: skip
         except AskedError as error:
+            if error.answer["kind"] == "budget" and within is not None:
+                await self._wait_again(job, lane, alone=True)
+                return
             cancelled = error.answer["kind"] == "cancelled"
             LOG.log(logging.INFO if cancelled else logging.ERROR, "%s", error.answer.get("where", error))
             if not cancelled:
@@ -140,7 +143,8 @@ class Runs:
             self._observer.died(job, str(error))
             await self._again_or_never(job, lane, error, made_progress=progress.made_progress)
         else:
-            job.plan |= {name: answer[name] for name in ("peak", "plan") if name in answer}
+            told = ("peak", "plan") if together > 1 else ("peak", "plan", "exactness")
+            job.plan |= {name: answer[name] for name in told if name in answer}
             job.files, job.measured, job.taken = answer["files"], answer.get("measured"), answer.get("taken", [])
             await self.end(job, State.DONE, lane, answer)
 
@@ -152,15 +156,19 @@ class Runs:
             job.deaths = 1 if made_progress else job.deaths + 1
         lane.held = {}
         if job.deaths < len(SHARES):
-            job.state = State.QUEUED
-            await self._keep(job)
-            self._leave(job, lane)
-            self._waiting.add(job, first=True)
-            self._changes.tell()
+            await self._wait_again(job, lane)
             return
         detail = f"{error} It was tried {job.deaths} times, each time in less memory."
         job.error = {"detail": detail, "kind": "died"}
         await self.end(job, State.FAILED, lane)
+
+    async def _wait_again(self, job: Job, lane: Lane, *, alone: bool = False) -> None:
+        """Have a job wait for its next attempt, which runs `alone` if this one could not beside others."""
+        job.state, job.alone = State.QUEUED, alone
+        await self._keep(job)
+        self._leave(job, lane)
+        self._waiting.add(job, first=True)
+        self._changes.tell()
 
     async def end(self, job: Job, state: State, lane: Lane | None = None, answer: dict[str, Any] | None = None) -> None:
         """Have a job be in a state that is an end."""

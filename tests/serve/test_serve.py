@@ -219,13 +219,14 @@ def test_answers_are_kept_by_nobody_and_read_as_nothing_else(server):
 # ---- nothing is lost
 
 
-def test_a_job_whose_process_is_killed_is_begun_again_and_gives_the_same(server, expected):
+@pytest.mark.parametrize(("number", "deaths", "kills"), [(signal.SIGKILL, 0, 1), (signal.SIGABRT, 1, 0)])
+def test_a_job_whose_process_is_killed_goes_on_and_gives_the_same(server, expected, number, deaths, kills):
     job = server.ask("POST", "/jobs", LONG)[1]["id"]
     next(now for now in server.events(job) if now["state"] == "running" and now.get("step"))
     (worker,) = server.workers()
-    os.kill(worker, signal.SIGKILL)
+    os.kill(worker, number)
     done = server.ended(job)
-    assert (done["state"], done["attempts"], done["deaths"]) == ("done", 2, 1)
+    assert (done["state"], done["attempts"], done["deaths"], done["kills"]) == ("done", 2, deaths, kills)
     assert np.array_equal(result(server, job), expected(LONG, 7))
     assert server.workers() != [worker]
 

@@ -29,9 +29,9 @@ class Job:
     `call` are arguments of the pipeline's own call; there is a picture or a clip for each of the `seeds`. `plan` is
     what it will take, in bytes and seconds; once it is done, the plan that it ran under. `pictures` are files of
     arguments that are pictures. Times are seconds since 1970; it is ended at its `deadline`. `attempts` counts how
-    often it was begun, and `deaths` how often in a row the process that computes died of it without progress. It is to
-    run `alone` where it did not fit beside others. `asked_as` is the interface that it came by, `request_id` the
-    request, and `taken` what each stage took.
+    often it was begun, `deaths` how often in a row the process that computes died of it without progress, and `kills`
+    how often others killed that. It is to run `alone` where it did not fit beside others. `asked_as` is the interface
+    that it came by, `request_id` the request, and `taken` what each stage took.
     """
 
     id: str
@@ -46,6 +46,7 @@ class Job:
     ended: float | None = None
     attempts: int = 0
     deaths: int = 0
+    kills: int = 0
     alone: bool = False
     files: list[str] = field(default_factory=list)
     measured: int | None = None

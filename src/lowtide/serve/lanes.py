@@ -19,10 +19,6 @@ WORTH_A_START = 10.0
 """Seconds that a running job must still take for a further process to be started beside it."""
 
 
-class NotStartedError(WorkerDiedError):
-    """A further process that computes has died before it took work: of nothing that a job did."""
-
-
 @dataclass(eq=False)
 class Lane:
     """A process, the job that it runs, and the most memory that it may hold until its next one."""
@@ -96,13 +92,13 @@ class Lanes:
             await lane.worker.start()
 
     async def ready(self, lane: Lane) -> None:
-        """Wait until a lane takes work; raises `NotStartedError` for a further process that died before."""
+        """Wait until a lane takes work; raises `WorkerDiedError` for a further process that died before."""
         while not lane.worker.is_ready:
             if lane is not self.first and lane.worker.process_id is None:
                 self._failed_starts += 1
                 if self._failed_starts >= MOST_FAILED_STARTS:
                     self._most = 1
-                raise NotStartedError("A further process that computes has died while it started.")
+                raise WorkerDiedError("A further process has died while it started.", by_others=True)
             await asyncio.sleep(0.05)
         self._failed_starts = 0
 

@@ -15,7 +15,7 @@ from lowtide.serve.changes import Changes
 from lowtide.serve.job import Job, State
 from lowtide.serve.job_progress import Progress
 from lowtide.serve.job_store import JobStore
-from lowtide.serve.lanes import WORTH_A_START, Lane, Lanes, NotStartedError
+from lowtide.serve.lanes import WORTH_A_START, Lane, Lanes
 from lowtide.serve.observer import Observer
 from lowtide.serve.problems import ProblemError
 from lowtide.serve.waiting import Waiting
@@ -24,6 +24,8 @@ from lowtide.serve.worker_handle import AskedError, WorkerDiedError
 LOG = logging.getLogger("lowtide.serve")
 SHARES = (1.0, 0.75, 0.5)
 """Shares of the budget for a job, by how often its process has died without progress."""
+MOST_KILLS = 20
+"""Times in a row, without progress, that a job's process is killed by others before the job has failed."""
 
 
 class Runs:
@@ -152,13 +154,16 @@ class Runs:
         if self.progress[job.id].is_cancelled:
             await self.end(job, State.CANCELLED, lane)
             return
-        if not isinstance(error, NotStartedError):
-            job.deaths = 1 if made_progress else job.deaths + 1
-        lane.held = {}
-        if job.deaths < len(SHARES):
+        if made_progress:
+            job.deaths = job.kills = 0
+        if error.by_others:
+            job.kills += 1
+        else:
+            job.deaths += 1
+        if job.deaths < len(SHARES) and job.kills < MOST_KILLS:
             await self._wait_again(job, lane)
             return
-        detail = f"{error} It was tried {job.deaths} times, each time in less memory."
+        detail = f"{error} It was tried {job.deaths + job.kills} times without any progress."
         job.error = {"detail": detail, "kind": "died"}
         await self.end(job, State.FAILED, lane)
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,7 +26,14 @@ Heard = Callable[[Message], None]
 
 
 class WorkerDiedError(Exception):
-    """The process that computes has died: of a signal, of memory that ran out, or of a fault."""
+    """The process that computes has died: of a signal, of memory that ran out, or of a fault.
+
+    `by_others` tells that it was killed while memory was not running out, which is nothing that a job did.
+    """
+
+    def __init__(self, why: str, *, by_others: bool = False) -> None:
+        super().__init__(why)
+        self.by_others = by_others
 
 
 class AskedError(Exception):
@@ -47,6 +55,7 @@ class WorkerHandle:
         self._writer: asyncio.StreamWriter | None = None
         self._is_ready = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._out_of_memory: int | None = None
         self.refusal: str | None = None
         """Why the process cannot work with these settings at all."""
         self.started = 0
@@ -74,6 +83,7 @@ class WorkerHandle:
                 start_new_session=True, limit=2**20,
             )  # fmt: skip
         self.started += 1
+        self._out_of_memory = kills_for_memory()
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=2**24)
         assert self._process.stderr is not None
         for work in (self._listen(reader), relay(self._process.stderr)):
@@ -93,7 +103,7 @@ class WorkerHandle:
         asked, self._asked = self._asked, {}
         for answer, _ in asked.values():
             if not answer.done():
-                answer.set_exception(WorkerDiedError(_last_words(self._process.returncode)))
+                answer.set_exception(_last_words(self._process.returncode, self._out_of_memory))
 
     def _hear(self, message: Message) -> None:
         if message["event"] == "ready":
@@ -165,10 +175,21 @@ def own_bytes() -> int:
     return int(psutil.Process().memory_info().rss) + GROWTH
 
 
-def _last_words(code: int | None) -> str:
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        return f"The process that computes was killed by {name}" + (
-            ", as it is where memory runs out." if name == "SIGKILL" else "."
-        )
-    return f"The process that computes ended with code {code}."
+def kills_for_memory() -> int | None:
+    """How many processes Linux has killed on this machine because memory ran out; None where it does not say."""
+    try:
+        counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+        return int(counts["oom_kill"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _last_words(code: int | None, kills_before: int | None) -> WorkerDiedError:
+    if code is None or code >= 0:
+        return WorkerDiedError(f"The process that computes ended with code {code}.")
+    name, kills = signal.Signals(-code).name, kills_for_memory()
+    if name != "SIGKILL":
+        return WorkerDiedError(f"The process that computes was killed by {name}.")
+    if kills is not None and kills == kills_before:
+        return WorkerDiedError("The process that computes was killed by someone (SIGKILL).", by_others=True)
+    return WorkerDiedError("The process that computes was killed by SIGKILL, as it is where memory runs out.")

@@ -42,7 +42,7 @@ class Server:
         return re.findall(r"http://\S+", self.said)[0]
 
     def wait_until_ready(self) -> None:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 180
         while "http://" not in self.said or self.ask("GET", "/readyz")[0] != 200:
             assert time.monotonic() < until
             assert self.process.poll() is None, self.said

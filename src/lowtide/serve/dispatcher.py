@@ -13,6 +13,7 @@ from typing import Any
 from lowtide.serve.admission import Admission
 from lowtide.serve.changes import Changes
 from lowtide.serve.job import Job, State
+from lowtide.serve.job_runs import Runs
 from lowtide.serve.job_store import JobStore
 from lowtide.serve.lanes import Lanes
 from lowtide.serve.limits import Limits
@@ -20,7 +21,6 @@ from lowtide.serve.log_lines import REQUEST
 from lowtide.serve.observer import Observer
 from lowtide.serve.problems import ProblemError
 from lowtide.serve.requests import CallRequest
-from lowtide.serve.runs import Runs
 from lowtide.serve.uploads import Uploads
 from lowtide.serve.waiting import Waiting
 from lowtide.serve.worker_handle import bytes_of

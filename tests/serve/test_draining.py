@@ -62,11 +62,16 @@ def test_what_runs_ends_what_waits_stays_and_who_waits_is_told(tmp_path):
     store.close()
 
 
+def running_job(serving):
+    job = serving.ask("POST", "/jobs", JOB)[2]["id"]
+    until(lambda: state(serving, job) == "running")
+    return job
+
+
 def test_what_does_not_end_in_time_is_begun_again_by_the_next_server(tmp_path):
     app, dispatcher = stand_in_app(tmp_path, pause=1.0)
     with Serving(app, dispatcher, drain_seconds=0.2) as serving:
-        job = serving.ask("POST", "/jobs", JOB)[2]["id"]
-        until(lambda: state(serving, job) == "running")
+        job = running_job(serving)
         serving.end()
         serving.wait()
     app, dispatcher = stand_in_app(tmp_path)
@@ -79,8 +84,7 @@ def test_what_does_not_end_in_time_is_begun_again_by_the_next_server(tmp_path):
 def test_a_second_signal_ends_it_at_once(tmp_path):
     app, dispatcher = stand_in_app(tmp_path, pause=1.0)
     with Serving(app, dispatcher, drain_seconds=60) as serving:
-        job = serving.ask("POST", "/jobs", JOB)[2]["id"]
-        until(lambda: state(serving, job) == "running")
+        job = running_job(serving)
         serving.end()
         serving.end()
         serving.wait()

@@ -28,6 +28,10 @@ def check_allowed(allow: Collection[str]) -> None:
         raise ValueError(f"allow={allow!r} is not possible: it may hold {', '.join(LOSSY)}, as in allow=('fp8',).")
 
 
+EQUAL_BITS, UP_TO_ROUNDING = "equal bits", "exact up to rounding"
+"""How the results of plans that change nothing compare with those of a run without a plan."""
+
+
 @dataclass(frozen=True)
 class Budgets:
     """The most bytes that may be in use at once; None for no limit. On a CPU all memory is `ram`."""
@@ -181,7 +185,7 @@ class Plan:
             lossy.append("blended tiles")
         if lossy:
             return f"changed: {', '.join(lossy)}"
-        return "equal bits" if ways <= {WHOLE} else "exact up to rounding"
+        return EQUAL_BITS if ways <= {WHOLE} else UP_TO_ROUNDING
 
     def way(self, stage: str) -> str:
         """The way of the stage with this name; "whole" for a stage that the plan does not have."""

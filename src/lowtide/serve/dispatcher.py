@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
+from lowtide.planning.plan import EQUAL_BITS, UP_TO_ROUNDING
 from lowtide.serve.admission import Admission
 from lowtide.serve.changes import Changes
 from lowtide.serve.job import Job, State
@@ -25,7 +26,6 @@ from lowtide.serve.uploads import Uploads
 from lowtide.serve.waiting import Waiting
 from lowtide.serve.worker_handle import bytes_of
 
-EQUAL, UP_TO_ROUNDING = "equal bits", "exact up to rounding"
 LOOKED = 0.5
 """Seconds between two looks at the memory in use."""
 
@@ -104,7 +104,7 @@ class Dispatcher:
             raise self._full()
         now = time.time()
         numbers = {name: plan[name] for name in ("peak", "seconds", "exactness", "plan")}
-        if min(self.limits.together, request.n) > 1 and plan["exactness"] == EQUAL:
+        if min(self.limits.together, request.n) > 1 and plan["exactness"] == EQUAL_BITS:
             numbers["exactness"] = UP_TO_ROUNDING
         job = Job(
             uuid.uuid4().hex, owner, self.admission.model(request.model), request.call(), request.seeds(), now, numbers,

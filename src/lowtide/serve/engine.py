@@ -40,8 +40,8 @@ class Run:
     """A picture or clip for each of the `seeds` by a call of `model`, with files in `folder`.
 
     `pictures` are files of arguments that are pictures. `share` is how much it may take of the budget, or of `within`
-    where that is less; `exactness` is what a plan has told of its results. A
-    call makes up to `together` pictures where that is planned to be faster: the same up to rounding.
+    where that is less; `exactness` is what a plan has told of its results. A call makes up to `together`
+    pictures where that is planned to be faster: the same up to rounding.
     """
 
     model: str

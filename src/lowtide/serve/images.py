@@ -21,21 +21,19 @@ from lowtide.serve.forms import PICTURES, body_of, read_request, valid
 from lowtide.serve.job import Job, State
 from lowtide.serve.keys import Owner
 from lowtide.serve.problems import ProblemError, types_of_answers
-from lowtide.serve.requests import CallRequest
+from lowtide.serve.requests import CallRequest, SizedRequest
 
-SIZE = r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"
-NOT_OURS = {"size", "response_format", "output_format", "output_compression", "stream", "partial_images"}
+NOT_OURS = {"response_format", "output_format", "output_compression", "stream", "partial_images"}
 NOT_LOOKED_AT = {"user", "quality", "style", "background", "moderation", "input_fidelity"}
 
 
-class ImagesRequest(CallRequest):
+class ImagesRequest(SizedRequest):
     """A request for pictures. `size` is "512x512", or "auto" for the model's own.
 
     With `stream` events come instead of an answer, so many of them small previews. What is in `NOT_LOOKED_AT` is taken
     and has no effect.
     """
 
-    size: str = Field("auto", pattern=SIZE)
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int = Field(100, ge=0, le=100)
@@ -50,10 +48,7 @@ class ImagesRequest(CallRequest):
 
     def asked(self) -> CallRequest:
         """The same in our own words."""
-        fields = self.model_dump(exclude=NOT_OURS | NOT_LOOKED_AT)
-        if self.size != "auto":
-            fields["width"], fields["height"] = map(int, self.size.split("x"))
-        return valid(CallRequest, fields)
+        return valid(CallRequest, self.fields_without(*NOT_OURS, *NOT_LOOKED_AT))
 
 
 def router(dispatcher: Dispatcher) -> APIRouter:

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+FPS = 8
+"""Frames a second of clips, as their published models make them."""
+
 
 class State(StrEnum):
     """Of a job; the last three are ends."""

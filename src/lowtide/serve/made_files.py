@@ -11,10 +11,9 @@ from PIL import Image
 import lowtide
 from lowtide.guests.results import results_of
 from lowtide.media.unfinished import whole_or_not
+from lowtide.serve.job import FPS
 from lowtide.utils import export_to_video
 
-FPS = 8
-"""Frames a second of clips, as their published models make them."""
 SUFFIXES = (".png", ".mp4")
 FIGURES = ("name", "predicted_peak", "peak", "predicted_seconds", "seconds", "moved", "stalled")
 

@@ -11,6 +11,7 @@ from lowtide.serve.limits import Limits
 from lowtide.serve.problems import ProblemError
 
 MOST_SEED = 2**63 - 1
+SIZE = r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"
 LONGEST = 30 * 24 * 3600.0
 
 
@@ -62,3 +63,16 @@ class CallRequest(BaseModel):
         for name, (number, most, unit) in asked.items():
             if number > most:
                 raise ProblemError(422, f"{name}: {number} {unit} were asked for, and {most} are possible here.")
+
+
+class SizedRequest(CallRequest):
+    """The same as OpenAI's clients write it: `size` is "512x512", width and height, or "auto" for the model's own."""
+
+    size: str = Field("auto", pattern=SIZE)
+
+    def fields_without(self, *names: str) -> dict[str, Any]:
+        """What a `CallRequest` is made of; `names` are the fields that it does not have."""
+        fields = self.model_dump(exclude={"size", *names})
+        if self.size != "auto":
+            fields["width"], fields["height"] = map(int, self.size.split("x"))
+        return fields

@@ -10,15 +10,12 @@ from pydantic import Field
 
 from lowtide.serve.dispatcher import Dispatcher
 from lowtide.serve.forms import body_of, read_request, valid
-from lowtide.serve.images import SIZE
-from lowtide.serve.job import Job, State
+from lowtide.serve.job import FPS, Job, State
 from lowtide.serve.job_routes import TYPES, content_of, delete_ended, job_of
 from lowtide.serve.keys import Owner
 from lowtide.serve.problems import ProblemError, types_of_answers
-from lowtide.serve.requests import CallRequest
+from lowtide.serve.requests import CallRequest, SizedRequest
 
-FPS = 8
-"""Frames a second of the clips that are written."""
 REFERENCE = {"input_reference": "image"}
 """The argument for the picture that a clip begins with, by its name in a request."""
 LONGEST = 120
@@ -32,18 +29,15 @@ STATES = {
 }
 
 
-class VideoRequest(CallRequest):
+class VideoRequest(SizedRequest):
     """A request for a clip of so many `seconds`, or `num_frames`; `size` is "480x720", width and height."""
 
-    size: str = Field("auto", pattern=SIZE)
     seconds: int | None = Field(None, ge=1, le=LONGEST)
     n: Literal[1] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def asked(self) -> CallRequest:
         """The same in our own words."""
-        fields = self.model_dump(exclude={"size", "seconds"})
-        if self.size != "auto":
-            fields["width"], fields["height"] = map(int, self.size.split("x"))
+        fields = self.fields_without("seconds")
         if self.seconds is not None:
             fields["num_frames"] = self.seconds * FPS + 1
         return valid(CallRequest, fields)

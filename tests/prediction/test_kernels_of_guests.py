@@ -56,12 +56,16 @@ def test_a_clip_with_frames_outside_of_channels(kernel, dtype):
 @pytest.mark.parametrize("length", [300, 3000])
 @pytest.mark.parametrize(("kernel", "stride", "dilation"), [(7, 1, 1), (7, 1, 9), (8, 4, 1), (1, 1, 1)])
 def test_sound(kernel, stride, dilation, length, dtype):
-    """Convolutions of one dimension are maps of one row to PyTorch, which decides by that who computes them."""
+    """Convolutions of one dimension are maps of one row to PyTorch, which decides by that who computes them.
+
+    Where entries are left out, what kernels take beside depends on the processor's caches: there is an upper estimate.
+    """
     x, weight = torch.zeros(1, 48, length, dtype=dtype), torch.zeros(32, 48, kernel, dtype=dtype)
     padding = (kernel - stride) * dilation // 2
     convolve = lambda x, weight: torch.nn.functional.conv1d(x, weight, None, stride, padding, dilation)  # noqa: E731
     predicted, measured = peaks(convolve, x, weight)
-    assert measured <= predicted <= near(1.01 if dtype is torch.float32 else 1.4) * measured
+    is_estimate = (stride > 1 or dilation > 1) and (dtype is torch.bfloat16 or not has_avx512())
+    assert measured <= predicted <= (3 if is_estimate else near(1.01 if dtype is torch.float32 else 1.4)) * measured
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

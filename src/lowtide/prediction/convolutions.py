@@ -25,6 +25,8 @@ BLOCK = 16
 ENTRIES_OF_NATIVE = 20480
 """Up to which one map in float32 is convolved by PyTorch itself, by writing every entry down for each of the kernel's.
 """
+COLUMNS_AT_ONCE = 2 * 2**20
+"""Bytes of columns that oneDNN multiplies at once, at most; it was 1 MB with a cache of as much for each core."""
 PAGE = 4096
 BOOKED = 128
 """Bytes that oneDNN adds to each part of a scratchpad."""
@@ -46,7 +48,7 @@ class Convolution:
     weight: torch.Tensor
     out: torch.Tensor
     has_bias: bool
-    is_padded: bool
+    padding: tuple[int, ...]
     strides: tuple[int, ...]
     dilations: tuple[int, ...]
     groups: int
@@ -57,17 +59,17 @@ class Convolution:
     def of(cls, name: str, args: Any, given: list[torch.Tensor], out: torch.Tensor) -> Convolution:
         """From the arguments of `aten::convolution`, or of `aten::mkldnn_convolution`."""
         is_own = name == "mkldnn_convolution"
-        strides, dilations = (args[4], args[5]) if is_own else (args[3], args[5])
+        padding, strides = (args[3], args[4]) if is_own else (args[4], args[3])
         dims, groups = out.ndim - 2, args[6] if is_own else args[8]
-        strides, dilations = (tuple(setting) * (dims if len(setting) == 1 else 1) for setting in (strides, dilations))
-        is_padded = any(args[3 if is_own else 4])
+        settings = (padding, strides, args[5])
+        padding, strides, dilations = (tuple(each) * (dims if len(each) == 1 else 1) for each in settings)
         x, weight = given[:2]
         if dims == 1:
             x, weight, out = (tensor.unsqueeze(2) for tensor in (x, weight, out))
-            strides, dilations = (1, *strides), (1, *dilations)
+            padding, strides, dilations = (0, *padding), (1, *strides), (1, *dilations)
         is_transposed = not is_own and args[6]
         has_bias = args[2] is not None
-        return cls(x, weight, out, has_bias, is_padded, strides, dilations, groups, is_own, is_transposed)
+        return cls(x, weight, out, has_bias, padding, strides, dilations, groups, is_own, is_transposed)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -198,8 +200,15 @@ def _blocked(conv: Convolution) -> int:
     if conv.is_pointwise and x.itemsize == 2:
         scratch += _sums(conv, channels_out)
     if conv.is_of_a_line and conv.leaves_out and not has_avx512():
-        scratch += 2 * nbytes(x)
+        scratch += 2 * nbytes(x)  # up to that: kernels make it as the caches are
+    if conv.by is Multiplier.BFLOAT16 and x.itemsize == 2 and conv.padding[-1] >= BLOCK:
+        result = max(result, _by_columns(conv))
     return _copied_before(conv) + max(scratch + source + weight + result - nbytes(out), result)
+
+
+def _by_columns(conv: Convolution) -> int:
+    """What oneDNN takes where it has no kernel: some columns, as many as a cache holds, and the result in float32."""
+    return torch.get_num_threads() * min(_columns(conv), COLUMNS_AT_ONCE) + 4 * conv.out.numel() + 2 * BOOKED
 
 
 def _sums(conv: Convolution, channels: int) -> int:
@@ -231,7 +240,7 @@ def _scratchpad(conv: Convolution) -> int:
         return threads * pages * PAGE + fixed + sums
     if conv.is_of_a_line and not conv.is_pointwise:
         return threads * _of_a_line(conv) + fixed
-    if not conv.is_padded and (conv.is_pointwise or conv.is_strided):
+    if not any(conv.padding) and (conv.is_pointwise or conv.is_strided):
         return threads * _of_unpadded(conv) + fixed
     key = (conv.out.ndim - 2, 2 if conv.is_strided else 1)
     return threads * pages_of_scratch(key, conv.x.shape[1], conv.x.shape[-1]) * PAGE + fixed

@@ -44,6 +44,8 @@ class StandIn(WorkerHandle):
         self.pause, self.budgets = pause, {"vram": None, "ram": 10**9}
         self.cancelled: set[str] = set()
         self.fault: Exception | None = None
+        self.along: dict[str, list[str]] = {}
+        """What was asked to be made along, by jobs."""
 
     @property
     def process_id(self) -> int | None:
@@ -70,6 +72,7 @@ class StandIn(WorkerHandle):
 
     async def _run(self, job: str, heard: Any, content: dict[str, Any]) -> dict[str, Any]:
         steps = content["call"].get("num_inference_steps", 2)
+        self.along[job] = [Path(folder).name for _, _, folder in content["along"]]
         names = [f"{place}.png" for place in range(len(content["seeds"]))]
         for place, name in enumerate(names):
             for step in range(steps):

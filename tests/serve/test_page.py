@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from importlib import resources
@@ -290,23 +291,50 @@ def test_a_key_is_asked_for_and_forgotten_with_the_tab(page, made):
     assert page.evaluate("() => [localStorage.length, document.cookie, sessionStorage.length]") == [0, "", 1]
 
 
-def test_a_picture_to_start_from_is_sent_where_the_model_takes_one(page, server):
+def test_a_picture_to_start_from_is_sent_where_the_model_takes_one(page, server, made):
     expect(page.get_by_label("Picture to start from")).to_be_hidden()
     capabilities = server.ask("GET", "/capabilities")[1]
     capabilities["models"][0]["arguments"] += ["image", "strength"]
-    sent = []
+    sent, planned = [], []
     page.route("**/capabilities", lambda route: route.fulfill(json=capabilities))
-    page.route("**/v1/images/edits", lambda route: (sent.append(route.request), route.fulfill(json={"data": []})))
+    job = server.ask("GET", f"/jobs/{made['id']}")[1]
+    call = {**job["call"], "prompt": "an edit"}
+    edited = {**job, "id": "e", "call": call, "given": {"image": ["/jobs/e/given/image/0"]}}
+
+    def take(route):
+        if route.request.method == "POST":
+            sent.append(route.request)
+            route.fulfill(status=202, json=edited)
+        else:
+            route.fulfill(json={"jobs": [edited] if sent else []})
+
+    def plan(route):
+        planned.append(route.request)
+        route.fulfill(json={"fits": True, "peak": 10**8, "seconds": 3, "exactness": "equal bits"})
+
+    page.route(re.compile(r"/jobs(\?.*)?$"), take)
+    page.route("**/plan", plan)
+    page.route("**/jobs/e/*/**", lambda route: route.fulfill(body=b"it came with it", content_type="image/png"))
     page.reload()
+    expect(page.locator("#plan")).to_contain_text("choose one")
     file = {"name": "boat.png", "mimeType": "image/png", "buffer": b"a picture"}
     page.get_by_label("Picture to start from").set_input_files(file)
     write(page, strength=0.5)
-    with page.expect_response("**/v1/images/edits"):
-        page.get_by_role("button", name="Make").click()
-    assert sent[0].headers["content-type"].startswith("multipart/form-data")
-    body = sent[0].post_data_buffer
-    for part in (b'name="prompt"\r\n\r\na boat', b'name="strength"\r\n\r\n0.5', b'filename="boat.png"'):
-        assert part in body
+    expect(page.locator("#plan")).to_contain_text("Takes 0.10 GB")
+    page.get_by_role("button", name="Make").click()
+    edit = card(page, "an edit", "done")
+    edit.get_by_role("button", name="Vary").click()
+    while len(sent) < 2:
+        page.wait_for_timeout(50)
+    for request in (planned[-1], sent[0]):
+        assert request.headers["content-type"].startswith("multipart/form-data")
+        for part in (b'name="prompt"\r\n\r\na boat', b'name="strength"\r\n\r\n0.5', b'filename="boat.png"'):
+            assert part in request.post_data_buffer
+    for part in (b'name="prompt"\r\n\r\nan edit', b'filename="image.png"', b"it came with it"):
+        assert part in sent[1].post_data_buffer
+    edit.get_by_role("button", name="Again").click()
+    expect(page.locator("[name=prompt]")).to_have_value("an edit")
+    assert page.locator("[name=image]").evaluate("field => field.files[0].name") == "image.png"
 
 
 def test_the_server_is_killed_and_started_while_the_page_is_open(page, server):

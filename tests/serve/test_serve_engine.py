@@ -9,7 +9,8 @@ from PIL import Image
 from lowtide.cli.request import shipped_model
 from lowtide.planning.plan import Budgets
 from lowtide.serve import engine as engines
-from lowtide.serve.engine import Engine, Run
+from lowtide.serve.engine import Engine
+from lowtide.serve.run_request import Along, Run
 
 CALL = {"prompt": "a boat", "width": 64, "height": 64, "num_inference_steps": 3}
 SEEDS = [5, 6, 7]
@@ -20,10 +21,10 @@ def engine(tmp_path_factory):
     return Engine({"seascapes": str(shipped_model())}, ram="2GB", device="cpu", notes=str(tmp_path_factory.mktemp("n")))
 
 
-def run(engine, folder, **options):
+def run(engine, folder, seeds=SEEDS, call=CALL, **options):
     folder.mkdir(exist_ok=True)
-    answer = engine.run(Run("seascapes", dict(CALL), list(SEEDS), folder, {}, **options), lambda **_: None)
-    assert answer["files"] == ["0.png", "1.png", "2.png"]
+    answer = engine.run(Run("seascapes", dict(call), list(seeds), folder, {}, **options), lambda **_: None)
+    assert answer["files"] == [f"{place}.png" for place in range(len(seeds))]
     return answer, [np.array(Image.open(folder / name)).astype(int) for name in answer["files"]]
 
 
@@ -42,6 +43,20 @@ def test_pictures_are_made_alone_where_that_is_as_fast(engine, tmp_path, monkeyp
     monkeypatch.setattr(engines, "FASTER", 0.01)
     answer, _ = run(engine, tmp_path / "alone", together=3)
     assert "3 × 64x64" not in answer["plan"]
+
+
+def test_pictures_of_other_jobs_are_made_along_where_a_call_has_room(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "FASTER", 100.0)
+    along = [Along({"prompt": f"a {colour} boat"}, [8, 9], tmp_path / colour) for colour in ("red", "blue")]
+    _, pictures = run(engine, tmp_path / "own", together=4, along=along)
+    made = [str(file.relative_to(tmp_path)) for each in along for file in each.folder.glob("*")]
+    assert made == ["red/0.png"], "three of its own, and one more"
+    answer, others = run(engine, tmp_path / "red", seeds=[8, 9], call=CALL | along[0].texts)
+    assert "measured" in answer, "the second was left to make"
+    _, plain = run(engine, tmp_path / "plain", seeds=[8, 9], call=CALL | along[0].texts)
+    for one, other in zip(others, plain, strict=True):
+        assert np.abs(one - other).max() <= 2
+    assert np.abs(others[0] - pictures[0]).max() > 50
 
 
 def test_what_was_made_is_not_made_again(engine, tmp_path):

@@ -228,6 +228,16 @@ def test_another_sampler_gives_another_picture(server):
     assert server.ask("POST", "/plan", {"model": "edits", "prompt": "x", "sampler": "euler"})[0] == 422
 
 
+def test_a_job_has_the_pictures_that_came_with_it(server):
+    taken = form(server, "/jobs", EDIT, image=PNG)[1]
+    assert taken["given"] == {"image": [f"/jobs/{taken['id']}/given/image/0"]}
+    status, content = server.ask("GET", taken["given"]["image"][0])
+    assert (status, Image.open(io.BytesIO(content)).size) == (200, Image.open(io.BytesIO(PNG)).size)
+    for path in ("image/1", "mask/0", "x/0"):
+        assert server.ask("GET", f"/jobs/{taken['id']}/given/{path}")[0] == 404
+    server.ended(taken["id"])
+
+
 def test_jobs_that_fit_together_run_together(server):
     long, short = {**ASKED, "num_inference_steps": 400}, {**ASKED, "model": "clips", "width": 48, "height": 32}
     first = server.ask("POST", "/jobs", long)[1]["id"]

@@ -66,6 +66,37 @@ def test_a_job_that_was_begun_is_first():
     assert order(waiting) == ["a2", "a1"]
 
 
+def like(name, call, seeds=(1,), **settings):
+    return Job(name, "anna", "seascapes", call, list(seeds), 0.0, **{"together": 4, **settings})
+
+
+def test_jobs_are_alike_that_differ_in_texts_and_seeds():
+    waiting, red = Waiting(10), {"prompt": "red", "width": 64}
+    alike = [like("a", {"prompt": "blue", "width": 64}, [2, 3]), like("b", red), like("c", red)]
+    others = [
+        like("wide", red | {"width": 72}),
+        like("negative", red | {"negative_prompt": "grey"}),
+        like("from a picture", red, pictures={"image": ["a.png"]}),
+        like("alone", red, together=1),
+        Job("of another model", "anna", "clips", red, [1], 0.0, together=4),
+    ]
+    for each in [*others, *alike]:
+        waiting.add(each)
+    job = like("first", red)
+    assert waiting.like(job) == alike[:2], "four pictures, with its own"
+    assert waiting.like(job, but={"a"}) == alike[1:]
+    assert waiting.like(like("enough", red, range(4))) == []
+    assert waiting.like(others[2]) == waiting.like(others[3]) == []
+
+
+def test_what_is_made_along_is_not_begun_meanwhile():
+    waiting = Waiting(10)
+    waiting.add(job("a"))
+    waiting.add(job("b"))
+    assert waiting.next(but={"a"}) is waiting.remove("b")
+    assert waiting.next(but={"a"}) is None
+
+
 def test_jobs_are_kept(tmp_path):
     store = JobStore(tmp_path)
     first = store.add(job("1", key="k"))

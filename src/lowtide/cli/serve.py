@@ -84,7 +84,7 @@ def serve(
     at_once: Annotated[int, typer.Option(min=1, max=64, help="Jobs that may run together where they fit.")] = 1,
     batch: Annotated[
         int,
-        typer.Option(min=1, max=64, help="Pictures of a job made by one call where planned faster, up to rounding."),
+        typer.Option(min=1, max=64, help="Pictures that one call makes where planned faster, up to rounding."),
     ] = 1,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="LOWTIDE_DEBUG", help="Show tracebacks.", show_envvar=False)

@@ -82,8 +82,12 @@ class Admission:
         return plan if plan["fits"] else {**plan, **await self._possible(request, sizes)}
 
     async def _possible(self, request: CallRequest, sizes: Sizes | None) -> dict[str, Any]:
-        for share in SMALLER if request.width and request.height else ():
-            sides = {"width": _side(request.width, share), "height": _side(request.height, share)}
+        usual = (await self.about(self.model(request.model)))["size"] or {}
+        width, height = request.width or usual.get("width"), request.height or usual.get("height")
+        if not width or not height:
+            return {}
+        for share in SMALLER:
+            sides = {"width": _side(width, share), "height": _side(height, share)}
             try:
                 if (await self.plan(request.model_copy(update=sides), sizes))["fits"]:
                     return {"possible": sides}
@@ -113,6 +117,5 @@ class Admission:
             raise ProblemError(503, f"{reason} Try again.", {"Retry-After": "5"}) from error
 
 
-def _side(side: int | None, share: float) -> int:
-    assert side is not None
+def _side(side: int, share: float) -> int:
     return max(8, int(side * share) // 8 * 8)

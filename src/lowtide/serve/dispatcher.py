@@ -104,12 +104,13 @@ class Dispatcher:
             raise self._full()
         now = time.time()
         numbers = {name: plan[name] for name in ("peak", "seconds", "exactness", "plan")}
-        if min(self.limits.together, request.n) > 1 and plan["exactness"] == EQUAL_BITS:
+        together = 1 if uploads.sizes else self.limits.together
+        if together > 1 and plan["exactness"] == EQUAL_BITS:
             numbers["exactness"] = UP_TO_ROUNDING
         job = Job(
             uuid.uuid4().hex, owner, self.admission.model(request.model), request.call(), request.seeds(), now, numbers,
             idempotency_key=key, request_id=REQUEST.get(), asked_as=asked_as,
-            deadline=request.deadline and now + request.deadline,
+            deadline=request.deadline and now + request.deadline, together=together,
         )  # fmt: skip
         try:
             job.pictures = await asyncio.to_thread(uploads.write, self.store.results(job.id))

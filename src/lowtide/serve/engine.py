@@ -6,8 +6,8 @@ where that is not enough, the others are put under their smallest plans, so that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from lowtide.fitting.budgets import parse_budgets
 from lowtide.fitting.process import look_again
 from lowtide.planning.plan import BudgetError, Budgets, Plan
 from lowtide.serve.kept_answers import KeptAnswers
-from lowtide.serve.made_files import MadeFiles, most_of, stage_figures
+from lowtide.serve.made_files import most_of, stage_figures, write_all
 from lowtide.serve.previews import Previews
+from lowtide.serve.run_request import Picture, Run
 from lowtide.serve.served_model import SAMPLER, ServedModel, many
 
 BESIDE = 12 * 2**20
@@ -33,26 +34,6 @@ Told = Callable[..., None]
 
 class CancelledError(Exception):
     """The call was asked to end."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A picture or clip for each of the `seeds` by a call of `model`, with files in `folder`.
-
-    `pictures` are files of arguments that are pictures. `share` is how much it may take of the budget, or of `within`
-    where that is less; `exactness` is what a plan has told of its results. A call makes up to `together`
-    pictures where that is planned to be faster: the same up to rounding.
-    """
-
-    model: str
-    call: dict[str, Any]
-    seeds: list[int]
-    folder: Path
-    pictures: dict[str, list[str]]
-    share: float = 1.0
-    within: Budgets | None = None
-    exactness: str | None = None
-    together: int = 1
 
 
 class Engine:
@@ -116,39 +97,36 @@ class Engine:
             model.take_sampler(self._pipes[run.model], sampler)
         pipe = self._within(run, call)
         model.take_sampler(pipe, sampler)
-        plan = lowtide.plan_of(pipe)
-        told(needs=_needs(plan))
-        made = MadeFiles(run.folder)
+        told(needs=_needs(lowtide.plan_of(pipe)))
         previews = Previews(self._notes / f"{run.model}.safetensors", model.channels(pipe))
         taken: list[list[dict[str, Any]]] = []
-        missing = [place for place in range(len(run.seeds)) if place not in made]
-        count = 1 if run.pictures else self._together(run, call, len(missing))
-        for begin in range(0, len(missing), count):
-            places = missing[begin : begin + count]
-            self._make(pipe, call, {place: run.seeds[place] for place in places}, made, told, previews)
+        own, along = run.missing()
+        count = 1 if run.pictures or not own else self._together(run, call, [*own, *along])
+        for begin in range(0, len(own), count):
+            self._make(pipe, call, [*own, *along][begin : begin + count], told, previews)
             taken.append(stage_figures(pipe))
         plan = lowtide.plan_of(pipe)
-        return {"files": made.names, **most_of(taken), **({} if plan is None else _in_numbers(plan))}
+        return {"files": run.made.names, **most_of(taken), **({} if plan is None else _in_numbers(plan))}
 
     def _make(
-        self, pipe: Any, call: Mapping[str, Any], seeds: Mapping[int, int], made: MadeFiles, told: Told,
-        previews: Previews,
-    ) -> None:  # fmt: skip
-        """Make the pictures of these seeds, by their places, in one call."""
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds.values()]
-        first, count = next(iter(seeds)), len(seeds)
-        with KeptAnswers(pipe, made.kept(first)) as answers:
-            watch = _Watch(call, told, first, answers, previews)
-            generator = generators[0] if count == 1 else generators
-            output = pipe(**many(call, count), **watch.arguments(pipe), generator=generator)
-        watch.learn(made.write(output, list(seeds)))
+        self, pipe: Any, call: Mapping[str, Any], pictures: Sequence[Picture], told: Told, previews: Previews
+    ) -> None:
+        """Make these pictures in one call."""
+        generators = [torch.Generator("cpu").manual_seed(picture.seed) for picture in pictures]
+        first = pictures[0]
+        with KeptAnswers(pipe, first.made.kept(first.place)) as answers:
+            watch = _Watch(call, told, first.place, answers, previews)
+            generator = generators[0] if len(pictures) == 1 else generators
+            texts = [picture.texts for picture in pictures]
+            output = pipe(**many(call, texts), **watch.arguments(pipe), generator=generator)
+        watch.learn(write_all(output, [(picture.made, picture.place) for picture in pictures]))
 
-    def _together(self, run: Run, call: Mapping[str, Any], missing: int) -> int:
-        """How many pictures one call is to make, and the pipeline planned for that."""
-        count = min(run.together, missing)
+    def _together(self, run: Run, call: Mapping[str, Any], missing: Sequence[Picture]) -> int:
+        """How many of the pictures one call is to make, and the pipeline planned for that."""
+        count = min(run.together, len(missing))
         alone = lowtide.plan_of(self._pipes[run.model])
         while count > 1 and alone is not None:
-            pipe = self._in_share(run, many(call, count), run.share)
+            pipe = self._in_share(run, many(call, [picture.texts for picture in missing[:count]]), run.share)
             plan = None if pipe is None else lowtide.plan_of(pipe)
             if plan is not None and plan.seconds < FASTER * count * alone.seconds:
                 return count

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+TEXTS = ("prompt", "negative_prompt")
+"""Arguments in which pictures that one call makes may differ."""
 FPS = 8
 """Frames a second of clips, as their published models make them."""
 
@@ -34,7 +36,8 @@ class Job:
     arguments that are pictures. Times are seconds since 1970; it is ended at its `deadline`. `attempts` counts how
     often it was begun, `deaths` how often in a row the process that computes died of it without progress, and `kills`
     how often others killed that. It is to run `alone` where it did not fit beside others. `asked_as` is the interface
-    that it came by, `request_id` the request, and `taken` what each stage took.
+    that it came by, `request_id` the request, and `taken` what each stage took. Up to `together` pictures, of this job
+    and of jobs like it, may be made by one call, the same up to rounding.
     """
 
     id: str
@@ -60,11 +63,22 @@ class Job:
     deadline: float | None = None
     asked_as: str = "jobs"
     taken: list[dict[str, Any]] = field(default_factory=list)
+    together: int = 1
 
     @property
     def seconds(self) -> float:
         """What the plan says that it takes."""
         return float(self.plan.get("seconds", 0.0)) * len(self.seeds)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Those arguments of its call that are texts."""
+        return {name: value for name, value in self.call.items() if name in TEXTS}
+
+    def is_like(self, other: Job) -> bool:
+        """Whether one call can make pictures of both: they differ in texts and seeds alone."""
+        mine, theirs = ((job.model, job.together, {**job.call, **dict.fromkeys(job.texts)}) for job in (self, other))
+        return mine == theirs and not (self.pictures or other.pictures)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
@@ -90,6 +91,16 @@ def router(dispatcher: Dispatcher) -> APIRouter:
         """A picture or clip of a job that is done."""
         return content_of(dispatcher, job_of(dispatcher, job, owner), place)
 
+    @routes.get(
+        "/jobs/{job}/given/{name}/{place}", response_class=FileResponse, responses=types_of_answers(TYPES[".png"])
+    )
+    async def given(job: str, name: str, place: int, owner: Owner) -> FileResponse:
+        """A picture that came with a job."""
+        files = job_of(dispatcher, job, owner).pictures.get(PICTURES.get(name, ""), [])
+        if not 0 <= place < len(files):
+            raise ProblemError(404, f"Job {job} has {len(files)} pictures as {name}.")
+        return _sent(Path(files[place]), f"Picture {place} of job {job}")
+
     return routes
 
 
@@ -112,9 +123,12 @@ def content_of(dispatcher: Dispatcher, job: Job, place: int) -> FileResponse:
     """A result of a job; raises `ProblemError` where there is none."""
     if not 0 <= place < len(job.files):
         raise ProblemError(404, f"Job {job.id} is {job.state.value} and has {len(job.files)} results.")
-    path = dispatcher.store.results(job.id) / job.files[place]
+    return _sent(dispatcher.store.results(job.id) / job.files[place], f"Result {place} of job {job.id}")
+
+
+def _sent(path: Path, name: str) -> FileResponse:
     if not path.is_file():
-        raise ProblemError(410, f"Result {place} of job {job.id} is gone.")
+        raise ProblemError(410, f"{name} is gone.")
     return FileResponse(path, media_type=TYPES[path.suffix])
 
 
@@ -123,4 +137,12 @@ def shown(job: Job) -> dict[str, Any]:
     content = job.to_dict()
     for name in ("owner", "pictures", "asked_as"):
         del content[name]
-    return {**content, "content": [f"/jobs/{job.id}/content/{place}" for place in range(len(job.files))]}
+    given = {
+        name: [f"/jobs/{job.id}/given/{name}/{place}" for place in range(len(job.pictures.get(argument, [])))]
+        for name, argument in PICTURES.items()
+    }
+    return {
+        **content,
+        "content": [f"/jobs/{job.id}/content/{place}" for place in range(len(job.files))],
+        "given": {name: addresses for name, addresses in given.items() if addresses},
+    }

@@ -39,6 +39,7 @@ class Runs:
         self._observer, self._changes = observer, changes
         self._tasks: set[asyncio.Task[None]] = set()
         self.progress: dict[str, Progress] = {}
+        self._along: set[str] = set()  # waiting jobs of which a running one makes pictures with its own
         self.is_draining = False
 
     async def work(self) -> None:
@@ -83,7 +84,7 @@ class Runs:
 
     async def _begin_next(self) -> bool:
         """Begin the next job, if there is one that fits beside those that run."""
-        job, lane = self._waiting.next(), self._lanes.free()
+        job, lane = self._waiting.next(but=self._along), self._lanes.free()
         if job is None or lane is None or self.is_draining:
             return False
         within: Bytes | None = None
@@ -107,7 +108,8 @@ class Runs:
     async def _run(self, lane: Lane, job: Job, within: Bytes | None) -> None:
         job.state, job.started, job.attempts = State.RUNNING, time.time(), job.attempts + 1
         progress = self.progress[job.id] = Progress(job)
-        together = min(self._admission.limits.together, len(job.seeds))
+        along = self._waiting.like(job, but=self._along)
+        self._along |= {each.id for each in along}
         self._observer.began(job)
         await self._keep(job)
         self._changes.tell()
@@ -127,7 +129,8 @@ class Runs:
             answer = await lane.worker.ask(
                 "run", key=job.id, heard=heard, model=job.model, call=job.call, seeds=job.seeds, folder=str(folder),
                 pictures=job.pictures, share=SHARES[job.deaths], within=within,
-                exactness=None if together > 1 else job.plan["exactness"], together=together,
+                exactness=None if job.together > 1 else job.plan["exactness"], together=job.together,
+                along=[[each.texts, each.seeds, str(self._store.results(each.id))] for each in along],
             )  # fmt: skip
         except AskedError as error:
             if error.answer["kind"] == "budget" and within is not None:
@@ -145,10 +148,13 @@ class Runs:
             self._observer.died(job, str(error))
             await self._again_or_never(job, lane, error, made_progress=progress.made_progress)
         else:
-            told = ("peak", "plan") if together > 1 else ("peak", "plan", "exactness")
+            told = ("peak", "plan") if job.together > 1 else ("peak", "plan", "exactness")
             job.plan |= {name: answer[name] for name in told if name in answer}
             job.files, job.measured, job.taken = answer["files"], answer.get("measured"), answer.get("taken", [])
             await self.end(job, State.DONE, lane, answer)
+        finally:
+            self._along -= {each.id for each in along}
+            self._changes.tell()
 
     async def _again_or_never(self, job: Job, lane: Lane, error: WorkerDiedError, *, made_progress: bool) -> None:
         if self.progress[job.id].is_cancelled:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Limits:
     """The most of each: bytes of a body, of one with files, characters of a prompt, pictures of a job, pixels of a
-    picture, frames of a clip, steps, jobs that wait, seconds that a request waits for its plan, and pictures of a job
-    that one call makes.
+    picture, frames of a clip, steps, jobs that wait, seconds that a request waits for its plan, and pictures that
+    one call makes.
     """
 
     body: int = 2**20

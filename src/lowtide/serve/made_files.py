@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +38,26 @@ class MadeFiles:
         """A folder for what is kept until this result is there."""
         return self._folder / f"kept-{place}"
 
-    def write(self, output: Any, places: list[int]) -> Image.Image | None:
-        """Write what came out as the results of these places, and return the first picture, or frame of a clip.
-
-        Of several pictures or clips of a place the first is written last, so that it tells that all are there.
-        """
-        results = results_of(output)
-        for name, values in ((".png", results.pictures), (".mp4", results.clips)):
-            each = len(values) // len(places)
-            for place, begin in zip(places, range(0, len(values), each or 1), strict=False):
-                for number, value in reversed(list(enumerate(values[begin : begin + each]))):
-                    _write(value, self._file(place, name, number))
-        for place in places:
-            shutil.rmtree(self.kept(place), ignore_errors=True)
-        first = next(iter(results.pictures), None) or next((clip[0] for clip in results.clips), None)
-        return first if isinstance(first, Image.Image) else None
+    def write(self, place: int, suffix: str, values: Sequence[Any]) -> None:
+        """Write the pictures or clips of a place, the first one last, so that it tells that all are there."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for number, value in reversed(list(enumerate(values))):
+            _write(value, self._file(place, suffix, number))
+        shutil.rmtree(self.kept(place), ignore_errors=True)
 
     def _file(self, place: int, suffix: str, number: int = 0) -> Path:
         return self._folder / (f"{place}-{number}{suffix}" if number else f"{place}{suffix}")
+
+
+def write_all(output: Any, places: Sequence[tuple[MadeFiles, int]]) -> Image.Image | None:
+    """Write what came out of a call as the results of these places, and return the first picture or frame."""
+    results = results_of(output)
+    for suffix, values in ((".png", results.pictures), (".mp4", results.clips)):
+        each = len(values) // len(places)
+        for (made, place), begin in zip(places, range(0, len(values), each or 1), strict=False):
+            made.write(place, suffix, values[begin : begin + each])
+    first = next(iter(results.pictures), None) or next((clip[0] for clip in results.clips), None)
+    return first if isinstance(first, Image.Image) else None
 
 
 def _write(value: Any, file: Path) -> None:

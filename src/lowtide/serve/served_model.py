@@ -32,7 +32,6 @@ SAMPLERS = {
     "CogVideoXPipeline": ("cogvideox-ddim", "cogvideox-dpm"),
 }
 """The short names of schedulers that pipelines of ours can be given."""
-PROMPTS = ("prompt", "negative_prompt")
 MOST_TRACED = 50
 """Sizes of calls that are remembered, from which plans are made quickly."""
 SHOWN = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt", "strength")
@@ -145,8 +144,8 @@ class ServedModel:
         return execution_device(None if asked == "auto" else asked)
 
 
-def many(call: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """A call for so many pictures or clips of the same prompt."""
-    if count == 1:
-        return dict(call)
-    return {name: [value] * count if name in PROMPTS else value for name, value in call.items()}
+def many(call: Mapping[str, Any], texts: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """A call for as many pictures or clips as there are texts, one of each."""
+    if len(texts) == 1:
+        return {**call, **texts[0]}
+    return {**call, **{name: [each[name] for each in texts] for name in texts[0]}}

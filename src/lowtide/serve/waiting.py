@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Container
 
 from lowtide.serve.job import Job
 
@@ -34,12 +35,24 @@ class Waiting:
             self._given[job.owner] = min((self._given[each.owner] for each in self._jobs), default=0.0)
         self._jobs.insert(0 if first else len(self._jobs), job)
 
-    def next(self) -> Job | None:
-        """The job whose turn it is: one that was begun before, else of the owner who was given the least."""
-        if not self._jobs:
+    def next(self, but: Container[str] = ()) -> Job | None:
+        """The job whose turn it is: one that was begun before, else of the owner who was given the least.
+
+        The ids in `but` are passed over.
+        """
+        jobs = [job for job in self._jobs if job.id not in but]
+        if not jobs:
             return None
-        begun = self._jobs[0].attempts > 0
-        return self._jobs[0] if begun else min(self._jobs, key=lambda job: self._given[job.owner])
+        return jobs[0] if jobs[0].attempts > 0 else min(jobs, key=lambda job: self._given[job.owner])
+
+    def like(self, job: Job, but: Container[str] = ()) -> list[Job]:
+        """The first of the jobs whose pictures can be made by the same calls as a job's, as many as may be."""
+        found, pictures = list[Job](), len(job.seeds)
+        for each in self._jobs:
+            if pictures < job.together and each.id not in but and each is not job and each.is_like(job):
+                found.append(each)
+                pictures += len(each.seeds)
+        return found
 
     def take(self, job: Job) -> None:
         """Give a job its turn; it waits no longer."""

@@ -83,7 +83,8 @@ class _Worker:
         return self._engine.about(message["model"])
 
     def _run(self, message: Message) -> dict[str, Any]:
-        from lowtide.serve.engine import CancelledError, Run
+        from lowtide.serve.engine import CancelledError
+        from lowtide.serve.run_request import Along, Run
 
         job = message["id"]
 
@@ -97,7 +98,7 @@ class _Worker:
             run = Run(
                 message["model"], message["call"], message["seeds"], Path(message["folder"]), message["pictures"],
                 message["share"], _budgets(message["within"]), message["exactness"],
-                message["together"],
+                message["together"], tuple(Along(texts, seeds, Path(at)) for texts, seeds, at in message["along"]),
             )  # fmt: skip
             return self._engine.run(run, told)
         finally:

@@ -102,7 +102,7 @@ async function act(card, change) {
 }
 
 const actions = {
-  again: (job) => hooks.again(job),
+  again: (job, card) => act(card, () => hooks.again(job)),
   vary: (job, card) => act(card, () => hooks.vary(job)),
   cancel: (job, card) =>
     act(card, async () => {

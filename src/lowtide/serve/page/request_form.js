@@ -1,6 +1,6 @@
 // The form: what is asked for, and what it will take, before the button is pressed.
 
-import { ask } from "./server_calls.js";
+import { ask, withPictures } from "./server_calls.js";
 import { duration, gigabytes } from "./wording.js";
 
 const form = document.querySelector("#ask");
@@ -11,7 +11,6 @@ const presets = document.querySelector("#presets");
 const button = form.querySelector("[type=submit]");
 const TEXTS = ["prompt", "negative_prompt", "model", "sampler"];
 const NUMBERS = ["width", "height", "num_frames", "num_inference_steps", "guidance_scale", "strength", "seed", "n"];
-const SHARES = [0.75, 0.5, 0.25]; // of the sides of a picture that does not fit
 const USUAL = ["negative_prompt", "num_inference_steps", "guidance_scale", "sampler"];
 const SELDOM = ["image", "num_frames", "strength"]; // not shown before the model is known
 let capabilities = { budget: {}, models: [] };
@@ -36,7 +35,7 @@ export function asked() {
 }
 
 /** The picture to start from, where the model takes one and it was chosen. */
-const picture = () => (takesPicture() ? field("image").files[0] : undefined);
+const pictures = () => (takesPicture() && field("image").files.length ? { image: [...field("image").files] } : {});
 const takesPicture = () => model().arguments?.includes("image");
 
 /** Take over what the server can do; what was chosen stays where it is still possible. */
@@ -108,15 +107,15 @@ function markPreset() {
 
 export async function plan() {
   const mine = ++planning;
-  if (takesPicture()) return tell("What it takes depends on the picture, and is known once that is sent.");
+  const given = pictures();
+  if (takesPicture() && !given.image) return tell("What it takes depends on the picture to start from: choose one.");
   const request = { ...asked(), prompt: field("prompt").value || "a picture" };
   delete request.seed;
   try {
-    const answer = await ask("POST", "plan", request);
+    const answer = await ask("POST", "plan", withPictures(request, given));
     if (mine !== planning) return;
     if (answer.fits) tellPlan(answer, request);
     else tellRefusal(answer);
-    if (!answer.fits) await offerSmaller(request, answer.possible, mine);
   } catch (error) {
     if (mine === planning) refuse(error.message, error.status === 422);
   }
@@ -129,11 +128,15 @@ function tellPlan(answer, { n = 1 }) {
   showShare(answer.peak);
 }
 
-function tellRefusal({ minimum }) {
+function tellRefusal({ minimum, possible }) {
   const least = minimum.vram ?? minimum.ram;
   const most = budget() === null ? "" : `, and the budget is ${gigabytes(budget())}`;
   refuse(`Does not fit: it needs at least ${gigabytes(least)}${most}. Choose a smaller size.`, true);
   showShare(least);
+  if (!possible) return;
+  smaller.textContent = `Take ${possible.width} × ${possible.height}, which fits`;
+  smaller.onclick = () => takeSize(possible.width, possible.height);
+  smaller.hidden = false;
 }
 
 function tell(words) {
@@ -160,30 +163,17 @@ function showShare(bytes) {
   bar.firstElementChild.style.width = `${Math.min(100, (100 * bytes) / budget())}%`;
 }
 
-/** A button for the largest of some smaller sizes that fits. */
-async function offerSmaller(request, possible, mine) {
-  const { width, height } = request.width ? request : (model().size ?? {});
-  const share = (part) => ({ width: multiple(width * part), height: multiple(height * part) });
-  const sizes = possible ? [possible] : SHARES.map(share);
-  for (const size of width ? sizes : []) {
-    const { fits } = possible ? { fits: true } : await ask("POST", "plan", { ...request, ...size }).catch(() => ({}));
-    if (mine !== planning) return;
-    if (!fits) continue;
-    smaller.textContent = `Take ${size.width} × ${size.height}, which fits`;
-    smaller.onclick = () => takeSize(size.width, size.height);
-    smaller.hidden = false;
-    return;
-  }
-}
-
 // ---- what people do
 
-/** Put the settings of a job in the form. */
-export function fill({ call, seeds, model: name }) {
+/** Put the settings of a job in the form, and the pictures that came with it. */
+export function fill({ call, seeds, model: name }, { image = [] }) {
   const values = { ...call, model: name, seed: seeds[0], n: seeds.length };
   for (const each of [...TEXTS, ...NUMBERS]) field(each).value = values[each] ?? "";
   suit();
   field("sampler").value = call.sampler ?? "";
+  const files = new DataTransfer();
+  for (const picture of image) files.items.add(picture);
+  field("image").files = files.files;
   field("negative_prompt").closest("details").open = Boolean(call.negative_prompt);
   plan();
   field("prompt").focus();
@@ -204,7 +194,7 @@ export function begin(submit) {
     event.preventDefault();
     isSending = true;
     allow(!isImpossible);
-    const error = await submit(asked(), picture()).catch((error) => error);
+    const error = await submit(asked(), pictures()).catch((error) => error);
     isSending = false;
     allow(!isImpossible);
     if (error) refuse(error.message, error.status === 422);

@@ -2,7 +2,7 @@
 
 import * as gallery from "./gallery.js";
 import * as requestForm from "./request_form.js";
-import { ask, keepKey } from "./server_calls.js";
+import { ask, keepKey, picturesOf, withPictures } from "./server_calls.js";
 import { gigabytes } from "./wording.js";
 
 const OFTEN = 500;
@@ -62,21 +62,10 @@ function tell(words, isWrong = false) {
   status.classList.toggle("wrong", isWrong);
 }
 
-async function submit(request, picture) {
-  if (picture) return edit({ ...request, response_format: "url" }, picture);
-  const item = gallery.add(await ask("POST", "jobs", request));
+async function submit(request, pictures) {
+  const item = gallery.add(await ask("POST", "jobs", withPictures(request, pictures)));
   item.scrollIntoView({ block: "nearest" });
   say("Taken");
-}
-
-/** Answered when the job is done, which is shown as those of others are. */
-async function edit(request, picture) {
-  const form = new FormData();
-  for (const [name, value] of Object.entries(request)) form.append(name, value);
-  form.append("image", picture);
-  say("Sent");
-  await ask("POST", "v1/images/edits", form);
-  await gallery.refresh();
 }
 
 keyForm.addEventListener("submit", (event) => {
@@ -87,8 +76,8 @@ keyForm.addEventListener("submit", (event) => {
 document.addEventListener("visibilitychange", beat);
 gallery.begin({
   say,
-  again: requestForm.fill,
-  vary: ({ call, model, seeds }) => submit({ ...call, model, n: seeds.length }),
+  again: async (job) => requestForm.fill(job, await picturesOf(job)),
+  vary: async (job) => submit({ ...job.call, model: job.model, n: job.seeds.length }, await picturesOf(job)),
 });
 requestForm.begin(submit);
 beat();

@@ -37,6 +37,28 @@ export async function ask(method, path, body, more) {
   return answer.status === 204 ? null : answer.json();
 }
 
+/** A request as a body: a form where pictures come with it, lists of files by their names. */
+export function withPictures(request, pictures) {
+  if (!Object.keys(pictures).length) return request;
+  const form = new FormData();
+  for (const [name, value] of Object.entries(request)) form.append(name, value);
+  for (const [name, files] of Object.entries(pictures)) for (const file of files) form.append(name, file);
+  return form;
+}
+
+/** The pictures that came with a job, as files. */
+export async function picturesOf({ given }) {
+  const fetched = async (name, address) => {
+    const content = await (await send("GET", address.slice(1))).blob();
+    return new File([content], `${name}.png`, { type: "image/png" });
+  };
+  const all = Object.entries(given ?? {}).map(async ([name, addresses]) => [
+    name,
+    await Promise.all(addresses.map((address) => fetched(name, address))),
+  ]);
+  return Object.fromEntries(await Promise.all(all));
+}
+
 /** What the server tells of a job until it ends, or until the connection does. */
 export async function* events(job) {
   const answer = await send("GET", `jobs/${job}/events`);

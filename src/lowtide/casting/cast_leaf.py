@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowtide.calls import Call, Calls
-from lowtide.casting.cast_weight import CastWeight, in_fp8
+from lowtide.casting.cast_weight import CastWeight
 from lowtide.casting.scratch import SCRATCH, flat_on
 from lowtide.forks import new_lock
 from lowtide.machine.accelerators import computing_stream, is_capturing
@@ -54,7 +54,7 @@ class Leaf:
         for weight in self.weights:
             if weight.multiplies:
                 layer: Any = weight.views[0].slot.owner
-                self._overrides.set(layer, "forward", in_fp8(layer, weight))
+                self._overrides.set(layer, "forward", weight.forward_of(layer))
         for module in self.owners:
             self._overrides.set(module, "_apply", self._applied(module, module._apply))
             self._overrides.set(module, "_load_from_state_dict", self._loaded(module._load_from_state_dict))

@@ -18,6 +18,7 @@ from torch import nn
 from lowtide.casting.cast_leaf import Leaf, install, leaves
 from lowtide.casting.cast_weight import FLOATING, CastWeight, can_multiply, small_of
 from lowtide.casting.casting import Casting
+from lowtide.casting.packed_weight import PackedWeight, can_pack
 from lowtide.memory.module_weights import gather, is_plain
 from lowtide.memory.settling import on_disk
 from lowtide.memory.weight import Weight
@@ -78,7 +79,7 @@ def _undo(undone: list[Leaf], left: list[CastWeight], *, at_rest: bool) -> None:
     for leaf in undone:
         leaf.undo()
     weights = [*(weight for leaf in undone for weight in leaf.weights), *left]
-    rounded = [weight.name for weight in weights if weight.original is None]
+    rounded = [weight.name for weight in weights if weight.loses and weight.original is None]
     for weight in weights:
         weight.restore_numbers(at_rest=at_rest)
     if rounded:
@@ -91,6 +92,8 @@ def _undo(undone: list[Leaf], left: list[CastWeight], *, at_rest: bool) -> None:
 
 def _is_so(weight: CastWeight, casting: Casting) -> bool:
     """Whether a weight is cast already as `casting` says."""
+    if isinstance(weight, PackedWeight) or not casting.loses:
+        return isinstance(weight, PackedWeight) and not casting.loses
     same_dtype = casting.compute is None or weight.dtype == getattr(torch, casting.compute)
     multiplies = casting.fp8_matmul and (weight.multiplies or can_multiply(weight))
     return (
@@ -134,6 +137,8 @@ def _own_weights(module: nn.Module) -> list[Weight]:
 def _is_meant(weight: Weight, chosen: set[nn.Module], casting: Casting) -> bool:
     """Whether a weight is one floating-point parameter of chosen layers alone, and, with scales, a matrix or more."""
     view = weight.views[0]
+    if not casting.loses and not can_pack(weight):
+        return False
     return (
         all(
             other.slot.owner in chosen and other.slot.kind == "parameter" and other.key == view.key
@@ -150,6 +155,8 @@ def _cast_weight(weight: Weight, casting: Casting, compute: torch.dtype | None) 
     if weight.rest is None:
         raise ValueError(f"{weight.name} is on meta: it has a shape and no values to cast. Load the model first.")
     original = on_disk(weight)
+    if not casting.loses:
+        return _laid_down(PackedWeight(weight, original, compute))
     flat = weight.rest.flat if hasattr(weight.rest, "flat") else weight.rest.on_host()
     dim = 1 if isinstance(view.slot.owner, TRANSPOSED) else 0
     numbers = view.of(flat).detach()
@@ -158,8 +165,12 @@ def _cast_weight(weight: Weight, casting: Casting, compute: torch.dtype | None) 
     if original is not None:
         made.keep_original(original, view)
     let_go_of_file(numbers)
-    made.lay_down()
-    return made
+    return _laid_down(made)
+
+
+def _laid_down(weight: CastWeight) -> CastWeight:
+    weight.lay_down()
+    return weight
 
 
 def is_cast(module: nn.Module) -> bool:

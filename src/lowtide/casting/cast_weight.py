@@ -29,6 +29,9 @@ class CastWeight(Weight):
     there.
     """
 
+    loses = True
+    """Whether what rests is rounded."""
+
     def __init__(self, views: Sequence[View], rest: Rest, device: torch.device, storage: torch.dtype) -> None:
         super().__init__(views, torch.Size(views[0].shape).numel(), rest, device)
         self.storage = storage
@@ -118,6 +121,17 @@ class CastWeight(Weight):
     def saved(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The 8-bit numbers and the scale on the host, as a checkpoint holds them."""
         return self._shaped(self.rest.on_host()), None if self.scale is None else self.scale.cpu()
+
+    def forward_of(self, layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The `forward` of a linear layer that multiplies in fp8, where it computes in bfloat16."""
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            weight: Any = layer.weight
+            if self.is_dequantized or small_of(weight) is not self:
+                return type(layer).forward(layer, x)
+            return fp8_linear(x, self.values(), self.scale, layer.bias)  # type: ignore[arg-type]
+
+        return forward
 
     # ---- dequantized
 
@@ -318,17 +332,6 @@ def small_of(tensor: torch.Tensor) -> CastWeight | None:
     """The 8-bit weight whose placeholder a tensor is."""
     weight = tensor.weight if isinstance(tensor, AtRest) else None
     return weight if isinstance(weight, CastWeight) else None
-
-
-def in_fp8(layer: nn.Linear, weight: CastWeight) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The `forward` of a linear layer that multiplies in fp8, where it computes in bfloat16."""
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        if weight.is_dequantized or small_of(layer.weight) is not weight:
-            return nn.functional.linear(x, layer.weight, layer.bias)
-        return fp8_linear(x, weight.values(), weight.scale, layer.bias)
-
-    return forward
 
 
 def can_multiply(weight: CastWeight) -> bool:

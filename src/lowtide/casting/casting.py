@@ -1,8 +1,10 @@
-"""What casting means: which weights rest in 8 bits, in which format, and what they compute in."""
+"""What casting means: which weights rest in another form, in which one, and what they compute in."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Self
 
 NEVER_CAST = ("pos_embed", "patch_embed", "norm", "^proj_in$", "^proj_out$")
 """Patterns of the names of modules that are not cast where nothing else is asked for: they decide on quality."""
@@ -12,11 +14,13 @@ NEVER_CAST = ("pos_embed", "patch_embed", "norm", "^proj_in$", "^proj_out$")
 class Casting:
     """How the weights of layers rest in 8 bits: convolutions, linear layers and embeddings, and only these.
 
-    `storage` is "float8_e4m3fn", "float8_e5m2" or "int8". `scaled` gives each output channel a scale, so that its
-    largest weight takes the largest 8-bit number: what is lost does not depend on how large the weights are, and biases
-    stay as they are. Without it fp8 is a plain cast; int8 is always scaled. `compute` is the dtype that layers compute
-    in (None: the one they have). Modules whose name matches a pattern (`re.search`) of `skip_patterns`, or whose class
-    is one of `skip_classes`, are left out with all that is inside them; with neither, every module is cast.
+    `storage` is "float8_e4m3fn", "float8_e5m2" or "int8"; or "packed", which loses nothing: the numbers of convolutions
+    and linear layers in the order in which a CPU multiplies, see `lowtide.casting.packed_weight`. `scaled` gives each
+    output channel a scale, so that its largest weight takes the largest 8-bit number: what is lost does not depend on
+    how large the weights are, and biases stay as they are. Without it fp8 is a plain cast; int8 is always scaled.
+    `compute` is the dtype that layers compute in (None: the one they have). Modules whose name matches a pattern
+    (`re.search`) of `skip_patterns`, or whose class is one of `skip_classes`, are left out with all that is inside
+    them; with neither, every module is cast.
     With `fp8_matmul` linear layers whose sides are multiples of 16 multiply in fp8, the input rounded too, where they
     compute in bfloat16: for GPUs of compute capability 8.9 or more. Raises `ValueError` for what is not possible.
     """
@@ -29,15 +33,30 @@ class Casting:
     skip_classes: tuple[type, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.storage not in EIGHT_BITS:
-            raise ValueError(f"storage={self.storage!r} is not possible: it is one of {', '.join(EIGHT_BITS)}.")
+        if self.storage not in STORAGES:
+            raise ValueError(f"storage={self.storage!r} is not possible: it is one of {', '.join(STORAGES)}.")
         if self.fp8_matmul and self.storage != "float8_e4m3fn":
             raise ValueError(f"fp8_matmul with storage={self.storage!r} is not possible: hardware takes float8_e4m3fn.")
         if self.storage == "int8":
             object.__setattr__(self, "scaled", True)
 
+    @property
+    def loses(self) -> bool:
+        """Whether numbers are rounded."""
+        return self.storage != PACKED
 
+    def sparing(self, patterns: Iterable[str]) -> Self:
+        """The same without modules whose names match further patterns, where numbers are rounded."""
+        return replace(self, skip_patterns=(*self.skip_patterns, *patterns)) if self.loses else self
+
+
+PACKED = "packed"
 EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "int8")
+STORAGES = (*EIGHT_BITS, PACKED)
 
 
-NAMED_CASTINGS = {"fp8": Casting("float8_e4m3fn", scaled=True), "int8": Casting("int8")}
+NAMED_CASTINGS = {
+    "fp8": Casting("float8_e4m3fn", scaled=True),
+    "int8": Casting("int8"),
+    PACKED: Casting(PACKED, skip_patterns=()),
+}

@@ -11,11 +11,12 @@ from lowtide.fitting.budgets import check_budget
 
 
 class Allow(StrEnum):
-    """What `--allow` knows: forms of weights and ways to decode that change the result."""
+    """What `--allow` knows: forms of weights and ways to decode that change the result, if by rounding alone."""
 
     FP8 = "fp8"
     INT8 = "int8"
     BLENDED_TILING = "blended_tiling"
+    PACKED = "packed"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def budget_from(
     if own_choice:
         raise InputError(
             f"{given} with {own_choice[0]}: give either a budget or your own choice. A budget chooses where weights "
-            "rest and how to decode by itself; --allow fp8, int8 or blended_tiling lets it change the result."
+            "rest and how to decode by itself; --allow packed, fp8, int8 or blended_tiling lets it change the result."
         )
     return Budget(vram, ram, allow=tuple(dict.fromkeys(change.value for change in allow)))
 

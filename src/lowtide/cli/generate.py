@@ -136,7 +136,7 @@ def generate(
     allow: Annotated[
         list[Allow] | None,
         typer.Option(
-            metavar="NAME", help="With a budget: fp8, int8, blended_tiling may change the result; repeatable."
+            metavar="NAME", help="With a budget: packed, fp8, int8, blended_tiling may change the result; repeatable."
         ),
     ] = None,
     config: Config = None,

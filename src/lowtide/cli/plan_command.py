@@ -91,7 +91,7 @@ def plan(
     ] = DType.AUTO,
     allow: Annotated[
         list[Allow] | None,
-        typer.Option(metavar="NAME", help="fp8, int8, blended_tiling: may change the result. Repeat it for several."),
+        typer.Option(metavar="NAME", help="packed, fp8, int8, blended_tiling: may change the result. Repeatable."),
     ] = None,
     variant: Annotated[
         str | None, typer.Option(metavar="NAME", help="Weight files to take, such as fp16.", show_default=False)

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -225,8 +225,7 @@ def put_under(module: nn.Module, chosen: ComponentPlan, device: torch.device, tu
 
 def casting_for(module: Any, name: str) -> Casting:
     """The casting called so, without the parts that the model says are never cast."""
-    casting = NAMED_CASTINGS[name]
-    return replace(casting, skip_patterns=(*casting.skip_patterns, *getattr(module, "never_cast", ())))
+    return NAMED_CASTINGS[name].sparing(getattr(module, "never_cast", ()))
 
 
 def put_under_plan(subject: Subject, fit: Fit, plan: Plan, *, as_planned: Collection[str] = ()) -> None:

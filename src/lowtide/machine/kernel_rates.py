@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from lowtide.machine.accelerators import accelerator
 from lowtide.machine.heap import steady_malloc
+from lowtide.ops.packed import has_packed, pack_convolution, pack_product, packed_convolution, packed_product
 from lowtide.ops.quantization import dequantize, quantize
 
 CONVOLUTIONS = ((2, 640, 8), (2, 1280, 8), (2, 1280, 16), (2, 640, 32), (2, 320, 64))
@@ -54,6 +55,43 @@ class Computing:
                 yield 2 * 9 * count * channels**2 * side**2, partial(F.conv2d, x, weight, padding=1)
 
         return self._rate(cases())
+
+    def packed_convolution(self) -> float:
+        """Operations a second with packed weights; 0 where there are none."""
+        if not self._packs:
+            return 0.0
+
+        def cases() -> Iterator[tuple[int, Action]]:
+            for count, channels, side in CONVOLUTIONS:
+                x, geometry = self._some(count, channels, side, side), ((1, 1), (1, 1), (1, 1), 1)
+                packed = pack_convolution(self._some(channels, channels, 3, 3), geometry, x.shape)
+                yield 2 * 9 * count * channels**2 * side**2, partial(packed_convolution, x, packed, None, geometry)
+
+        return self._rate(cases())
+
+    def packed_product(self) -> float:
+        """Operations a second with packed weights; 0 where there are none."""
+        if not self._packs:
+            return 0.0
+
+        def cases() -> Iterator[tuple[int, Action]]:
+            for rows, before, after in PRODUCTS:
+                x, packed = self._some(rows, before), pack_product(self._some(after, before), rows)
+                yield 2 * rows * before * after, partial(packed_product, x, packed, None)
+
+        return self._rate(cases())
+
+    def packing(self) -> float:
+        """Bytes of weights that are packed a second; 1 where none are."""
+        if not self._packs:
+            return 1.0
+        weight, size = self._some(1280, 1280, 3, 3), torch.Size((2, 1280, 16, 16))
+        action = partial(pack_convolution, weight, ((1, 1), (1, 1), (1, 1), 1), size)
+        return self._rate([(weight.nbytes, action)])
+
+    @property
+    def _packs(self) -> bool:
+        return self.device.type == "cpu" and has_packed(self.dtype)
 
     def product(self) -> float:
         """Operations a second."""

@@ -78,7 +78,7 @@ def put_weights(
     if casting is not None:
         target = casting.compute or (None if compute is None else dtype_name(compute))
         as_saved = (f"^{re.escape(name.rpartition('.')[0])}$" for name in placed)  # already in 8 bits
-        patterns = (*casting.skip_patterns, *never_cast, *as_saved)
+        patterns = (*casting.sparing(never_cast).skip_patterns, *as_saved)
         apply_casting(module, replace(casting, compute=target, skip_patterns=patterns), own)
     if offload is not None:
         attach(module, offload.rule, offload.stream)

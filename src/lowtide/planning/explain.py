@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
+from lowtide.casting.casting import PACKED
 from lowtide.memory.rule import Level, Rule, Tier
 from lowtide.planning.workload import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, Workload
 from lowtide.sizes import format_decimal
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 _PLACES = {Tier.DISK: "disk", Tier.HOST: "host memory"}
 _LEAST_NAMED = 5_000_000
 """Bytes. A part of a peak is named if it is larger than this, or larger than a hundredth of the peak."""
+_WORTH_SAYING = 0.1
+"""Of the seconds of a run: what is saved is named from this share on."""
 _HIDDEN = 1.05
 """Loads count as hidden if stages take at most this many times the seconds that computing alone takes."""
 
@@ -80,11 +83,20 @@ def reasons(plan: Plan, workload: Workload) -> tuple[str, ...]:
     return (*_component_reasons(plan), *_way_reasons(plan, workload), *_pinning(plan), *_limiting(plan))
 
 
+def packing(plan: Plan, saved: float) -> Iterator[str]:
+    """That packed weights would save so many seconds, where that is worth saying."""
+    if saved > _WORTH_SAYING * plan.seconds:
+        yield f"packed weights would save about {seconds_in_words(saved)}, up to rounding: allow packed"
+
+
 def _component_reasons(plan: Plan) -> Iterator[str]:
     for name, component in plan.components.items():
         if component.casting:
             size = format_decimal(component.nbytes)
-            yield f"{name}: its weights rest in {component.casting} ({size}), which changes the result"
+            if component.casting == PACKED:
+                yield f"{name}: its weights rest packed ({size}), which is faster, and the same up to rounding"
+            else:
+                yield f"{name}: its weights rest in {component.casting} ({size}), which changes the result"
         if component.rule is not None and component.rule.level is not Level.WHOLE:
             yield f"{name}: {_streaming(component, component.rule, plan.stages_of(name))}"
 
@@ -253,7 +265,8 @@ def _weights(plan: Plan) -> list[str]:
 
 def held_in_words(component: ComponentPlan) -> str:
     """How a component is held, such as "by blocks from disk, 0.30 GB stay" or "resident in int8"."""
-    form = "" if component.casting is None else f" in {component.casting}"
+    forms = {None: "", PACKED: ", packed"}
+    form = forms.get(component.casting, f" in {component.casting}")
     return ("resident" if component.rule is None else _rule(component.rule)) + form
 
 

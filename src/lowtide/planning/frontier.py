@@ -17,9 +17,10 @@ from itertools import product
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+from lowtide.casting.casting import PACKED
 from lowtide.planning.options import Option, component_options, less_on_host
 from lowtide.planning.pace import Pace, Timing, exceeds_cache, shares_of
-from lowtide.planning.plan import LOSSY
+from lowtide.planning.plan import ALLOWED, LOSSY
 from lowtide.planning.rates import Rates
 from lowtide.planning.workload import BLENDED, WAYS, Call, Stage, Workload
 
@@ -184,7 +185,7 @@ def staircase(points: Iterable[Point]) -> list[Point]:
 
 def options_by_component(workload: Workload, rates: Rates, allow: Iterable[str], limits: Limits) -> list[list[Option]]:
     """The options of each component."""
-    castings, scarce = [name for name in LOSSY if name in set(allow)], limits.host is not None
+    castings, scarce = [name for name in ALLOWED if name in set(allow)], limits.host is not None
     return [
         component_options(component, rates, castings, scarce_host=scarce) for component in workload.components.values()
     ]
@@ -200,6 +201,7 @@ def choices(
     ways_of = [(stage, _ways(stage, rates, allowed)) for stage in stages]
     cold = exceeds_cache(workload, rates)
     shares: dict[int, tuple[list[float], dict[Any, Any]]] = {}
+    packed = [(stage, _ways(stage, rates.with_packed(), allowed)) for stage in stages] if PACKED in allowed else []
     all_choices: list[Choice] = []
     for option in options:
         if id(option.units) not in shares:  # options of one level have the same units
@@ -207,7 +209,7 @@ def choices(
         timing = Timing(option, rates, *shares[id(option.units)], cold=cold)
         per_stage = [
             [(stage, way, timing.stage(stage.calls, seconds, stage.visits)) for way, seconds in ways]
-            for stage, ways in ways_of
+            for stage, ways in (packed if option.plan.casting == PACKED else ways_of)
         ]
         all_choices += [_choice(option, ways, rates, limits, tick) for ways in product(*per_stage)]
     return all_choices
@@ -248,7 +250,7 @@ def _choice(
     calls = [(stage, stage.ways[way]) for stage, way, _ in ways]
     over = max((beside_weights(stage, call, rates) + stage.withheld for stage, call in calls), default=base(rates))
     ticks = round(sum(pace.seconds for *_, pace in ways) / tick)
-    losses = (option.plan.casting is not None) + sum(way == BLENDED for _, way, _ in ways)
+    losses = (option.plan.casting in LOSSY) + sum(way == BLENDED for _, way, _ in ways)
     simple = option.complexity + sum(WAYS.index(way) for _, way, _ in ways)
     return Choice(
         option,

@@ -27,7 +27,7 @@ from lowtide.machine.pinned_memory import PINNED, most_pinned
 from lowtide.planning.rates import Rates
 from lowtide.weights.fill import dtype_name
 
-_FORMAT = 12
+_FORMAT = 13
 USUAL_DISK = 5e8
 """Bytes a second, assumed where the disk cannot be measured."""
 _USUAL_MAPPED, _USUAL_AGAIN = 2e9, 3e9
@@ -149,6 +149,9 @@ def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Ra
         contention=_contention() if on_cpu else 0.0,
         channels_last=REACHED * computing.channels_last(),
         unified=kind is not None and kind.shares_host_memory(device),
+        packed_convolution=REACHED * computing.packed_convolution(),
+        packed_product=REACHED * computing.packed_product(),
+        packing=computing.packing(),
     )
     return replace(rates, frugal_touched=1 / (1 / touched + computing.renewing())) if on_cpu else rates
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from lowtide.casting.casting import PACKED
 from lowtide.machine.segments import rounding
 from lowtide.memory.bounds import (
     ROWS_READ,
@@ -95,11 +96,16 @@ def component_options(
     if not component.movable:
         return [_resident(component, rates, None)]
     options: list[Option] = []
-    for casting in (None, *[name for name in castings if name in component.castings]):
+    for casting in (None, *[name for name in castings if name in component.castings and _can_be(name, rates)]):
         options.append(_resident(component, rates, casting))
         if not (rates.one_memory and casting):
             options += _offloaded(component, rates, casting)
     return [*options, *(less for option in options for less in less_on_host(option, rates) if scarce_host)]
+
+
+def _can_be(casting: str, rates: Rates) -> bool:
+    """Whether weights can be in a form here: packed ones are for CPUs on which that is faster."""
+    return casting != PACKED or (rates.on_cpu and rates.with_packed() is not rates)
 
 
 def less_on_host(option: Option, rates: Rates) -> Iterator[Option]:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lowtide.casting.casting import PACKED
 from lowtide.memory.bounds import depth, places
 from lowtide.memory.rule import Level
 from lowtide.planning.copy_queue import Turn, behind_by_place, behind_in_ring, step_seconds
@@ -78,7 +79,7 @@ class Timing:
     def stage(self, calls: int, computing: float, visits: int = 1) -> Pace:
         """The pace of `calls` calls in `visits` stretches, each call with `computing` seconds of computing."""
         compute = computing + self._dequantizing()
-        first = compute + sum(load.seconds for load in self._first)
+        first = self._packing() + compute + sum(load.seconds for load in self._first)
         if self._stays_for_stage:
             later = visits - 1
             following = later * (compute + sum(load.seconds for load in self._later)) + (calls - visits) * compute
@@ -111,7 +112,12 @@ class Timing:
 
     def _dequantizing(self) -> float:
         option = self.option
-        return 0.0 if option.plan.casting is None else option.component.nbytes / self.rates.dequantized
+        return option.component.nbytes / self.rates.dequantized if option.plan.casting not in (None, PACKED) else 0.0
+
+    def _packing(self) -> float:
+        """Weights are packed in the first call."""
+        option = self.option
+        return option.component.nbytes / self.rates.packing if option.plan.casting == PACKED else 0.0
 
     def _pipelined(self, compute: float) -> float:
         """Seconds of a call in which the order of units is known: the next unit loads while those before it compute."""

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-from lowtide.casting.casting import NAMED_CASTINGS
+from lowtide.casting.casting import NAMED_CASTINGS, PACKED
 from lowtide.machine.device_names import KINDS
 from lowtide.memory.rule import Rule
 from lowtide.planning.explain import describe
@@ -18,14 +18,16 @@ from lowtide.planning.workload import BLENDED, WAYS, WHOLE
 from lowtide.sizes import format_decimal
 
 LOSSY = ("fp8", "int8", "blended_tiling")
-"""What `allow` may hold: forms of weights and ways that change the result by more than rounding."""
+"""Forms of weights and ways that change the result by more than rounding."""
+ALLOWED = (*LOSSY, PACKED)
+"""What `allow` may hold. Packed weights change the result by rounding, and take no less memory: they are faster."""
 
 
 def check_allowed(allow: Collection[str]) -> None:
-    """Raise `ValueError` for names that are not in `LOSSY`."""
-    unknown = sorted(set(allow) - set(LOSSY))
+    """Raise `ValueError` for names that are not in `ALLOWED`."""
+    unknown = sorted(set(allow) - set(ALLOWED))
     if isinstance(allow, str) or unknown:
-        raise ValueError(f"allow={allow!r} is not possible: it may hold {', '.join(LOSSY)}, as in allow=('fp8',).")
+        raise ValueError(f"allow={allow!r} is not possible: it may hold {', '.join(ALLOWED)}, as in allow=('fp8',).")
 
 
 EQUAL_BITS, UP_TO_ROUNDING = "equal bits", "exact up to rounding"
@@ -53,8 +55,8 @@ class Budgets:
 class ComponentPlan:
     """How a component's weights rest and come to work: without a `rule` all of them stay on the device.
 
-    `casting` names the 8-bit form in which weights rest. Of the component's `nbytes`, `kept` bytes stay on the device
-    between calls: `kept_units` of the `units` into which the rule splits the weights.
+    `casting` names the form in which weights rest, if it is another: 8 bits, or packed. Of the component's `nbytes`,
+    `kept` bytes stay on the device between calls: `kept_units` of the `units` into which the rule splits the weights.
     """
 
     rule: Rule | None = None
@@ -179,13 +181,14 @@ class Plan:
     @property
     def exactness(self) -> str:
         """How the result compares with that of a run without a plan: equal bits, exact up to rounding, or changed."""
-        lossy = sorted({part.casting for part in self.components.values() if part.casting is not None})
+        castings = {part.casting for part in self.components.values() if part.casting is not None}
+        lossy = sorted(castings - {PACKED})
         ways = {stage.way for stage in self.stages}
         if BLENDED in ways:
             lossy.append("blended tiles")
         if lossy:
             return f"changed: {', '.join(lossy)}"
-        return EQUAL_BITS if ways <= {WHOLE} else UP_TO_ROUNDING
+        return EQUAL_BITS if ways <= {WHOLE} and not castings else UP_TO_ROUNDING
 
     def way(self, stage: str) -> str:
         """The way of the stage with this name; "whole" for a stage that the plan does not have."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from lowtide.casting.casting import PACKED
 from lowtide.machine.heap import without_collecting
 from lowtide.memory.bounds import Sizes, summed
 from lowtide.memory.rule import Level
@@ -204,7 +205,24 @@ class Planner:
             pinned=min(pinned_most, sum(option.host for option in options.values())),
             pinned_most=pinned_most,
         )
-        return replace(plan, why=explain.reasons(plan, self.workload))
+        why = explain.reasons(plan, self.workload)
+        return replace(plan, why=(*why, *explain.packing(plan, self._saved_by_packing(plan, rates))))
+
+    def _saved_by_packing(self, plan: Plan, rates: Rates) -> float:
+        """Seconds that a run would be faster if weights that are resident were packed, which is not allowed."""
+        packed, saved = rates.with_packed(), 0.0
+        if PACKED in self.allow or not rates.on_cpu or packed is rates:
+            return 0.0
+        for name, component in self.workload.components.items():
+            if plan.components[name].rule is None and plan.components[name].casting is None:
+                stages = ((stage, stage.ways[plan.way(stage.name)].work) for stage in self.workload.stages)
+                gains = (
+                    stage.calls * (rates.in_stage(stage).seconds(work) - packed.in_stage(stage).seconds(work))
+                    for stage, work in stages
+                    if stage.component == name
+                )
+                saved += max(0.0, sum(gains) - component.nbytes / rates.packing)
+        return saved
 
     def _stage(self, stage: Stage, way: str, pace: Pace, options: dict[str, Option], rates: Rates) -> StagePlan:
         call = stage.ways[way]

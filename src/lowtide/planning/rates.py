@@ -16,11 +16,12 @@ class Rates:
     """The speed of one device for one dtype, and the memory that a process takes there.
 
     Operations a second: `convolution`, `product` and `attention`; `channels_last` for convolutions of maps in that
-    layout, 0 where they are as fast as others. Bytes a second: `touched` by all other kernels; `frugal_touched`, the
-    same where freed memory goes back to the system at once with hardly any slack, 0 where that cannot be chosen;
-    `dequantized`, bytes in the computing dtype that are made of 8-bit weights. Bytes that reach the device a second:
-    over the `link` from host memory (on a CPU: by mapping pages that are in memory), `converted` where the dtype
-    changes or bytes are copied, and from the `disk`. A `kernel` takes so many seconds to begin.
+    layout, 0 where they are as fast as others; `packed_convolution` and `packed_product` with packed weights, 0 where
+    there are none. Bytes a second: `touched` by all other kernels; `frugal_touched`, the same where freed memory goes
+    back to the system at once with hardly any slack, 0 where that cannot be chosen; `dequantized`, bytes in the
+    computing dtype that are made of 8-bit weights; `packing`, bytes of weights that are packed. Bytes that reach the
+    device a second: over the `link` from host memory (on a CPU: by mapping pages that are in memory), `converted` where
+    the dtype changes or bytes are copied, and from the `disk`. A `kernel` takes so many seconds to begin.
     Files of up to `cache` bytes stay in the system's memory, so that they are read from the disk once. The process
     itself takes `base` bytes on the host and `device_base` bytes on the device before anything is loaded; `libraries`
     bytes of these are in workspaces that PyTorch allocates, and the others in the driver's context. An allocator takes
@@ -52,6 +53,9 @@ class Rates:
     assumed: bool = False
     pinned_most: int = 2**62
     libraries: int = 0
+    packed_convolution: float = 0.0
+    packed_product: float = 0.0
+    packing: float = 1e9
 
     @property
     def on_cpu(self) -> bool:
@@ -95,6 +99,14 @@ class Rates:
         if not self.frugal_touched or self.is_frugal:
             return None
         return replace(self, slack=min(self.slack, HOLES), slack_most=HOLES_MOST, touched=self.frugal_touched)
+
+    def with_packed(self) -> Rates:
+        """The rates with packed weights; these same ones where nothing is gained."""
+        if self.packed_convolution <= self.convolution and self.packed_product <= self.product:
+            return self
+        convolution, product = max(self.packed_convolution, self.convolution), max(self.packed_product, self.product)
+        last = max(self.channels_last, convolution) if self.channels_last else 0.0
+        return replace(self, convolution=convolution, product=product, channels_last=last)
 
     def seconds(self, work: Work) -> float:
         """Seconds of computing with the weights on the device; reading them may take longer than multiplying."""

@@ -71,9 +71,7 @@ class _Castings(Mapping[str, Mapping[Level, tuple[UnitSize, ...]]]):
 
     def __getitem__(self, name: str) -> Mapping[Level, tuple[UnitSize, ...]]:
         if name not in self._known:
-            casting = NAMED_CASTINGS[name]
-            patterns = (*casting.skip_patterns, *self._patterns)
-            self._known[name] = self._survey.levels(replace(casting, skip_patterns=patterns))
+            self._known[name] = self._survey.levels(NAMED_CASTINGS[name].sparing(self._patterns))
         return self._known[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -108,7 +106,7 @@ class _Survey:
     def units(self, level: Level, casting: Casting | None) -> tuple[UnitSize, ...]:
         """The units of a level, in the order in which they are called."""
         parts = split(self.module, self.weights, Rule(level))
-        meant = set() if casting is None else self._cast(casting)
+        meant = self._cast(casting) if casting is not None and casting.loses else set[int]()
         works = _works(parts, self.traced, self.module)
         ordered = sorted(enumerate(parts), key=lambda entry: works[id(entry[1])][0])
         units = (
@@ -126,9 +124,7 @@ class _Survey:
             f"{type(self.module).__name__}.{part.weights[0].name}",
             sum(sizes.values()),
             resting,
-            sum(
-                sizes[id(weight)] for weight in part.weights if casting is not None or not self._works_in_place(weight)
-            ),
+            sum(sizes[id(weight)] for weight in part.weights if self._is_copied(weight, part, casting)),
             len(part.modules),
             part.aside,
             work,
@@ -136,6 +132,12 @@ class _Survey:
             self._is_called(part),
             read_by_rows(part.modules),
         )
+
+    def _is_copied(self, weight: Weight, part: Part, casting: Casting | None) -> bool:
+        """Whether a weight takes memory beside the file, even on a CPU: what is packed does so once it is called."""
+        if casting is not None and (casting.loses or self._is_called(part)):
+            return True
+        return not self._works_in_place(weight)
 
     def _is_called(self, part: Part) -> bool:
         owners = (view.slot.owner for weight in part.weights for view in weight.views)

@@ -82,11 +82,10 @@ class PackedWeight(CastWeight):
 
     def packed_for(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The packed numbers, made for inputs like `x` where there are none yet."""
-        packed = self.packed
-        if packed is None:
+        if self.packed is None:
             with self._packing:
-                packed = self.packed or self._pack(layer, x)
-        return packed
+                return self._pack(layer, x) if self.packed is None else self.packed
+        return self.packed
 
     def _pack(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         numbers = self.values()

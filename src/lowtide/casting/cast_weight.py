@@ -337,8 +337,13 @@ def small_of(tensor: torch.Tensor) -> CastWeight | None:
 def can_multiply(weight: CastWeight) -> bool:
     """Whether hardware can multiply by a weight in fp8, and its layers do nothing else with it."""
     layers = [view.slot.owner for view in weight.views]
-    plain = all(type(layer).forward is nn.Linear.forward and "forward" not in vars(layer) for layer in layers)
-    return plain and len(layers) == 1 and all(size % 16 == 0 for size in weight.views[0].shape)
+    return len(layers) == 1 and only_multiplies(layers[0]) and all(size % 16 == 0 for size in weight.views[0].shape)
+
+
+def only_multiplies(layer: nn.Module) -> bool:
+    """Whether a linear layer's call is a product and nothing else, whatever computes it."""
+    is_product = type(layer).forward is nn.Linear.forward or getattr(type(layer), "only_multiplies", False)
+    return isinstance(layer, nn.Linear) and is_product and "forward" not in vars(layer)
 
 
 def _rest(values: torch.Tensor) -> Rest:

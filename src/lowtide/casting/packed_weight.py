@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowtide.casting.cast_weight import CastWeight, small_of
+from lowtide.casting.cast_weight import CastWeight, only_multiplies, small_of
 from lowtide.forks import new_lock
 from lowtide.memory.rule import Tier
 from lowtide.memory.store import DiskRest, HostRest
@@ -171,7 +171,7 @@ def can_pack(weight: Weight) -> bool:
     if isinstance(layer, nn.Conv2d):
         is_usual = layer.padding_mode == "zeros" and layer.groups == 1 and not isinstance(layer.padding, str)
         return is_usual and type(layer).forward is nn.Conv2d.forward
-    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    return only_multiplies(layer)
 
 
 def _multiplier(layer: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

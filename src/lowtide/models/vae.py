@@ -9,7 +9,7 @@ from lowtide.activations.row_streaming import row_streaming_of
 from lowtide.activations.run import RowSink
 from lowtide.activations.tiling import Tiles
 from lowtide.models.autoencoder import AutoencoderMixin, both
-from lowtide.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, silu_of_fresh
+from lowtide.models.layers import Downsample2D, Linear, ResnetBlock2D, Upsample2D, silu_of_fresh
 from lowtide.models.tile_attributes import TileAttribute
 from lowtide.models.vae_config import AutoencoderKLConfig
 from lowtide.ops.attention import DEFAULT, AttentionBackend, attention
@@ -31,11 +31,11 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
         # The second entry is the training dropout of the published models: it keeps the key "to_out.0".
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Identity()])
+        self.to_out = nn.ModuleList([Linear(channels, channels), nn.Identity()])
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """`[B, C, H, W]` to `[B, C, H, W]`."""

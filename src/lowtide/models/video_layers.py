@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lowtide.models.layers import Linear
 from lowtide.models.video_positions import add_sincos, rotate, sincos_table, token_grid
 from lowtide.models.video_transformer_config import CogVideoXTransformer3DConfig
 from lowtide.ops.attention import DEFAULT, AttentionBackend, attention
@@ -34,8 +35,8 @@ class PatchEmbed(nn.Module):
         if config.patch_size_t is None:
             self.proj = nn.Conv2d(config.in_channels, width, patch, stride=patch, bias=config.patch_bias)
         else:
-            self.proj = nn.Linear(config.in_channels * config.patch_size_t * patch**2, width)
-        self.text_proj = nn.Linear(config.text_embed_dim, width)
+            self.proj = Linear(config.in_channels * config.patch_size_t * patch**2, width)
+        self.text_proj = Linear(config.text_embed_dim, width)
         if config.use_learned_positional_embeddings:
             self.register_buffer("pos_embedding", self._first_positions())
 
@@ -101,7 +102,7 @@ class LayerNormZero(nn.Module):
 
     def __init__(self, time_channels: int, channels: int, eps: float) -> None:
         super().__init__()
-        self.linear = nn.Linear(time_channels, 6 * channels)
+        self.linear = Linear(time_channels, 6 * channels)
         self.norm = nn.LayerNorm(channels, eps=eps)
 
     def forward(
@@ -121,7 +122,7 @@ class AdaLayerNorm(nn.Module):
 
     def __init__(self, time_channels: int, channels: int, eps: float) -> None:
         super().__init__()
-        self.linear = nn.Linear(time_channels, 2 * channels)
+        self.linear = Linear(time_channels, 2 * channels)
         self.norm = nn.LayerNorm(channels, eps=eps)
 
     def forward(self, x_BLC: torch.Tensor, time_BT: torch.Tensor) -> torch.Tensor:
@@ -141,11 +142,11 @@ class VideoAttention(nn.Module):
         self.heads = heads
         self.norm_q = nn.LayerNorm(head_dim, eps=1e-6)
         self.norm_k = nn.LayerNorm(head_dim, eps=1e-6)
-        self.to_q = nn.Linear(width, width, bias=bias)
-        self.to_k = nn.Linear(width, width, bias=bias)
-        self.to_v = nn.Linear(width, width, bias=bias)
+        self.to_q = Linear(width, width, bias=bias)
+        self.to_k = Linear(width, width, bias=bias)
+        self.to_v = Linear(width, width, bias=bias)
         # The second entry is the training dropout of the published models: it keeps the key "to_out.0".
-        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Identity()])
+        self.to_out = nn.ModuleList([Linear(width, width), nn.Identity()])
 
     def forward(self, x_BLC: torch.Tensor, text: int, rotary: Rotary | None = None) -> torch.Tensor:
         """`[B, L, C]` to `[B, L, C]`; `rotary` turns queries and keys of the tokens after the first `text`."""
@@ -170,7 +171,7 @@ class GELU(nn.Module):
 
     def __init__(self, channels: int, inner: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(channels, inner)
+        self.proj = Linear(channels, inner)
 
     def forward(self, x_BLC: torch.Tensor) -> torch.Tensor:
         """`[B, L, C]` to `[B, L, inner]`."""
@@ -191,7 +192,7 @@ class VideoFeedForward(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.chunk_size: int | None = GROUP
-        self.net = nn.ModuleList([GELU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+        self.net = nn.ModuleList([GELU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)])
 
     def forward(self, x_BLC: torch.Tensor) -> torch.Tensor:
         """`[B, L, C]` to `[B, L, C]`."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowtide.models.layers import TimestepEmbedding, timestep_embedding
+from lowtide.models.layers import Linear, TimestepEmbedding, timestep_embedding
 from lowtide.models.mixin import ModelMixin
 from lowtide.models.model_outputs import Transformer3DModelOutput
 from lowtide.models.video_layers import GROUP, AdaLayerNorm, PatchEmbed, VideoBlock, VideoFeedForward
@@ -38,7 +38,7 @@ class CogVideoXTransformer3DModel(ModelMixin):
         self.transformer_blocks = nn.ModuleList(VideoBlock(config) for _ in range(config.num_layers))
         self.norm_final = nn.LayerNorm(width, eps)
         self.norm_out = AdaLayerNorm(time, width, eps)
-        self.proj_out = nn.Linear(width, config.out_channels * (config.patch_size_t or 1) * config.patch_size**2)
+        self.proj_out = Linear(width, config.out_channels * (config.patch_size_t or 1) * config.patch_size**2)
 
     def forward(
         self,

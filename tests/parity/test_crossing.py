@@ -43,7 +43,7 @@ def their_pipeline(ours):
         text_encoder=tiny.text_encoder(len(ours.tokenizer)),
         tokenizer=ours.tokenizer,
         scheduler=diffusers.PNDMScheduler.from_config(ours.scheduler.config.to_dict()),
-        safety_checker=tiny.safety_checker(cls=StableDiffusionSafetyChecker),
+        safety_checker=tiny.safety_checker(make=lambda entries: StableDiffusionSafetyChecker(CLIPConfig(**entries))),
         feature_extractor=ours.feature_extractor,
     )
     theirs.set_progress_bar_config(disable=True)

@@ -36,6 +36,7 @@ NETWORKS = ("unet", "vae", "text_encoder", "safety_checker")
 def their_pipeline(ours):
     """The peer's pipeline with our weights, and the tokenizer itself."""
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
 
     theirs = diffusers.StableDiffusionPipeline(
         unet=pairs.unets(**tiny.FEW_BLOCKS)[1],

@@ -32,6 +32,10 @@ class EncoderConfig(Config):
             if getattr(self, name) not in values:
                 self.refuse(name, f"possible: {values}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: the fields alone, since other entries may name code to run."""
+        return {name: value for name, value in super().to_dict().items() if name in self.__dataclass_fields__}
+
     def refuse(self, name: str, reason: str) -> None:
         """Raise `ValueError` for the entry called `name`."""
         raise ValueError(f"{self.kind} config: {name}={getattr(self, name)!r:.80} is not possible; {reason}.")
@@ -136,10 +140,8 @@ class SafetyCheckerEntries(EncoderConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, in which each tower stands once."""
-        twice = ("vision_config_dict", "text_config_dict")
-        others = {key: value for key, value in self.unused.items() if key not in twice}
         towers = {"vision_config": self.vision_config.to_dict(), "text_config": self.text_config.to_dict()}
-        return {**others, "projection_dim": self.projection_dim, **towers}
+        return {"projection_dim": self.projection_dim, **towers}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -37,11 +37,19 @@ class TextTokenizer:
         self.padding_side: str = entries.get("padding_side", "right")
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read a tokenizer from its files; see `lowtide.models.tokenizers.load_tokenizer`."""
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], *, subfolder: str = "", model_max_length: int | None = None
+    ) -> Self:
+        """Read a tokenizer from a folder; `model_max_length` replaces what the files say.
+
+        Raises as `lowtide.models.tokenizers.load_tokenizer`.
+        """
         from lowtide.models.tokenizers import load_tokenizer
 
-        return load_tokenizer(Path(folder), cls.__name__)
+        tokenizer = load_tokenizer(Path(folder) / subfolder, cls.__name__)
+        if model_max_length is not None:
+            tokenizer.model_max_length = model_max_length
+        return tokenizer
 
     def __call__(
         self,

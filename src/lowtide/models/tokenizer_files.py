@@ -54,7 +54,8 @@ def read_entries(folder: Path, usual: Mapping[str, str]) -> TokenizerEntries:
     named = {name: _token(said[name]) for name in NAMED if said.get(name) is not None}
     by_content = {token.content: token for token in added}
     named = {name: by_content.get(token.content, token) for name, token in named.items()}
-    return TokenizerEntries(config, named, (*added, *named.values(), *map(_token, _more(said))))
+    last_said = {token.content: token for token in named.values()}  # one token may have several names
+    return TokenizerEntries(config, named, (*added, *last_said.values(), *map(_token, _more(said))))
 
 
 def read_backend(folder: Path, entries: TokenizerEntries, *, pieces: bool) -> Tokenizer:
@@ -84,9 +85,8 @@ def _of_byte_pairs(folder: Path, entries: TokenizerEntries) -> Tokenizer:
     merges = [_pair(folder, line) for line in lines if line and not line.startswith("#version")]
     words = read_json(folder / WORDS, MOST_VOCABULARY_BYTES)
     start, end, unknown = (entries.special[name].content for name in ("bos_token", "eos_token", "unk_token"))
-    backend = Tokenizer(
-        models.BPE(words, merges, unk_token=unknown, continuing_subword_prefix="", end_of_word_suffix="</w>")
-    )
+    affixes = {"continuing_subword_prefix": "", "end_of_word_suffix": "</w>"}
+    backend = Tokenizer(models.BPE(words, merges, unk_token=unknown, **affixes))
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )

@@ -11,9 +11,6 @@ from lowtide.models.put_weights import resting_state
 from lowtide.weights.fill import dtype_name
 from lowtide.weights.save import save_tensors
 
-OWN_OF_A_RUN = ("torch_dtype", "_name_or_path", "transformers_version")
-"""Entries of a configuration that said how another library had loaded or saved it."""
-
 
 class TransformersLayout(ModelMixin):
     """Base of encoders: as `ModelMixin`, with weights in `model[.VARIANT].safetensors`, or in shards of it."""
@@ -32,9 +29,8 @@ class TransformersLayout(ModelMixin):
 
     def published_config(self) -> dict[str, Any]:
         """The contents of `config.json`."""
-        entries = {name: value for name, value in self.config.to_dict().items() if name not in OWN_OF_A_RUN}
         own = {"architectures": [type(self).__name__], "model_type": self.model_type, "dtype": dtype_name(self.dtype)}
-        return {**entries, **own}
+        return {**self.config.to_dict(), **own}
 
     def published_name(self, name: str) -> str:
         """The name of a weight in published files."""

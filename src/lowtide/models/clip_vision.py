@@ -21,7 +21,7 @@ class CLIPVisionEmbeddings(nn.Module):
         super().__init__()
         self.side, patch = config.image_size, config.patch_size
         self.tokens = (self.side // patch) ** 2 + 1
-        self.class_embedding = nn.Parameter(torch.randn(config.hidden_size))
+        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(config.hidden_size)))
         self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, patch, stride=patch, bias=False)
         self.position_embedding = nn.Embedding(self.tokens, config.hidden_size)
 

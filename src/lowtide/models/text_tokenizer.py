@@ -132,6 +132,11 @@ class TextTokenizer:
         """The number of every token."""
         return self.backend.get_vocab(with_added_tokens=True)
 
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        """The numbers of tokens that are found in a text as they are, the special ones among them."""
+        return {token.content: number for number, token in self.backend.get_added_tokens_decoder().items()}
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` into a folder, which is made if need be."""
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -13,11 +13,11 @@ from tests.memory.cases import RULES
 from tests.thinned import thinned
 
 from lowtide.casting.cast_weight import small_of
-from lowtide.casting.casting import NAMED_CASTINGS, Casting
-from lowtide.loading.components import LoadOptions, load_text_encoder, save_component, spec_of
-from lowtide.models import tokenizers
+from lowtide.casting.casting import NAMED_CASTINGS, PACKED, Casting
+from lowtide.loading.components import save_component, spec_of
 from lowtide.models.attention_backends import set_attention_backend, set_attention_slicing
 from lowtide.models.put_weights import offload_named
+from lowtide.models.t5 import T5EncoderModel
 from lowtide.models.tokenizers import load_tokenizer
 from lowtide.weights.fill import WeightsMismatchError
 from lowtide.weights.index import CheckpointError
@@ -32,7 +32,7 @@ def states(model):
 
 
 def load(folder, dtype=None, **options):
-    return load_text_encoder(folder, "T5EncoderModel", LoadOptions(dtype, **options))
+    return T5EncoderModel.from_folder(folder, dtype=dtype, **options)
 
 
 def save(model, folder, variant=None, max_shard_size=None):
@@ -99,6 +99,7 @@ def test_a_whole_t5_serves_as_an_encoder(folder):
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EIGHT_BITS = {name: casting for name, casting in NAMED_CASTINGS.items() if name != PACKED}
 OFFLOADS = [None, "model", "block", "leaf", "sequential"]
 
 
@@ -139,10 +140,10 @@ def test_under_every_rule(folder, name):
     assert torch.equal(states(loaded), expected)
 
 
-@pytest.mark.parametrize(("casting", "offload", "dtype"), thinned(NAMED_CASTINGS, OFFLOADS, DTYPES))
+@pytest.mark.parametrize(("casting", "offload", "dtype"), thinned(EIGHT_BITS, OFFLOADS, DTYPES))
 def test_cast_while_loading(folder, dtype, casting, offload):
-    plain = load(folder, dtype, casting=NAMED_CASTINGS[casting])
-    loaded = load(folder, dtype, casting=NAMED_CASTINGS[casting], offload=offload_named(offload, "cpu"))
+    plain = load(folder, dtype, casting=EIGHT_BITS[casting])
+    loaded = load(folder, dtype, casting=EIGHT_BITS[casting], offload=offload_named(offload, "cpu"))
     expected = states(plain)
     assert expected.dtype == dtype
     assert torch.equal(states(loaded), expected)
@@ -156,7 +157,7 @@ def test_cast_while_loading(folder, dtype, casting, offload):
 
 
 WIDE = {
-    **NAMED_CASTINGS,
+    **EIGHT_BITS,
     "plain": Casting("float8_e4m3fn", compute="float16"),
     "left out": Casting("int8", skip_patterns=(r"\.wo$",)),
 }
@@ -202,7 +203,6 @@ def test_attention_by_other_kernels_keeps_the_biases_of_positions(how, masked):
         set_attention_slicing([model], "max")
     else:
         set_attention_backend([model], how)
-    assert model.config._attn_implementation == "lowtide"
     assert tiny.difference(compute(), expected) < 1e-5
     model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.mul_(0)
     assert tiny.difference(compute(), expected) > 0.01  # negative control
@@ -267,37 +267,13 @@ def test_a_length_is_not_needed(words):
         load_tokenizer(words, "T5Tokenizer")
 
 
-@pytest.mark.parametrize(
-    ("missing", "told"),
-    [
-        (("sentencepiece",), "pip install sentencepiece`"),
-        (("google.protobuf",), "pip install protobuf`"),
-        (("sentencepiece", "google.protobuf"), "pip install sentencepiece protobuf`"),
-    ],
-)
-def test_a_missing_package_is_told(tmp_path, monkeypatch, missing, told):
-    import_module = tokenizers.import_module
-
-    def without(name):
-        if name in missing:
-            raise ModuleNotFoundError(name)
-        return import_module(name)
-
-    tiny_video.write_pieces(tmp_path / "pieces")
-    tiny_video.write_tokenizer_json(tmp_path / "json")
-    monkeypatch.setattr(tokenizers, "import_module", without)
-    with pytest.raises(ImportError, match=r"spiece.model is read with sentencepiece and protobuf") as caught:
-        load_tokenizer(tmp_path / "pieces", "T5Tokenizer")
-    assert told in str(caught.value)
-    assert load_tokenizer(tmp_path / "json", "T5Tokenizer")("sea").input_ids[-1] == 1
-
-
-def test_tokenizer_json_needs_neither_package(tmp_path, monkeypatch):
-    tiny_video.write_tokenizer_json(tmp_path)
+@pytest.mark.parametrize("write", tiny_video.WRITERS.values(), ids=tiny_video.WRITERS)
+def test_neither_kind_needs_another_package(tmp_path, monkeypatch, write):
+    write(tmp_path)
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
-        assert name.partition(".")[0] not in ("sentencepiece", "google", "tiktoken")
+        assert name.partition(".")[0] not in ("sentencepiece", "google", "tiktoken", "transformers")
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from tokenizers import pre_tokenizers
 from torch import nn
-from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lowtide.loading.components import load_image_processor
+from lowtide.models.clip_text import CLIPTextModel
+from lowtide.models.image_processor import CLIPImageProcessor
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker
+from lowtide.models.text_tokenizer import CLIPTokenizer
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.vae import AutoencoderKL
 from lowtide.models.video_positions import rotary_embedding
@@ -264,21 +265,18 @@ def tokenizer(folder: Path):
 def text_encoder(vocabulary=518):
     """A CLIP text encoder for `tokenizer`, ready to compute."""
     ids = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
-    return set_weights(CLIPTextModel(CLIPTextConfig(**TEXT, **ids, vocab_size=vocabulary)))
+    return set_weights(CLIPTextModel.from_config({**TEXT, **ids, "vocab_size": vocabulary}))
 
 
 def safety_config():
     """The configuration of a tiny safety checker."""
-    return CLIPConfig(
-        vision_config=VISION,
-        text_config={**TEXT, "vocab_size": 518, "bos_token_id": 516, "eos_token_id": 517},
-        projection_dim=6,
-    )
+    text = {**TEXT, "vocab_size": 518, "bos_token_id": 516, "eos_token_id": 517}
+    return {"vision_config": VISION, "text_config": text, "projection_dim": 6}
 
 
-def safety_checker(threshold=0.7, cls=StableDiffusionSafetyChecker):
+def safety_checker(threshold=0.7, make=StableDiffusionSafetyChecker.from_config):
     """A safety checker, ready to compute: of 17 random concepts in few dimensions, some are near to some pictures."""
-    checker = set_weights(cls(safety_config()))
+    checker = set_weights(make(safety_config()))
     with torch.no_grad():
         checker.concept_embeds_weights.copy_(threshold + 0.05 * numbers((17,), 5))
         checker.special_care_embeds_weights.copy_(threshold + 0.05 * numbers((3,), 6))
@@ -292,7 +290,7 @@ def image_processor(folder: Path):
     config = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": size}}
     config["crop_size"] = {"height": size, "width": size}
     (folder / "preprocessor_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return load_image_processor(folder)
+    return CLIPImageProcessor.from_pretrained(folder)
 
 
 def scheduler(name="DDIMScheduler", **changes):

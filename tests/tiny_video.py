@@ -8,8 +8,9 @@ from pathlib import Path
 
 from tests import tiny
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from lowtide.models.t5 import T5EncoderModel
+from lowtide.models.text_tokenizer import T5Tokenizer
 from lowtide.models.video_transformer import CogVideoXTransformer3DModel
 from lowtide.models.video_vae import AutoencoderKLCogVideoX
 from lowtide.pipelines.cogvideox import CogVideoXPipeline
@@ -72,7 +73,7 @@ SPECIAL = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 def text_encoder(vocabulary=200):
     """A T5 text encoder, ready to compute."""
-    model = tiny.set_weights(T5EncoderModel(T5Config(**TEXT, vocab_size=vocabulary)))
+    model = tiny.set_weights(T5EncoderModel.from_config({**TEXT, "vocab_size": vocabulary}))
     for block in model.encoder.block:
         block.layer[0].SelfAttention.q.weight.mul_(TEXT["d_kv"] ** -0.5)  # T5 has this in its weights
     return model

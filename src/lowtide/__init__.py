@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from lowtide.guests.load_any import load
     from lowtide.machine.memory_errors import OutOfMemoryError
     from lowtide.memory.presets import apply_residency
+    from lowtide.models.clip_text import CLIPTextModel
+    from lowtide.models.image_processor import CLIPImageProcessor
     from lowtide.models.safety_checker import StableDiffusionSafetyChecker
+    from lowtide.models.t5 import T5EncoderModel
+    from lowtide.models.text_tokenizer import CLIPTokenizer, T5Tokenizer
     from lowtide.models.unet import UNet2DConditionModel
     from lowtide.models.vae import AutoencoderKL
     from lowtide.models.video_transformer import CogVideoXTransformer3DModel
@@ -42,6 +46,9 @@ __all__ = [
     "AutoencoderKL",
     "AutoencoderKLCogVideoX",
     "BudgetError",
+    "CLIPImageProcessor",
+    "CLIPTextModel",
+    "CLIPTokenizer",
     "Casting",
     "CogVideoXDDIMScheduler",
     "CogVideoXDPMScheduler",
@@ -58,6 +65,8 @@ __all__ = [
     "Plan",
     "StableDiffusionPipeline",
     "StableDiffusionSafetyChecker",
+    "T5EncoderModel",
+    "T5Tokenizer",
     "UNet2DConditionModel",
     "UniPCMultistepScheduler",
     "__version__",
@@ -76,6 +85,9 @@ _HOME = {
     "AutoencoderKL": "lowtide.models.vae",
     "AutoencoderKLCogVideoX": "lowtide.models.video_vae",
     "BudgetError": "lowtide.planning.plan",
+    "CLIPImageProcessor": "lowtide.models.image_processor",
+    "CLIPTextModel": "lowtide.models.clip_text",
+    "CLIPTokenizer": "lowtide.models.text_tokenizer",
     "Casting": "lowtide.casting.casting",
     "NotFiniteWarning": "lowtide.pipelines.not_finite",
     "OutOfMemoryError": "lowtide.machine.memory_errors",
@@ -98,6 +110,8 @@ _HOME = {
     "PNDMScheduler": "lowtide.schedulers",
     "StableDiffusionPipeline": "lowtide.pipelines.stable_diffusion",
     "StableDiffusionSafetyChecker": "lowtide.models.safety_checker",
+    "T5EncoderModel": "lowtide.models.t5",
+    "T5Tokenizer": "lowtide.models.text_tokenizer",
     "UNet2DConditionModel": "lowtide.models.unet",
     "UniPCMultistepScheduler": "lowtide.schedulers",
     "apply_residency": "lowtide.memory",

@@ -11,12 +11,12 @@ from tests import tiny
 from tests.casting.test_casting import CASTINGS, round_offline
 from tests.memory.cases import RULES, put
 from tests.thinned import covering, thinned
-from transformers import CLIPTextModel
 
 from lowtide import Casting, StableDiffusionPipeline, UNet2DConditionModel
 from lowtide.casting.cast_leaf import leaves
 from lowtide.memory import attachment_of
 from lowtide.memory.store import DiskRest
+from lowtide.models.clip_text import CLIPTextModel
 from lowtide.weights.fill import WeightsMismatchError
 
 STORED = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8": torch.int8}

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from tests import tiny
 from tests.document.processes import ROOT, environment
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from lowtide.models.clip_text import CLIPTextModel
+from lowtide.models.text_tokenizer import CLIPTokenizer
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.vae import AutoencoderKL
 from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
@@ -78,7 +79,7 @@ def _text_encoder(vocabulary: int) -> CLIPTextModel:
         "hidden_act": "quick_gelu",
     }
     ids = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
-    return tiny.set_weights(CLIPTextModel(CLIPTextConfig(**config, **ids, vocab_size=vocabulary)))
+    return tiny.set_weights(CLIPTextModel.from_config({**config, **ids, "vocab_size": vocabulary}))
 
 
 def write_sd15(folder: Path) -> Path:

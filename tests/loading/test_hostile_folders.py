@@ -272,7 +272,6 @@ def test_unbroken(whole, kind):
 def test_kernels_code_and_labels_of_a_configuration_are_not_ours(whole, tmp_path, kind):
     """A name of a kernel on the Hub would be foreign code; how attention is computed we choose."""
     folder = shutil.copytree(whole / kind, tmp_path / "model")
-    plain = DiffusionPipeline.from_pretrained(folder)
     entries(TEXT, **FOREIGN)(folder)
     if kind == "pictures":
         entries(CHECKER, **FOREIGN, vision_config=FOREIGN)(folder)
@@ -281,7 +280,5 @@ def test_kernels_code_and_labels_of_a_configuration_are_not_ours(whole, tmp_path
     assert peak.grown < MOST_BYTES
     for part in [loaded.text_encoder] + ([loaded.safety_checker] if kind == "pictures" else []):
         config = getattr(part.config, "vision_config", part.config)
-        assert not {"auto_map", "quantization_config", "trust_remote_code"} & set(config.to_dict())
-        assert len(config.id2label) < 10
+        assert not {"auto_map", "quantization_config", "trust_remote_code", "id2label"} & set(config.to_dict())
         assert "owner" not in json.dumps(config.to_dict())
-    assert loaded.text_encoder.config._attn_implementation == plain.text_encoder.config._attn_implementation

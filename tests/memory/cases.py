@@ -15,6 +15,7 @@ from lowtide.memory.attach import Attachment, attach
 from lowtide.memory.placeholder import AtRest
 from lowtide.memory.rule import Level, Rule, Tier
 from lowtide.memory.stream import Stream
+from lowtide.models.t5 import T5EncoderModel
 
 CPU = torch.device("cpu")
 
@@ -103,14 +104,11 @@ def clip(dtype: torch.dtype) -> Case:
 
 
 def t5(dtype: torch.dtype) -> Case:
-    from transformers import T5Config, T5EncoderModel
-
     torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2, feed_forward_proj="gated-gelu"
-    )
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2}
+    model = T5EncoderModel.from_config({**sizes, "feed_forward_proj": "gated-gelu"})
     ids = torch.arange(7)[None]
-    return Case(T5EncoderModel(config).to(dtype).eval(), lambda module: module(ids).last_hidden_state)
+    return Case(model.to(dtype).eval(), lambda module: module(ids).last_hidden_state)
 
 
 def peer_unet(dtype: torch.dtype) -> Case:

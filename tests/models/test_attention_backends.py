@@ -21,8 +21,8 @@ def seen(monkeypatch):
         calls.append(args[4] if len(args) > 4 else kwargs.get("backend", DEFAULT))
         return whole(*args, **kwargs)
 
-    for place in ("lowtide.models.layers", "lowtide.models.vae", "lowtide.models.attention_backends"):
-        monkeypatch.setattr(f"{place}.attention", watching)
+    for place in ("layers", "vae", "clip_layers", "t5_layers", "attention_backends"):
+        monkeypatch.setattr(f"lowtide.models.{place}.attention", watching)
     return calls
 
 
@@ -52,9 +52,30 @@ def test_the_autoencoder(seen):
     assert tiny.difference(model.decode(z).sample, plain) < 1e-5, "streaming works under any backend"
 
 
+@pytest.mark.parametrize("how", ["chunked", "math", "flash", "slices"])
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_a_text_encoder_of_our_own(seen, how, masked):
+    model, tokens = tiny.text_encoder(), torch.arange(12).view(1, 12)
+    mask = (tokens < 8).long() if masked else None
+    plain = model(tokens, attention_mask=mask)[0]
+    if how == "slices":
+        model.enable_attention_slicing("max")
+    else:
+        model.set_attention_backend(how, chunk_bytes=64)
+    assert tiny.difference(model(tokens, attention_mask=mask)[0], plain) < 1e-5
+    assert len(seen) == 2 * len(attention_modules(model)) == 4
+    model.set_attention_backend("sdpa")
+    model.disable_attention_slicing()
+    assert torch.equal(model(tokens, attention_mask=mask)[0], plain)
+
+
 @torch.no_grad()
 def test_a_text_encoder_of_transformers(seen):
-    model, tokens = tiny.text_encoder(), torch.arange(12).view(1, 12)
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    model = tiny.set_weights(CLIPTextModel(CLIPTextConfig(**tiny.TEXT, vocab_size=518)))
+    tokens = torch.arange(12).view(1, 12)
     mask = torch.ones(1, 12, dtype=torch.long)
     mask[:, 8:] = 0
     before, config = model.config._attn_implementation, model.config.to_dict()

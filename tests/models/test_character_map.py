@@ -9,6 +9,7 @@ from tokenizers import normalizers
 from lowtide.configs import CheckpointError
 from lowtide.models import vocabulary
 from lowtide.models.character_map import check_character_map
+from lowtide.models.protobuf_fields import parts_in
 
 TEXT = "ﬁne ① ｱ½ é Å ㌀ … àÀ " + "".join(map(chr, range(32, 0x3000, 7)))
 
@@ -19,8 +20,8 @@ def usual(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pieces")
     tiny_video.write_pieces(folder)
     file = folder / "spiece.model"
-    (normalizer,) = vocabulary._fields(file, file.read_bytes(), vocabulary.NORMALIZER_FIELD)
-    (content,) = vocabulary._fields(file, normalizer, vocabulary.MAP_FIELD)
+    (normalizer,) = parts_in(file, file.read_bytes(), vocabulary.NORMALIZER_FIELD)
+    (content,) = parts_in(file, normalizer, vocabulary.MAP_FIELD)
     return content
 
 

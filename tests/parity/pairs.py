@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
@@ -15,6 +16,26 @@ from torch import nn
 
 from lowtide.models import layers, unet, vae
 from lowtide.schedulers import noise_schedule
+
+
+def of_transformers(component):
+    """The class of `transformers` with the weights and files of one of ours."""
+    import transformers
+
+    name = type(component).__name__
+    cls = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+    with tempfile.TemporaryDirectory() as folder:
+        component.save_pretrained(folder)
+        return cls.from_pretrained(folder)
+
+
+def safety_checkers(threshold=0.7):
+    """Our safety checker and the peer's."""
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    theirs = tiny.safety_checker(threshold, lambda entries: StableDiffusionSafetyChecker(CLIPConfig(**entries)))
+    return tiny.safety_checker(threshold), theirs
 
 
 def unets(kind="sd1", **changes):

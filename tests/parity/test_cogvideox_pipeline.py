@@ -36,10 +36,10 @@ VAE_BLOCKS = {
 
 
 def their_pipeline(ours, kind, name=None):
-    """The peer's pipeline with our weights, and our tokenizer itself."""
+    """The peer's pipeline with our weights and vocabulary."""
     theirs = diffusers.CogVideoXPipeline(
-        tokenizer=ours.tokenizer,
-        text_encoder=tiny_video.text_encoder(len(ours.tokenizer)),
+        tokenizer=pairs.of_transformers(ours.tokenizer),
+        text_encoder=pairs.of_transformers(ours.text_encoder),
         vae=_like(diffusers.AutoencoderKLCogVideoX(**tiny_video.VAE, **VAE_BLOCKS), ours.vae),
         transformer=_like(diffusers.CogVideoXTransformer3DModel(**tiny_video.TRANSFORMERS[kind]), ours.transformer),
         scheduler=getattr(diffusers, name or type(ours.scheduler).__name__).from_config(

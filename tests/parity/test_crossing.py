@@ -34,17 +34,15 @@ NETWORKS = ("unet", "vae", "text_encoder", "safety_checker")
 
 
 def their_pipeline(ours):
-    """The peer's pipeline with our weights, and the tokenizer itself."""
-    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-
+    """The peer's pipeline with our weights and files."""
     theirs = diffusers.StableDiffusionPipeline(
         unet=pairs.unets(**tiny.FEW_BLOCKS)[1],
         vae=pairs.vaes()[1],
-        text_encoder=tiny.text_encoder(len(ours.tokenizer)),
-        tokenizer=ours.tokenizer,
+        text_encoder=pairs.of_transformers(ours.text_encoder),
+        tokenizer=pairs.of_transformers(ours.tokenizer),
         scheduler=diffusers.PNDMScheduler.from_config(ours.scheduler.config.to_dict()),
-        safety_checker=tiny.safety_checker(cls=StableDiffusionSafetyChecker),
-        feature_extractor=ours.feature_extractor,
+        safety_checker=pairs.safety_checkers()[1],
+        feature_extractor=pairs.of_transformers(ours.feature_extractor),
     )
     theirs.set_progress_bar_config(disable=True)
     return theirs

@@ -180,12 +180,6 @@ def test_comparison_sees_a_broken_autoencoder(name, kind):
             assert tiny.difference(ours.decode(z).sample, decoded) > TOLERANCE
 
 
-def checkers(threshold):
-    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker as Theirs
-
-    return tiny.safety_checker(threshold), tiny.safety_checker(threshold, Theirs)
-
-
 def verdicts(checker, pictures):
     return checker(pictures) if isinstance(checker, StableDiffusionSafetyChecker) else checker(pictures, pictures)[1]
 
@@ -195,7 +189,7 @@ PICTURES = 2 * tiny.numbers((60, 3, 16, 16), 9) * torch.linspace(0.1, 1.5, 60)[:
 
 @pytest.mark.parametrize("threshold", [0.5, 0.55, 0.6])
 def test_safety_checker(threshold):
-    ours, theirs = checkers(threshold)
+    ours, theirs = pairs.safety_checkers(threshold)
     expected = verdicts(theirs, PICTURES.clone())
     assert verdicts(ours, PICTURES) == expected
     assert 0 < sum(expected) < len(expected)
@@ -203,7 +197,7 @@ def test_safety_checker(threshold):
 
 def test_comparison_sees_a_broken_safety_checker():
     """Negative control: no stricter margin near special concepts; a threshold off by a hundredth."""
-    ours, theirs = checkers(0.55)
+    ours, theirs = pairs.safety_checkers(0.55)
     expected = verdicts(theirs, PICTURES.clone())
     with pairs.changed(safety_checker, "SPECIAL_MARGIN", 0.0):
         assert verdicts(ours, PICTURES) != expected

@@ -33,7 +33,7 @@ DPM, EULER, UNIPC = "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "Un
 def pair(tmp_path_factory):
     """Both pipelines; the peer's way to `clip_skip` is open again, which transformers 5 closed."""
     ours, theirs = pictures.pair(tmp_path_factory.mktemp("pictures"))
-    ours.text_encoder.__dict__["text_model"] = ours.text_encoder
+    theirs.text_encoder.__dict__["text_model"] = theirs.text_encoder
     return ours, theirs
 
 

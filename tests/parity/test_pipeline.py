@@ -34,13 +34,13 @@ def networks(kind):
 
 
 def pair(folder, name="DDIMScheduler", kind="sd1", made=networks, **schedule):
-    """Our pipeline and the peer's with the same weights; text encoder and tokenizer are shared."""
+    """Our pipeline and the peer's with the same weights and vocabulary."""
     our_unet, their_unet, our_vae, their_vae = made(kind)
     ours = tiny.pipeline(folder, unet=our_unet, vae=our_vae, schedule=tiny.scheduler(name, **schedule))
     theirs = diffusers.StableDiffusionPipeline(
         vae=their_vae,
-        text_encoder=ours.text_encoder,
-        tokenizer=ours.tokenizer,
+        text_encoder=pairs.of_transformers(ours.text_encoder),
+        tokenizer=pairs.of_transformers(ours.tokenizer),
         unet=their_unet,
         scheduler=getattr(diffusers, name).from_config(ours.scheduler.config.to_dict()),
         safety_checker=None,

@@ -183,7 +183,9 @@ def test_a_checker_needs_its_eyes(pipe):
 
 def test_text_is_masked_where_the_encoder_asks_for_it(pipe):
     expected = draw(pipe)
-    pipe.text_encoder.config.use_attention_mask = True
+    asking = type(pipe.text_encoder).from_config(pipe.text_encoder.config, use_attention_mask=True)
+    asking.load_state_dict(pipe.text_encoder.state_dict())
+    pipe.text_encoder = asking.eval()
     assert not torch.equal(draw(pipe), expected)
 
 

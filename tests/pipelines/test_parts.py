@@ -162,10 +162,8 @@ def test_another_kind_of_checkpoint_says_what_it_is(copies, name, said):
 
 
 def test_the_tables_name_the_classes_that_there_are():
-    networks = {**components.MODELS, **components.TEXT_ENCODERS}
-    names = {*networks, *SCHEDULERS, *TOKENIZERS, *components.IMAGE_PROCESSORS, "StableDiffusionSafetyChecker"}
-    assert set(CLASSES) == names
-    assert set(CONFIGS) == {*networks, "StableDiffusionSafetyChecker"}
+    assert set(CLASSES) == {*components.MODELS, *SCHEDULERS, *TOKENIZERS, *components.IMAGE_PROCESSORS}
+    assert set(CONFIGS) == {*components.MODELS}
     assert all(CONFIGS[name] is model.config_class for name, model in components.MODELS.items())
     assert all(getattr(lowtide, name).component_names == kind.components for name, kind in KINDS.items())
 

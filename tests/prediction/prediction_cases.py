@@ -15,6 +15,7 @@ import lowtide
 from lowtide.configs import read_json
 from lowtide.memory.attach import detach
 from lowtide.memory.presets import apply_residency
+from lowtide.models import clip_text, t5
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.vae import AutoencoderKL
 from lowtide.models.video_positions import rotary_embedding
@@ -243,8 +244,10 @@ def transformers():
     yield Case(
         "Wan", wan, call_wan, lambda: (torch.zeros(1, 16, 3, 16, 16), torch.tensor([5]), torch.zeros(1, 64, 256))
     )
-    yield Case("CLIP", lambda: CLIPTextModel(CLIP), call_encoder, tokens(2, 77))
-    yield Case("T5", lambda: T5EncoderModel(T5), call_encoder, tokens(1, 100))
+    yield Case("CLIP", lambda: clip_text.CLIPTextModel.from_config(CLIP.to_dict()), call_encoder, tokens(2, 77))
+    yield Case("T5", lambda: t5.T5EncoderModel.from_config(T5.to_dict()), call_encoder, tokens(1, 100))
+    yield Case("CLIP of transformers", lambda: CLIPTextModel(CLIP), call_encoder, tokens(2, 77))
+    yield Case("T5 of transformers", lambda: T5EncoderModel(T5), call_encoder, tokens(1, 100))
 
 
 def autoencoders(less=1):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import sys
@@ -97,8 +98,9 @@ def pictures(pipe: Any, spec: Spec, steps: int) -> list[Any]:
 
 
 def versions(library: ModuleType) -> dict[str, str]:
-    """The versions of Python, of PyTorch, of transformers and of the library, by name."""
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    """The versions of Python, of PyTorch, of transformers where it is installed, and of the library, by name."""
+    there = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is not None]
+    packages = {name: importlib.metadata.version(name) for name in there}
     return {"python": platform.python_version(), **packages, library.__name__: library.__version__}
 
 

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
     from lowtide.planning.rates import Rates
 
-_PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "pillow")
+_PACKAGES = ("torch", "tokenizers", "safetensors", "huggingface_hub", "numpy", "pillow")
 # Optional package -> what it is for.
 _OPTIONAL = {
     "hf_xet": "faster downloads from the Hugging Face Hub",
     "diffusers": "the comparisons in tests/parity and benchmarks",
+    "transformers": "pipelines of diffusers, and text encoders of a script's own",
 }
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimd", "bf16")
 _FLOAT16_TOO_SLOW = 0.5

@@ -29,7 +29,12 @@ from lowtide.planning.rates import Rates
 from lowtide.weights.fill import dtype_name
 from lowtide.weights.slots import slots
 
-IMPORTS = ("transformers", "lowtide.pipelines.stable_diffusion", "lowtide.pipelines.cogvideox", "lowtide.fitting.fit")
+IMPORTS = (
+    "lowtide.pipelines.stable_diffusion",
+    "lowtide.pipelines.cogvideox",
+    "lowtide.models.tokenizer_files",
+    "lowtide.fitting.fit",
+)
 """What a process with a pipeline of ours has imported."""
 ROOM_TO_MEASURE = 600 * 2**20
 """Bytes that the process which measures takes, with some room."""
@@ -48,8 +53,8 @@ OBJECTS, WORD = 28 * 2**20, 300
 """What a loaded pipeline takes beside weights: modules, a copy on meta; and bytes for each word of its tokenizer."""
 
 
-USUAL_BASE, USUAL_BASE_BESIDE_GPU, USUAL_CONTEXT = 380 * 10**6, 1_500_000_000, 400_000_000
-"""Bytes of a process that has imported what pipelines need: 370 to 378 MB on Linux, more with CUDA's libraries, and
+USUAL_BASE, USUAL_BASE_BESIDE_GPU, USUAL_CONTEXT = 340 * 10**6, 1_450_000_000, 400_000_000
+"""Bytes of a process that has imported what pipelines need: 330 to 337 MB on Linux, more with CUDA's libraries, and
 what CUDA's context takes on the device."""
 
 

@@ -9,29 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowtide.loading.components import (
-    FLOAT32_BESIDE_FLOAT16,
-    MODELS,
-    TEXT_ENCODERS,
-    TEXT_ENTRIES,
-    LoadOptions,
-    text_encoder_on_meta,
-    weights_name,
-    without_variant,
-)
+from lowtide.loading.components import MODELS, LoadOptions, weights_name, without_variant
 from lowtide.loading.model_index import ComponentSpec, component_folder
-from lowtide.models.foreign import read_foreign_config
-from lowtide.models.foreign_configs import SafetyCheckerEntries
-from lowtide.models.safety_checker import StableDiffusionSafetyChecker
 from lowtide.quiet import quiet
 from lowtide.schedulers import SCHEDULERS
 from lowtide.weights.files import InFile
 from lowtide.weights.fill import dtype_by_name, state_names
 from lowtide.weights.index import CheckpointIndex, find_weights
-from lowtide.weights.names import SAFETY_CHECKER_NAMES, NameTable, apply_names
+from lowtide.weights.names import apply_names
 from lowtide.weights.slots import slots
-
-_NAMES = {**TEXT_ENCODERS, "StableDiffusionSafetyChecker": SAFETY_CHECKER_NAMES}
 
 InFiles = dict[str, Mapping[str, InFile] | None]
 """For each network, by name, how its weights lie in files; None where there are no files."""
@@ -54,22 +40,16 @@ def components_on_meta(
             continue
         own = component_folder(folder, name)
         weights = _weights(own, spec.class_name, None if name in plain else options.variant)
-        parts[name] = _part(own, spec, weights, options)
+        parts[name] = _part(own, spec, weights)
         if isinstance(parts[name], nn.Module):
             in_files[name] = _fit_dtypes(parts[name], weights, spec.class_name, options)
     return parts, in_files
 
 
-def _part(folder: Path, spec: ComponentSpec, weights: CheckpointIndex | None, options: LoadOptions) -> Any:
+def _part(folder: Path, spec: ComponentSpec, weights: CheckpointIndex | None) -> Any:
     name = spec.class_name
     if name in MODELS:
         return MODELS[name].on_meta(folder, MODELS[name].read_config(folder), weights)
-    if name == "StableDiffusionSafetyChecker":
-        entries = read_foreign_config(folder, SafetyCheckerEntries, name)
-        return StableDiffusionSafetyChecker.on_meta(folder, entries, weights)
-    if name in TEXT_ENCODERS:
-        text = read_foreign_config(folder, TEXT_ENTRIES[name], name)
-        return text_encoder_on_meta(folder, name, text, options.dtype, weights)
     if name in SCHEDULERS:
         return SCHEDULERS[name].from_pretrained(folder)
     return object()
@@ -79,12 +59,12 @@ def _fit_dtypes(
     module: nn.Module, weights: CheckpointIndex | None, class_name: str, options: LoadOptions
 ) -> Mapping[str, InFile] | None:
     """Give a network on meta the dtypes that it would be loaded in, and return how its weights lie in files."""
-    index = None if weights is None else apply_names(weights, _names(class_name), state_names(module))
+    index = None if weights is None else apply_names(weights, MODELS[class_name].names, state_names(module))
     in_file = None if index is None else {name: InFile.at(entry.offset, entry.dtype) for name, entry in index.items()}
     dtypes = [] if in_file is None else [weight.dtype for weight in in_file.values()]
     floating = next((dtype for dtype in dtypes if dtype.is_floating_point), None)
     dtype = options.dtype or floating or torch.float32
-    beside = FLOAT32_BESIDE_FLOAT16.get(class_name, ()) if dtype == torch.float16 else ()
+    beside = MODELS[class_name].float32_beside_float16 if dtype == torch.float16 else ()
     own = dict.fromkeys(beside, torch.float32)
     converted: dict[int, torch.Tensor] = {}
     for slot in slots(module):
@@ -107,7 +87,3 @@ def _weights(folder: Path, class_name: str, variant: str | None) -> CheckpointIn
         return None
     with quiet():
         return find_weights(folder, weights_name(class_name), variant)
-
-
-def _names(class_name: str) -> NameTable:
-    return MODELS[class_name].names if class_name in MODELS else _NAMES[class_name]

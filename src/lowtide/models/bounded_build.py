@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,13 +59,21 @@ def build_on_meta(
         with torch.device("meta"), _Counting(most):
             return build()
     except _TooManyError:
-        entries = {name: value for name, value in config.items() if any(part in name for part in COUNTING)}
-        said = ", ".join(f"{name}={value!r:.60}" for name, value in entries.items() if _is_count(value))
+        said = ", ".join(f"{name}={value!r:.60}" for name, value in _counts(config))
         beside = "a network without weights may have" if weights is None else "its weights are"
         size = MOST_TENSORS if weights is None else len(weights)
         raise CheckpointError(
             f"{file}: it describes a network of too many tensors: {beside} {size}. Of its entries {said} decide that."
         ) from None
+
+
+def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The entries that decide how many tensors there are, also those of configurations inside."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _counts(value)
+        elif any(part in name for part in COUNTING) and _is_count(value):
+            yield name, value
 
 
 def _is_count(value: Any) -> bool:

@@ -1,17 +1,16 @@
-"""Build classes of `transformers` from files that may hold anything: whatever fails is a `CheckpointError`."""
+"""Have other libraries read files that may hold anything: whatever fails is a `CheckpointError`."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-from lowtide.configs import CheckpointError
-from lowtide.models.foreign_configs import ForeignConfig
-
-ForeignT = TypeVar("ForeignT", bound=ForeignConfig)
-
+from lowtide.configs import CheckpointError, write_json
+from lowtide.models.put_weights import resting_state
+from lowtide.weights.save import save_tensors
 
 MOST_SAID = 400
 """Letters of a foreign error that ours repeats."""
@@ -33,9 +32,20 @@ def reading(folder: Path, what: str) -> Iterator[None]:
         raise CheckpointError(f"{folder}: no {what} can be read from it: {said[:MOST_SAID]}") from error
 
 
-def read_foreign_config(folder: Path, entries_class: type[ForeignT], what: str) -> ForeignT:
-    """The configuration in `config.json`. Raises `FileNotFoundError`, and `CheckpointError` if it is malformed."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no {file.name}, so it is not a {what} checkpoint.")
-    return entries_class.from_file(file)
+def is_of_transformers(component: object) -> bool:
+    """Whether a component is a network of `transformers`, which a script gave us; the library is not imported."""
+    library: Any = sys.modules.get("transformers")
+    return library is not None and isinstance(component, library.PreTrainedModel)
+
+
+def save_foreign(component: Any, folder: Path, *, variant: str | None, max_shard_size: int | str | None) -> None:
+    """Write a network of `transformers` into an existing folder, its weights as they rest."""
+    write_json(folder / "config.json", component.config.to_dict())
+    tensors = {_published(component, name): tensor for name, tensor in resting_state(component).items()}
+    save_tensors(tensors, folder, "model", variant=variant, max_shard_size=max_shard_size)
+
+
+def _published(component: object, name: str) -> str:
+    """Checkpoints of CLIP's text model are published with a prefix that transformers 5 dropped from the class."""
+    prefixed = type(component).__name__ == "CLIPTextModel" and not name.startswith("text_model.")
+    return f"text_model.{name}" if prefixed else name

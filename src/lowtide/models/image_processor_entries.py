@@ -7,7 +7,7 @@ from typing import Any
 
 from lowtide.config_checks import LARGE, SMALLEST, Range, check_types
 from lowtide.configs import Config
-from lowtide.models.foreign_configs import MOST_PIXELS
+from lowtide.models.encoder_configs import MOST_PIXELS
 
 RANGES: dict[str, Range] = {
     "resample": (0, 5),

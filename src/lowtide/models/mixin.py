@@ -41,9 +41,18 @@ class ModelMixin(PeerNames, nn.Module):
     """Base of the models: a configuration, loading and saving, dtype and device."""
 
     config_class: ClassVar[type[Config]]
+    library: ClassVar[str] = "diffusers"
+    """The library under whose name checkpoints list the class."""
+    weights_name: ClassVar[str] = WEIGHTS_NAME
     names: ClassVar[NameTable] = NameTable()
     never_cast: ClassVar[tuple[str, ...]] = ()
     """Patterns of the names of modules that are not cast, besides `lowtide.casting.casting.NEVER_CAST`."""
+    float32_beside_float16: ClassVar[tuple[str, ...]] = ()
+    """Patterns of weights that overflow in float16: they are float32 where the others are float16.
+
+    Where they rest in 8 bits, they compute in float32. This holds while loading: a later `.to(torch.float16)` makes
+    them float16 as well, as it does in other libraries.
+    """
     config: Config
 
     def __init__(self, config: Config) -> None:
@@ -100,7 +109,7 @@ class ModelMixin(PeerNames, nn.Module):
         target = mapped_device(device_map, offload=offload)
         source = Source(os.fspath(pretrained), revision, _path(cache_dir), token, local_files_only, force_download)
         prefix = f"{subfolder}/" if subfolder else ""
-        folder = source.fetch(prefix + name for name in [CONFIG_NAME, *weight_patterns(WEIGHTS_NAME, variant)])
+        folder = source.fetch(prefix + name for name in [CONFIG_NAME, *weight_patterns(cls.weights_name, variant)])
         model = cls.from_folder(
             folder / (subfolder or ""),
             dtype=chosen_dtype(torch_dtype, dtype),
@@ -122,10 +131,18 @@ class ModelMixin(PeerNames, nn.Module):
     ) -> Self:
         """Load from a local folder; `dtype` None keeps the file's. Raises as `from_pretrained`."""
         config = cls.read_config(folder)
-        weights = find_weights(folder, WEIGHTS_NAME, variant)
+        weights = find_weights(folder, cls.weights_name, variant)
         model = cls.on_meta(folder, config, weights)
         index = apply_names(weights, cls.names, state_names(model))
-        put_weights(model, index, dtype=dtype, offload=offload, casting=casting, never_cast=cls.never_cast)
+        put_weights(
+            model,
+            index,
+            dtype=dtype,
+            offload=offload,
+            casting=casting,
+            never_cast=cls.never_cast,
+            float32_beside_float16=cls.float32_beside_float16,
+        )
         return model.eval()
 
     @classmethod
@@ -160,7 +177,7 @@ class ModelMixin(PeerNames, nn.Module):
         """Write the files of `save_pretrained` straight into an existing folder."""
         own = {"_class_name": type(self).__name__, "_diffusers_version": PEER_VERSION}
         write_json(folder / CONFIG_NAME, {**self.config.to_dict(), **own})
-        save_tensors(resting_state(self), folder, WEIGHTS_NAME, variant=variant, max_shard_size=max_shard_size)
+        save_tensors(resting_state(self), folder, self.weights_name, variant=variant, max_shard_size=max_shard_size)
 
     def enable_group_offload(
         self,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lowtide.configs import CheckpointError, check_size, read_bounded, read_json
 from lowtide.models.character_map import check_character_map
+from lowtide.models.protobuf_fields import parts_in
 
 MOST_VOCABULARY_BYTES = 8_000_000
 """The largest file of a tokenizer that is read; published ones of CLIP and T5 have up to 3,700,000 bytes."""
@@ -41,8 +42,8 @@ def check_vocabulary(folder: Path, most: int = MOST_VOCABULARY_BYTES) -> None:
                 _check_extra(file, content.get("extra_ids"))
     pieces = folder / PIECES
     if pieces.is_file():
-        for normalizer in _fields(pieces, read_bounded(pieces, most), NORMALIZER_FIELD):
-            for charsmap in _fields(pieces, normalizer, MAP_FIELD):
+        for normalizer in parts_in(pieces, read_bounded(pieces, most), NORMALIZER_FIELD):
+            for charsmap in parts_in(pieces, normalizer, MAP_FIELD):
                 check_character_map(charsmap, f"{pieces}: its map of characters")
 
 
@@ -58,7 +59,7 @@ def largest_token(folder: Path) -> int | None:
         numbers += _numbers(read_json(folder / WORDS, MOST_VOCABULARY_BYTES))
         numbers += _numbers(read_json(folder / ADDED, MOST_VOCABULARY_BYTES)) if (folder / ADDED).is_file() else []
     elif (folder / PIECES).is_file():
-        count = sum(1 for _ in _fields(folder / PIECES, _bytes_of(folder / PIECES), PIECE_FIELD))
+        count = sum(1 for _ in parts_in(folder / PIECES, _bytes_of(folder / PIECES), PIECE_FIELD))
         numbers += [count - 1] if count else []
     return max((number for number in numbers if type(number) is int), default=None)
 
@@ -111,38 +112,3 @@ def _check_extra(file: Path, count: Any) -> None:
 
 def _bytes_of(file: Path) -> bytes:
     return read_bounded(file, MOST_VOCABULARY_BYTES)
-
-
-def _fields(file: Path, message: bytes, wanted: int) -> Iterator[bytes]:
-    """The contents of the fields of a number, of those with contents, in a protobuf message."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(file, message, at)
-        kind, size = key & 7, 0
-        if kind == 0:
-            _, at = _varint(file, message, at)
-        elif kind == 2:
-            size, at = _varint(file, message, at)
-        elif kind in (1, 5):
-            size = 8 if kind == 1 else 4
-        else:
-            raise CheckpointError(
-                f"{file}: no SentencePiece model can be read from it: a field of kind {kind} at byte {at}."
-            )
-        if at + size > len(message):
-            raise CheckpointError(
-                f"{file}: no SentencePiece model can be read from it: it ends inside a field at byte {at}."
-            )
-        if kind == 2 and key >> 3 == wanted:
-            yield message[at : at + size]
-        at += size
-
-
-def _varint(file: Path, message: bytes, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, and where it ends."""
-    number = 0
-    for place, byte in enumerate(message[at : at + 10]):
-        number |= (byte & 127) << (7 * place)
-        if byte < 128:
-            return number, at + place + 1
-    raise CheckpointError(f"{file}: no SentencePiece model can be read from it: a number at byte {at} does not end.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,13 +57,25 @@ def available_backends(device: torch.device | str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What attention is computed of: q `[B, N, L, H]`, k and v `[B, N, S, H]`, a mask that fits `[B, N, L, S]`."""
+    """What attention is computed of: q `[B, N, L, H]`, k and v `[B, N, S, H]`, a mask that fits `[B, N, L, S]`.
+
+    `causal` is in place of a mask: each query attends to the keys up to its own.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     mask: torch.Tensor | None
     scale: float | None
+    causal: bool = False
+
+    def with_mask(self) -> Inputs:
+        """The same with a mask in place of `causal`."""
+        if not self.causal:
+            return self
+        shape = self.q.shape[-2], self.k.shape[-2]
+        mask = torch.ones(shape, dtype=torch.bool, device=self.q.device).tril_()
+        return replace(self, mask=mask, causal=False)
 
     @property
     def whole_mask(self) -> torch.Tensor | None:
@@ -82,7 +94,9 @@ class Inputs:
     def some_heads(self, part: tuple[slice, slice]) -> Inputs:
         """Some pictures and heads."""
         mask = self.whole_mask
-        return Inputs(self.q[part], self.k[part], self.v[part], None if mask is None else mask[part], self.scale)
+        return Inputs(
+            self.q[part], self.k[part], self.v[part], None if mask is None else mask[part], self.scale, self.causal
+        )
 
 
 def attention(
@@ -93,13 +107,17 @@ def attention(
     backend: AttentionBackend = DEFAULT,
     *,
     scale: float | None = None,
+    causal: bool = False,
 ) -> torch.Tensor:
     """Attend from `L` query tokens to `S` key tokens: softmax(scale · q kᵀ + mask) v, `scale` 1/√H unless given.
 
     Shapes: q `[B, N, L, H]`, k and v `[B, N, S, H]`, mask broadcastable to `[B, N, L, S]` (boolean: True attends;
-    floating: added to the scores). Returns `[B, N, L, H]` in the dtype of q. Source: Vaswani et al. 2017, eq. 1.
+    floating: added to the scores). With `causal`, in place of a mask, each token attends to itself and those before it.
+    Returns `[B, N, L, H]` in the dtype of q. Source: Vaswani et al. 2017, eq. 1.
     """
-    inputs = Inputs(q_BNLH, k_BNSH, v_BNSH, mask, scale)
+    inputs = Inputs(q_BNLH, k_BNSH, v_BNSH, mask, scale, causal)
+    if backend.name != "sdpa":
+        inputs = inputs.with_mask()
     compute = _COMPUTE[backend.name]
     if inputs.need_gradients and backend.name in ("sdpa", "chunked"):
         return _by_pytorch(inputs)  # chunks are for inference
@@ -117,7 +135,7 @@ def attention(
 def _sdpa(inputs: Inputs, backend: AttentionBackend) -> torch.Tensor:
     """PyTorch chooses; but where it would fall back to the matrix of scores, and that is large, chunks take over."""
     if _is_large(inputs, backend) and not _has_kernel(inputs):
-        return _chunked(inputs, backend)
+        return _chunked(inputs.with_mask(), backend)
     return _by_pytorch(inputs)
 
 
@@ -138,7 +156,9 @@ def _kernel(inputs: Inputs, backend: AttentionBackend) -> torch.Tensor:
 
 
 def _by_pytorch(inputs: Inputs) -> torch.Tensor:
-    return F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, attn_mask=inputs.mask, scale=inputs.scale)
+    return F.scaled_dot_product_attention(
+        inputs.q, inputs.k, inputs.v, attn_mask=inputs.mask, is_causal=inputs.causal, scale=inputs.scale
+    )
 
 
 def _is_large(inputs: Inputs, backend: AttentionBackend) -> bool:
@@ -153,7 +173,7 @@ def _has_kernel(inputs: Inputs) -> bool:
     if device_type(inputs.q) not in _TOLD:
         return False
     choose: Any = torch._fused_sdp_choice  # type: ignore[attr-defined]
-    choice = choose(inputs.q, inputs.k, inputs.v, inputs.mask, 0.0, False, scale=inputs.scale)
+    choice = choose(inputs.q, inputs.k, inputs.v, inputs.mask, 0.0, inputs.causal, scale=inputs.scale)
     return choice not in (SDPBackend.MATH.value, SDPBackend.ERROR.value)
 
 

@@ -20,7 +20,7 @@ from lowtide.loading.model_index import (
     config_patterns,
     read_model_index,
 )
-from lowtide.models.foreign_configs import CLIPTextEntries, SafetyCheckerEntries, T5Entries
+from lowtide.models.encoder_configs import CLIPTextEntries, SafetyCheckerEntries, T5Entries
 from lowtide.models.image_processor_entries import ImageProcessorEntries
 from lowtide.models.unet_config import UNet2DConditionConfig
 from lowtide.models.vae_config import AutoencoderKLConfig

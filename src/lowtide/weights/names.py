@@ -51,6 +51,11 @@ CLIP_TEXT_NAMES = NameTable(
     stray=("*embeddings.position_ids",),
 )
 
+CLIP_VISION_NAMES = NameTable(
+    renames=(Rename(r"^vision_model\.", ""), Rename(r"^", "vision_model.")),
+    stray=("*embeddings.position_ids",),
+)
+
 # The file of a whole T5 can be loaded as a text encoder too.
 T5_NAMES = NameTable(stray=("decoder.*", "lm_head.weight"))
 

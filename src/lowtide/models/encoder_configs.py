@@ -1,6 +1,6 @@
-"""Configurations of the networks that `transformers` defines: the entries that shape them, and no others.
+"""Configurations of text encoders and of the safety checker, as `transformers` writes them: what shapes the networks.
 
-Entries that would choose kernels, code, quantization or labels are never handed on; Lowtide chooses those itself.
+Entries that would choose kernels, code, quantization or labels have no effect; Lowtide chooses those itself.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ TOKEN_ID: Range = (-1, LARGEST)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ForeignConfig(Config):
-    """Base: the entries that the class of `transformers` is made from are the fields."""
+class EncoderConfig(Config):
+    """Base: the entries that shape a network are the fields."""
 
     kind: ClassVar[str]
     ranges: ClassVar[Mapping[str, Range]] = {}
@@ -32,9 +32,9 @@ class ForeignConfig(Config):
             if getattr(self, name) not in values:
                 self.refuse(name, f"possible: {values}")
 
-    def entries(self) -> dict[str, Any]:
-        """The entries to make the configuration of `transformers` from."""
-        return {f.name: _listed(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "unused"}
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: the fields alone, since other entries may name code to run."""
+        return {name: value for name, value in super().to_dict().items() if name in self.__dataclass_fields__}
 
     def refuse(self, name: str, reason: str) -> None:
         """Raise `ValueError` for the entry called `name`."""
@@ -47,7 +47,7 @@ class ForeignConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CLIPTextEntries(ForeignConfig):
+class CLIPTextEntries(EncoderConfig):
     """Shape of a `CLIPTextModel`."""
 
     kind: ClassVar[str] = "Text encoder"
@@ -86,7 +86,7 @@ class CLIPTextEntries(ForeignConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CLIPVisionEntries(ForeignConfig):
+class CLIPVisionEntries(EncoderConfig):
     """Shape of a `CLIPVisionModel`."""
 
     kind: ClassVar[str] = "Vision encoder"
@@ -122,7 +122,7 @@ class CLIPVisionEntries(ForeignConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SafetyCheckerEntries(ForeignConfig):
+class SafetyCheckerEntries(EncoderConfig):
     """Shape of the safety checker: a CLIP model's, of which it has the vision tower and the projection."""
 
     kind: ClassVar[str] = "Safety checker"
@@ -138,14 +138,14 @@ class SafetyCheckerEntries(ForeignConfig):
         text = CLIPTextEntries.from_dict(_tower(source, "text_config"))
         return super().from_dict({**source, "vision_config": vision, "text_config": text})
 
-    def entries(self) -> dict[str, Any]:
-        """The entries to make the configuration of `transformers` from."""
-        towers = {"vision_config": self.vision_config.entries(), "text_config": self.text_config.entries()}
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, in which each tower stands once."""
+        towers = {"vision_config": self.vision_config.to_dict(), "text_config": self.text_config.to_dict()}
         return {"projection_dim": self.projection_dim, **towers}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class T5Entries(ForeignConfig):
+class T5Entries(EncoderConfig):
     """Shape of a `T5EncoderModel`."""
 
     kind: ClassVar[str] = "Text encoder"
@@ -182,11 +182,21 @@ class T5Entries(ForeignConfig):
     def __post_init__(self) -> None:
         """Raise `ValueError`, naming the entry, for one that is not possible."""
         super().__post_init__()
-        gated = self.feed_forward_proj.startswith("gated-")
-        if self.unused.get("is_gated_act", gated) is not gated:
+        if self.unused.get("is_gated_act", self.is_gated) is not self.is_gated:
             self.refuse("feed_forward_proj", f"is_gated_act={self.unused['is_gated_act']!r:.80} says another")
         if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
             self.refuse("relative_attention_max_distance", "it must be above a quarter of the number of buckets")
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether a second linear layer multiplies what the nonlinearity makes of the first."""
+        return self.feed_forward_proj.startswith("gated-")
+
+    @property
+    def nonlinearity(self) -> str:
+        """The name of the nonlinearity between the linear layers; "gated-gelu" has always meant the one by tanh."""
+        name = self.feed_forward_proj.removeprefix("gated-")
+        return "gelu_new" if self.feed_forward_proj == "gated-gelu" else name
 
 
 def _tower(source: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -195,7 +205,3 @@ def _tower(source: Mapping[str, Any], name: str) -> dict[str, Any]:
         if entry is not None and not isinstance(entry, dict):
             raise ValueError(f"Safety checker config: {name}={entry!r:.80} is not possible; it must hold entries.")
     return {**(said[0] or {}), **(said[1] or {})}
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

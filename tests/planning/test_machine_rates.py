@@ -13,9 +13,11 @@ from lowtide.machine import disk_and_link, kernel_rates
 from lowtide.machine.child_process import ChildError
 from lowtide.machine.disk_and_link import disk_read_rate
 from lowtide.machine.figure_cache import cache_folder
+from lowtide.machine.processor_share import Share
 from lowtide.planning import machine_rates
 from lowtide.planning.workload import Work
 
+ALONE = Share(0.0, 0.1)
 MEASURED = replace(machine_rates.assumed_rates(), device="cpu", assumed=False, cache=1, pinned_most=0)
 
 
@@ -24,7 +26,7 @@ def measured(monkeypatch, tmp_path):
     """How often it was measured; nothing is, and what is kept is kept here."""
     times = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(machine_rates, "_measured_elsewhere", lambda *given: times.append(given) or MEASURED)
+    monkeypatch.setattr(machine_rates, "_measured_elsewhere", lambda *given: times.append(given) or (MEASURED, ALONE))
     return times
 
 

@@ -121,3 +121,12 @@ class Rates:
             + work.touched / self.touched
             + work.kernels * self.kernel
         )
+
+
+_COMPUTED = ("convolution", "channels_last", "product", "attention", "touched", "frugal_touched", "dequantized")
+
+
+def slower(rates: Rates, factor: float) -> Rates:
+    """Rates with which all computing takes `factor` times as long."""
+    computed = {name: getattr(rates, name) / factor for name in _COMPUTED}
+    return replace(rates, **computed, kernel=rates.kernel * factor)

@@ -58,12 +58,12 @@ def tell_chosen(kind: Kind, chosen: str | None, tried: Sequence[str | None], dev
 
     None is the files' own.
     """
-    from lowtide.planning.computing_dtype import in_words, not_slow
+    from lowtide.planning.computing_dtype import in_words, told_of
 
     if device != "cpu" or len(tried) < 2:
         return
     if chosen is not None:
-        not_slow(kind, chosen)
+        told_of(chosen)
     tell((chosen and in_words(kind, chosen)) or f"Computing in {chosen or _OF_FILES}.")
     if chosen != tried[0]:
         tell(f"In {tried[0] or _OF_FILES} it would be faster, and does not fit the budget.")

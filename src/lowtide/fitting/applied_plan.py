@@ -211,7 +211,7 @@ class AppliedPlan:
                 self._check_rates(self.last_call, processors.share())
 
     def _check_rates(self, call: CallTook, share: Share) -> None:
-        """Correct a CPU's measured rates, for plans from now on, where a call took clearly more or less than they say."""
+        """Correct a CPU's measured rates, for plans from now on, where a call took clearly more or less time."""
         rates, device = self.fit.rates, self.fit.device
         if device.type != "cpu" or rates.assumed:
             return

@@ -1,4 +1,4 @@
-"""After a run: were the rates right that it was planned with? Where they were clearly off, the run itself corrects them.
+"""After a run: were the rates right that it was planned with? Where they were clearly off, the run corrects them.
 
 A run is the longest measurement there is, and costs nothing. Rates that were measured while others were at work, or
 before the machine was changed, would else mislead every plan from then on.

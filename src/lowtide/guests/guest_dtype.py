@@ -16,7 +16,7 @@ from torch import nn
 from lowtide.guests.checkpoint import GuestCheckpoint
 from lowtide.guests.unloaded import Part
 from lowtide.machine.dtype_speeds import DTYPES
-from lowtide.planning.computing_dtype import Kind, first_that_fits, ranked
+from lowtide.planning.computing_dtype import ON_CPU, Kind, first_that_fits, ranked
 from lowtide.planning.plan import Budgets
 from lowtide.weights.fill import dtype_name
 from lowtide.weights.slots import slots
@@ -42,7 +42,7 @@ def guest_dtypes(checkpoint: GuestCheckpoint, parts: Mapping[str, Part], device:
     by_library = any(part.reason for part in parts.values())
     if device.type != "cpu" or own is None or given or by_library or checkpoint.dtype is not None:
         return (checkpoint.dtype,)
-    names = tuple(dict.fromkeys((dtype_name(own), "float32", "bfloat16")))
+    names = tuple(dict.fromkeys((dtype_name(own), *ON_CPU)))
     if not set(names) <= set(DTYPES):
         return (None,)
     named = {name: getattr(torch, name) for name in names} | {dtype_name(own): None}

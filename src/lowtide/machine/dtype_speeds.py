@@ -56,16 +56,16 @@ class DtypeSpeeds:
     touched: float
 
 
-def dtype_speeds() -> Mapping[str, DtypeSpeeds] | None:
+def dtype_speeds(*, refresh: bool = False) -> Mapping[str, DtypeSpeeds] | None:
     """The speeds of this processor by the dtype's name; None where they cannot be measured.
 
     They are kept in the user's cache folder. Those measured while others were at work are measured again, by another
-    process, once these are done.
+    process, once these are done. With `refresh` they are measured anew.
     """
     key = _key()
     place = json.dumps([*key, str(cache_folder())])
-    if place not in _asked:
-        _asked[place] = _kept_or_measured(key)
+    if refresh or place not in _asked:
+        _asked[place] = _kept_or_measured(key, refresh=refresh)
     return _asked[place]
 
 
@@ -73,10 +73,10 @@ _asked: dict[str, Mapping[str, DtypeSpeeds] | None] = {}
 """What this process was told, so that it computes in one dtype all along."""
 
 
-def _kept_or_measured(key: list[Any]) -> Mapping[str, DtypeSpeeds] | None:
+def _kept_or_measured(key: list[Any], *, refresh: bool) -> Mapping[str, DtypeSpeeds] | None:
     kept = recall("dtype-speeds", key) or {}
     speeds = _read(kept)
-    if speeds is not None and not (kept.get("busy") and not is_busy(torch.get_num_threads())):
+    if speeds is not None and not refresh and not (kept.get("busy") and not is_busy(torch.get_num_threads())):
         return speeds
     if host_memory().available < _ROOM:
         return speeds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lowtide.configs import read_json
 from lowtide.hub import Source
 from lowtide.loading.model_index import MODEL_INDEX, read_model_index
-from lowtide.planning.computing_dtype import Kind, ranked
+from lowtide.planning.computing_dtype import ON_CPU, Kind, ranked
 
 ON_ACCELERATORS = "float16"
 _CONVOLVED = "StableDiffusionPipeline"
@@ -25,7 +25,7 @@ def own_dtypes(source: Source, device: str) -> tuple[str, ...]:
     """
     if device != "cpu":
         return (ON_ACCELERATORS,)
-    return ranked(own_kind(source), ("float32", "bfloat16", *(() if _overflows(source) else ("float16",))))
+    return ranked(own_kind(source), (*ON_CPU, *(() if _overflows(source) else ("float16",))))
 
 
 def _class_name(source: Source) -> str:

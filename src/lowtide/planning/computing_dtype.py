@@ -12,8 +12,10 @@ from typing import TypeVar
 
 from lowtide.machine.dtype_speeds import DtypeSpeeds, dtype_speeds
 from lowtide.planning.plan import BudgetError
-from lowtide.planning.workload import Work, Workload
+from lowtide.planning.workload import WHOLE, Work, Workload
 
+ON_CPU = ("float32", "bfloat16")
+"""The dtypes that are right for every model on a CPU; where they are as fast, the first."""
 AS_FAST = 1.03
 """A dtype that takes less than so many times the least seconds is as fast: then another one is not worth a change."""
 SLOW = 1.5
@@ -32,7 +34,7 @@ class Kind(Enum):
     @classmethod
     def of(cls, workload: Workload) -> Kind:
         """What a run mostly computes."""
-        calls = [stage_call.work.times(stage.calls) for stage in workload.stages for stage_call in stage.ways.values()]
+        calls = [stage.ways[WHOLE].work.times(stage.calls) for stage in workload.stages]
         convolved = sum(work.convolution + work.channels_last for work in calls)
         return cls.CONVOLUTIONS if convolved > sum(work.product for work in calls) else cls.PRODUCTS
 
@@ -66,12 +68,10 @@ def ranked(kind: Kind, possible: Sequence[str]) -> tuple[str, ...]:
     return fastest_first(kind, possible, dtype_speeds()) if len(possible) > 1 else tuple(possible)
 
 
-def times_as_long(kind: Kind, dtype: str, other: str) -> float | None:
-    """How many times as long this processor takes in a dtype as in another; None where that was not measured."""
-    speeds = dtype_speeds()
-    if speeds is None or dtype not in speeds or other not in speeds:
-        return None
-    return seconds(kind, speeds[dtype]) / seconds(kind, speeds[other])
+def times_as_long(speeds: Mapping[str, DtypeSpeeds] | None, kind: Kind = Kind.CONVOLUTIONS) -> dict[str, float]:
+    """How many times as long a typical step takes in each dtype as in the fastest; nothing without speeds."""
+    taken = {name: seconds(kind, speed) for name, speed in (speeds or {}).items()}
+    return {name: each / min(taken.values()) for name, each in taken.items()}
 
 
 def in_words(kind: Kind, dtype: str) -> str | None:
@@ -79,31 +79,35 @@ def in_words(kind: Kind, dtype: str) -> str | None:
     speeds = dtype_speeds()
     if speeds is None or dtype not in speeds:
         return None
-    others = [name for name in ("float32", "bfloat16") if name != dtype]
+    others = [name for name in ON_CPU if name != dtype]
     factors = {name: seconds(kind, speeds[name]) / seconds(kind, speeds[dtype]) for name in others}
-    said = ", ".join(f"{name} takes {factor:.2g}× as long" for name, factor in factors.items())
+    said = ", ".join(f"{name} takes {_factor(factor)}× as long" for name, factor in factors.items())
     return f"Computing in {dtype}: by what was measured here, {said}."
 
 
-_told: set[tuple[str, Kind]] = set()
+def _factor(factor: float) -> str:
+    return f"{factor:.0f}" if factor >= 10 else f"{factor:.1f}"
+
+
+_told: set[str] = set()
 
 
 def slow_warning(kind: Kind, dtype: str) -> str | None:
     """What to say, once, of a dtype that was asked for and is slow on this processor; None where there is nothing."""
-    speeds = dtype_speeds() if (dtype, kind) not in _told else None
+    speeds = dtype_speeds() if dtype not in _told else None
     if speeds is None or dtype not in speeds:
         return None
-    _told.add((dtype, kind))
-    best, *_ = fastest_first(kind, ("float32", "bfloat16"), speeds)
+    _told.add(dtype)
+    best, *_ = fastest_first(kind, ON_CPU, speeds)
     factor = seconds(kind, speeds[dtype]) / seconds(kind, speeds[best])
     if factor < SLOW:
         return None
-    return f"{dtype} is slow on this processor: computing takes {factor:.3g} times as long as in {best}."
+    return f"{dtype} is slow on this processor: computing takes {_factor(factor)} times as long as in {best}."
 
 
-def not_slow(kind: Kind, dtype: str) -> None:
-    """Have nothing said of a dtype that was chosen knowingly."""
-    _told.add((dtype, kind))
+def told_of(dtype: str) -> None:
+    """Have nothing said of a dtype any more: it was chosen knowingly."""
+    _told.add(dtype)
 
 
 def first_that_fits(dtypes: Sequence[D], attempt: Callable[[D], R]) -> tuple[D, R]:

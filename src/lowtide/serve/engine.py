@@ -60,7 +60,9 @@ class Engine:
         budgets = parse_budgets(self._device, vram, ram, None)
         self.budgets = budgets if budgets.ram is None else replace(budgets, ram=max(1, budgets.ram - beside))
         self._notes = Path(notes)
-        self._models = {name: ServedModel(source, self._device, dtype) for name, source in models.items()}
+        self._models = {
+            name: ServedModel(source, self._device, dtype, self._notes, name) for name, source in models.items()
+        }
         self._pipes: dict[str, Any] = {}
         self._last: tuple[str, Budgets, dict[str, Any]] | None = None
 
@@ -178,7 +180,7 @@ class Engine:
             return pipe
         self._last = None
         if pipe is None:
-            pipe = self._pipes[name] = lowtide.load(model.source, dtype=model.dtype, **given, **size)
+            pipe = self._pipes[name] = lowtide.load(model.source, dtype=model.dtype or "auto", **given, **size)
             if hasattr(pipe, "set_progress_bar_config"):
                 pipe.set_progress_bar_config(disable=True)
         look_again()

@@ -91,7 +91,7 @@ def prepare(
     """All that plans for runs of this size are made from.
 
     `loaded` are those networks of the subject that this process has in memory already. `rates` are those of an earlier
-    preparation (None: looked up, or measured the first time; a warning says, once, of a dtype that is slow here). Raises
+    preparation (None: looked up, or measured the first time; a dtype that is slow here is warned of once). Raises
     `ValueError` for a size that cannot be made.
     """
     workload = meta.workload(size, allow)

@@ -64,13 +64,21 @@ def load_in_fastest(
     """The pipeline in the fastest dtype in which it fits the budgets, and before it that one and all that could be."""
     parts = checkpoint.parts()
     dtypes = guest_dtypes(checkpoint, parts, device)
-
-    def attempt(dtype: Choice) -> Any:
-        chosen = in_dtype(checkpoint, parts, dtype)
-        return chosen.load(budgets, allow, device, parts if chosen is checkpoint else None)
-
-    chosen, pipe = first_that_fits(dtypes, attempt)
+    chosen, pipe = first_that_fits(dtypes, lambda dtype: load_in(checkpoint, parts, dtype, budgets, allow, device))
     return chosen, dtypes, pipe
+
+
+def load_in(
+    checkpoint: GuestCheckpoint,
+    parts: Mapping[str, Part],
+    dtype: Choice,
+    budgets: Budgets,
+    allow: tuple[str, ...],
+    device: torch.device,
+) -> Any:
+    """The pipeline in a dtype, within the budgets; `parts` are the checkpoint's."""
+    chosen = in_dtype(checkpoint, parts, dtype)
+    return chosen.load(budgets, allow, device, parts if chosen is checkpoint else None)
 
 
 def _most(parts: Mapping[str, Part]) -> torch.dtype | None:

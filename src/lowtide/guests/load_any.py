@@ -11,7 +11,7 @@ import torch
 
 from lowtide.fitting.budgets import Asked, parse_budgets
 from lowtide.guests.checkpoint import GuestCheckpoint, is_file_for
-from lowtide.guests.guest_dtype import load_in_fastest
+from lowtide.guests.guest_dtype import guest_dtypes, load_in
 from lowtide.guests.single_files import file_of
 from lowtide.hub import Source
 from lowtide.loading.model_index import MODEL_INDEX, read_model_index
@@ -20,7 +20,6 @@ from lowtide.models.load_arguments import chosen_dtype
 from lowtide.pipelines.base import DiffusionPipeline
 from lowtide.pipelines.own_dtype import own_dtypes
 from lowtide.pipelines.parts import KINDS
-from lowtide.planning.computing_dtype import first_that_fits
 from lowtide.planning.plan import check_allowed
 
 
@@ -50,10 +49,10 @@ def load(
     from configurations alone; then every network is filled from its own files, or left there, as the plan says. The
     pipeline is of our class where we have one, and of diffusers' else, for files, or with `native=False`. `dtype` (or
     `torch_dtype`) is the one to compute in. None, on a CPU, is the fastest by this machine's measured speeds of those
-    that are right for the model, or a slower one where only that fits the budgets; elsewhere it is that of the files,
-    as "auto" is everywhere. Weights rest as the files have them. Further arguments are components to use in place of
-    the checkpoint's, or `.safetensors` and `.gguf` files of their weights, and arguments of the call to plan for, such
-    as `height`; both by the pipeline's own names. See `lowtide.fit` for budgets and `allow`.
+    that are right for the model, and of those as fast that of the files (float32 for pipelines of ours); elsewhere it
+    is that of the files, as "auto" is everywhere. Weights rest as the files have them. Further arguments are components
+    to use in place of the checkpoint's, or `.safetensors` and `.gguf` files of their weights, and arguments of the call
+    to plan for, such as `height`; both by the pipeline's own names. See `lowtide.fit` for budgets and `allow`.
     Raises `BudgetError` before a byte of weights is read where no plan fits, `FileNotFoundError` for a missing model,
     file or variant, and for configurations of a file that cannot be fetched, `CheckpointError` for malformed files and
     for components whose code is in no library, `NoGuestsError`, an `ImportError`, where diffusers is needed and not
@@ -73,16 +72,15 @@ def load(
     if native and class_name in KINDS and not has_files:
         given = {name: value for name, value in components_and_call.items() if name in specs}
         size = {name: value for name, value in components_and_call.items() if name not in specs}
-        dtypes = (asked or "auto",)
-        if asked is None and chosen.type == "cpu":
-            dtypes = own_dtypes(source, chosen.type)
-        return first_that_fits(dtypes, lambda in_dtype: DiffusionPipeline.from_pretrained(
-            model, dtype=in_dtype, variant=variant, revision=revision, cache_dir=cache, token=token,
+        fastest = own_dtypes(source, chosen.type)[0] if asked is None and chosen.type == "cpu" else "auto"
+        return DiffusionPipeline.from_pretrained(
+            model, dtype=asked or fastest, variant=variant, revision=revision, cache_dir=cache, token=token,
             local_files_only=local_files_only, vram=budgets.vram, ram=budgets.ram, disk=budgets.disk, allow=allow,
             offload_device=chosen, size=size, **given,
-        ))[1]  # fmt: skip
+        )  # fmt: skip
     in_dtype = None if asked is None else chosen_dtype(asked, None)
     checkpoint = GuestCheckpoint.opened(source, components_and_call, in_dtype, variant, config)
-    if asked is None:
-        return load_in_fastest(checkpoint, budgets, tuple(allow), chosen)[-1]
-    return checkpoint.load(budgets, tuple(allow), chosen)
+    if asked is not None:
+        return checkpoint.load(budgets, tuple(allow), chosen)
+    parts = checkpoint.parts()
+    return load_in(checkpoint, parts, guest_dtypes(checkpoint, parts, chosen)[0], budgets, tuple(allow), chosen)

@@ -18,7 +18,7 @@ ON_CPU = ("float32", "bfloat16")
 """The dtypes that are right for every model on a CPU; where they are as fast, the first."""
 AS_FAST = 1.03
 """A dtype that takes less than so many times the least seconds is as fast: then another one is not worth a change."""
-SLOW = 1.5
+SLOW = 3
 """Times the least seconds from which on a dtype that was asked for is told to be slow."""
 
 D = TypeVar("D")

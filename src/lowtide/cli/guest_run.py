@@ -90,9 +90,9 @@ def load(request: GuestRequest, call: NamedCall, device: torch.device) -> tuple[
         if not hasattr(checkpoint.pipeline_class, "load_lora_weights"):
             raise InputError(f"--lora: a {request.class_name} takes no LoRA.")
         chosen, *others = guest_dtypes(checkpoint, parts := checkpoint.parts(), device)
-        tell_chosen_by_guest(kind_of_guest(checkpoint), chosen, (chosen, *others), device.type)
         pipe = in_dtype(checkpoint, parts, chosen).unplanned(device)
         add_loras(pipe, [(lora.file, lora.strength) for lora in request.loras])
+        tell_chosen_by_guest(kind_of_guest(checkpoint), chosen, (chosen, *others), device.type)
         fit(pipe, budget.vram, budget.ram, disk=budget.disk, allow=budget.allow, device=device, **arguments)
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)  # steps are shown by ours

@@ -29,7 +29,7 @@ from lowtide.machine.processor_share import Share, Watch, is_busy
 from lowtide.planning.rates import Rates, slower
 from lowtide.weights.fill import dtype_name
 
-_FORMAT = 13
+_FORMAT = 14
 USUAL_DISK = 5e8
 """Bytes a second, assumed where the disk cannot be measured."""
 _USUAL_MAPPED, _USUAL_AGAIN = 2e9, 3e9

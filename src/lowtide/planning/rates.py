@@ -123,7 +123,18 @@ class Rates:
         )
 
 
-_COMPUTED = ("convolution", "channels_last", "product", "attention", "touched", "frugal_touched", "dequantized")
+_COMPUTED = (
+    "convolution",
+    "channels_last",
+    "product",
+    "attention",
+    "touched",
+    "frugal_touched",
+    "dequantized",
+    "packed_convolution",
+    "packed_product",
+    "packing",
+)
 
 
 def slower(rates: Rates, factor: float) -> Rates:

@@ -61,6 +61,12 @@ def test_a_run_that_does_not_tell_corrects_nothing(plan):
     assert found(plan, 50.0) is not None
 
 
+def test_stretches_of_one_stage_are_one_run_of_it(plan):
+    """As in a guest that goes from one network to another and back in every step."""
+    in_stretches = [replace(reading, seconds=1.0) for reading in readings(plan, 10.0) for _ in range(10)]
+    assert correction(plan, in_stretches, {}, ALONE, 1, 1.0) is None
+
+
 def test_slower_rates_take_longer():
     work = Work(convolution=1e12, product=1e12, attention=1e12, touched=1e10, kernels=1000)
     assert slower(fits.RATES, 3).seconds(work) == pytest.approx(3 * fits.RATES.seconds(work))

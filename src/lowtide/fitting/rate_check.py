@@ -41,7 +41,7 @@ def unchecked() -> Generator[None]:
 def correction(
     plan: Plan, readings: Sequence[StageReading], flows: Mapping[str, Flow], share: Share, threads: int, so_far: float
 ) -> tuple[float, str] | None:
-    """By how much computing is slower than the rates of a plan say, which are corrected `so_far`, and that in words.
+    """By how much a call computed slower than the rates of its plan say, which are corrected `so_far`, and in words.
 
     None where the rates are right, and where the run does not tell: it was short, or others were at work meanwhile.
     """
@@ -66,5 +66,5 @@ def _computed(plan: Plan, readings: Sequence[StageReading], flows: Mapping[str, 
         own = [reading.seconds for reading in readings if reading.name == stage.name]
         waited = flows.get(stage.name, Flow()).stalled
         if own and stage.bound == "compute" and waited <= _STALLED * sum(own):
-            taken, predicted = taken + sum(own), predicted + stage.seconds * len(own)
+            taken, predicted = taken + sum(own), predicted + stage.seconds  # of one call, in however many stretches
     return taken, predicted

@@ -50,6 +50,10 @@ def usual_rates():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for folder in {machine_rates._usual_folder(), Path(tempfile.gettempdir())}:
             keep("rates", machine_rates._key(torch.device("cpu"), dtype, folder), usual)
+    from lowtide.machine.dtype_speeds import DtypeSpeeds, kept_speeds
+
+    alike, slow = (DtypeSpeeds(*[speed] * 5) for speed in (1e11, 1e9))
+    kept_speeds({"float32": alike, "bfloat16": alike, "float16": slow})
 
 
 @pytest.fixture(params=["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)])

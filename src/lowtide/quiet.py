@@ -20,11 +20,16 @@ class _IsUnwanted(type):
         return issubclass(subclass, _UNWANTED.get())
 
 
+def have_filter() -> None:
+    """Have the filter that `quiet` needs, for good: Python says what it has said once anew after every new filter."""
+    if not warnings.filters or type(warnings.filters[0][2]) is not _IsUnwanted:
+        warnings.simplefilter("ignore", _IsUnwanted("Unwanted", (Warning,), {}))
+
+
 @contextmanager
 def quiet(category: type[Warning] = Warning) -> Generator[None]:
     """Ignore warnings of a category in this thread while this lasts."""
-    if not warnings.filters or type(warnings.filters[0][2]) is not _IsUnwanted:  # for good, so not once for each
-        warnings.simplefilter("ignore", _IsUnwanted("Unwanted", (Warning,), {}))
+    have_filter()
     before = _UNWANTED.get()
     try:
         _UNWANTED.set((*before, category))

@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 from lowtide.cli import diagnosis
 from lowtide.cli.app import app
 from lowtide.cli.diagnosis import Gpu, Processor
-from lowtide.machine import disk_and_link
+from lowtide.machine import disk_and_link, dtype_speeds
 from lowtide.planning import machine_rates
+
+ALIKE = dict.fromkeys(dtype_speeds.DtypeSpeeds.__annotations__, 1e11)
 
 
 @pytest.fixture
@@ -20,6 +22,9 @@ def small_probes(monkeypatch):
     monkeypatch.setattr(disk_and_link, "_FILE_BYTES", 2**20)
     monkeypatch.setattr(disk_and_link, "_CHUNK", 2**18)
     monkeypatch.setattr(disk_and_link, "matmul_rate", lambda dtype, size: 1e11)
+    monkeypatch.setattr(dtype_speeds, "_asked", {})
+    monkeypatch.setattr(dtype_speeds, "_measured_elsewhere", lambda: dict.fromkeys(dtype_speeds.DTYPES, ALIKE))
+    monkeypatch.setattr(dtype_speeds, "keep", lambda *_: None)
     monkeypatch.setattr("lowtide.fitting.process.alone", lambda *_: (380_000_000, 0))
     monkeypatch.setattr(
         machine_rates, "machine_rates", lambda *_, refresh: replace(machine_rates.assumed_rates(), assumed=not refresh)
@@ -39,7 +44,7 @@ def test_json_has_every_part_and_leaves_no_file(tmp_path):
     assert found["memory"]["total"] >= found["memory"]["available"] > 0
     assert found["memory"]["copy_rate"] > 0
     assert found["processor"]["usable"] > 0
-    assert set(found["processor"]["matmul"]) == {"float32", "bfloat16", "float16"}
+    assert set(found["processor"]["matmul"]) == set(found["processor"]["times"]) == {"float32", "bfloat16", "float16"}
     assert found["disk"]["read_rate"] or found["disk"]["note"]
     assert found["planning"]["rates"]["assumed"]
     assert not json.loads(doctor("--json", "--refresh", "--folder", str(tmp_path)).stdout)["planning"]["rates"][
@@ -65,19 +70,20 @@ def test_a_folder_that_is_not_there():
     assert "no such folder" in result.stderr
 
 
-def cpu(bfloat16, float16):
-    return Processor("x", 2, (), {"float32": 100.0, "bfloat16": bfloat16, "float16": float16})
+def cpu(**times):
+    return Processor("x", 2, (), {}, times=times)
 
 
 @pytest.mark.parametrize(
     ("processor", "said", "unsaid"),
     [
-        (cpu(300.0, 3.0), ["3.0× as fast", "Do not use float16"], []),
-        (cpu(50.0, 3.0), ["use float32", "Do not use float16"], []),
-        (cpu(300.0, 300.0), ["3.0× as fast"], ["Do not use float16"]),
+        (cpu(float32=3.0, bfloat16=1.0, float16=90.0), ["in bfloat16", "float32 takes 3.0×", "not use float16"], []),
+        (cpu(float32=1.0, bfloat16=60.0, float16=90.0), ["in float32", "bfloat16 takes 60.0×"], []),
+        (cpu(float32=1.0, bfloat16=1.0, float16=1.0), ["in float32"], ["takes", "Do not use float16"]),
+        (cpu(), ["could not be measured"], []),
     ],
 )
-def test_the_dtype_advice_follows_the_measured_rates(processor, said, unsaid):
+def test_the_dtype_advice_follows_the_measured_speeds(processor, said, unsaid):
     advice = diagnosis._dtype_advice(processor, ())
     assert all(words in advice for words in said)
     assert not any(words in advice for words in unsaid)
@@ -85,7 +91,7 @@ def test_the_dtype_advice_follows_the_measured_rates(processor, said, unsaid):
 
 def test_with_a_gpu_the_advice_is_for_the_gpu():
     gpu = Gpu("cuda:0", "GPU", "9.0", False, 2**34, 2**33, 1e10, 1e10)
-    assert "On the GPU" in diagnosis._dtype_advice(cpu(300.0, 3.0), (gpu,))
+    assert "On the GPU" in diagnosis._dtype_advice(cpu(float32=1.0), (gpu,))
 
 
 def test_missing_packages_come_with_their_command(monkeypatch):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from tests.planning import plans
+from tests.planning import plans, processors
 from typer.testing import CliRunner
 
 from lowtide.cli import plan_command as command
@@ -222,3 +222,34 @@ def test_what_cannot_be_is_told_before_any_planning(found, arguments, told):
     assert told in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
     assert "asked" not in found
+
+
+def test_the_fastest_dtype_is_planned_and_told(found, monkeypatch):
+    processors.use(monkeypatch, processors.FOR_BFLOAT16)
+    result = lowtide("--ram", "1GB")
+    assert result.exit_code == 0, result.output
+    assert found["asked"].dtype == "bfloat16"
+    assert "Computing in bfloat16: by what was measured here, float32 takes 2.0× as long." in result.stderr
+
+
+def test_where_only_a_slower_dtype_fits_it_is_planned_and_told(found, monkeypatch):
+    processors.use(monkeypatch, processors.FOR_BFLOAT16)
+
+    def look_at(asked, _):
+        found["asked"] = asked
+        return outlook(plans.on_cpu(), refusal="too little" if asked.dtype == "bfloat16" else None)
+
+    monkeypatch.setattr(command, "look_at", look_at)
+    result = lowtide("--ram", "1GB")
+    assert result.exit_code == 0, result.output
+    assert found["asked"].dtype == "float32"
+    assert "In bfloat16 it would be faster, and does not fit the budget." in result.stderr
+
+
+def test_a_slow_dtype_that_is_asked_for_is_planned_with_a_warning(found, monkeypatch):
+    processors.use(monkeypatch, processors.FOR_FLOAT32)
+    result = lowtide("--ram", "1GB", "--dtype", "bfloat16")
+    assert found["asked"].dtype == "bfloat16"
+    assert (
+        "Warning: bfloat16 is slow on this processor: computing takes 60 times as long as in float32." in result.stderr
+    )

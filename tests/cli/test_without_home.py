@@ -12,8 +12,12 @@ SCRIPT = """
 import sys
 from tests.fitting.fits import RATES
 from lowtide.fitting import process
+from lowtide.machine import dtype_speeds
+from lowtide.machine.processor_share import Share
 from lowtide.planning import machine_rates
-machine_rates._measured_elsewhere = lambda *_: RATES  # what takes long
+machine_rates._measured_elsewhere = lambda *_: (RATES, Share(0.0, 0.1))  # what takes long
+ALIKE = dict.fromkeys(dtype_speeds.DtypeSpeeds.__annotations__, 1e11)
+dtype_speeds._measured_elsewhere = lambda: dict.fromkeys(dtype_speeds.DTYPES, ALIKE)
 process.run_module = lambda *_, **__: "400000000 0"
 from lowtide.cli.app import main
 sys.argv[1:] = {arguments!r}

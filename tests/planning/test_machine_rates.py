@@ -13,9 +13,12 @@ from lowtide.machine import disk_and_link, kernel_rates
 from lowtide.machine.child_process import ChildError
 from lowtide.machine.disk_and_link import disk_read_rate
 from lowtide.machine.figure_cache import cache_folder
+from lowtide.machine.processor_share import Share
 from lowtide.planning import machine_rates
+from lowtide.planning.machine_rates import correct_rates
 from lowtide.planning.workload import Work
 
+ALONE, BUSY = Share(0.0, 0.1), Share(10_000.0, 9.0)
 MEASURED = replace(machine_rates.assumed_rates(), device="cpu", assumed=False, cache=1, pinned_most=0)
 
 
@@ -24,7 +27,7 @@ def measured(monkeypatch, tmp_path):
     """How often it was measured; nothing is, and what is kept is kept here."""
     times = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(machine_rates, "_measured_elsewhere", lambda *given: times.append(given) or MEASURED)
+    monkeypatch.setattr(machine_rates, "_measured_elsewhere", lambda *given: times.append(given) or (MEASURED, ALONE))
     return times
 
 
@@ -42,6 +45,28 @@ def test_measured_once_for_each_dtype(measured, tmp_path):
     ask(refresh=True)
     assert len(measured) == 3
     assert len(list((tmp_path / "lowtide").iterdir())) == 2
+
+
+def test_those_of_a_busy_machine_are_measured_again_once_it_is_quiet(measured, monkeypatch, capsys):
+    monkeypatch.setattr(machine_rates, "_measured_elsewhere", lambda *given: measured.append(given) or (MEASURED, BUSY))
+    ask()
+    assert "Others were at work (load 9.0)" in capsys.readouterr().err
+    monkeypatch.setattr(machine_rates, "is_busy", lambda threads: True)
+    ask()
+    assert len(measured) == 1, "it would be no better now"
+    monkeypatch.setattr(machine_rates, "is_busy", lambda threads: False)
+    ask()
+    assert len(measured) == 2
+
+
+def test_what_a_run_corrects_is_kept(measured):
+    correct_rates(torch.device("cpu"), torch.float32, 2.0)  # nothing is kept yet
+    before = ask()
+    correct_rates(torch.device("cpu"), torch.float32, 2.0)
+    work = Work(product=1e12, convolution=1e12, touched=1e9)
+    assert ask().seconds(work) == pytest.approx(2 * before.seconds(work))
+    assert len(measured) == 1
+    assert ask(refresh=True).seconds(work) == pytest.approx(before.seconds(work))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lowtide.cli.errors import InputError, tell
@@ -9,6 +10,11 @@ from lowtide.cli.request import DType
 
 if TYPE_CHECKING:
     import torch
+
+    from lowtide.planning.computing_dtype import Kind
+
+_OF_FILES = "the dtype of the files"
+DTYPE_HELP = "float32, bfloat16, float16; auto: the fastest here that is right for the model."
 
 
 def resolve_device(name: str) -> torch.device:
@@ -23,12 +29,52 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_dtype(name: DType, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; "auto" is float32 on a CPU and float16 on a GPU."""
-    import torch
+def dtypes_to_try(name: DType, model: str, device: str) -> tuple[Kind, tuple[str, ...]]:
+    """The dtypes in which a model of ours may compute on a kind of device, the best first, and what it computes.
 
+    One that was asked for is alone; where it is slow here, that is told.
+    """
+    from lowtide.hub import Source
+    from lowtide.pipelines.own_dtype import own_dtypes, own_kind
+
+    kind = own_kind(Source(model))
     if name is DType.AUTO:
-        return torch.float32 if device.type == "cpu" else torch.float16
-    if name is DType.FLOAT16 and device.type == "cpu":
-        tell("Warning: float16 is emulated on a CPU and very slow. Use --dtype bfloat16 or float32.")
-    return getattr(torch, name.value)
+        return kind, own_dtypes(Source(model), device)
+    tell_if_slow(kind, name.value, device)
+    return kind, (name.value,)
+
+
+def tell_if_slow(kind: Kind, dtype: str, device: str) -> None:
+    """Warn of a dtype that was asked for and is slow on this processor, with the measured factor."""
+    from lowtide.planning.computing_dtype import slow_warning
+
+    said = slow_warning(kind, dtype) if device == "cpu" else None
+    if said is not None:
+        tell(f"Warning: {said} Leave --dtype out for the fastest.")
+
+
+def tell_chosen(kind: Kind, chosen: str | None, tried: Sequence[str | None], device: str) -> None:
+    """Say in which of the dtypes that could be tried a run computes on a CPU, and why, where there was a choice.
+
+    None is the files' own.
+    """
+    from lowtide.planning.computing_dtype import in_words, told_of
+
+    if device != "cpu" or len(tried) < 2:
+        return
+    if chosen is not None:
+        told_of(chosen)
+    tell((chosen and in_words(kind, chosen)) or f"Computing in {chosen or _OF_FILES}.")
+    if chosen != tried[0]:
+        tell(f"In {tried[0] or _OF_FILES} it would be faster, and does not fit the budget.")
+
+
+def tell_chosen_by_guest(
+    kind: Kind, chosen: torch.dtype | None, tried: Sequence[torch.dtype | None], device: str
+) -> None:
+    """The same for dtypes of torch."""
+
+    def name(dtype: torch.dtype | None) -> str | None:
+        return None if dtype is None else str(dtype).removeprefix("torch.")
+
+    tell_chosen(kind, name(chosen), [name(dtype) for dtype in tried], device)

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,17 +27,24 @@ _OPTIONAL = {
     "transformers": "pipelines of diffusers, and text encoders of a script's own",
 }
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimd", "bf16")
-_FLOAT16_TOO_SLOW = 0.5
+_FLOAT16_TOO_SLOW, AS_LONG = 2.0, 1.05
+"""Times the least seconds from which on float16 is advised against, and a dtype is said to be slower."""
 
 
 @dataclass(frozen=True)
 class Processor:
-    """The CPU: its name, the processors we may use, the features that matter, and FLOP/s of a matrix product."""
+    """The CPU: its name, the processors we may use, the features that matter, and FLOP/s of a matrix product.
+
+    `kernels` are the instructions that fast kernels are made of, and whether it has them. `times` is how many times as
+    long a typical step of a U-Net takes in each dtype as in the fastest; empty where it was not measured.
+    """
 
     name: str
     usable: float
     features: tuple[str, ...]
     matmul: dict[str, float]
+    kernels: dict[str, bool] = field(default_factory=dict[str, bool])
+    times: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ def diagnose(folder: Path, *, refresh: bool = False) -> Diagnosis:
 
     The rates that plans are made with are measured once; with `refresh` again.
     """
-    processor, gpus = _processor(), _gpus()
+    processor, gpus = _processor(refresh=refresh), _gpus()
     optional = {name: _version(name) for name in _OPTIONAL}
     return Diagnosis(
         lowtide=lowtide.__version__,
@@ -121,7 +128,7 @@ def diagnose(folder: Path, *, refresh: bool = False) -> Diagnosis:
         memory=_memory(),
         gpus=gpus,
         disk=_disk(folder),
-        planning=_planning(processor, gpus, refresh=refresh),
+        planning=_planning(gpus, refresh=refresh),
         advice=(_dtype_advice(processor, gpus), *_gpu_advice(gpus), *_install_advice(optional)),
     )
 
@@ -133,15 +140,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> Processor:
+def _processor(*, refresh: bool) -> Processor:
     import torch
 
+    from lowtide.machine.dtype_speeds import dtype_speeds
     from lowtide.machine.host import processor_name_and_flags, usable_cpus
+    from lowtide.machine.processor_kernels import kernels
+    from lowtide.planning.computing_dtype import times_as_long
 
     sizes = {torch.float32: 1024, torch.bfloat16: 1024, torch.float16: 256}
     rates = {str(dtype).removeprefix("torch."): disk_and_link.matmul_rate(dtype, size) for dtype, size in sizes.items()}
     name, flags = processor_name_and_flags()
-    return Processor(name, usable_cpus(), tuple(feature for feature in _CPU_FEATURES if feature in flags), rates)
+    features = tuple(feature for feature in _CPU_FEATURES if feature in flags)
+    times = times_as_long(dtype_speeds(refresh=refresh))
+    return Processor(name, usable_cpus(), features, rates, kernels(flags), times)
 
 
 def _memory() -> Memory:
@@ -180,15 +192,15 @@ def _disk(folder: Path) -> Disk:
     return Disk(str(folder.resolve()), free, rate.read, rate.note, str(hub_cache()))
 
 
-def _planning(processor: Processor, gpus: tuple[Gpu, ...], *, refresh: bool) -> Planning:
+def _planning(gpus: tuple[Gpu, ...], *, refresh: bool) -> Planning:
     import torch
 
     from lowtide.fitting.process import alone
     from lowtide.machine.figure_cache import cache_folder
+    from lowtide.planning.computing_dtype import ON_CPU, Kind, ranked
     from lowtide.planning.machine_rates import machine_rates
 
-    on_cpu = "bfloat16" if processor.matmul["bfloat16"] >= processor.matmul["float32"] else "float32"
-    device, dtype = (gpus[0].device, "float16") if gpus else ("cpu", on_cpu)
+    device, dtype = (gpus[0].device, "float16") if gpus else ("cpu", ranked(Kind.CONVOLUTIONS, ON_CPU)[0])
     rates = machine_rates(device, getattr(torch, dtype), refresh=refresh)
     base, on_device = alone(torch.device(device), getattr(torch, dtype))
     folder = cache_folder()
@@ -199,15 +211,14 @@ def _planning(processor: Processor, gpus: tuple[Gpu, ...], *, refresh: bool) -> 
 def _dtype_advice(processor: Processor, gpus: tuple[Gpu, ...]) -> str:
     if gpus:
         return "On the GPU use float16 (the default there) or bfloat16: half the memory of float32, and faster."
-    float32 = processor.matmul["float32"]
-    bfloat16, float16 = processor.matmul["bfloat16"] / float32, processor.matmul["float16"] / float32
-    if bfloat16 >= 1:
-        advice = f"On this CPU bfloat16 takes half the memory of float32 and computes {bfloat16:.1f}× as fast: "
-        advice += "use --dtype bfloat16 for large models."
-    else:
-        advice = f"On this CPU use float32; bfloat16 takes half the memory but computes at {bfloat16:.2f}× the rate."
-    slow = f" Do not use float16 here: it is emulated, at {float16:.2f}× the rate of float32."
-    return advice + (slow if float16 < _FLOAT16_TOO_SLOW else "")
+    if not processor.times:
+        return "It could not be measured which dtype is fast on this CPU: --dtype auto stays with float32."
+    best = min(("float32", "bfloat16"), key=lambda name: processor.times[name])
+    slower = {name: factor for name, factor in processor.times.items() if name != best and factor > AS_LONG}
+    said = " and ".join(f"{name} takes {factor:.1f}× as long" for name, factor in slower.items())
+    advice = f"On this CPU leave --dtype out: models compute in {best}" + (f"; {said}." if said else ".")
+    slow = " Do not use float16 here: this CPU has no instructions for it."
+    return advice + (slow if processor.times["float16"] > _FLOAT16_TOO_SLOW else "")
 
 
 def _gpu_advice(gpus: tuple[Gpu, ...]) -> list[str]:

@@ -86,7 +86,9 @@ def _processor_rows(cpu: Processor) -> Rows:
         ("model", cpu.name),
         ("usable processors", f"{cpu.usable:g}"),
         ("features", ", ".join(cpu.features) or "none that we look for"),
+        ("kernels", ", ".join(f"{name} {'yes' if has else 'no'}" for name, has in cpu.kernels.items()) or "not known"),
         ("matrix product", f"{rates} GFLOP/s"),
+        ("a step takes", ", ".join(f"{name} {factor:.1f}×" for name, factor in cpu.times.items()) or "not measured"),
     ]
 
 

@@ -57,6 +57,8 @@ class FittedRun:
         Console(stderr=True).print(report.table())
         for degradation in report.degradations:
             tell(f"Not as planned: {degradation}")
+        if applied.rates_note is not None:
+            tell(applied.rates_note)
 
     def _ledgers(self) -> list[Any]:
         return ledgers_of(self._subject.modules().values())

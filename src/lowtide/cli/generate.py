@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -11,7 +12,7 @@ import typer
 
 import lowtide
 from lowtide.cli.budget_options import Allow, Budget, budget_from
-from lowtide.cli.device_and_dtype import resolve_device, resolve_dtype
+from lowtide.cli.device_and_dtype import DTYPE_HELP, dtypes_to_try, resolve_device, tell_chosen
 from lowtide.cli.errors import reported, tell
 from lowtide.cli.fitted import FittedRun, budget_options, write_timeline
 from lowtide.cli.guest_options import (
@@ -53,7 +54,6 @@ from lowtide.stages import Stages
 if TYPE_CHECKING:
     import torch
 
-    from lowtide.measuring.meter import Meter
     from lowtide.pipelines.base import DiffusionPipeline
     from lowtide.pipelines.pipeline_outputs import StableDiffusionPipelineOutput
     from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
@@ -100,10 +100,7 @@ def generate(
         bool, typer.Option("--sheet", help="Beside each video, a picture with some of its frames.")
     ] = False,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, xpu, mps; cuda:N.")] = "auto",
-    dtype: Annotated[
-        DType,
-        typer.Option(metavar="NAME", help="float32, bfloat16, float16; auto: float32 on a CPU, float16 on a GPU."),
-    ] = DType.AUTO,
+    dtype: Annotated[DType, typer.Option(metavar="NAME", help=DTYPE_HELP)] = DType.AUTO,
     scheduler: Annotated[
         SchedulerName | None,
         typer.Option(
@@ -224,46 +221,51 @@ def run(request: Request) -> None:
     """Load the model and make the pictures or videos, each written as it is decoded; then say what it took."""
     paths = output_paths(request.out, request.prompt, request.seeds, ".png" if request.video is None else ".mp4")
     check_kind(request.model, video=request.video is not None)
+    from rich.console import Console
+
     from lowtide.memory import Meter, steady_malloc
     from lowtide.pipelines.not_finite import NotFiniteWarning
+    from lowtide.planning.computing_dtype import first_that_fits
     from lowtide.progress import ProgressBar
 
     prepare_folders(paths)
     tell(_headline(request))
     steady_malloc(mmap_threshold=8 * 2**20, trim_threshold=64 * 2**20)
     device = resolve_device(request.device)
-    dtype = resolve_dtype(request.dtype, device)
+    kind, dtypes = dtypes_to_try(request.dtype, request.model, device.type)
     meter = Meter(timeline=request.timeline is not None)
     before = Stages((ProgressBar(), meter))
     with before.stage("load"):
-        pipe = load_pipeline(request, device, dtype)
+        dtype, pipe = first_that_fits(dtypes, lambda dtype: load_pipeline(request, device, dtype))
+    tell_chosen(kind, dtype, dtypes, device.type)
+    request = replace(request, dtype=DType(dtype))  # latents that are kept are decoded in it
     pipe.set_progress_bar_config(disable=True)
     fitted = None if request.budget is None else FittedRun(pipe)
     shown = (ProgressBar(),) if fitted is None else fitted.observers()
     with pipe.stages.observed(*shown, meter), warnings.catch_warnings():
         warnings.simplefilter("error", NotFiniteWarning)  # a black picture is no success
         if request.video is None:
-            make_pictures(pipe, request, paths, dtype)
+            make_pictures(pipe, request, paths)
         else:
             make_videos(pipe, request, paths)
     if fitted is None:
-        _print_table(meter)
+        Console(stderr=True).print(meter.table())
     else:
         fitted.print_report(meter)
     if request.timeline is not None:
         write_timeline(meter, None if fitted is None else fitted.plan, request.timeline)
 
 
-def make_pictures(pipe: Any, request: Request, paths: Sequence[Path], dtype: torch.dtype) -> None:
+def make_pictures(pipe: Any, request: Request, paths: Sequence[Path]) -> None:
     """Make the pictures with a pipeline of Stable Diffusion."""
     width, height = request.size or pipe.image_size(None, None)[::-1]
     if request.budget is None:
         set_decoding(pipe, request.decode, exact=width * height > WHOLE_UP_TO)
-    draw(pipe, request, paths, {**_settings(request, pipe, dtype), "size": f"{width}x{height}"})
+    draw(pipe, request, paths, {**_settings(request, pipe), "size": f"{width}x{height}"})
 
 
-def load_pipeline(request: Request, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
-    """The pipeline that `request` asks for, on `device`, with the scheduler asked for."""
+def load_pipeline(request: Request, device: torch.device, dtype: str) -> DiffusionPipeline:
+    """The pipeline that `request` asks for, on `device`, computing in `dtype`, with the scheduler asked for."""
     offload = None if request.offload is Offload.NONE else request.offload.value
     budget: dict[str, Any] = {} if request.budget is None else budget_options(request)
     is_video = request.video is not None
@@ -317,7 +319,7 @@ def draw(pipe: StableDiffusionPipeline, request: Request, paths: Sequence[Path],
         typer.echo(path)
 
 
-def _settings(request: Request, pipe: StableDiffusionPipeline, dtype: torch.dtype) -> dict[str, str]:
+def _settings(request: Request, pipe: StableDiffusionPipeline) -> dict[str, str]:
     """The PNG metadata that all pictures of one call share."""
     return {
         "prompt": request.prompt,
@@ -325,7 +327,7 @@ def _settings(request: Request, pipe: StableDiffusionPipeline, dtype: torch.dtyp
         "steps": str(request.steps),
         "guidance_scale": str(request.guidance),
         "scheduler": type(pipe.scheduler).__name__,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": request.dtype.value,
         "casting": request.casting.value,
         "model": model_name(request.model),
         "Software": f"lowtide {lowtide.__version__}",
@@ -342,9 +344,3 @@ def own_choice(offload: Offload, casting: Casting, decode: Decode) -> list[str]:
     usual = {"--offload": (offload, Offload.NONE), "--casting": (casting, Casting.NONE)}
     usual["--decode"] = (decode, Decode.AUTO)
     return [f"{name} {value.value}" for name, (value, default) in usual.items() if value is not default]
-
-
-def _print_table(meter: Meter) -> None:
-    from rich.console import Console
-
-    Console(stderr=True).print(meter.table())

@@ -8,7 +8,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import lowtide
-from lowtide.cli.device_and_dtype import resolve_device, resolve_dtype
+from lowtide.cli.device_and_dtype import resolve_device, tell_chosen_by_guest, tell_if_slow
 from lowtide.cli.errors import InputError, in_one_line, tell
 from lowtide.cli.fitted import FittedRun, write_timeline
 from lowtide.cli.guest_request import GuestRequest, NamedCall, call_for
@@ -64,25 +64,35 @@ def _run(pipe: Any, request: GuestRequest, call: NamedCall, arguments: dict[str,
 
 def load(request: GuestRequest, call: NamedCall, device: torch.device) -> tuple[Any, dict[str, Any]]:
     """The pipeline within its budget, planned for the call, and the call's arguments with generators of the seeds."""
+    import torch
+
     from lowtide.guests.checkpoint import GuestCheckpoint
     from lowtide.guests.doors import fit
+    from lowtide.guests.guest_dtype import guest_dtypes, in_dtype, kind_of_guest, load_in_fastest
     from lowtide.hub import Source
 
-    dtype = None if request.dtype is DType.AUTO else resolve_dtype(request.dtype, device)
+    is_auto = request.dtype is DType.AUTO
+    dtype = None if is_auto else getattr(torch, request.dtype.value)
     arguments = {**call.arguments, **_generators(request, call)}
     checkpoint = GuestCheckpoint.opened(Source(request.model), arguments, dtype, request.variant, request.config)
+    if not is_auto:
+        tell_if_slow(kind_of_guest(checkpoint), request.dtype.value, device.type)
     budget = request.budget
     if not request.loras:
         from lowtide.fitting.budgets import parse_budgets
 
-        pipe = checkpoint.load(parse_budgets(device, budget.vram, budget.ram, budget.disk), budget.allow, device)
+        budgets = parse_budgets(device, budget.vram, budget.ram, budget.disk)
+        chosen, dtypes, pipe = load_in_fastest(checkpoint, budgets, budget.allow, device)
+        tell_chosen_by_guest(kind_of_guest(checkpoint), chosen, dtypes, device.type)
     else:
         from lowtide.guests.adapters import add_loras
 
         if not hasattr(checkpoint.pipeline_class, "load_lora_weights"):
             raise InputError(f"--lora: a {request.class_name} takes no LoRA.")
-        pipe = checkpoint.unplanned(device)
+        chosen, *others = guest_dtypes(checkpoint, parts := checkpoint.parts(), device)
+        pipe = in_dtype(checkpoint, parts, chosen).unplanned(device)
         add_loras(pipe, [(lora.file, lora.strength) for lora in request.loras])
+        tell_chosen_by_guest(kind_of_guest(checkpoint), chosen, (chosen, *others), device.type)
         fit(pipe, budget.vram, budget.ram, disk=budget.disk, allow=budget.allow, device=device, **arguments)
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)  # steps are shown by ours

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lowtide.cli.budget_options import Allow, Budget
+from lowtide.cli.device_and_dtype import DTYPE_HELP, dtypes_to_try, tell_chosen
 from lowtide.cli.errors import BAD_INPUT, InputError, reported, tell
 from lowtide.cli.guest_options import (
     Config,
@@ -20,7 +21,7 @@ from lowtide.cli.guest_options import (
     guest_class,
     images_and_settings,
 )
-from lowtide.cli.guest_plan import GuestAsked, guest_options, look_at_guest
+from lowtide.cli.guest_plan import GuestAsked, first_with_plan, guest_options, look_at_guest
 from lowtide.cli.request import VIDEO_SIZE_STEP, DType, check_guidance, check_steps, parse_size, resolve_model, sides
 from lowtide.cli.video import VIDEO_PIPELINE, made_by
 from lowtide.machine.device_names import KINDS
@@ -85,10 +86,7 @@ def plan(
         typer.Option(metavar="X", help="1 turns guidance off: half the work.", show_default="7.5; 6 for videos"),
     ] = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, xpu, mps: need not be here.")] = "auto",
-    dtype: Annotated[
-        DType,
-        typer.Option(metavar="NAME", help="float32, bfloat16, float16; auto: float32 on a CPU, float16 on a GPU."),
-    ] = DType.AUTO,
+    dtype: Annotated[DType, typer.Option(metavar="NAME", help=DTYPE_HELP)] = DType.AUTO,
     allow: Annotated[
         list[Allow] | None,
         typer.Option(metavar="NAME", help="packed, fp8, int8, blended_tiling: may change the result. Repeatable."),
@@ -130,11 +128,12 @@ def plan(
         check_none_for_ours(folder, images, settings)
         video = made_by(folder) == VIDEO_PIPELINE
         where = _device(device, budget)
+        kind, dtypes = dtypes_to_try(dtype, folder, where)
         asked = Asked(
             model=folder,
             is_video=video,
             device=where,
-            dtype=("float32" if where == "cpu" else "float16") if dtype is DType.AUTO else dtype.value,
+            dtype=dtypes[0],
             variant=variant,
             size=None if size is None else parse_size(size, VIDEO_SIZE_STEP) if video else parse_size(size),
             batch=batch,
@@ -143,7 +142,10 @@ def plan(
             guidance=(6.0 if video else 7.5) if guidance is None else guidance,
         )
         _check(asked)
-        show(look_at(asked, budget), folder, as_json=as_json, plot=plot)
+        outlooks = ((name, look_at(replace(asked, dtype=name), budget)) for name in dtypes)
+        chosen, outlook = first_with_plan(outlooks)
+        tell_chosen(kind, chosen, dtypes, where)
+        show(outlook, folder, as_json=as_json, plot=plot)
 
 
 def show(outlook: Outlook, model: str, *, as_json: bool, plot: Path | None) -> None:

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,10 +18,12 @@ from lowtide.casting.casting import NAMED_CASTINGS, Casting
 from lowtide.fitting.observers import Heap
 from lowtide.fitting.prepare import Fit
 from lowtide.fitting.process import has_run
+from lowtide.fitting.rate_check import correction
 from lowtide.fitting.run_report import RunReport, run_report
 from lowtide.fitting.subject import Subject
 from lowtide.machine.heap import steady_malloc, trim_heap
 from lowtide.machine.memory_errors import out_of
+from lowtide.machine.processor_share import Share, Watch
 from lowtide.measuring.meter import Meter, StageReading
 from lowtide.measuring.transfers import Flow, FlowMeter, ledgers_of, total_flow
 from lowtide.memory.attach import attach, detach
@@ -29,7 +31,9 @@ from lowtide.memory.presets import model_rule, stream_for
 from lowtide.memory.rule import Rule
 from lowtide.memory.rule_changes import attachment_of, has_all_parameters, held_with
 from lowtide.memory.stream import Stream
+from lowtide.planning.machine_rates import correct_rates
 from lowtide.planning.plan import Budgets, ComponentPlan, Plan
+from lowtide.planning.rates import slower
 from lowtide.sizes import format_decimal
 
 _UNPLANNED = ComponentPlan()
@@ -94,6 +98,10 @@ class AppliedPlan:
     degradations: list[str] = field(default_factory=list)
     lowered: Budgets | None = None
     last_call: CallTook | None = None
+    corrected: float = 1.0
+    """By how much computing was found slower, in calls under this plan, than the rates that it was made with."""
+    rates_note: str | None = None
+    """What was corrected last, in words."""
     turn: Stream = field(default_factory=lambda: Stream(torch.device("cpu")))
     """It brings nothing. Who holds it, as every call of the subject does, holds the streams too that come meanwhile."""
 
@@ -112,6 +120,8 @@ class AppliedPlan:
             put_under(modules[name], chosen[name], fit.device, self.turn)
         for stage, ways in self.subject.ways().items():
             ways.set(plan.way(stage))
+        if plan is not self.plan:
+            self.corrected = 1.0
         self.fit, self.plan = fit, plan
         trim_heap()
 
@@ -186,12 +196,31 @@ class AppliedPlan:
         earlier = len(ours.report())
         flows = FlowMeter(lambda: total_flow(ledgers_of(self.subject.modules().values())))
         watching = (Heap(lambda: self.plan),) if self.fit.device.type == "cpu" else ()
+        processors, degraded = Watch(), len(self.degradations)
         try:
             with stages.observed(flows, *watching, *([ours] if meter is None else [])):
                 yield
+            is_whole = len(self.degradations) == degraded and not getattr(self.subject, "interrupt", False)
+        except BaseException:
+            is_whole = False
+            raise
         finally:
             has_run(self.fit.device, self.subject.dtype)
             self.last_call = CallTook(self.plan, tuple(ours.report()[earlier:]), dict(flows.report()))
+            if is_whole:
+                self._check_rates(self.last_call, processors.share())
+
+    def _check_rates(self, call: CallTook, share: Share) -> None:
+        """Correct a CPU's measured rates, for plans from now on, where a call took clearly more or less time."""
+        rates, device = self.fit.rates, self.fit.device
+        if device.type != "cpu" or rates.assumed:
+            return
+        found = correction(call.plan, call.readings, call.flows, share, torch.get_num_threads(), self.corrected)
+        if found is not None:
+            factor, self.rates_note = found
+            self.corrected *= factor
+            self.fit = replace(self.fit, rates=slower(rates, factor))
+            correct_rates(device, self.subject.dtype, factor)
 
     def report(self) -> RunReport:
         """What the last call took beside what its plan said; raises `RuntimeError` before the first one."""

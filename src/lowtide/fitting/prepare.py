@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from lowtide.fitting.meta_subject import MetaSubject
 from lowtide.fitting.process import process_rates, usual_base, workspaces
 from lowtide.fitting.subject import Size
 from lowtide.machine.accelerators import is_here
+from lowtide.planning.computing_dtype import Kind, slow_warning
 from lowtide.planning.machine_rates import assumed_rates, machine_rates
 from lowtide.planning.plan import Budgets, Plan
 from lowtide.planning.planner import Planner
@@ -89,9 +91,14 @@ def prepare(
     """All that plans for runs of this size are made from.
 
     `loaded` are those networks of the subject that this process has in memory already. `rates` are those of an earlier
-    preparation (None: looked up, or measured the first time). Raises `ValueError` for a size that cannot be made.
+    preparation (None: looked up, or measured the first time; a dtype that is slow here is warned of once). Raises
+    `ValueError` for a size that cannot be made.
     """
     workload = meta.workload(size, allow)
+    if rates is None and meta.device.type == "cpu":
+        slow = slow_warning(Kind.of(workload), workload.dtype)
+        if slow is not None:
+            warnings.warn(f"{slow} It was asked for, or is that of the weights.", stacklevel=4)
     return Fit(meta, size, budgets, allow, rates or _rates(meta, loaded or {}), workload)
 
 

@@ -222,9 +222,15 @@ class GuestCheckpoint:
         budgets = beside_computed(parts, budgets)
         return prepare(meta, budgets, guest.usual_size(**self.call), allow=allow, loaded=loaded)
 
-    def load(self, budgets: Budgets, allow: tuple[str, ...], device: torch.device) -> Any:
-        """The pipeline within the budgets."""
-        parts = self.parts()
+    def load(
+        self,
+        budgets: Budgets,
+        allow: tuple[str, ...],
+        device: torch.device,
+        parts: Mapping[str, Part] | None = None,
+    ) -> Any:
+        """The pipeline within the budgets; `parts` are its own, if they were made already."""
+        parts = parts or self.parts()
         fit = self.prepared(parts, budgets, allow, device)
         plan = fit.choose()
         built = {name: self._filled(name, part, plan, device) for name, part in parts.items()}

@@ -11,12 +11,14 @@ import torch
 
 from lowtide.fitting.budgets import Asked, parse_budgets
 from lowtide.guests.checkpoint import GuestCheckpoint, is_file_for
+from lowtide.guests.guest_dtype import guest_dtypes, load_in
 from lowtide.guests.single_files import file_of
 from lowtide.hub import Source
 from lowtide.loading.model_index import MODEL_INDEX, read_model_index
 from lowtide.memory.presets import execution_device
 from lowtide.models.load_arguments import chosen_dtype
 from lowtide.pipelines.base import DiffusionPipeline
+from lowtide.pipelines.own_dtype import own_dtypes
 from lowtide.pipelines.parts import KINDS
 from lowtide.planning.plan import check_allowed
 
@@ -46,9 +48,11 @@ def load(
     configurations are in the folder or Hub id `config` (None: on the Hub, where diffusers finds them). It is planned
     from configurations alone; then every network is filled from its own files, or left there, as the plan says. The
     pipeline is of our class where we have one, and of diffusers' else, for files, or with `native=False`. `dtype` (or
-    `torch_dtype`) is the one to compute in; None keeps that of the files. Further arguments are components to use in
-    place of the checkpoint's, or `.safetensors` and `.gguf` files of their weights, and arguments of the call to plan
-    for, such as `height`; both by the pipeline's own names. See `lowtide.fit` for budgets and `allow`.
+    `torch_dtype`) is the one to compute in. None, on a CPU, is the fastest by this machine's measured speeds of those
+    that are right for the model, and of those as fast that of the files (float32 for pipelines of ours); elsewhere it
+    is that of the files, as "auto" is everywhere. Weights rest as the files have them. Further arguments are components
+    to use in place of the checkpoint's, or `.safetensors` and `.gguf` files of their weights, and arguments of the call
+    to plan for, such as `height`; both by the pipeline's own names. See `lowtide.fit` for budgets and `allow`.
     Raises `BudgetError` before a byte of weights is read where no plan fits, `FileNotFoundError` for a missing model,
     file or variant, and for configurations of a file that cannot be fetched, `CheckpointError` for malformed files and
     for components whose code is in no library, `NoGuestsError`, an `ImportError`, where diffusers is needed and not
@@ -68,11 +72,15 @@ def load(
     if native and class_name in KINDS and not has_files:
         given = {name: value for name, value in components_and_call.items() if name in specs}
         size = {name: value for name, value in components_and_call.items() if name not in specs}
+        fastest = own_dtypes(source, chosen.type)[0] if asked is None and chosen.type == "cpu" else "auto"
         return DiffusionPipeline.from_pretrained(
-            model, dtype=asked or "auto", variant=variant, revision=revision, cache_dir=cache, token=token,
+            model, dtype=asked or fastest, variant=variant, revision=revision, cache_dir=cache, token=token,
             local_files_only=local_files_only, vram=budgets.vram, ram=budgets.ram, disk=budgets.disk, allow=allow,
             offload_device=chosen, size=size, **given,
         )  # fmt: skip
     in_dtype = None if asked is None else chosen_dtype(asked, None)
     checkpoint = GuestCheckpoint.opened(source, components_and_call, in_dtype, variant, config)
-    return checkpoint.load(budgets, tuple(allow), chosen)
+    if asked is not None:
+        return checkpoint.load(budgets, tuple(allow), chosen)
+    parts = checkpoint.parts()
+    return load_in(checkpoint, parts, guest_dtypes(checkpoint, parts, chosen)[0], budgets, tuple(allow), chosen)

@@ -17,6 +17,7 @@ import torch
 
 import lowtide
 from lowtide.machine.accelerators import accelerator
+from lowtide.machine.announce import announce
 from lowtide.machine.child_process import ChildError, run_module
 from lowtide.machine.device_names import KINDS
 from lowtide.machine.disk_and_link import DiskRate, disk_read_rate, link_rates
@@ -24,10 +25,11 @@ from lowtide.machine.figure_cache import keep, recall
 from lowtide.machine.host import host_memory, processor_name_and_flags, usable_cpus
 from lowtide.machine.kernel_rates import Computing
 from lowtide.machine.pinned_memory import PINNED, most_pinned
-from lowtide.planning.rates import Rates
+from lowtide.machine.processor_share import Share, Watch, is_busy
+from lowtide.planning.rates import Rates, slower
 from lowtide.weights.fill import dtype_name
 
-_FORMAT = 13
+_FORMAT = 14
 USUAL_DISK = 5e8
 """Bytes a second, assumed where the disk cannot be measured."""
 _USUAL_MAPPED, _USUAL_AGAIN = 2e9, 3e9
@@ -45,7 +47,9 @@ ROOM_TO_MEASURE = 1200 * 2**20
 """Bytes that the processes that measure a CPU take together, with a margin."""
 
 _MEASURED_IN = 120.0
-"""Seconds that measuring may take; it takes five on an idle machine."""
+"""Seconds that measuring may take; it takes less than five on an idle machine."""
+_MARKS = {"others": 0.0, "load": 0.0, "busy": False}
+"""What is kept beside rates: how many processors others took meanwhile, the load average, and whether that was much."""
 
 
 def machine_rates(
@@ -53,26 +57,50 @@ def machine_rates(
 ) -> Rates:
     """The rates of a device in a dtype; `base` and `device_base` are 0. The disk is measured in `folder`, the models'.
 
-    The first call, and any with `refresh`, measures for a few seconds. Later calls read the rates from the user's cache
-    folder, except for `cache` and `pinned_most`, which are always what this system's memory could hold now. If there is
-    no room for the process that measures, or if it fails, usual figures are assumed and the next call tries again; of a
-    failure a warning gives the reason.
+    The first call, and any with `refresh`, measures for a few seconds, and says so. Later calls read the rates from the
+    user's cache folder, except for `cache` and `pinned_most`, which are always what this system's memory could hold
+    now. Those measured while others were at work are measured again once these are done. If there is no room for the
+    process that measures, or if it fails, usual figures are assumed and the next call tries again; of a failure a
+    warning gives the reason.
     """
     device = torch.device(device)
     folder = folder or _usual_folder()
     key = _key(device, dtype, folder)
-    figures = None if refresh else recall("rates", key)
-    rates = Rates(**figures) if figures is not None and _is_complete(figures) else None
+    rates, was_busy = (None, False) if refresh else _kept(key)
+    if rates is not None and was_busy and not is_busy(torch.get_num_threads()):
+        rates = None
     if rates is None and device.type == "cpu" and host_memory().available < ROOM_TO_MEASURE:
         return _usual_on_cpu()
     if rates is None:
+        announce(f"Measuring how fast this machine is in {dtype_name(dtype)}: once, for a few seconds.")
         try:
-            rates = _measured_elsewhere(device, dtype, folder)
+            rates, share = _measured_elsewhere(device, dtype, folder)
         except ChildError as error:
             warnings.warn(f"This machine could not be measured, so plans assume usual figures: {error}", stacklevel=3)
             return _usual_on_cpu() if device.type == "cpu" else assumed_rates(dtype_name(dtype))
-        keep("rates", key, asdict(rates))
+        busy = share.was_busy(torch.get_num_threads())
+        if busy:
+            announce(f"Others were at work (load {share.load:.1f}): it is measured again once they are done.")
+        keep("rates", key, {**asdict(rates), **asdict(share), "busy": busy})
     return replace(rates, cache=host_memory().available, pinned_most=most_pinned(device))
+
+
+def correct_rates(device: torch.device, dtype: torch.dtype, factor: float, folder: Path | None = None) -> None:
+    """Have all computing take `factor` times as long as the rates that are kept say; nothing where none are.
+
+    They are trusted from then on, whoever was at work while they were measured: a run has told better.
+    """
+    key = _key(device, dtype, folder or _usual_folder())
+    rates, _ = _kept(key)
+    if rates is not None:
+        keep("rates", key, {**asdict(slower(rates, factor)), **_MARKS})
+
+
+def _kept(key: list[Any]) -> tuple[Rates | None, bool]:
+    """The rates that were kept, if they were, and whether others were at work when they were measured."""
+    figures = dict(recall("rates", key) or {})
+    marks = {name: figures.pop(name, usual) for name, usual in _MARKS.items()}
+    return (Rates(**figures), bool(marks["busy"])) if _is_complete(figures) else (None, False)
 
 
 def _usual_on_cpu() -> Rates:
@@ -156,10 +184,11 @@ def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Ra
     return replace(rates, frugal_touched=1 / (1 / touched + computing.renewing())) if on_cpu else rates
 
 
-def _measured_elsewhere(device: torch.device, dtype: torch.dtype, folder: Path) -> Rates:
+def _measured_elsewhere(device: torch.device, dtype: torch.dtype, folder: Path) -> tuple[Rates, Share]:
     """Measure in a child process, so that what measuring leaves in memory does not stay in this one."""
     arguments = (str(device), dtype_name(dtype), str(folder), str(torch.get_num_threads()))
-    return Rates(**json.loads(run_module(__name__, *arguments, seconds=_MEASURED_IN).splitlines()[-1]))
+    rates, share = json.loads(run_module(__name__, *arguments, seconds=_MEASURED_IN).splitlines()[-1])
+    return Rates(**rates), Share(**share)
 
 
 def _contention() -> float:
@@ -214,7 +243,9 @@ def _is_complete(rates: Mapping[str, Any]) -> bool:
 
 def _main(device: str, dtype: str, folder: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
-    print(json.dumps(asdict(measured_rates(torch.device(device), getattr(torch, dtype), Path(folder)))))
+    watch = Watch()
+    rates = measured_rates(torch.device(device), getattr(torch, dtype), Path(folder))
+    print(json.dumps([asdict(rates), asdict(watch.share())]))
 
 
 if __name__ == "__main__":

@@ -121,3 +121,23 @@ class Rates:
             + work.touched / self.touched
             + work.kernels * self.kernel
         )
+
+
+_COMPUTED = (
+    "convolution",
+    "channels_last",
+    "product",
+    "attention",
+    "touched",
+    "frugal_touched",
+    "dequantized",
+    "packed_convolution",
+    "packed_product",
+    "packing",
+)
+
+
+def slower(rates: Rates, factor: float) -> Rates:
+    """Rates with which all computing takes `factor` times as long."""
+    computed = {name: getattr(rates, name) / factor for name in _COMPUTED}
+    return replace(rates, **computed, kernel=rates.kernel * factor)

@@ -7,6 +7,7 @@ where that is not enough, the others are put under their smallest plans, so that
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 import lowtide
 from lowtide.fitting.budgets import parse_budgets
 from lowtide.fitting.process import look_again
+from lowtide.fitting.rate_check import unchecked
 from lowtide.planning.plan import BudgetError, Budgets, Plan
 from lowtide.serve.kept_answers import KeptAnswers
 from lowtide.serve.made_files import most_of, stage_figures, write_all
@@ -58,7 +60,9 @@ class Engine:
         budgets = parse_budgets(self._device, vram, ram, None)
         self.budgets = budgets if budgets.ram is None else replace(budgets, ram=max(1, budgets.ram - beside))
         self._notes = Path(notes)
-        self._models = {name: ServedModel(source, self._device, dtype) for name, source in models.items()}
+        self._models = {
+            name: ServedModel(source, self._device, dtype, self._notes, name) for name, source in models.items()
+        }
         self._pipes: dict[str, Any] = {}
         self._last: tuple[str, Budgets, dict[str, Any]] | None = None
 
@@ -114,7 +118,9 @@ class Engine:
         """Make these pictures in one call."""
         generators = [torch.Generator("cpu").manual_seed(picture.seed) for picture in pictures]
         first = pictures[0]
-        with KeptAnswers(pipe, first.made.kept(first.place)) as answers:
+        kept = first.made.kept(first.place)
+        is_begun = any(kept.rglob("*.safetensors"))
+        with unchecked() if is_begun else nullcontext(), KeptAnswers(pipe, kept) as answers:
             watch = _Watch(call, told, first.place, answers, previews)
             generator = generators[0] if len(pictures) == 1 else generators
             texts = [picture.texts for picture in pictures]
@@ -174,7 +180,7 @@ class Engine:
             return pipe
         self._last = None
         if pipe is None:
-            pipe = self._pipes[name] = lowtide.load(model.source, dtype=model.dtype, **given, **size)
+            pipe = self._pipes[name] = lowtide.load(model.source, dtype=model.dtype or "auto", **given, **size)
             if hasattr(pipe, "set_progress_bar_config"):
                 pipe.set_progress_bar_config(disable=True)
         look_again()

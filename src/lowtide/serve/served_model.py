@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +15,19 @@ import lowtide
 from lowtide.fitting.meta_subject import MetaSubject
 from lowtide.fitting.prepare import Fit, prepare
 from lowtide.guests.checkpoint import GuestCheckpoint
+from lowtide.guests.guest_dtype import guest_dtypes
 from lowtide.guests.library import pipeline_class
 from lowtide.hub import Source
 from lowtide.loading.components import LoadOptions
 from lowtide.loading.model_index import MODEL_INDEX, read_model_index
 from lowtide.memory.presets import execution_device
 from lowtide.pipelines.load import open_checkpoint
+from lowtide.pipelines.own_dtype import own_dtypes
 from lowtide.pipelines.parts import KINDS
 from lowtide.planning.plan import Budgets
 from lowtide.schedulers import SCHEDULERS, SHORT_NAMES
+from lowtide.serve.kept_dtype import kept_dtype
+from lowtide.weights.fill import dtype_name
 
 SAMPLER = "sampler"
 SIZES = {"height": "height", "width": "width", "num_inference_steps": "steps", "num_frames": "frames"}
@@ -41,19 +46,35 @@ SHOWN = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale
 class ServedModel:
     """A model in a folder or on the Hub. Raises what `lowtide.load` does for one that is not there.
 
-    It computes in `dtype`: "auto" is, for pipelines of ours, float32 on a CPU and float16 on a GPU, as for
-    `lowtide generate`, and for others as their files have it.
+    It computes in the dtype called `dtype`; "auto" is that of `lowtide generate`, and is kept in the folder `notes` by
+    the model's `name`.
     """
 
-    def __init__(self, source: str, device: torch.device, dtype: str = "auto") -> None:
-        self.source, self._device = source, device
+    def __init__(
+        self, source: str, device: torch.device, dtype: str = "auto", notes: Path = Path(), name: str = "model"
+    ) -> None:
+        self.source, self._device, self._asked = source, device, dtype
+        self._notes, self._name = notes, name
         self.class_name = read_model_index(Source(source).fetch([MODEL_INDEX]))[0]
         if not self.is_ours:
             pipeline_class(self.class_name)  # its library takes memory, which plans are to see
         self._own_scheduler: Any = None
         self._sampler: str | None = None
-        usual = torch.float32 if device.type == "cpu" else torch.float16
-        self.dtype: torch.dtype | None = (usual if self.is_ours else None) if dtype == "auto" else getattr(torch, dtype)
+
+    @cached_property
+    def dtype(self) -> torch.dtype | None:
+        """In which it computes; None is as its files have it."""
+        chosen: str | None = self._asked
+        if chosen == "auto":
+            chosen = kept_dtype(self._notes, self._name, [self.source, self._device.type], self._fastest)
+        return None if chosen is None else getattr(torch, chosen)
+
+    def _fastest(self) -> str | None:
+        if self.is_ours:
+            return own_dtypes(Source(self.source), self._device.type)[0]
+        checkpoint = GuestCheckpoint.opened(Source(self.source), {})
+        chosen = guest_dtypes(checkpoint, checkpoint.parts(), self._device)[0]
+        return None if chosen is None else dtype_name(chosen)
 
     @property
     def is_ours(self) -> bool:

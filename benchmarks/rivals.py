@@ -5,8 +5,8 @@
 
 Each run is a process of its own; rounds alternate. A step is one call of the U-Net with guidance, two threads, random
 weights of the true shapes (`make_sd15.py`, also with `--variant bf16`). Seconds are the median of a process's steps but
-for the first, which is named apart: of the clock, and of the processor. The peak is the kernel's high-water mark of the
-process after the last step. OpenVINO runs the U-Net alone, in float32 from a file in float16, as its own converter
+for the first, which is named apart: of the clock, and of the processor. The peak is the most resident memory that was
+seen from outside in the whole run. OpenVINO runs the U-Net alone, in float32 from a file in float16, as its own converter
 writes it; all others have the text encoder and the autoencoder too. Times in seconds, sizes in bytes. Linux only.
 """
 
@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from outside import run_watched
 
 THREADS = 2
 STEPS = 5
@@ -127,12 +128,6 @@ RIVALS: dict[str, Callable[[Path, int], Took]] = {
 }
 
 
-def peak() -> int:
-    """The high-water mark of this process."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
 def run_one(options: argparse.Namespace) -> None:
     """In a process of its own: one rival at one size."""
     if options.rival == "convert":
@@ -141,19 +136,17 @@ def run_one(options: argparse.Namespace) -> None:
     took = RIVALS[options.rival](options.model, options.sizes[0])
     first, others = took[0], took[1:]
     wall, cpu = (median(step[place] for step in others) for place in (0, 1))
-    print(json.dumps({"first": first[0], "step": wall, "cpu": cpu, "peak": peak()}))
+    print(json.dumps({"first": first[0], "step": wall, "cpu": cpu}))
 
 
 def in_a_process(options: argparse.Namespace, rival: str, size: int) -> dict[str, float]:
     """What one run printed; {} of one that failed, which is said."""
     command = [sys.executable, __file__, "--rival", rival, "--sizes", str(size), "--model", str(options.model)]
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(THREADS)}
-    )
+    done, peak = run_watched(command, None)
     if done.returncode:
         print(f"{rival}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
         return {}
-    return json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {}
+    return {**json.loads(done.stdout.splitlines()[-1]), "peak": peak} if done.stdout.strip() else {}
 
 
 def compare(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
@@ -166,7 +159,7 @@ def compare(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]
         for _ in range(options.rounds):
             for rival, kept in runs.items():
                 made = in_a_process(options, rival, size)
-                kept += [made] if made else []
+                kept.extend([made] if made else [])
                 print(size, rival, made, f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
         table[str(size)] = {
             rival: {name: median(run[name] for run in kept) for name in kept[0]} for rival, kept in runs.items() if kept
@@ -186,7 +179,8 @@ def place() -> str:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             versions.append(f"{package} is not here")
-    return f"{named['model name'].strip()} ({flags}), {THREADS} threads; Python {platform.python_version()}, {', '.join(versions)}"
+    processor = f"{named['model name'].strip()} ({flags}), {THREADS} threads"
+    return f"{processor}; Python {platform.python_version()}, {', '.join(versions)}"
 
 
 def as_text(table: dict[str, dict[str, dict[str, float]]], options: argparse.Namespace) -> str:
@@ -205,7 +199,8 @@ def as_text(table: dict[str, dict[str, dict[str, float]]], options: argparse.Nam
         for rival, row in rows.items():
             ratio = f"{row['step'] / best:.2f}" if best else "-"
             lines.append(
-                f"| {rival} | {row['step']:.2f} | {row['cpu']:.2f} | {ratio} | {row['first']:.2f} | {row['peak'] / 1e9:.2f} |"
+                f"| {rival} | {row['step']:.2f} | {row['cpu']:.2f} | {ratio} | {row['first']:.2f} "
+                f"| {row['peak'] / 1e9:.2f} |"
             )
     return "\n".join([*lines, ""])
 
@@ -219,6 +214,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the folder for rivals.md")
     parser.add_argument("--rival", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)
     if options.rival:
         run_one(options)
         return

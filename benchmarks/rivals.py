@@ -6,8 +6,9 @@
 Each run is a process of its own; rounds alternate. A step is one call of the U-Net with guidance, two threads, random
 weights of the true shapes (`make_sd15.py`, also with `--variant bf16`). Seconds are the median of a process's steps but
 for the first, which is named apart: of the clock, and of the processor. The peak is the most resident memory that was
-seen from outside in the whole run. OpenVINO runs the U-Net alone, in float32 from a file in float16, as its own converter
-writes it; all others have the text encoder and the autoencoder too. Times in seconds, sizes in bytes. Linux only.
+seen from outside in the whole run. OpenVINO runs the U-Net alone, in float32 from a file in float16, as its own
+converter writes it; all others have the text encoder and the autoencoder too. Times in seconds, sizes in bytes. Linux
+only.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch import nn
 from lowtide.models.clip_text import CLIPTextModel
 from lowtide.models.image_processor import CLIPImageProcessor
 from lowtide.models.safety_checker import StableDiffusionSafetyChecker
-from lowtide.models.text_tokenizer import CLIPTokenizer
+from lowtide.models.tokenizers import CLIPTokenizer
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.vae import AutoencoderKL
 from lowtide.models.video_positions import rotary_embedding

@@ -10,7 +10,7 @@ from tests import tiny
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from lowtide.models.t5 import T5EncoderModel
-from lowtide.models.text_tokenizer import T5Tokenizer
+from lowtide.models.tokenizers import T5Tokenizer
 from lowtide.models.video_transformer import CogVideoXTransformer3DModel
 from lowtide.models.video_vae import AutoencoderKLCogVideoX
 from lowtide.pipelines.cogvideox import CogVideoXPipeline

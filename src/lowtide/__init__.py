@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lowtide.models.image_processor import CLIPImageProcessor
     from lowtide.models.safety_checker import StableDiffusionSafetyChecker
     from lowtide.models.t5 import T5EncoderModel
-    from lowtide.models.text_tokenizer import CLIPTokenizer, T5Tokenizer
+    from lowtide.models.tokenizers import CLIPTokenizer, T5Tokenizer
     from lowtide.models.unet import UNet2DConditionModel
     from lowtide.models.vae import AutoencoderKL
     from lowtide.models.video_transformer import CogVideoXTransformer3DModel
@@ -87,7 +87,7 @@ _HOME = {
     "BudgetError": "lowtide.planning.plan",
     "CLIPImageProcessor": "lowtide.models.image_processor",
     "CLIPTextModel": "lowtide.models.clip_text",
-    "CLIPTokenizer": "lowtide.models.text_tokenizer",
+    "CLIPTokenizer": "lowtide.models.tokenizers",
     "Casting": "lowtide.casting.casting",
     "NotFiniteWarning": "lowtide.pipelines.not_finite",
     "OutOfMemoryError": "lowtide.machine.memory_errors",
@@ -111,7 +111,7 @@ _HOME = {
     "StableDiffusionPipeline": "lowtide.pipelines.stable_diffusion",
     "StableDiffusionSafetyChecker": "lowtide.models.safety_checker",
     "T5EncoderModel": "lowtide.models.t5",
-    "T5Tokenizer": "lowtide.models.text_tokenizer",
+    "T5Tokenizer": "lowtide.models.tokenizers",
     "UNet2DConditionModel": "lowtide.models.unet",
     "UniPCMultistepScheduler": "lowtide.schedulers",
     "apply_residency": "lowtide.memory",

@@ -11,7 +11,7 @@ from tests import tiny
 from tests.document.processes import ROOT, environment
 
 from lowtide.models.clip_text import CLIPTextModel
-from lowtide.models.text_tokenizer import CLIPTokenizer
+from lowtide.models.tokenizers import CLIPTokenizer
 from lowtide.models.unet import UNet2DConditionModel
 from lowtide.models.vae import AutoencoderKL
 from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline

@@ -12,8 +12,7 @@ from tests import tiny, tiny_video
 
 from lowtide.configs import CheckpointError
 from lowtide.models.image_processor import CLIPImageProcessor
-from lowtide.models.text_tokenizer import CLIPTokenizer, T5Tokenizer
-from lowtide.models.tokenizers import load_tokenizer
+from lowtide.models.tokenizers import CLIPTokenizer, T5Tokenizer, load_tokenizer
 from lowtide.pipelines.base import DiffusionPipeline
 
 KINDS = [(32, 126), (160, 0x2FF), (0x300, 0xD7FF), (0xE000, 0xFFFD), (0x1F300, 0x1F9FF)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowtide.configs import write_json
 from lowtide.models.prepared_inputs import PreparedInputs
@@ -35,21 +35,6 @@ class TextTokenizer:
         length = entries.get("model_max_length", entries.get("max_len"))
         self.model_max_length: Any = NO_LENGTH if length is None else length
         self.padding_side: str = entries.get("padding_side", "right")
-
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | os.PathLike[str], *, subfolder: str = "", model_max_length: int | None = None
-    ) -> Self:
-        """Read a tokenizer from a folder; `model_max_length` replaces what the files say.
-
-        Raises as `lowtide.models.tokenizers.load_tokenizer`.
-        """
-        from lowtide.models.tokenizers import load_tokenizer
-
-        tokenizer = load_tokenizer(Path(folder) / subfolder, cls.__name__)
-        if model_max_length is not None:
-            tokenizer.model_max_length = model_max_length
-        return tokenizer
 
     def __call__(
         self,
@@ -202,24 +187,6 @@ class TextTokenizer:
         name = self.special_tokens_map.get("pad_token")
         number = None if name is None else self.backend.token_to_id(name)
         return 0 if number is None else number
-
-
-class CLIPTokenizer(TextTokenizer):
-    """Byte pairs of lower-case text, with a token at the start and one at the end."""
-
-    usual: ClassVar[Mapping[str, str]] = {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-    }
-    word_end: ClassVar[str] = "</w>"
-
-
-class T5Tokenizer(TextTokenizer):
-    """Pieces of words by their probabilities, with a token at the end."""
-
-    usual: ClassVar[Mapping[str, str]] = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
 def _tensor(rows: list[list[int]]) -> Any:

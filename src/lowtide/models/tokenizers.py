@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from lowtide.configs import CheckpointError
 from lowtide.models.foreign import reading
-from lowtide.models.text_tokenizer import CLIPTokenizer, T5Tokenizer, TextTokenizer
+from lowtide.models.text_tokenizer import TextTokenizer
 from lowtide.models.vocabulary import check_vocabulary
 
 BYTE_PAIRS, PIECES = ("vocab.json", "merges.txt"), ("spiece.model",)
@@ -21,6 +23,41 @@ TOKENIZERS: dict[str, tuple[str, ...]] = {
 MOST_TOKENS = 100_000
 PROBE = "A sea, ½ of it \ufb01ne: 3 boats…"
 """A text that every tokenizer must be able to read, with characters that are replaced by others."""
+
+
+class _Loaded(TextTokenizer):
+    """Base: one that is read from a folder."""
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], *, subfolder: str = "", model_max_length: int | None = None
+    ) -> Self:
+        """Read a tokenizer from a folder; `model_max_length` replaces what the files say.
+
+        Raises as `load_tokenizer`.
+        """
+        tokenizer = load_tokenizer(Path(folder) / subfolder, cls.__name__)
+        if model_max_length is not None:
+            tokenizer.model_max_length = model_max_length
+        return tokenizer
+
+
+class CLIPTokenizer(_Loaded):
+    """Byte pairs of lower-case text, with a token at the start and one at the end."""
+
+    usual: ClassVar[Mapping[str, str]] = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
+    word_end: ClassVar[str] = "</w>"
+
+
+class T5Tokenizer(_Loaded):
+    """Pieces of words by their probabilities, with a token at the end."""
+
+    usual: ClassVar[Mapping[str, str]] = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
 def load_tokenizer(folder: Path, class_name: str) -> Any:

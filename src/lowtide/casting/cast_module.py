@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from lowtide.casting.cast_leaf import Leaf, install, leaves
-from lowtide.casting.cast_weight import FLOATING, CastWeight, can_multiply, small_of
+from lowtide.casting.cast_weight import FLOATING, CastWeight, small_of
 from lowtide.casting.casting import Casting
+from lowtide.casting.only_products import can_multiply
 from lowtide.casting.packed_weight import PackedWeight, can_pack
 from lowtide.memory.module_weights import gather, is_plain
 from lowtide.memory.settling import on_disk

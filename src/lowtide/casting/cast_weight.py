@@ -334,18 +334,6 @@ def small_of(tensor: torch.Tensor) -> CastWeight | None:
     return weight if isinstance(weight, CastWeight) else None
 
 
-def can_multiply(weight: CastWeight) -> bool:
-    """Whether hardware can multiply by a weight in fp8, and its layers do nothing else with it."""
-    layers = [view.slot.owner for view in weight.views]
-    return len(layers) == 1 and only_multiplies(layers[0]) and all(size % 16 == 0 for size in weight.views[0].shape)
-
-
-def only_multiplies(layer: nn.Module) -> bool:
-    """Whether a linear layer's call is a product and nothing else, whatever computes it."""
-    is_product = type(layer).forward is nn.Linear.forward or getattr(type(layer), "only_multiplies", False)
-    return isinstance(layer, nn.Linear) and is_product and "forward" not in vars(layer)
-
-
 def _rest(values: torch.Tensor) -> Rest:
     """Numbers as resting bytes, on the device where they are."""
     flat = values.as_strided((values.numel(),), (1,)).view(torch.uint8)

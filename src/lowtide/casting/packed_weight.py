@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowtide.casting.cast_weight import CastWeight, only_multiplies, small_of
+from lowtide.casting.cast_weight import CastWeight, small_of
+from lowtide.casting.only_products import only_multiplies
 from lowtide.forks import new_lock
 from lowtide.memory.rule import Tier
 from lowtide.memory.store import DiskRest, HostRest

@@ -180,7 +180,7 @@ def test_so_are_those_that_come_within_a_budget(name):
         run(family)
 
 
-@pytest.mark.filterwarnings("ignore:.*upcast_vae:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*upcast_vae:FutureWarning", "ignore:float16 is slow on this processor")
 def test_a_network_that_the_call_itself_converts_stays_a_stage():
     """SDXL in half precision decodes in float32, and converts its autoencoder for that."""
     family = FAMILIES["SDXL"]()

@@ -19,7 +19,7 @@ SHAPES = [(8, 16, 24), (77, 768, 320), (512, 320, 1280), (3, 100, 7), (64, 4096,
 def by_onednn(request, monkeypatch):
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("PyTorch has no oneDNN here")
-    monkeypatch.setattr(product, "by_onednn", lambda: request.param)
+    monkeypatch.setattr(product, "BY_ONEDNN", request.param)
     return request.param
 
 

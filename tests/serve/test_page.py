@@ -338,9 +338,9 @@ def test_a_picture_to_start_from_is_sent_where_the_model_takes_one(page, server,
 
 
 def test_the_server_is_killed_and_started_while_the_page_is_open(page, server):
-    write(page, prompt="through it", num_inference_steps=20)
+    write(page, prompt="through it", num_inference_steps=300)
     page.get_by_role("button", name="Make").click()
-    expect(card(page, "through it", "running").locator(".state")).to_contain_text("of 20")
+    expect(card(page, "through it", "running").locator(".state")).to_contain_text("of 300")
     server.kill()
     expect(page.locator("#server")).to_contain_text("does not answer")
     page.get_by_role("button", name="Make").click()

@@ -13,6 +13,7 @@ from lowtide.fitting.meta_subject import MetaSubject
 from lowtide.fitting.process import process_rates, usual_base, workspaces
 from lowtide.fitting.subject import Size
 from lowtide.machine.accelerators import is_here
+from lowtide.ops.product import BY_ONEDNN
 from lowtide.planning.computing_dtype import Kind, slow_warning
 from lowtide.planning.machine_rates import assumed_rates, machine_rates
 from lowtide.planning.plan import Budgets, Plan
@@ -106,9 +107,17 @@ def _rates(meta: MetaSubject, loaded: Mapping[str, nn.Module]) -> Rates:
     """Of a device that is not here, usual ones."""
     device, dtype = meta.device, meta.subject.dtype
     if is_here(device):
-        return process_rates(machine_rates(device, dtype), meta.subject, device, loaded)
+        rates = process_rates(machine_rates(device, dtype), meta.subject, device, loaded)
+        return replace(rates, product=max(rates.product, rates.packed_product)) if _multiply_fast(meta) else rates
     base, context = usual_base(device)
     return replace(assumed_rates(dtype_name(dtype)), base=base, device_base=context, libraries=workspaces(device))
+
+
+def _multiply_fast(meta: MetaSubject) -> bool:
+    """Whether linear layers multiply by the library that packed weights are for, as those of our own models do."""
+    is_there = BY_ONEDNN and meta.device.type == "cpu" and meta.subject.dtype == torch.float32
+    modules = (module for network in meta.subject.modules().values() for module in network.modules())
+    return is_there and any(getattr(type(module), "only_multiplies", False) for module in modules)
 
 
 def _withheld(workload: Workload, name: str, nbytes: int) -> Workload:

@@ -24,9 +24,10 @@ from lowtide.machine.child_process import ChildError, run_module
 from lowtide.machine.figure_cache import cache_folder, keep, recall
 from lowtide.machine.host import host_memory, processor_name_and_flags, usable_cpus
 from lowtide.machine.processor_share import Watch, is_busy
+from lowtide.ops.product import linear
 
 DTYPES = ("float32", "bfloat16", "float16")
-_FORMAT = 1
+_FORMAT = 2
 _ROOM = 600 * 2**20
 """Bytes that the process which measures takes, with some room."""
 _MEASURED_IN = 60.0
@@ -131,7 +132,7 @@ def measured_speeds(dtype: torch.dtype) -> DtypeSpeeds:
             cases.append((18 * count * channels**2 * side**2, partial(F.conv2d, x, weight, padding=1)))
         return cases
 
-    products: Cases = [(2 * m * k * n, partial(F.linear, some(m, k), some(n, k))) for m, k, n in _PRODUCTS]
+    products: Cases = [(2 * m * k * n, partial(linear, some(m, k), some(n, k))) for m, k, n in _PRODUCTS]
     attentions: Cases = []
     for tokens, heads, size in _ATTENTIONS:
         q = some(1, heads, tokens, size)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.media.unfinished import whole_or_not
-from lowtide.quiet import have_filter
 
 _LARGEST = 2**16
 """Bytes of a file that may be one of ours."""
+_TOLD: set[Path | None] = set()
+"""The folders of which it was said that nothing can be kept there: once is enough for all figures."""
 
 
 def cache_folder() -> Path | None:
@@ -51,11 +52,13 @@ def keep(name: str, key: list[Any], figures: Mapping[str, Any]) -> None:
         with whole_or_not(file) as unfinished:
             unfinished.write_text(json.dumps({"key": key, "figures": figures}, indent=2), encoding="utf-8")
     except OSError as error:
-        have_filter()
+        if (folder := cache_folder()) in _TOLD:
+            return
+        _TOLD.add(folder)
         warnings.warn(
             f"What was measured of this machine cannot be kept ({error.strerror or error}), so it is measured again "
             "next time. Set XDG_CACHE_HOME to a folder that can be written to.",
-            stacklevel=1,  # one place for all figures: it is said once
+            stacklevel=1,
         )
 
 

@@ -7,7 +7,6 @@ has too, does not: on an AMD EPYC with AVX-512 it takes 0.36 to 0.61 of the time
 from __future__ import annotations
 
 import platform
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,11 +25,12 @@ SHARES_CACHE_LINES = 4096
 def linear(x: torch.Tensor, weight: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
     """Multiply `[..., I]` with a weight `[O, I]` to `[..., O]`, and add the bias.
 
-    Where gradients are taken, and for every dtype but float32, PyTorch chooses.
+    Where gradients are taken, where a trace is made (which is to load without us), and for every dtype but float32,
+    PyTorch chooses.
     """
     has_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     is_usual = x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and weight.is_contiguous()
-    if has_gradient or not is_usual or device_type(x) != "cpu" or torch.compiler.is_compiling() or not by_onednn():
+    if has_gradient or not is_usual or device_type(x) != "cpu" or torch.jit.is_tracing() or not BY_ONEDNN:
         return F.linear(x, weight, bias_O)
     if x.is_meta:
         room = x.new_empty(_scratchpad(x.shape[-1]))
@@ -46,13 +46,6 @@ def _scratchpad(inner: int) -> int:
     return torch.get_num_threads() * (WIDE * min(-(-inner // 16) * 16, DEEP) + 256 + copied)
 
 
-@cache
-def by_onednn() -> bool:
-    """Whether oneDNN is the faster one here."""
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return is_x86 and torch.backends.mkldnn.is_available() and _maker() not in ("", "GenuineIntel")  # pyright: ignore
-
-
 def _maker() -> str:
     """Of the processor; "" where it is not known."""
     try:
@@ -61,3 +54,11 @@ def _maker() -> str:
         return next((name for name in ("GenuineIntel", "AuthenticAMD") if name in platform.processor()), "")
     fields = (line.split(":", 1) for line in lines if ":" in line)
     return next((value.strip() for name, value in fields if name.strip() == "vendor_id"), "")
+
+
+BY_ONEDNN = (
+    platform.machine().lower() in ("x86_64", "amd64")
+    and torch.backends.mkldnn.is_available()  # pyright: ignore[reportAttributeAccessIssue]
+    and _maker() not in ("", "GenuineIntel")
+)
+"""Whether oneDNN is the faster one here."""

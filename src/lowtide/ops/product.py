@@ -30,7 +30,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias_O: torch.Tensor | None = 
     """
     has_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     is_usual = x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and weight.is_contiguous()
-    if has_gradient or not is_usual or device_type(x) != "cpu" or torch.jit.is_tracing() or not BY_ONEDNN:
+    is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if has_gradient or not is_usual or device_type(x) != "cpu" or is_traced or not BY_ONEDNN:
         return F.linear(x, weight, bias_O)
     if x.is_meta:
         room = x.new_empty(_scratchpad(x.shape[-1]))

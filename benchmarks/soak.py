@@ -72,7 +72,7 @@ def main() -> int:
         print("making the pictures of plain runs ...", flush=True)
         expected = Expected(models)
         named = [f"{name}={path}" for name, path in models.items()]
-        arguments = [*named, "--ram", options.ram, "--at-once", str(options.at_once)]
+        arguments = [*named, "--ram", options.ram, "--at-once", str(options.at_once), "--dtype", "float32"]
         server = Server(Path(scratch) / "served", *arguments)
         server.wait_until_ready()
         soak = Soak(server, expected, parse_bytes(options.ram), options.keep)

@@ -46,8 +46,8 @@ _COMPILED_ELSE = 36 * 2**20
 
 _BUFFERS, _BUFFERS_MOST = 0.02, 20 * 2**20
 """What kernels keep once they are compiled, pages of libraries among it, and their buffers, by the bytes of weights: 55
-MiB after a run of Stable Diffusion in bfloat16, 46 in float32; 35 with the shipped model, and in float32 24 to 36, where
-oneDNN multiplies."""
+MiB after a run of Stable Diffusion in bfloat16, 46 in float32. With the shipped model they are 35, and in float32 24 to
+36 where oneDNN multiplies."""
 
 
 OBJECTS, WORD = 28 * 2**20, 300

@@ -50,26 +50,44 @@ class Computing:
         return self._convolved(CHANNELS_LAST, torch.channels_last)
 
     def _convolved(self, shapes: tuple[tuple[int, int, int], ...], layout: torch.memory_format) -> float:
-        def cases() -> Iterator[tuple[int, Action]]:
-            for count, channels, side in shapes:
-                x = self._some(count, channels, side, side).contiguous(memory_format=layout)
-                weight = self._some(channels, channels, 3, 3)
-                yield 2 * 9 * count * channels**2 * side**2, partial(F.conv2d, x, weight, padding=1)
+        return self._rate(self._convolutions(shapes, layout))
 
-        return self._rate(cases())
+    def _convolutions(
+        self, shapes: tuple[tuple[int, int, int], ...], layout: torch.memory_format
+    ) -> Iterator[tuple[int, Action]]:
+        for count, channels, side in shapes:
+            x = self._some(count, channels, side, side).contiguous(memory_format=layout)
+            weight = self._some(channels, channels, 3, 3)
+            yield 2 * 9 * count * channels**2 * side**2, partial(F.conv2d, x, weight, padding=1)
 
     def packed_convolution(self) -> float:
         """Operations a second with packed weights; 0 where there are none."""
+        return self._rate(self._packed_convolutions()) if self._packs else 0.0
+
+    def _packed_convolutions(self) -> Iterator[tuple[int, Action]]:
+        for count, channels, side in CONVOLUTIONS:
+            x, geometry = self._some(count, channels, side, side), ((1, 1), (1, 1), (1, 1), 1)
+            packed = pack_convolution(self._some(channels, channels, 3, 3), geometry, x.shape)
+            yield 2 * 9 * count * channels**2 * side**2, partial(packed_convolution, x, packed, None, geometry)
+
+    def arranging(self) -> float:
+        """Bytes of weights a second that convolutions bring to their own order in each call; 0 where that is nothing.
+
+        It is what they take longer than with packed weights, where maps are small.
+        """
         if not self._packs:
             return 0.0
-
-        def cases() -> Iterator[tuple[int, Action]]:
-            for count, channels, side in CONVOLUTIONS:
-                x, geometry = self._some(count, channels, side, side), ((1, 1), (1, 1), (1, 1), 1)
-                packed = pack_convolution(self._some(channels, channels, 3, 3), geometry, x.shape)
-                yield 2 * 9 * count * channels**2 * side**2, partial(packed_convolution, x, packed, None, geometry)
-
-        return self._rate(cases())
+        saved, nbytes = 0.0, 0
+        plain = self._convolutions(CONVOLUTIONS, torch.contiguous_format)
+        for (_, channels, _), (_, one), (_, other) in zip(
+            CONVOLUTIONS, plain, self._packed_convolutions(), strict=True
+        ):
+            taken = self._seconds(one)
+            saved += taken - self._seconds(other)
+            nbytes += 9 * channels**2 * self.dtype.itemsize
+            if taken > _SLOW:
+                break
+        return nbytes / saved if saved > 0 else 0.0
 
     def packed_product(self) -> float:
         """Operations a second with packed weights; 0 where there are none."""

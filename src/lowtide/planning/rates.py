@@ -19,9 +19,11 @@ class Rates:
     layout, 0 where they are as fast as others; `packed_convolution` and `packed_product` with packed weights, 0 where
     there are none. Bytes a second: `touched` by all other kernels; `frugal_touched`, the same where freed memory goes
     back to the system at once with hardly any slack, 0 where that cannot be chosen; `dequantized`, bytes in the
-    computing dtype that are made of 8-bit weights; `packing`, bytes of weights that are packed. Bytes that reach the
-    device a second: over the `link` from host memory (on a CPU: by mapping pages that are in memory), `converted` where
-    the dtype changes or bytes are copied, and from the `disk`. A `kernel` takes so many seconds to begin.
+    computing dtype that are made of 8-bit weights; `packing`, bytes of weights that are packed, and `arranging`, bytes
+    of weights that convolutions bring to their own order in each call while they are not, 0 where `convolution` has
+    that time in it. Bytes that reach the device a second: over the `link` from host memory (on a CPU: by mapping pages
+    that are in memory), `converted` where the dtype changes or bytes are copied, and from the `disk`. A `kernel` takes
+    so many seconds to begin.
     Files of up to `cache` bytes stay in the system's memory, so that they are read from the disk once. The process
     itself takes `base` bytes on the host and `device_base` bytes on the device before anything is loaded; `libraries`
     bytes of these are in workspaces that PyTorch allocates, and the others in the driver's context. An allocator takes
@@ -56,6 +58,7 @@ class Rates:
     packed_convolution: float = 0.0
     packed_product: float = 0.0
     packing: float = 1e9
+    arranging: float = 0.0
 
     @property
     def on_cpu(self) -> bool:
@@ -106,12 +109,17 @@ class Rates:
             return self
         convolution, product = max(self.packed_convolution, self.convolution), max(self.packed_product, self.product)
         last = max(self.channels_last, convolution) if self.channels_last else 0.0
-        return replace(self, convolution=convolution, product=product, channels_last=last)
+        return replace(self, convolution=convolution, product=product, channels_last=last, arranging=0.0)
+
+    def _convolving(self, work: Work) -> float:
+        if self.arranging > 0:
+            return work.convolution / self.packed_convolution + work.arranged / self.arranging
+        return work.convolution / self.convolution
 
     def seconds(self, work: Work) -> float:
         """Seconds of computing with the weights on the device; reading them may take longer than multiplying."""
         weighted = (
-            work.convolution / self.convolution
+            self._convolving(work)
             + work.channels_last / (self.channels_last or self.convolution)
             + work.product / self.product
         )

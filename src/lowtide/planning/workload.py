@@ -23,7 +23,8 @@ class Work:
 
     A multiplication and an addition are two operations. `weights` are bytes of weights that convolutions and products
     read. `kernels` counts the calls of kernels of every kind. `channels_last` are operations of convolutions of maps in
-    that layout, which a CPU is faster at; `convolution` leaves them out.
+    that layout, which a CPU is faster at; `convolution` leaves them out. `arranged` are the bytes of weights of
+    `convolution`, which kernels on a CPU bring to an order of their own.
     """
 
     convolution: float = 0.0
@@ -33,6 +34,7 @@ class Work:
     kernels: int = 0
     channels_last: float = 0.0
     weights: float = 0.0
+    arranged: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -43,6 +45,7 @@ class Work:
             self.kernels + other.kernels,
             self.channels_last + other.channels_last,
             self.weights + other.weights,
+            self.arranged + other.arranged,
         )
 
     def times(self, count: float) -> Work:
@@ -55,6 +58,7 @@ class Work:
             int(self.kernels * count),
             self.channels_last * count,
             self.weights * count,
+            self.arranged * count,
         )
 
 

@@ -82,7 +82,9 @@ def work_of(func: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> W
         kind, count = _OPERATIONS[name]
         if kind == "convolution" and is_channels_last(given[0]) and not given[0].is_contiguous():
             kind = "channels_last"
-        return Work(**{kind: float(count(given, made))}, weights=float(_weights(kind, given)), kernels=1)
+        weights = float(_weights(kind, given))
+        arranged = weights if kind == "convolution" else 0.0
+        return Work(**{kind: float(count(given, made))}, weights=weights, kernels=1, arranged=arranged)
     return Work(touched=float(sum(map(_touched, given)) + sum(map(_touched, made))), kernels=1)
 
 

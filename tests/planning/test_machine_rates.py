@@ -92,7 +92,7 @@ def run_here(name, *arguments, seconds):
 def test_this_machine_is_measured(monkeypatch, tmp_path, elsewhere):
     """As it is, in a process of its own, with `slow`; its smallest shapes in this one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(machine_rates, "is_busy", lambda threads: True)  # else those of a busy moment are measured again
+    monkeypatch.setattr(machine_rates, "is_busy", lambda threads: True)  # else a busy moment's are measured again
     if not elsewhere:
         monkeypatch.setattr(machine_rates, "run_module", run_here)
     rates = ask()

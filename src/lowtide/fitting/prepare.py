@@ -107,14 +107,15 @@ def _rates(meta: MetaSubject, loaded: Mapping[str, nn.Module]) -> Rates:
     """Of a device that is not here, usual ones."""
     device, dtype = meta.device, meta.subject.dtype
     if is_here(device):
-        rates = process_rates(machine_rates(device, dtype), meta.subject, device, loaded)
-        return replace(rates, product=max(rates.product, rates.packed_product)) if _multiply_fast(meta) else rates
+        fast = _by_onednn(meta)
+        rates = process_rates(machine_rates(device, dtype), meta.subject, device, loaded, by_onednn=fast)
+        return replace(rates, product=max(rates.product, rates.packed_product)) if fast else rates
     base, context = usual_base(device)
     return replace(assumed_rates(dtype_name(dtype)), base=base, device_base=context, libraries=workspaces(device))
 
 
-def _multiply_fast(meta: MetaSubject) -> bool:
-    """Whether linear layers multiply by the library that packed weights are for, as those of our own models do."""
+def _by_onednn(meta: MetaSubject) -> bool:
+    """Whether oneDNN multiplies in linear layers, as it does in those of our own models."""
     is_there = BY_ONEDNN and meta.device.type == "cpu" and meta.subject.dtype == torch.float32
     modules = (module for network in meta.subject.modules().values() for module in network.modules())
     return is_there and any(getattr(type(module), "only_multiplies", False) for module in modules)

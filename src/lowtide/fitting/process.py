@@ -41,13 +41,16 @@ ROOM_TO_MEASURE = 600 * 2**20
 _COMPILED = {"bfloat16": 44 * 2**20, "float16": 44 * 2**20}
 
 
-_COMPILED_ELSE = 36 * 2**20
+_COMPILED_ELSE = 24 * 2**20
 
 
 _BUFFERS, _BUFFERS_MOST = 0.02, 20 * 2**20
 """What kernels keep once they are compiled, pages of libraries among it, and their buffers, by the bytes of weights: 55
-MiB after a run of Stable Diffusion in bfloat16, 46 in float32. With the shipped model they are 35, and in float32 24 to
-36 where oneDNN multiplies."""
+MiB after a run of Stable Diffusion in bfloat16, 46 in float32; 35 and 24 with the shipped models."""
+
+
+BY_ONEDNN = 16 * 2**20
+"""What they keep besides in float32 where oneDNN multiplies in linear layers, at most: 2 to 15 MiB were measured."""
 
 
 OBJECTS, WORD = 28 * 2**20, 300
@@ -109,10 +112,13 @@ def objects(vocabulary: int) -> int:
     return OBJECTS + WORD * vocabulary
 
 
-def process_rates(rates: Rates, subject: Subject, device: torch.device, loaded: Mapping[str, nn.Module]) -> Rates:
+def process_rates(
+    rates: Rates, subject: Subject, device: torch.device, loaded: Mapping[str, nn.Module], *, by_onednn: bool = False
+) -> Rates:
     """Rates with what the process takes on the host and on the device beside a subject's weights and activations.
 
-    The subject may be on meta; `loaded` are those of its networks that this process has in memory already.
+    The subject may be on meta; `loaded` are those of its networks that this process has in memory already. `by_onednn`
+    tells that oneDNN multiplies in its linear layers.
     """
     host, on_device = alone(device, subject.dtype)
     usual = host + objects(subject.vocabulary)
@@ -123,7 +129,7 @@ def process_rates(rates: Rates, subject: Subject, device: torch.device, loaded: 
         trim_heap()
         own = resident_memory() - weights
     whole = nbytes(*(weight for module in subject.modules().values() for weight in module.parameters()))
-    kernels = compiled(subject.dtype, whole)
+    kernels = compiled(subject.dtype, whole) + BY_ONEDNN * by_onednn
     left = min(kernels, LATER) if (device.type, subject.dtype) in _warm else kernels
     base = _steady((device.type, subject.dtype, subject.vocabulary), max(usual + kernels, own + left))
     return replace(rates, base=base, device_base=on_device, libraries=min(workspaces(device), on_device))

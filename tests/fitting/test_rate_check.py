@@ -71,6 +71,10 @@ def test_slower_rates_take_longer():
     work = Work(convolution=1e12, product=1e12, attention=1e12, touched=1e10, kernels=1000)
     assert slower(fits.RATES, 3).seconds(work) == pytest.approx(3 * fits.RATES.seconds(work))
     assert slower(fits.RATES, 3).disk == fits.RATES.disk
+    known = replace(fits.RATES, packed_convolution=1e12, packed_product=1e12, arranging=1e9)
+    arranged = replace(work, arranged=1e9)
+    for rates in (known, known.with_packed()):
+        assert slower(rates, 3).seconds(arranged) == pytest.approx(3 * rates.seconds(arranged))
 
 
 @pytest.mark.usefixtures("bare_machine")

@@ -142,6 +142,7 @@ _COMPUTED = (
     "packed_convolution",
     "packed_product",
     "packing",
+    "arranging",
 )
 
 

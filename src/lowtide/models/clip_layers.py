@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lowtide.models.encoder_configs import CLIPTextEntries, CLIPVisionEntries
+from lowtide.models.encoder_configs import CLIPEntries
 from lowtide.models.nonlinearities import NONLINEARITIES
 from lowtide.ops.attention import DEFAULT, AttentionBackend, attention
-
-CLIPEntries = CLIPTextEntries | CLIPVisionEntries
 
 
 class CLIPAttention(nn.Module):

@@ -40,83 +40,82 @@ class EncoderConfig(Config):
         """Raise `ValueError` for the entry called `name`."""
         raise ValueError(f"{self.kind} config: {name}={getattr(self, name)!r:.80} is not possible; {reason}.")
 
-    def check_heads(self, width: str, heads: str) -> None:
-        """Raise `ValueError` unless the width, an entry, is a multiple of the number of heads."""
-        if getattr(self, width) % getattr(self, heads):
-            self.refuse(heads, f"{width}={getattr(self, width)} must be a multiple of it")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CLIPTextEntries(EncoderConfig):
-    """Shape of a `CLIPTextModel`."""
+class CLIPEntries(EncoderConfig):
+    """Base: what shapes either tower of CLIP."""
 
-    kind: ClassVar[str] = "Text encoder"
     ranges: ClassVar[Mapping[str, Range]] = {
         "num_hidden_layers": (1, MOST_LAYERS),
-        "max_position_embeddings": (1, 2**16),
         "layer_norm_eps": (SMALLEST, 1),
         "attention_dropout": (0, 1),
-        "pad_token_id": TOKEN_ID,
-        "bos_token_id": TOKEN_ID,
-        "eos_token_id": TOKEN_ID,
     }
     possible: ClassVar[Mapping[str, tuple[Any, ...]]] = {"hidden_act": ACTIVATIONS}
 
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
+    hidden_size: int
+    intermediate_size: int
     projection_dim: int | None = 512
     num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
+    num_attention_heads: int
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     attention_dropout: float | None = 0.0
     initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError`, naming the entry, for one that is not possible."""
+        super().__post_init__()
+        if self.hidden_size % self.num_attention_heads:
+            self.refuse("num_attention_heads", f"hidden_size={self.hidden_size} must be a multiple of it")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CLIPTextEntries(CLIPEntries):
+    """Shape of a `CLIPTextModel`."""
+
+    kind: ClassVar[str] = "Text encoder"
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **CLIPEntries.ranges,
+        "max_position_embeddings": (1, 2**16),
+        "pad_token_id": TOKEN_ID,
+        "bos_token_id": TOKEN_ID,
+        "eos_token_id": TOKEN_ID,
+    }
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
     initializer_factor: float | None = 1.0
     pad_token_id: int | None = 1
     bos_token_id: int | None = 49406
     eos_token_id: int | tuple[int, ...] | None = 49407
     use_attention_mask: bool | None = False
 
-    def __post_init__(self) -> None:
-        """Raise `ValueError`, naming the entry, for one that is not possible."""
-        super().__post_init__()
-        self.check_heads("hidden_size", "num_attention_heads")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CLIPVisionEntries(EncoderConfig):
+class CLIPVisionEntries(CLIPEntries):
     """Shape of a `CLIPVisionModel`."""
 
     kind: ClassVar[str] = "Vision encoder"
     ranges: ClassVar[Mapping[str, Range]] = {
-        "num_hidden_layers": (1, MOST_LAYERS),
+        **CLIPEntries.ranges,
         "image_size": (1, MOST_PIXELS),
         "patch_size": (1, MOST_PIXELS),
-        "layer_norm_eps": (SMALLEST, 1),
-        "attention_dropout": (0, 1),
     }
-    possible: ClassVar[Mapping[str, tuple[Any, ...]]] = {"hidden_act": ACTIVATIONS}
 
     hidden_size: int = 768
     intermediate_size: int = 3072
-    projection_dim: int | None = 512
-    num_hidden_layers: int = 12
     num_attention_heads: int = 12
     num_channels: int = 3
     image_size: int = 224
     patch_size: int = 32
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    attention_dropout: float | None = 0.0
-    initializer_range: float = 0.02
     initializer_factor: float = 1.0
 
     def __post_init__(self) -> None:
         """Raise `ValueError`, naming the entry, for one that is not possible."""
         super().__post_init__()
-        self.check_heads("hidden_size", "num_attention_heads")
         if self.patch_size > self.image_size:
             self.refuse("patch_size", f"it must be at most image_size={self.image_size}")
 

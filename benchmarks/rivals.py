@@ -16,20 +16,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from compare import machine_in_words
 from outside import run_watched
 
 THREADS = 2
 STEPS = 5
-PACKAGES = ("lowtide", "torch", "openvino", "diffusers")
+PACKAGES = ("openvino", "diffusers")
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
 Took = list[tuple[float, float]]
 """Seconds of each step, by the clock and of the processor."""
@@ -169,19 +170,11 @@ def compare(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]
 
 
 def place() -> str:
-    """The processor and the versions."""
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
-    named = {name.strip(): value for name, value in fields.items()}
-    flags = " ".join(flag for flag in FLAGS if flag in named["flags"].split())
-    versions = []
-    for package in PACKAGES:
-        try:
-            versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            versions.append(f"{package} is not here")
-    processor = f"{named['model name'].strip()} ({flags}), {THREADS} threads"
-    return f"{processor}; Python {platform.python_version()}, {', '.join(versions)}"
+    """The command, the machine, its instructions and the versions."""
+    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    rivals = [f"{package} {version(package)}" for package in PACKAGES if find_spec(package) is not None]
+    instructions = ", ".join(flag for flag in FLAGS if flag in flags)
+    return f"{machine_in_words()} {instructions}; {THREADS} threads; {', '.join(rivals)}."
 
 
 def as_text(table: dict[str, dict[str, dict[str, float]]], options: argparse.Namespace) -> str:
@@ -189,9 +182,7 @@ def as_text(table: dict[str, dict[str, dict[str, float]]], options: argparse.Nam
     lines = [
         "# A step beside rivals",
         "",
-        f"`python benchmarks/rivals.py --sizes {' '.join(map(str, options.sizes))} --rounds {options.rounds}`",
-        "",
-        f"{place()}. Medians of {options.rounds} processes; see the docstring.",
+        f"{place()} Medians of {options.rounds} processes; see the docstring.",
     ]
     for size, rows in table.items():
         best = rows.get("OpenVINO", {}).get("step")

@@ -53,7 +53,9 @@ def cast(
         while weights:
             weight = weights.pop()
             names = (view.slot.name for view in weight.views)
-            made.append(_cast_weight(weight, casting, dtype_by_name(names, own_dtypes or {}, compute)))
+            cast_weight = _cast_weight(weight, casting, dtype_by_name(names, own_dtypes or {}, compute))
+            cast_weight.lay_down()
+            made.append(cast_weight)
     finally:
         install(module, made)
 
@@ -157,7 +159,7 @@ def _cast_weight(weight: Weight, casting: Casting, compute: torch.dtype | None) 
         raise ValueError(f"{weight.name} is on meta: it has a shape and no values to cast. Load the model first.")
     original = on_disk(weight)
     if not casting.loses:
-        return _laid_down(PackedWeight(weight, original, compute))
+        return PackedWeight(weight, original, compute)
     flat = weight.rest.flat if hasattr(weight.rest, "flat") else weight.rest.on_host()
     dim = 1 if isinstance(view.slot.owner, TRANSPOSED) else 0
     numbers = view.of(flat).detach()
@@ -166,12 +168,7 @@ def _cast_weight(weight: Weight, casting: Casting, compute: torch.dtype | None) 
     if original is not None:
         made.keep_original(original, view)
     let_go_of_file(numbers)
-    return _laid_down(made)
-
-
-def _laid_down(weight: CastWeight) -> CastWeight:
-    weight.lay_down()
-    return weight
+    return made
 
 
 def is_cast(module: nn.Module) -> bool:

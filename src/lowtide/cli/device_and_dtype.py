@@ -73,8 +73,7 @@ def tell_chosen_by_guest(
     kind: Kind, chosen: torch.dtype | None, tried: Sequence[torch.dtype | None], device: str
 ) -> None:
     """The same for dtypes of torch."""
+    from lowtide.weights.fill import dtype_name
 
-    def name(dtype: torch.dtype | None) -> str | None:
-        return None if dtype is None else str(dtype).removeprefix("torch.")
-
-    tell_chosen(kind, name(chosen), [name(dtype) for dtype in tried], device)
+    names = [None if dtype is None else dtype_name(dtype) for dtype in (chosen, *tried)]
+    tell_chosen(kind, names[0], names[1:], device)

@@ -49,7 +49,7 @@ _BUFFERS, _BUFFERS_MOST = 0.02, 20 * 2**20
 MiB after a run of Stable Diffusion in bfloat16, 46 in float32; 35 and 24 with the shipped models."""
 
 
-BY_ONEDNN = 16 * 2**20
+_KEPT_BY_ONEDNN = 16 * 2**20
 """What they keep besides in float32 where oneDNN multiplies in linear layers, at most: 2 to 15 MiB were measured."""
 
 
@@ -129,7 +129,7 @@ def process_rates(
         trim_heap()
         own = resident_memory() - weights
     whole = nbytes(*(weight for module in subject.modules().values() for weight in module.parameters()))
-    kernels = compiled(subject.dtype, whole) + BY_ONEDNN * by_onednn
+    kernels = compiled(subject.dtype, whole) + _KEPT_BY_ONEDNN * by_onednn
     left = min(kernels, LATER) if (device.type, subject.dtype) in _warm else kernels
     base = _steady((device.type, subject.dtype, subject.vocabulary), max(usual + kernels, own + left))
     return replace(rates, base=base, device_base=on_device, libraries=min(workspaces(device), on_device))

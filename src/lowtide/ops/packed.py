@@ -6,6 +6,7 @@ call, or multiply by another library. Here it is done once. Results differ by ro
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ Geometry = tuple[Any, Any, Any, int]
 """Of a convolution: padding, stride, dilation and groups."""
 
 
+@cache
 def has_packed(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies numbers of this dtype on this machine's CPU."""
     if not torch.backends.mkldnn.is_available():  # pyright: ignore[reportAttributeAccessIssue]

@@ -210,9 +210,9 @@ class Planner:
 
     def _saved_by_packing(self, plan: Plan, rates: Rates) -> float:
         """Seconds that a run would be faster if weights that are resident were packed, which is not allowed."""
-        packed, saved = rates.with_packed(), 0.0
-        if PACKED in self.allow or not rates.on_cpu or packed is rates:
+        if PACKED in self.allow or not rates.on_cpu or (packed := rates.with_packed()) is rates:
             return 0.0
+        saved = 0.0
         for name, component in self.workload.components.items():
             if plan.components[name].rule is None and plan.components[name].casting is None:
                 stages = ((stage, stage.ways[plan.way(stage.name)].work) for stage in self.workload.stages)

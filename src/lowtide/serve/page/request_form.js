@@ -34,7 +34,7 @@ export function asked() {
   return content;
 }
 
-/** The picture to start from, where the model takes one and it was chosen. */
+/** The pictures to start from, by the names of their fields, where the model takes one and it was chosen. */
 const pictures = () => (takesPicture() && field("image").files.length ? { image: [...field("image").files] } : {});
 const takesPicture = () => model().arguments?.includes("image");
 

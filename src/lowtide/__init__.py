@@ -5,6 +5,7 @@ The public names are imported on first use, so that `import lowtide` brings in n
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+"""PyTorch has Linux make its tensors of 2 MiB and more of large pages. It reads this when it makes the first."""
 
 __all__ = [
     "AutoencoderKL",

@@ -15,6 +15,8 @@ from torch import nn
 
 from lowtide.casting.cast_leaf import install
 from lowtide.casting.cast_weight import CastWeight, small_of
+from lowtide.casting.int8_weight import Int8Weight
+from lowtide.casting.lazily_packed import can_pack
 from lowtide.memory.store import DiskRest
 from lowtide.memory.weight import View
 from lowtide.ops.quantization import STORAGE
@@ -74,11 +76,17 @@ def saved_weights(module: nn.Module, index: CheckpointIndex) -> tuple[list[Saved
 
 
 def place(
-    module: nn.Module, saved: Iterable[SavedWeight], dtype: torch.dtype, own_dtypes: Mapping[str, torch.dtype]
+    module: nn.Module,
+    saved: Iterable[SavedWeight],
+    dtype: torch.dtype,
+    own_dtypes: Mapping[str, torch.dtype],
+    *,
+    int8_matmul: bool = False,
 ) -> None:
     """Let the weights rest in their file; nothing but the scales is read.
 
-    They compute in `dtype`, but for those that `own_dtypes` gives another one, as for `fill`.
+    They compute in `dtype`, but for those that `own_dtypes` gives another one, as for `fill`. With `int8_matmul` layers
+    multiply by those in int8 as they are, as `Casting` says.
     """
     files: dict[object, WeightFile] = {}
     made: list[CastWeight] = []
@@ -90,7 +98,11 @@ def place(
         stride = contiguous_stride(entry.shape)
         wanted = dtype_by_name((slot.name for slot in stored.slots), own_dtypes, dtype)
         views = [View(slot, 0, entry.shape, stride, wanted, requires_grad=False) for slot in stored.slots]
-        weight = CastWeight(views, DiskRest(origin, entry.dtype), torch.device("cpu"), entry.dtype)
+        rest = DiskRest(origin, entry.dtype)
+        weight = CastWeight(views, rest, torch.device("cpu"), entry.dtype)
+        if int8_matmul and entry.dtype == torch.int8 and can_pack(weight):
+            weight = Int8Weight(views, rest, torch.device("cpu"), entry.dtype)
+            weight.multiplies = True
         weight.forget_given()
         if stored.scale is not None:
             weight.set_scale(_read(stored.scale))

@@ -18,8 +18,10 @@ from torch import nn
 from lowtide.casting.cast_leaf import Leaf, install, leaves
 from lowtide.casting.cast_weight import FLOATING, CastWeight, small_of
 from lowtide.casting.casting import Casting
+from lowtide.casting.int8_weight import Int8Weight
+from lowtide.casting.lazily_packed import can_pack
 from lowtide.casting.only_products import can_multiply
-from lowtide.casting.packed_weight import PackedWeight, can_pack
+from lowtide.casting.packed_weight import PackedWeight
 from lowtide.memory.module_weights import gather, is_plain
 from lowtide.memory.settling import on_disk
 from lowtide.memory.weight import Weight
@@ -99,6 +101,7 @@ def _is_so(weight: CastWeight, casting: Casting) -> bool:
         return isinstance(weight, PackedWeight) and not casting.loses
     same_dtype = casting.compute is None or weight.dtype == getattr(torch, casting.compute)
     multiplies = casting.fp8_matmul and (weight.multiplies or can_multiply(weight))
+    multiplies = multiplies or (casting.int8_matmul and (weight.multiplies or can_pack(weight)))
     return (
         same_dtype
         and weight.multiplies == multiplies
@@ -163,8 +166,10 @@ def _cast_weight(weight: Weight, casting: Casting, compute: torch.dtype | None) 
     flat = weight.rest.flat if hasattr(weight.rest, "flat") else weight.rest.on_host()
     dim = 1 if isinstance(view.slot.owner, TRANSPOSED) else 0
     numbers = view.of(flat).detach()
-    made = CastWeight.of(weight, numbers, STORAGE[casting.storage], casting.scaled, dim, compute)
-    made.multiplies = casting.fp8_matmul and can_multiply(made)
+    in_int8 = casting.int8_matmul and can_pack(weight)
+    kind = Int8Weight if in_int8 else CastWeight
+    made = kind.of(weight, numbers, STORAGE[casting.storage], casting.scaled, dim, compute)
+    made.multiplies = in_int8 or (casting.fp8_matmul and can_multiply(made))
     if original is not None:
         made.keep_original(original, view)
     let_go_of_file(numbers)

@@ -22,12 +22,15 @@ class Casting:
     (`re.search`) of `skip_patterns`, or whose class is one of `skip_classes`, are left out with all that is inside
     them; with neither, every module is cast.
     With `fp8_matmul` linear layers whose sides are multiples of 16 multiply in fp8, the input rounded too, where they
-    compute in bfloat16: for GPUs of compute capability 8.9 or more. Raises `ValueError` for what is not possible.
+    compute in bfloat16: for GPUs of compute capability 8.9 or more. With `int8_matmul` convolutions and linear layers
+    multiply in int8, the input rounded too: for CPUs with instructions for that; elsewhere weights are dequantized.
+    Raises `ValueError` for what is not possible.
     """
 
     storage: str = "float8_e4m3fn"
     scaled: bool = False
     fp8_matmul: bool = False
+    int8_matmul: bool = False
     compute: str | None = None
     skip_patterns: tuple[str, ...] = NEVER_CAST
     skip_classes: tuple[type, ...] = ()
@@ -37,6 +40,8 @@ class Casting:
             raise ValueError(f"storage={self.storage!r} is not possible: it is one of {', '.join(STORAGES)}.")
         if self.fp8_matmul and self.storage != "float8_e4m3fn":
             raise ValueError(f"fp8_matmul with storage={self.storage!r} is not possible: hardware takes float8_e4m3fn.")
+        if self.int8_matmul and self.storage != "int8":
+            raise ValueError(f"int8_matmul with storage={self.storage!r} is not possible: weights must be in int8.")
         if self.storage == "int8":
             object.__setattr__(self, "scaled", True)
 
@@ -50,7 +55,9 @@ class Casting:
         return replace(self, skip_patterns=(*self.skip_patterns, *patterns)) if self.loses else self
 
 
-PACKED = "packed"
+PACKED, INT8_DYNAMIC = "packed", "int8_dynamic"
+LAZILY_PACKED = (PACKED, INT8_DYNAMIC)
+"""Castings whose weights are brought to a kernel's order in their layer's first call."""
 EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "int8")
 STORAGES = (*EIGHT_BITS, PACKED)
 
@@ -58,5 +65,6 @@ STORAGES = (*EIGHT_BITS, PACKED)
 NAMED_CASTINGS = {
     "fp8": Casting("float8_e4m3fn", scaled=True),
     "int8": Casting("int8"),
+    INT8_DYNAMIC: Casting("int8", int8_matmul=True),
     PACKED: Casting(PACKED, skip_patterns=()),
 }

@@ -38,7 +38,7 @@ class Tidy:
         trim_heap()
 
 
-KEPT = (8 * 2**20, 64 * 2**20)
+KEPT = (32 * 2**20, 64 * 2**20)
 """Bytes of the blocks that the heap holds, and of what it keeps when they are freed, where that is worth it: making
 their pages anew took a U-Net half as long again."""
 

@@ -15,6 +15,14 @@ import torch.nn.functional as F
 
 from lowtide.machine.accelerators import accelerator
 from lowtide.machine.heap import steady_malloc
+from lowtide.ops.int8_products import (
+    COMPUTED,
+    has_int8_products,
+    int8_convolution,
+    int8_product,
+    pack_int8_convolution,
+    pack_int8_product,
+)
 from lowtide.ops.packed import has_packed, pack_convolution, pack_product, packed_convolution, packed_product
 from lowtide.ops.quantization import dequantize, quantize
 
@@ -108,6 +116,32 @@ class Computing:
         weight, size = self._some(1280, 1280, 3, 3), torch.Size((2, 1280, 16, 16))
         action = partial(pack_convolution, weight, ((1, 1), (1, 1), (1, 1), 1), size)
         return self._rate([(weight.nbytes, action)])
+
+    def int8_convolution(self) -> float:
+        """Operations a second with weights and inputs in int8; 0 where there are no instructions for it."""
+
+        def cases() -> Iterator[tuple[int, Action]]:
+            for count, channels, side in CONVOLUTIONS:
+                x, geometry = self._some(count, channels, side, side), ((1, 1), (1, 1), (1, 1), 1)
+                packed = pack_int8_convolution(_eights(channels, channels, 3, 3), geometry, x.shape)
+                action = partial(int8_convolution, x, packed, torch.ones(channels), None, geometry)
+                yield 2 * 9 * count * channels**2 * side**2, action
+
+        return self._rate(cases()) if self._multiplies_in_int8 else 0.0
+
+    def int8_product(self) -> float:
+        """Operations a second with weights and inputs in int8; 0 where there are no instructions for it."""
+
+        def cases() -> Iterator[tuple[int, Action]]:
+            for rows, before, after in PRODUCTS:
+                x, packed = self._some(rows, before), pack_int8_product(_eights(after, before), rows)
+                yield 2 * rows * before * after, partial(int8_product, x, packed, torch.ones(after), None)
+
+        return self._rate(cases()) if self._multiplies_in_int8 else 0.0
+
+    @property
+    def _multiplies_in_int8(self) -> bool:
+        return self.device.type == "cpu" and self.dtype in COMPUTED and has_int8_products()
 
     @property
     def _packs(self) -> bool:
@@ -219,3 +253,8 @@ class Computing:
         kind = accelerator(self.device)
         if kind is not None:
             kind.synchronize(self.device)
+
+
+def _eights(*shape: int) -> torch.Tensor:
+    """Weights in int8."""
+    return torch.full(shape, 8, dtype=torch.int8)

@@ -54,11 +54,11 @@ def put_weights(
 ) -> None:
     """Give a module on meta the weights of `index`: read as `fill` reads them or, under an `offload`, left at rest.
 
-    Weights that are in 8 bits in the file stay so. With `casting` the others are cast one by one from the file, except
-    in modules that match a pattern of `never_cast`; all compute in one dtype. If that is float16, weights that match a
-    pattern (`fnmatch`) of `float32_beside_float16` are float32, or compute in float32 where they rest in 8 bits;
-    `own_dtypes` gives other dtypes by pattern, whatever the others compute in. What is in slots named in `leave` stays.
-    Raises as `fill`, `attach` and `cast` do.
+    Weights that are in 8 bits in the file stay so, and multiply as `casting` says. With `casting` the others are cast
+    one by one from the file, except in modules that match a pattern of `never_cast`; all compute in one dtype. If that
+    is float16, weights that match a pattern (`fnmatch`) of `float32_beside_float16` are float32, or compute in float32
+    where they rest in 8 bits; `own_dtypes` gives other dtypes by pattern, whatever the others compute in. What is in
+    slots named in `leave` stays. Raises as `fill`, `attach` and `cast` do.
     """
     saved, others = saved_weights(module, index)
     asked = dtype if casting is None or casting.compute is None else getattr(torch, casting.compute)
@@ -74,7 +74,8 @@ def put_weights(
     keep = () if casting is None else ("*",)  # they stay views of the file: casting converts them
     fill(module, others, dtype=compute, buffers=buffers, keep_dtype=keep, own_dtypes=own, leave=[*placed, *leave])
     if saved:
-        place(module, saved, compute or torch.float32, own)
+        in_int8 = casting is not None and casting.int8_matmul
+        place(module, saved, compute or torch.float32, own, int8_matmul=in_int8)
     if casting is not None:
         target = casting.compute or (None if compute is None else dtype_name(compute))
         as_saved = (f"^{re.escape(name.rpartition('.')[0])}$" for name in placed)  # already in 8 bits

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
-from lowtide.casting.casting import PACKED
+from lowtide.casting.casting import INT8_DYNAMIC, PACKED
 from lowtide.memory.rule import Level, Rule, Tier
 from lowtide.planning.workload import BLENDED, EXACT, EXACT_ON_DISK, SLICED, WHOLE, Workload
 from lowtide.sizes import format_decimal
@@ -95,6 +95,8 @@ def _component_reasons(plan: Plan) -> Iterator[str]:
             size = format_decimal(component.nbytes)
             if component.casting == PACKED:
                 yield f"{name}: its weights rest packed ({size}), which is faster, and the same up to rounding"
+            elif component.casting == INT8_DYNAMIC:
+                yield f"{name}: its weights rest in int8 ({size}), and multiply so, which changes the result"
             else:
                 yield f"{name}: its weights rest in {component.casting} ({size}), which changes the result"
         if component.rule is not None and component.rule.level is not Level.WHOLE:
@@ -265,7 +267,7 @@ def _weights(plan: Plan) -> list[str]:
 
 def held_in_words(component: ComponentPlan) -> str:
     """How a component is held, such as "by blocks from disk, 0.30 GB stay" or "resident in int8"."""
-    forms = {None: "", PACKED: ", packed"}
+    forms = {None: "", PACKED: ", packed", INT8_DYNAMIC: " and multiplied in int8"}
     form = forms.get(component.casting, f" in {component.casting}")
     return ("resident" if component.rule is None else _rule(component.rule)) + form
 

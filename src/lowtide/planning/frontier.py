@@ -17,7 +17,7 @@ from itertools import product
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from lowtide.casting.casting import PACKED
+from lowtide.casting.casting import INT8_DYNAMIC, PACKED
 from lowtide.planning.options import Option, component_options, less_on_host
 from lowtide.planning.pace import Pace, Timing, exceeds_cache, shares_of
 from lowtide.planning.plan import ALLOWED, LOSSY
@@ -186,9 +186,27 @@ def staircase(points: Iterable[Point]) -> list[Point]:
 def options_by_component(workload: Workload, rates: Rates, allow: Iterable[str], limits: Limits) -> list[list[Option]]:
     """The options of each component."""
     castings, scarce = [name for name in ALLOWED if name in set(allow)], limits.host is not None
+    dynamic = _multiplied_in_int8(workload, rates)
     return [
-        component_options(component, rates, castings, scarce_host=scarce) for component in workload.components.values()
+        component_options(
+            component,
+            rates,
+            [INT8_DYNAMIC if name == "int8" and component.name in dynamic else name for name in castings],
+            scarce_host=scarce,
+        )
+        for component in workload.components.values()
     ]
+
+
+def _multiplied_in_int8(workload: Workload, rates: Rates) -> set[str]:
+    """The components that multiply in int8 if they are in int8: those that are called in steps.
+
+    Text encoders have features that are much larger than the others, and a decoder's maps are rounded by what is in
+    them, so that rows of them would be rounded in other ways.
+    """
+    if not rates.on_cpu or rates.with_int8() is rates:
+        return set()
+    return {stage.component for stage in workload.stages if stage.keeps_heap}
 
 
 def choices(
@@ -201,7 +219,8 @@ def choices(
     ways_of = [(stage, _ways(stage, rates, allowed)) for stage in stages]
     cold = exceeds_cache(workload, rates)
     shares: dict[int, tuple[list[float], dict[Any, Any]]] = {}
-    packed = [(stage, _ways(stage, rates.with_packed(), allowed)) for stage in stages] if PACKED in allowed else []
+    of_form = {PACKED: rates.with_packed(), INT8_DYNAMIC: rates.with_int8()}
+    ways_in = {form: [(stage, _ways(stage, of, allowed)) for stage in stages] for form, of in of_form.items()}
     all_choices: list[Choice] = []
     for option in options:
         if id(option.units) not in shares:  # options of one level have the same units
@@ -209,7 +228,7 @@ def choices(
         timing = Timing(option, rates, *shares[id(option.units)], cold=cold)
         per_stage = [
             [(stage, way, timing.stage(stage.calls, seconds, stage.visits)) for way, seconds in ways]
-            for stage, ways in (packed if option.plan.casting == PACKED else ways_of)
+            for stage, ways in ways_in.get(option.plan.casting or "", ways_of)
         ]
         all_choices += [_choice(option, ways, rates, limits, tick) for ways in product(*per_stage)]
     return all_choices
@@ -250,7 +269,7 @@ def _choice(
     calls = [(stage, stage.ways[way]) for stage, way, _ in ways]
     over = max((beside_weights(stage, call, rates) + stage.withheld for stage, call in calls), default=base(rates))
     ticks = round(sum(pace.seconds for *_, pace in ways) / tick)
-    losses = (option.plan.casting in LOSSY) + sum(way == BLENDED for _, way, _ in ways)
+    losses = (option.plan.casting not in (None, PACKED)) + sum(way == BLENDED for _, way, _ in ways)
     simple = option.complexity + sum(WAYS.index(way) for _, way, _ in ways)
     return Choice(
         option,

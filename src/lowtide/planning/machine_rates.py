@@ -29,7 +29,7 @@ from lowtide.machine.processor_share import Share, Watch, is_busy
 from lowtide.planning.rates import Rates, slower
 from lowtide.weights.fill import dtype_name
 
-_FORMAT = 15
+_FORMAT = 16
 USUAL_DISK = 5e8
 """Bytes a second, assumed where the disk cannot be measured."""
 _USUAL_MAPPED, _USUAL_AGAIN = 2e9, 3e9
@@ -181,6 +181,8 @@ def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Ra
         packed_product=REACHED * computing.packed_product(),
         packing=computing.packing(),
         arranging=computing.arranging(),
+        int8_convolution=REACHED * computing.int8_convolution(),
+        int8_product=REACHED * computing.int8_product(),
     )
     return replace(rates, frugal_touched=1 / (1 / touched + computing.renewing())) if on_cpu else rates
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lowtide.casting.casting import PACKED
+from lowtide.casting.casting import LAZILY_PACKED
 from lowtide.memory.bounds import depth, places
 from lowtide.memory.rule import Level
 from lowtide.planning.copy_queue import Turn, behind_by_place, behind_in_ring, step_seconds
@@ -32,6 +32,10 @@ class Pace:
     compute: float
     link: float
     disk: float
+
+
+MULTIPLIED = (None, *LAZILY_PACKED)
+"""Forms of weights that layers multiply by as they are."""
 
 
 class _Load(NamedTuple):
@@ -112,12 +116,12 @@ class Timing:
 
     def _dequantizing(self) -> float:
         option = self.option
-        return option.component.nbytes / self.rates.dequantized if option.plan.casting not in (None, PACKED) else 0.0
+        return option.component.nbytes / self.rates.dequantized if option.plan.casting not in MULTIPLIED else 0.0
 
     def _packing(self) -> float:
         """Weights are packed in the first call."""
         option = self.option
-        return option.component.nbytes / self.rates.packing if option.plan.casting == PACKED else 0.0
+        return option.component.nbytes / self.rates.packing if option.plan.casting in LAZILY_PACKED else 0.0
 
     def _pipelined(self, compute: float) -> float:
         """Seconds of a call in which the order of units is known: the next unit loads while those before it compute."""

@@ -21,9 +21,11 @@ class Rates:
     back to the system at once with hardly any slack, 0 where that cannot be chosen; `dequantized`, bytes in the
     computing dtype that are made of 8-bit weights; `packing`, bytes of weights that are packed, and `arranging`, bytes
     of weights that convolutions bring to their own order in each call while they are not, 0 where `convolution` has
-    that time in it. Bytes that reach the device a second: over the `link` from host memory (on a CPU: by mapping pages
-    that are in memory), `converted` where the dtype changes or bytes are copied, and from the `disk`. A `kernel` takes
-    so many seconds to begin.
+    that time in it. `int8_convolution` and `int8_product` are operations a second with weights and inputs in int8, 0
+    where there are no instructions for it.
+    Bytes that reach the device a second: over the `link` from host memory (on a CPU: by mapping pages that are in
+    memory), `converted` where the dtype changes or bytes are copied, and from the `disk`. A `kernel` takes so many
+    seconds to begin.
     Files of up to `cache` bytes stay in the system's memory, so that they are read from the disk once. The process
     itself takes `base` bytes on the host and `device_base` bytes on the device before anything is loaded; `libraries`
     bytes of these are in workspaces that PyTorch allocates, and the others in the driver's context. An allocator takes
@@ -58,6 +60,8 @@ class Rates:
     packed_convolution: float = 0.0
     packed_product: float = 0.0
     packing: float = 1e9
+    int8_convolution: float = 0.0
+    int8_product: float = 0.0
     arranging: float = 0.0
 
     @property
@@ -105,9 +109,16 @@ class Rates:
 
     def with_packed(self) -> Rates:
         """The rates with packed weights; these same ones where nothing is gained."""
-        if self.packed_convolution <= self.convolution and self.packed_product <= self.product:
+        return self._multiplying(self.packed_convolution, self.packed_product)
+
+    def with_int8(self) -> Rates:
+        """The rates with weights and inputs in int8; these same ones where nothing is gained."""
+        return self._multiplying(self.int8_convolution, self.int8_product)
+
+    def _multiplying(self, convolution: float, product: float) -> Rates:
+        if convolution <= self.convolution and product <= self.product:
             return self
-        convolution, product = max(self.packed_convolution, self.convolution), max(self.packed_product, self.product)
+        convolution, product = max(convolution, self.convolution), max(product, self.product)
         last = max(self.channels_last, convolution) if self.channels_last else 0.0
         return replace(self, convolution=convolution, product=product, channels_last=last, arranging=0.0)
 
@@ -142,6 +153,8 @@ _COMPUTED = (
     "packed_convolution",
     "packed_product",
     "packing",
+    "int8_convolution",
+    "int8_product",
     "arranging",
 )
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from lowtide.casting.cast_module import meant_by
 from lowtide.casting.casting import NAMED_CASTINGS, Casting
+from lowtide.casting.lazily_packed import can_pack
 from lowtide.memory.blocks import Part, split, with_atomic
 from lowtide.memory.bounds import aligned
 from lowtide.memory.module_weights import gather
@@ -128,7 +129,7 @@ class _Survey:
             len(part.modules),
             part.aside,
             work,
-            self._largest_leaf(part),
+            self._largest_leaf(part, casting),
             self._is_called(part),
             read_by_rows(part.modules),
         )
@@ -150,11 +151,13 @@ class _Survey:
         nbytes = sum(4 * weight.views[0].shape[0] for weight in self.weights if id(weight) in meant)
         return [UnitSize(f"{type(self.module).__name__}: scales", nbytes, 0, nbytes, aside=True)]
 
-    def _largest_leaf(self, part: Part) -> int:
+    def _largest_leaf(self, part: Part, casting: Casting | None) -> int:
+        """Bytes of one layer's dequantized weights; of those that it multiplies by as they are, for packing them."""
+        as_they_are = casting is not None and casting.int8_matmul
         sums: dict[int, int] = {}
         for weight in part.weights:
             home = self.homes[id(weight.views[0].slot.owner)]
-            sums[home] = sums.get(home, 0) + aligned(weight.nbytes)
+            sums[home] = sums.get(home, 0) + aligned(_working(weight, is_cast=as_they_are and can_pack(weight)))
         return max(sums.values(), default=0)
 
     def _resting(self, weight: Weight, is_cast: bool) -> int:

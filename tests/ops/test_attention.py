@@ -121,7 +121,7 @@ def test_gradients_are_pytorchs(name):
 @pytest.mark.parametrize("name", HERE)
 def test_memory_grows_with_the_tokens_and_not_with_their_square(name):
     peaks = []
-    for tokens in (512, 2048):
+    for tokens in (2048, 8192) if name == "sdpa" else (512, 2048):  # of few tokens PyTorch may compute it
         q, k, v = inputs(2, 32, tokens, tokens, batch=1)
         peaks.append(peak_bytes(lambda q=q, k=k, v=v: attention(q, k, v, None, AttentionBackend(name, CHUNK))))
     growth = peaks[1] / peaks[0]

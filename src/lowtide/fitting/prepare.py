@@ -109,7 +109,7 @@ def _rates(meta: MetaSubject, loaded: Mapping[str, nn.Module]) -> Rates:
     if is_here(device):
         fast = _by_onednn(meta)
         rates = process_rates(machine_rates(device, dtype), meta.subject, device, loaded, by_onednn=fast)
-        return replace(rates, product=max(rates.product, rates.packed_product)) if fast else rates
+        return rates.by_onednn() if fast else rates
     base, context = usual_base(device)
     return replace(assumed_rates(dtype_name(dtype)), base=base, device_base=context, libraries=workspaces(device))
 

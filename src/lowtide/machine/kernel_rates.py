@@ -24,6 +24,7 @@ from lowtide.ops.int8_products import (
     pack_int8_product,
 )
 from lowtide.ops.packed import has_packed, pack_convolution, pack_product, packed_convolution, packed_product
+from lowtide.ops.product_attention import is_by_products, product_attention
 from lowtide.ops.quantization import dequantize, quantize
 
 CONVOLUTIONS = ((2, 640, 8), (2, 1280, 8), (2, 1280, 16), (2, 640, 32), (2, 320, 64))
@@ -166,6 +167,14 @@ class Computing:
                 yield 4 * heads * tokens**2 * features, partial(F.scaled_dot_product_attention, q, q, q)
 
         return self._rate(cases())
+
+    def product_attention(self) -> float:
+        """Operations a second where own products compute it; 0 where they do not."""
+        tokens, heads, features = ATTENTIONS[-1]
+        q = self._some(1, heads, tokens, features)
+        if not is_by_products(q, q, q):
+            return 0.0
+        return self._rate([(4 * heads * tokens**2 * features, partial(product_attention, q, q, q))])
 
     def touched(self) -> float:
         """Bytes read and written a second by what is neither product nor convolution, also in another order."""

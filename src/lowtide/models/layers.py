@@ -12,6 +12,7 @@ from torch import nn
 
 from lowtide.ops.attention import DEFAULT, AttentionBackend, attention
 from lowtide.ops.convolution import conv2d
+from lowtide.ops.gating import gated_gelu
 from lowtide.ops.product import linear
 
 
@@ -165,8 +166,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x_BLC: torch.Tensor) -> torch.Tensor:
         """`[B, L, C]` to `[B, L, inner]`."""
-        value, gate = self.proj(x_BLC).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return gated_gelu(self.proj(x_BLC))
 
 
 class FeedForward(nn.Module):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from lowtide.ops.meta_device import device_type
+from lowtide.ops.product_attention import is_by_products, product_attention
 
 CHUNK_BYTES = 64 * 2**20
 LEAST_SIDE = 16
@@ -133,7 +134,13 @@ def attention(
 
 
 def _sdpa(inputs: Inputs, backend: AttentionBackend) -> torch.Tensor:
-    """PyTorch chooses; but where it would fall back to the matrix of scores, and that is large, chunks take over."""
+    """PyTorch chooses, where our products are not faster.
+
+    But where it would fall back to the matrix of scores, and that is large, chunks take over.
+    """
+    is_plain = inputs.mask is None and not inputs.causal and not inputs.need_gradients
+    if is_plain and is_by_products(inputs.q, inputs.k, inputs.v):
+        return product_attention(inputs.q, inputs.k, inputs.v, inputs.scale)
     if _is_large(inputs, backend) and not _has_kernel(inputs):
         return _chunked(inputs.with_mask(), backend)
     return _by_pytorch(inputs)

@@ -34,14 +34,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias_O: torch.Tensor | None = 
     if has_gradient or not is_usual or device_type(x) != "cpu" or is_traced or not BY_ONEDNN:
         return F.linear(x, weight, bias_O)
     if x.is_meta:
-        room = x.new_empty(_scratchpad(x.shape[-1]))
+        room = x.new_empty(scratchpad(x.shape[-1]))
         made = F.linear(x, weight, bias_O)
         del room
         return made
     return packed_product(x, weight, bias_O)
 
 
-def _scratchpad(inner: int) -> int:
+def scratchpad(inner: int) -> int:
     """Numbers that oneDNN has beside a product, at most (PyTorch 2.13 with oneDNN 3.12)."""
     copied = WIDE * (inner + 2 * WIDE) if inner % SHARES_CACHE_LINES == 0 else 0
     return torch.get_num_threads() * (WIDE * min(-(-inner // 16) * 16, DEEP) + 256 + copied)

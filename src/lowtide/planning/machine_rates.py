@@ -164,6 +164,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Ra
         convolution=REACHED * computing.convolution(),
         product=REACHED * computing.product(),
         attention=REACHED * computing.attention(),
+        product_attention=REACHED * computing.product_attention(),
         touched=touched,
         kernel=computing.kernel() + MODULE,
         link=(disk.mapped or _USUAL_MAPPED) if on_cpu else link_rates(device)[0],

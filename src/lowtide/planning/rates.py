@@ -22,7 +22,8 @@ class Rates:
     computing dtype that are made of 8-bit weights; `packing`, bytes of weights that are packed, and `arranging`, bytes
     of weights that convolutions bring to their own order in each call while they are not, 0 where `convolution` has
     that time in it. `int8_convolution` and `int8_product` are operations a second with weights and inputs in int8, 0
-    where there are no instructions for it.
+    where there are no instructions for it; `product_attention` with attention computed as our own models do where
+    oneDNN multiplies, else 0.
     Bytes that reach the device a second: over the `link` from host memory (on a CPU: by mapping pages that are in
     memory), `converted` where the dtype changes or bytes are copied, and from the `disk`. A `kernel` takes so many
     seconds to begin.
@@ -62,6 +63,7 @@ class Rates:
     packing: float = 1e9
     int8_convolution: float = 0.0
     int8_product: float = 0.0
+    product_attention: float = 0.0
     arranging: float = 0.0
 
     @property
@@ -107,6 +109,11 @@ class Rates:
             return None
         return replace(self, slack=min(self.slack, HOLES), slack_most=HOLES_MOST, touched=self.frugal_touched)
 
+    def by_onednn(self) -> Rates:
+        """The rates where oneDNN multiplies in linear layers and in attention."""
+        product = max(self.product, self.packed_product)
+        return replace(self, product=product, attention=max(self.attention, self.product_attention))
+
     def with_packed(self) -> Rates:
         """The rates with packed weights; these same ones where nothing is gained."""
         return self._multiplying(self.packed_convolution, self.packed_product)
@@ -147,6 +154,7 @@ _COMPUTED = (
     "channels_last",
     "product",
     "attention",
+    "product_attention",
     "touched",
     "frugal_touched",
     "dequantized",

@@ -74,14 +74,14 @@ def _scales(blocks: torch.Tensor) -> torch.Tensor:
 
 
 class _Tried(NamedTuple):
-    """What a scale makes of each block: the squared error, the scale as float16 holds it, and the codes."""
+    """What a scale makes of each block: the squared error, the scale as float16 holds it (both N1), and codes (N32)."""
 
-    error_N1: torch.Tensor
-    scale_N1: torch.Tensor
-    codes_N32: torch.Tensor
+    error: torch.Tensor
+    scale: torch.Tensor
+    codes: torch.Tensor
 
     def or_better(self, other: _Tried) -> _Tried:
-        is_better = other.error_N1 < self.error_N1
+        is_better = other.error < self.error
         return _Tried(*(torch.where(is_better, theirs, own) for own, theirs in zip(self, other, strict=True)))
 
 
@@ -91,11 +91,11 @@ def _packed_in_4_bits(numbers_N32: torch.Tensor, blocks_N18: torch.Tensor) -> No
     best = _tried(numbers_N32, largest_N1 / -8)
     for factor in FACTORS[1:]:
         best = best.or_better(_tried(numbers_N32, largest_N1 * (factor / -8)))
-    codes_N32 = best.codes_N32
+    codes_N32 = best.codes
     fitted_N1 = (numbers_N32 * codes_N32).sum(1, keepdim=True) / codes_N32.square().sum(1, keepdim=True).clamp_min_(1)
     best = best.or_better(_tried(numbers_N32, fitted_N1))  # the best scale for these codes
-    first, last = (best.codes_N32 + 8).to(torch.uint8).chunk(2, 1)
-    blocks_N18.view(torch.float16)[:, :1] = best.scale_N1
+    first, last = (best.codes + 8).to(torch.uint8).chunk(2, 1)
+    blocks_N18.view(torch.float16)[:, :1] = best.scale
     blocks_N18[:, _SCALE_BYTES:] = last.bitwise_left_shift(4).bitwise_or_(first)
 
 

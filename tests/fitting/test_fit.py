@@ -169,7 +169,7 @@ def test_eight_bits_only_where_allowed(folders, plain):
         ({"ram": "much"}, "4GB"),
         ({"ram": "180%"}, "100 %"),
         ({"ram": "-9999TB"}, "is free"),
-        ({"allow": ("int4",)}, "int8"),
+        ({"allow": ("int3",)}, "int8"),
         ({"allow": "fp8"}, "fp8"),
         ({"heigth": 64}, "height"),
         ({"height": 33}, "multiple"),

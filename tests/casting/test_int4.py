@@ -306,6 +306,15 @@ def test_damaged_checkpoints_are_told(small, tmp_path, changed, said):
         UNet2DConditionModel.from_pretrained(tmp_path)
 
 
+def test_a_scale_beside_blocks_is_told(small, tmp_path):
+    tensors = load_file(small / "diffusion_pytorch_model.safetensors")
+    tensors["conv_out.weight_scale"] = torch.ones(4, 1, 1, 1)
+    (tmp_path / "config.json").write_bytes((small / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(WeightsMismatchError, match=r"conv_out\.weight_scale"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
 def test_a_whole_pipeline(tmp_path):
     tiny.pipeline(tmp_path / "words").save_pretrained(tmp_path / "pipe")
 

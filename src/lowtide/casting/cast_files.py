@@ -69,10 +69,11 @@ def saved_weights(module: nn.Module, index: CheckpointIndex) -> tuple[list[Saved
         name = next((candidate for candidate in names if candidate in index), None)
         if name is None or index[name].dtype not in (*STORAGE.values(), torch.uint8):
             continue
-        scale = next((index[name + SCALE_SUFFIX] for name in names if name + SCALE_SUFFIX in index), None)
+        scales = [] if index[name].dtype == torch.uint8 else [name + SCALE_SUFFIX for name in names]
+        scale = next((index[scale] for scale in scales if scale in index), None)
         _check(name, group[0], index[name], scale)
         saved.append(SavedWeight(tuple(group), index[name], scale))
-        used.update(names, (name + SCALE_SUFFIX for name in names))
+        used.update(names, scales)
     entries = {name: entry for name, entry in index.items() if name not in used}
     return saved, CheckpointIndex(entries, index.files, index.metadata)
 

@@ -125,6 +125,6 @@ def check_not_cast(modules: Mapping[str, nn.Module]) -> None:
     cast = [name for name, module in modules.items() if is_cast(module)]
     if cast:
         raise ValueError(
-            f"{', '.join(cast)} rest in 8 or 4 bits already. Call disable_layerwise_casting on them first, and let the "
+            f"{', '.join(cast)} rest in 4 or 8 bits already. Call disable_layerwise_casting on them first, and let the "
             "plan choose: fit(..., allow=('fp8',)) or ('int8',)."
         )

@@ -40,16 +40,18 @@ def quantize_blocks(weight: torch.Tensor, layout: BlockLayout, dtype: torch.dtyp
 def dequantize_blocks(blocks: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Fill `out`, of any layout, with the numbers of `blocks`, rounded once to its dtype. Returns `out`.
 
-    Beside `out` this takes memory for `CHUNK` numbers in float32.
+    Beside `out` this takes memory for twice `CHUNK` numbers in float32.
     """
     nbytes = blocks.shape[-1]
     expand = _expand_4_bits if LAYOUTS[nbytes] is Q4_0 else _expand_8_bits
+    in_order = torch.empty(0)
     for rows in slabs(out):
         piece, target = blocks[rows].view(-1, nbytes), out[rows]
-        if target.is_contiguous():
+        if target.dtype == torch.float32 and target.is_contiguous():
             expand(piece, target.view(-1, BLOCK))
         else:
-            in_order = torch.empty(target.shape, dtype=out.dtype, device=out.device)
+            if in_order.shape != target.shape:
+                in_order = torch.empty(target.shape, device=out.device)
             expand(piece, in_order.view(-1, BLOCK))
             target.copy_(in_order)
     return out

@@ -19,11 +19,11 @@ class Rates:
     layout, 0 where they are as fast as others; `packed_convolution` and `packed_product` with packed weights, 0 where
     there are none. Bytes a second: `touched` by all other kernels; `frugal_touched`, the same where freed memory goes
     back to the system at once with hardly any slack, 0 where that cannot be chosen; `dequantized`, bytes in the
-    computing dtype that are made of 8-bit weights; `packing`, bytes of weights that are packed, and `arranging`, bytes
-    of weights that convolutions bring to their own order in each call while they are not, 0 where `convolution` has
-    that time in it. Bytes that reach the device a second: over the `link` from host memory (on a CPU: by mapping pages
-    that are in memory), `converted` where the dtype changes or bytes are copied, and from the `disk`. A `kernel` takes
-    so many seconds to begin.
+    computing dtype that are made of 8-bit weights, and `dequantized_from_4` of 4-bit ones, 0 where that is as fast;
+    `packing`, bytes of weights that are packed, and `arranging`, bytes of weights that convolutions bring to their own
+    order in each call while they are not, 0 where `convolution` has that time in it. Bytes that reach the device a
+    second: over the `link` from host memory (on a CPU: by mapping pages that are in memory), `converted` where the
+    dtype changes or bytes are copied, and from the `disk`. A `kernel` takes so many seconds to begin.
     Files of up to `cache` bytes stay in the system's memory, so that they are read from the disk once. The process
     itself takes `base` bytes on the host and `device_base` bytes on the device before anything is loaded; `libraries`
     bytes of these are in workspaces that PyTorch allocates, and the others in the driver's context. An allocator takes
@@ -49,6 +49,7 @@ class Rates:
     slack_most: int = 2**62
     frugal_touched: float = 0.0
     dequantized: float = 1e10
+    dequantized_from_4: float = 0.0
     contention: float = 0.0
     channels_last: float = 0.0
     unified: bool = False
@@ -139,6 +140,7 @@ _COMPUTED = (
     "touched",
     "frugal_touched",
     "dequantized",
+    "dequantized_from_4",
     "packed_convolution",
     "packed_product",
     "packing",

@@ -62,7 +62,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variant", help="weight files to take, such as fp16")
     parser.add_argument("--model", type=Path, default=Path("runs/sd15"), help="from make_sd15.py")
     parser.add_argument("--plan", choices=sorted({*PLANS["lowtide"], *PLANS["diffusers"]}), default="resident")
-    parser.add_argument("--casting", choices=("fp8", "int8"), help="keep all weights in 8 bits, cast while loading")
+    parser.add_argument(
+        "--casting", choices=("fp8", "int8", "int4"), help="keep all weights in so few bits, cast while loading"
+    )
     parser.add_argument("--cold", action="store_true", help="read everything from the disk")
     parser.add_argument("--picture", type=Path, help="save the picture here")
     return parser.parse_args()

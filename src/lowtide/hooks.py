@@ -70,19 +70,20 @@ def apply_layerwise_casting(
     scaled: bool = False,
     fp8_matmul: bool = False,
 ) -> None:
-    """Let the weights of convolutions, linear layers and embeddings rest in `storage_dtype`, 8 bits.
+    """Let the weights of convolutions, linear layers and embeddings rest in `storage_dtype`, 8 or 4 bits.
 
     They are turned into `compute_dtype` around the calls of their layers. `storage_dtype` is torch.float8_e4m3fn or
-    torch.float8_e5m2, a plain cast; with `scaled`, each output channel has a scale. torch.int8 is always scaled.
-    Relative errors of a product, whatever the size of the weights: e4m3fn scaled 2.6 %, int8 0.8 %; a plain e4m3fn
-    cast has 2.7 % for weights of deviation 0.05, 11 % for 0.005, 56 % for 0.001.
+    torch.float8_e5m2, a plain cast; with `scaled`, each output channel has a scale. torch.int8 is always scaled;
+    torch.int4 has a scale for every 32 numbers, and int8 for weights whose rows are no multiple of 32. Relative errors
+    of a product, whatever the size of the weights: e4m3fn scaled 2.6 %, int8 0.8 %, int4 8.2 %; a plain e4m3fn cast has
+    2.7 % for weights of deviation 0.05, 11 % for 0.005, 56 % for 0.001.
     Modules whose name matches a pattern (`re.search`) of `skip_modules_pattern`, or that are of `skip_modules_classes`,
     stay as they are, with all inside them; "auto" means `lowtide.casting.casting.NEVER_CAST`. If both are None, every
     module is cast. Weights that are not cast get the `compute_dtype`. `non_blocking` is accepted and has no effect.
     `fp8_matmul` has linear layers multiply in fp8, their inputs rounded as well (3.7 % in all): for GPUs that do
     (compute capability 8.9 or more), with e4m3fn and bfloat16.
     Weights are cast one after another, so memory falls from the first one on. An offload, applied before or after,
-    moves the 8-bit bytes. `disable_layerwise_casting` undoes it. Raises `ValueError` for arguments that are not
+    moves the small bytes. `disable_layerwise_casting` undoes it. Raises `ValueError` for arguments that are not
     possible.
     """
     rule = casting_rule(
@@ -95,6 +96,6 @@ def apply_layerwise_casting(
 def disable_layerwise_casting(module: nn.Module) -> None:
     """Undo `apply_layerwise_casting`: weights that came from a checkpoint are again as its file has them.
 
-    Other weights keep the values of their 8-bit form, with a warning. Does nothing where nothing is cast.
+    Other weights keep the values of that form, with a warning. Does nothing where nothing is cast.
     """
     remove_casting(module)

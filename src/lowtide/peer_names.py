@@ -51,7 +51,7 @@ INSTEAD: dict[str, str] = {
     "offload_folder": _BUDGET + "; weights rest in the checkpoint's own files",
     "offload_state_dict": _BUDGET + "; weights rest in the checkpoint's own files",
     "proxies": "set HTTPS_PROXY",
-    "quantization_config": "let weights rest in 8 bits with casting='fp8' or 'int8'",
+    "quantization_config": "let weights rest in few bits with casting='fp8', 'int8' or 'int4'",
     "load_connected_pipeline": "load each pipeline by itself",
     "output_loading_info": "keys that do not match are errors, so there is nothing to tell",
     "ignore_mismatched_sizes": "every shape must match",

@@ -17,7 +17,7 @@ from lowtide.models.unet import UNet2DConditionModel
 
 SLOW = {"attention": pytest.mark.slow}  # a second trace
 CASTING = hasattr(UNet2DConditionModel, "enable_layerwise_casting")
-NEEDS_CASTING = {"fp8", "fp8-scaled", "int8", "int8-all", "int8-group-block"}
+NEEDS_CASTING = {"fp8", "fp8-scaled", "int8", "int8-all", "int4-all", "int8-group-block"}
 SAME_AS_HALF = {
     "vae-slicing", "attention-slicing", "model-offload", "sequential-offload", "group-block", "group-leaf",
     "group-block-disk",

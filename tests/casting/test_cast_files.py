@@ -186,10 +186,10 @@ def test_damaged_checkpoints_are_told(folder, tmp_path, change, said):
 
 
 def test_what_cannot_be_is_told(folder):
-    with pytest.raises(ValueError, match="casting='int4' is not possible: it is one of fp8, int8"):
-        UNet2DConditionModel.from_pretrained(folder, casting="int4")
-    with pytest.raises(ValueError, match="storage='int4' is not possible: it is one of float8_e4m3fn"):
-        Casting("int4")
+    with pytest.raises(ValueError, match="casting='int3' is not possible: it is one of fp8, int8, int8_dynamic, int4"):
+        UNet2DConditionModel.from_pretrained(folder, casting="int3")
+    with pytest.raises(ValueError, match="storage='int3' is not possible: it is one of float8_e4m3fn"):
+        Casting("int3")
     model = UNet2DConditionModel.from_pretrained(folder)
     with pytest.raises(ValueError, match=r"storage_dtype=torch\.float16 is not possible: .* torch\.float8_e4m3fn"):
         model.enable_layerwise_casting(storage_dtype=torch.float16)

@@ -343,7 +343,7 @@ def test_an_offload_reaches_the_loader_and_the_pipeline_stays_where_it_is(monkey
 def test_a_casting_reaches_the_loader(monkeypatch):
     import lowtide as library
 
-    for name, expected in (("none", None), ("fp8", "fp8"), ("int8", "int8")):
+    for name, expected in (("none", None), ("fp8", "fp8"), ("int8", "int8"), ("int4", "int4")):
         given = {}
         fake = FakePipeline()
         fake.to = lambda device, fake=fake: fake

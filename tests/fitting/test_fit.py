@@ -7,14 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests import tiny
 from tests.fitting import fits
 from tests.fitting.fits import bare_machine, traced_once  # noqa: F401
 from tests.thinned import only
 
 import lowtide
+from lowtide.casting.cast_leaf import leaves
+from lowtide.casting.cast_weight import small_of
 from lowtide.fitting import applied_plan
 from lowtide.memory.attach import attachment_of
+from lowtide.memory.bounds import aligned
+from lowtide.planning.options import component_options
 from lowtide.planning.plan import BudgetError, Plan
+from lowtide.weights.slots import slots
 
 KINDS = ("pictures", "clips")
 pytestmark = pytest.mark.usefixtures("bare_machine", "traced_once")
@@ -163,13 +169,39 @@ def test_eight_bits_only_where_allowed(folders, plain):
     pipe.unfit()
 
 
+@pytest.mark.parametrize("casting", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+def test_a_plan_of_few_bits_takes_what_it_says(tmp_path, casting):
+    """Bytes of weights between calls are those planned, and the results those of weights that were cast by hand."""
+    wide = tiny.unet(**{**fits.UNET, "block_out_channels": [32, 32]})
+    folder = fits.checkpoint(tmp_path, "pictures", unet=wide)
+    pipe = fits.load(folder, "pictures")
+    plan = pipe.fit(ram="1GB", allow=(casting,))
+    component = pipe.applied.fit.meta.workload(pipe.usual_size(), ()).components["unet"]
+    options = component_options(component, fits.RATES, (casting,), scarce_host=False)
+    chosen = next(option.plan for option in options if option.plan.casting)
+    assert (chosen.rule, chosen.casting) == (None, casting)
+    cast = replace(plan, components={**plan.components, "unet": chosen})
+    pipe.apply_plan(cast)
+    weights = [weight for leaf in leaves(pipe.unet) for weight in leaf.weights]
+    others = [slot.tensor for slot in slots(pipe.unet) if small_of(slot.tensor) is None]
+    scales = sum(weight.scale.nbytes for weight in weights if weight.scale is not None)
+    held = sum(aligned(weight.nbytes) for weight in weights) + sum(aligned(tensor.nbytes) for tensor in others) + scales
+    assert held == cast.components["unet"].kept
+    by_hand, inputs = fits.load(folder, "pictures"), tiny.unet_inputs()
+    by_hand.unet.enable_layerwise_casting(getattr(torch, casting))
+    with torch.no_grad():
+        assert torch.equal(pipe.unet(**inputs).sample, by_hand.unet(**inputs).sample)
+    pipe.unfit()
+    assert not leaves(pipe.unet)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"ram": "much"}, "4GB"),
         ({"ram": "180%"}, "100 %"),
         ({"ram": "-9999TB"}, "is free"),
-        ({"allow": ("int4",)}, "int8"),
+        ({"allow": ("int3",)}, "int8"),
         ({"allow": "fp8"}, "fp8"),
         ({"heigth": 64}, "height"),
         ({"height": 33}, "multiple"),
@@ -231,7 +263,7 @@ def test_size_and_allow_without_a_budget_are_refused(folders):
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"dtype": "float16"}, "float16"), ({"made_for": {"side": 1}}, "side"), ({"allow": ("int4",)}, "int4")],
+    [({"dtype": "float16"}, "float16"), ({"made_for": {"side": 1}}, "side"), ({"allow": ("int3",)}, "int3")],
 )
 def test_a_plan_that_is_not_of_this_pipeline_is_refused(folders, changes, said):
     pipe = fits.load(folders["pictures"], "pictures")
@@ -365,9 +397,9 @@ def test_a_budget_cannot_be_changed_during_a_call(folders):
     "change",
     [
         {"device": "toaster"},
-        {"allow": ["int4"]},
+        {"allow": ["int3"]},
         {"budgets": {"vram": None, "ram": "1GB", "disk": None}},
-        {"components": {"unet": {"rule": None, "casting": "int4"}}},
+        {"components": {"unet": {"rule": None, "casting": "int3"}}},
     ],
 )
 def test_a_plan_that_was_tampered_with_is_refused(folders, change):

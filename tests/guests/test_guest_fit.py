@@ -206,11 +206,12 @@ def test_it_is_saved_as_it_is_whatever_the_plan(flux, tmp_path):
         assert all(torch.equal(value, before[name][key]) for key, value in part.state_dict().items())
 
 
-def test_weights_that_rest_in_8_bits_are_saved_as_they_were(flux, tmp_path):
+@pytest.mark.parametrize("casting", ["int8", "int4"])
+def test_weights_that_rest_in_few_bits_are_saved_as_they_were(flux, tmp_path, casting):
     before = {key: value.clone() for key, value in flux.pipeline.transformer.state_dict().items()}
-    plan = fit(flux.pipeline, ram=least(flux.pipeline, **flux.call), allow=("int8",), **flux.call)
+    plan = fit(flux.pipeline, ram=least(flux.pipeline, **flux.call), allow=(casting,), **flux.call)
     guest = guest_of(flux.pipeline)
-    chosen = {name: type(part)(None, "int8") for name, part in plan.components.items()}
+    chosen = {name: type(part)(None, casting) for name, part in plan.components.items()}
     guest.applied.put_to_work(guest.applied.fit, type(plan)(**{**vars(plan), "components": chosen}))
     assert not torch.equal(run(flux), plain("Flux2 Klein"))
     flux.pipeline.save_pretrained(str(tmp_path))

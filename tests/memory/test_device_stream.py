@@ -27,7 +27,7 @@ DEVICE = torch.device("sim", 1)
 """Not the first, so that what asks for the current device is found out."""
 LEVELS = ("block", "leaf", "whole")
 MODES = [(early, pins) for early in (False, True) for pins in (False, True)]
-CASTINGS = {"int8": Casting("int8"), "fp8": Casting("float8_e4m3fn", scaled=True)}
+CASTINGS = {"int8": Casting("int8"), "fp8": Casting("float8_e4m3fn", scaled=True), "int4": Casting("int4")}
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +35,11 @@ def small_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_stream, "STAGE_BYTES", PAGE // 4)
 
 
-def blocks(dtype: torch.dtype = torch.float32) -> nn.Module:
+def blocks(dtype: torch.dtype = torch.float32, width: int = 16) -> nn.Sequential:
     torch.manual_seed(0)
-    block = [nn.Sequential(nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 16)) for _ in range(5)]
-    return nn.Sequential(nn.Linear(16, 16), nn.Sequential(*block), nn.LayerNorm(16)).eval().to(dtype)
+    inner = width * 3 // 2
+    block = [nn.Sequential(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, width)) for _ in range(5)]
+    return nn.Sequential(nn.Linear(width, width), nn.Sequential(*block), nn.LayerNorm(width)).eval().to(dtype)
 
 
 def put(
@@ -51,7 +52,7 @@ def put(
 
 
 def check(
-    module: nn.Module,
+    module: nn.Sequential,
     level: str,
     rest: str,
     share: float = 0,
@@ -60,7 +61,7 @@ def check(
     nbytes: int | None = None,
 ) -> Device:
     """Under the rule, and after it, the module computes what it did before."""
-    x = torch.randn(3, 16)
+    x = torch.randn(3, module[-1].normalized_shape[0])
     with torch.no_grad():
         if casting is not None:
             apply_casting(module, CASTINGS[casting])
@@ -119,7 +120,7 @@ def test_a_run_of_bytes_is_allocated_once_and_no_larger_than_it_may_be() -> None
 @pytest.mark.parametrize("level", LEVELS)
 def test_cast_weights_are_the_same_numbers(level: str, casting: str) -> None:
     with simulated():
-        check(blocks(torch.bfloat16).float(), level, "host", 0, casting=casting)
+        check(blocks(torch.bfloat16, 64).float(), level, "host", 0, casting=casting)
 
 
 def test_a_copy_is_one_for_a_pinned_unit_and_nothing_is_allocated_in_later_steps() -> None:

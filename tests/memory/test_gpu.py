@@ -20,10 +20,14 @@ LEVELS = ("block", "leaf", "whole")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def blocks(dtype: torch.dtype = torch.float32) -> nn.Module:
+CASTINGS = [Casting("float8_e4m3fn"), Casting("float8_e4m3fn", scaled=True), Casting("int8"), Casting("int4")]
+
+
+def blocks(dtype: torch.dtype = torch.float32, width: int = 16) -> nn.Module:
     torch.manual_seed(0)
-    block = [nn.Sequential(nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 16)) for _ in range(5)]
-    return nn.Sequential(nn.Linear(16, 16), nn.Sequential(*block), nn.LayerNorm(16)).eval().to(dtype)
+    inner = width * 3 // 2
+    block = [nn.Sequential(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, width)) for _ in range(5)]
+    return nn.Sequential(nn.Linear(width, width), nn.Sequential(*block), nn.LayerNorm(width)).eval().to(dtype)
 
 
 @pytest.mark.parametrize(("level", "rest", "share", "dtype"), thinned(LEVELS, ["host", "disk"], [0, 0.5], DTYPES))
@@ -68,15 +72,15 @@ def test_inputs_come_along_and_no_more_is_held_in_later_steps(device: torch.devi
     assert held(device) == before
 
 
-@pytest.mark.parametrize("casting", [Casting("float8_e4m3fn"), Casting("float8_e4m3fn", scaled=True), Casting("int8")])
+@pytest.mark.parametrize("casting", CASTINGS)
 @pytest.mark.parametrize("level", [None, "block", "leaf", "whole"])
 def test_cast_weights(device: torch.device, casting: Casting, level: str | None) -> None:
     """The same numbers as on the CPU, resident and under every rule; moving does not undo the casting."""
-    module, x = blocks(torch.bfloat16), torch.randn(3, 16, dtype=torch.bfloat16, device=device)
+    module, x = blocks(torch.bfloat16, 64), torch.randn(3, 64, dtype=torch.bfloat16, device=device)
     apply_casting(module, casting)
     numbers = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     with torch.no_grad():
-        plain = blocks(torch.bfloat16)
+        plain = blocks(torch.bfloat16, 64)
         plain.load_state_dict(numbers)
         expected = plain.to(device)(x)
         if level is None:

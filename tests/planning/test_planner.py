@@ -44,7 +44,7 @@ def component(name, blocks, *, in_file=True, castings=("fp8",)):
             Level.LEAF: tuple(unit(place, part, share) for place, size in enumerate(blocks) for part in _parts(size)),
         }
 
-    return Component(name, levels(1), {casting: levels(2) for casting in castings}, in_file)
+    return Component(name, levels(1), {casting: levels(4 if casting == "int4" else 2) for casting in castings}, in_file)
 
 
 def _parts(size):
@@ -180,6 +180,22 @@ def test_what_is_allowed_helps_where_little_fits():
         choose(workload(), GPU, with_fp8)
     with pytest.raises(ValueError, match="it may hold fp8"):
         choose(workload(), GPU, allow=("fp4",))
+
+
+def test_int4_is_taken_where_int8_does_not_do():
+    """Of plans that are equally fast the one that loses least is best, and int4 loses ten times what int8 does."""
+    allow, limit = ("int8", "int4"), Budgets(disk=0)
+    thinker = component("thinker", (9000, 9000), in_file=False, castings=allow)
+    work = workload()
+    work = replace(work, components={"thinker": thinker}, stages=(work.stages[1],))
+    least = {name: minimum(work, CPU, (name,), limit) for name in allow}
+    assert least["int4"].ram < least["int8"].ram < minimum(work, CPU, (), limit).ram
+    assert minimum(work, CPU, allow, limit) == least["int4"]
+    for name, budgets in least.items():
+        plan = choose(work, CPU, budgets, allow)
+        assert plan.components["thinker"].casting == name
+        assert name in plan.exactness
+    assert choose(work, CPU, limit, allow).components["thinker"].casting is None
 
 
 def test_rows_on_disk_only_where_disk_is_given():

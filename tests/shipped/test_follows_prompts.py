@@ -108,3 +108,16 @@ def test_8_bit_weights_follow_prompts_as_well(casting, half_shares):
     found = cast_shares(casting)
     for name, share in half_shares.items():
         assert found[name] >= share - 0.02, f"{name}: {found[name]:.1%} right, {share:.1%} in bfloat16"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("networks", ["all", "unet"])
+def test_4_bit_weights_follow_prompts_as_well(networks):
+    """Within three points of float32, of which one picture of 72 is 1.4."""
+    truths = [truth for _, truth in scenes()]
+    plain = shares(readings_of(StableDiffusionPipeline.from_pretrained(MODEL)), truths)
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL, casting="int4" if networks == "all" else None)
+    if networks == "unet":
+        pipe.unet.enable_layerwise_casting(torch.int4)
+    for name, share in shares(readings_of(pipe), truths).items():
+        assert share >= plain[name] - 0.03, f"{name}: {share:.1%} right, {plain[name]:.1%} in float32"

@@ -135,12 +135,15 @@ def _cast(storage: str, **options: Any) -> Apply:
     return apply
 
 
-def _int8_everywhere(pipe: Any, library: ModuleType, context: Context) -> None:
-    import torch
+def _everywhere(storage: str) -> Apply:
+    def apply(pipe: Any, library: ModuleType, context: Context) -> None:
+        import torch
 
-    pipe.to(context.device)
-    for module in _networks(pipe).values():
-        _hooks(library).apply_layerwise_casting(module, torch.int8, context.dtype)
+        pipe.to(context.device)
+        for module in _networks(pipe).values():
+            _hooks(library).apply_layerwise_casting(module, getattr(torch, storage), context.dtype)
+
+    return apply
 
 
 def _int8_grouped(pipe: Any, library: ModuleType, context: Context) -> None:
@@ -179,7 +182,8 @@ _ROWS = (
     Technique("fp8", "fp8 UNet", "half", _cast("float8_e4m3fn")),
     Technique("fp8-scaled", "fp8 UNet, scaled", "half", _cast("float8_e4m3fn", scaled=True), peer=False),
     Technique("int8", "int8 UNet", "half", _cast("int8"), peer=False),
-    Technique("int8-all", "int8, every network", "half", _int8_everywhere, peer=False),
+    Technique("int8-all", "int8, every network", "half", _everywhere("int8"), peer=False),
+    Technique("int4-all", "int4, every network", "half", _everywhere("int4"), peer=False),
     Technique("int8-group-block", "int8 UNet + group offload, blocks", "half", _int8_grouped, peer=False),
 )
 TECHNIQUES = {technique.name: technique for technique in _ROWS}

@@ -10,7 +10,7 @@ from torch import nn
 
 from lowtide.casting.cast_module import cast, uncast
 from lowtide.casting.cast_weight import FLOATING
-from lowtide.casting.casting import NAMED_CASTINGS, NEVER_CAST, Casting
+from lowtide.casting.casting import INT4, NAMED_CASTINGS, NEVER_CAST, Casting
 from lowtide.machine.heap import trim_heap
 from lowtide.memory.attach import set_aside
 from lowtide.ops.quantization import STORAGE
@@ -34,8 +34,9 @@ def casting_rule(
     if compute_dtype is not None and compute_dtype not in FLOATING:
         possible = ", ".join(map(str, FLOATING))
         raise ValueError(f"compute_dtype={compute_dtype} is not possible: layers compute in one of {possible}.")
-    if storage_dtype not in STORAGE.values():
-        possible = ", ".join(map(str, STORAGE.values()))
+    storages = (*STORAGE.values(), getattr(torch, INT4))
+    if storage_dtype not in storages:
+        possible = ", ".join(map(str, storages))
         raise ValueError(f"storage_dtype={storage_dtype} is not possible: weights are cast to one of {possible}.")
     patterns = NEVER_CAST if skip_modules_pattern == "auto" else skip_modules_pattern or ()
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
@@ -55,7 +56,7 @@ def casting_rule(
 
 
 def named_casting(asked: Casting | str | None) -> Casting | None:
-    """The casting called "fp8" (e4m3fn with scales) or "int8"; raises `ValueError` for other names."""
+    """The casting called "fp8" (e4m3fn with scales), "int8" or "int4"; raises `ValueError` for other names."""
     if asked is None or isinstance(asked, Casting):
         return asked
     if asked not in NAMED_CASTINGS:

@@ -1,7 +1,9 @@
-"""Weights in 8 bits in checkpoints: a tensor of 8-bit numbers under the weight's name, its scale beside it.
+"""Weights in 8 or 4 bits in checkpoints: a tensor of small numbers under the weight's name, its scale beside it.
 
-The scale of NAME is NAME_scale, float32, with one entry for each output channel and 1 in every other dimension; a plain
-cast has none. Such a checkpoint is loaded as it was saved: its weights stay in 8 bits, in the mapped file.
+Weights in blocks are uint8 `[rows, blocks of a row, bytes of a block]`, with the scales in the blocks: 18 bytes mean
+int4, 34 mean 8 bits; see `lowtide.ops.block_layout`. For others the scale of NAME is NAME_scale, float32, with one
+entry for each output channel and 1 in every other dimension; a plain cast has none. Such a checkpoint is loaded as it
+was saved: its weights stay in so few bits, in the mapped file.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from lowtide.casting.block_weight import BlockWeight
 from lowtide.casting.cast_leaf import install
 from lowtide.casting.cast_weight import CastWeight, small_of
 from lowtide.casting.int8_weight import Int8Weight
 from lowtide.casting.lazily_packed import can_pack
 from lowtide.memory.store import DiskRest
 from lowtide.memory.weight import View
+from lowtide.ops.block_layout import BLOCK, LAYOUTS, in_whole_blocks
 from lowtide.ops.quantization import STORAGE
 from lowtide.weights.files import Origin, WeightFile
 from lowtide.weights.fill import WeightsMismatchError, dtype_by_name, load_tensors
@@ -29,7 +33,7 @@ from lowtide.weights.slots import Slot, slots
 
 
 def resting_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What `module.state_dict()` gives, but weights in 8 bits as they rest, each followed by its scale."""
+    """What `module.state_dict()` gives, but weights in 8 or 4 bits as they rest, each followed by its scale."""
     state: dict[str, torch.Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         small = small_of(tensor)
@@ -44,7 +48,7 @@ def resting_state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class SavedWeight:
-    """One weight that a checkpoint holds in 8 bits: its places in the module, and in the file."""
+    """One weight that a checkpoint holds in 8 or 4 bits: its places in the module, and in the file."""
 
     slots: tuple[Slot, ...]
     values: TensorEntry
@@ -52,7 +56,7 @@ class SavedWeight:
 
 
 def saved_weights(module: nn.Module, index: CheckpointIndex) -> tuple[list[SavedWeight], CheckpointIndex]:
-    """The weights that `index` holds in 8 bits for a module on meta, and the index of all the others.
+    """The weights that `index` holds in 8 or 4 bits for a module on meta, and the index of all the others.
 
     Raises `WeightsMismatchError` for a shape that differs, and for int8 without its scale.
     """
@@ -65,12 +69,13 @@ def saved_weights(module: nn.Module, index: CheckpointIndex) -> tuple[list[Saved
     for group in groups.values():
         names = [slot.name for slot in group]
         name = next((candidate for candidate in names if candidate in index), None)
-        if name is None or index[name].dtype not in STORAGE.values():
+        if name is None or index[name].dtype not in (*STORAGE.values(), torch.uint8):
             continue
-        scale = next((index[name + SCALE_SUFFIX] for name in names if name + SCALE_SUFFIX in index), None)
+        scales = [] if index[name].dtype == torch.uint8 else [name + SCALE_SUFFIX for name in names]
+        scale = next((index[scale] for scale in scales if scale in index), None)
         _check(name, group[0], index[name], scale)
         saved.append(SavedWeight(tuple(group), index[name], scale))
-        used.update(names, (name + SCALE_SUFFIX for name in names))
+        used.update(names, scales)
     entries = {name: entry for name, entry in index.items() if name not in used}
     return saved, CheckpointIndex(entries, index.files, index.metadata)
 
@@ -94,15 +99,11 @@ def place(
         entry = stored.values
         if entry.file not in files:
             files[entry.file] = WeightFile(entry.file)
-        origin = Origin(files[entry.file], entry.offset, entry.nbytes, entry.dtype)
-        stride = contiguous_stride(entry.shape)
+        rest = DiskRest(Origin(files[entry.file], entry.offset, entry.nbytes, entry.dtype), entry.dtype)
+        shape = tuple(stored.slots[0].tensor.shape)
         wanted = dtype_by_name((slot.name for slot in stored.slots), own_dtypes, dtype)
-        views = [View(slot, 0, entry.shape, stride, wanted, requires_grad=False) for slot in stored.slots]
-        rest = DiskRest(origin, entry.dtype)
-        weight = CastWeight(views, rest, torch.device("cpu"), entry.dtype)
-        if int8_matmul and entry.dtype == torch.int8 and can_pack(weight):
-            weight = Int8Weight(views, rest, torch.device("cpu"), entry.dtype)
-            weight.multiplies = True
+        views = [View(slot, 0, shape, contiguous_stride(shape), wanted, requires_grad=False) for slot in stored.slots]
+        weight = _resting(views, rest, entry, int8_matmul=int8_matmul)
         weight.forget_given()
         if stored.scale is not None:
             weight.set_scale(_read(stored.scale))
@@ -110,8 +111,20 @@ def place(
     install(module, made)
 
 
+def _resting(views: list[View], rest: DiskRest, entry: TensorEntry, *, int8_matmul: bool) -> CastWeight:
+    """A weight that rests in its file."""
+    cpu = torch.device("cpu")
+    if entry.dtype == torch.uint8:
+        return BlockWeight(views, rest, cpu, LAYOUTS[entry.shape[-1]])
+    weight = CastWeight(views, rest, cpu, entry.dtype)
+    if int8_matmul and entry.dtype == torch.int8 and can_pack(weight):
+        weight = Int8Weight(views, rest, cpu, entry.dtype)
+        weight.multiplies = True
+    return weight
+
+
 def computing_dtype(index: CheckpointIndex, but: Collection[str] = ()) -> torch.dtype:
-    """The dtype that a checkpoint with weights in 8 bits was computed in: that of the others, else float32.
+    """The dtype that a checkpoint with weights in 8 or 4 bits was computed in: that of the others, else float32.
 
     Those that match a pattern (`fnmatch`) of `but` do not count.
     """
@@ -127,7 +140,9 @@ def _read(entry: TensorEntry) -> torch.Tensor:
 
 def _check(name: str, slot: Slot, values: TensorEntry, scale: TensorEntry | None) -> None:
     shape = tuple(slot.tensor.shape)
-    if values.shape != shape:
+    if values.dtype == torch.uint8:
+        _check_blocks(name, shape, values)
+    elif values.shape != shape:
         raise WeightsMismatchError(f"{name}: {list(shape)} in the model, {list(values.shape)} in {values.file}.")
     if scale is None and values.dtype == torch.int8:
         raise WeightsMismatchError(f"{name} is int8 in {values.file}, and {name}{SCALE_SUFFIX} is not there.")
@@ -139,3 +154,12 @@ def _check(name: str, slot: Slot, values: TensorEntry, scale: TensorEntry | None
                 f"{name}{SCALE_SUFFIX} in {scale.file} is {scale.dtype} {list(scale.shape)}; it must have one number "
                 f"for each output channel of {list(shape)}, and 1 in the other dimensions."
             )
+
+
+def _check_blocks(name: str, shape: tuple[int, ...], values: TensorEntry) -> None:
+    layouts = [layout for layout in LAYOUTS.values() if in_whole_blocks(shape) and layout.shape(shape) == values.shape]
+    if not layouts:
+        raise WeightsMismatchError(
+            f"{name}: {list(shape)} in the model, uint8 {list(values.shape)} in {values.file}. Weights in blocks are "
+            f"[rows, numbers of a row / {BLOCK}, 18 or 34 bytes]."
+        )

@@ -1,4 +1,4 @@
-"""Layerwise casting: weights rest in 8 bits, and are dequantized around the calls of the layer that they belong to.
+"""Layerwise casting: weights rest in 8 or 4 bits, dequantized around the calls of the layer they belong to.
 
 A leaf (one layer, or several that share a weight) gets a `_call_impl` of its own, as units do in `attach.py`, but
 inside theirs: a rule moves the 8-bit bytes, and the leaf dequantizes the bytes that have come.
@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
+from lowtide.casting.block_weight import BlockWeight
 from lowtide.casting.cast_leaf import Leaf, install, leaves
 from lowtide.casting.cast_weight import FLOATING, CastWeight, small_of
-from lowtide.casting.casting import Casting
+from lowtide.casting.casting import INT4, Casting
 from lowtide.casting.int8_weight import Int8Weight
 from lowtide.casting.lazily_packed import can_pack
 from lowtide.casting.only_products import can_multiply
@@ -25,6 +26,7 @@ from lowtide.casting.packed_weight import PackedWeight
 from lowtide.memory.module_weights import gather, is_plain
 from lowtide.memory.settling import on_disk
 from lowtide.memory.weight import Weight
+from lowtide.ops.block_layout import Q4_0
 from lowtide.ops.quantization import STORAGE
 from lowtide.weights.fill import dtype_by_name
 from lowtide.weights.provenance import let_go_of_file
@@ -89,7 +91,7 @@ def _undo(undone: list[Leaf], left: list[CastWeight], *, at_rest: bool) -> None:
         weight.restore_numbers(at_rest=at_rest)
     if rounded:
         warnings.warn(
-            f"{len(rounded)} weights ({rounded[0]} and so on) are in no file, so they keep the values that their 8 "
+            f"{len(rounded)} weights ({rounded[0]} and so on) are in no file, so they keep the values that their few "
             "bits hold. Load the model again to have them as they were.",
             stacklevel=5,
         )
@@ -102,12 +104,14 @@ def _is_so(weight: CastWeight, casting: Casting) -> bool:
     same_dtype = casting.compute is None or weight.dtype == getattr(torch, casting.compute)
     multiplies = casting.fp8_matmul and (weight.multiplies or can_multiply(weight))
     multiplies = multiplies or (casting.int8_matmul and (weight.multiplies or can_pack(weight)))
-    return (
-        same_dtype
-        and weight.multiplies == multiplies
-        and weight.storage == STORAGE[casting.storage]
-        and (weight.scale is not None) == casting.scaled
-    )
+    return same_dtype and weight.multiplies == multiplies and _rests_so(weight, casting)
+
+
+def _rests_so(weight: CastWeight, casting: Casting) -> bool:
+    storage = casting.storage_of(weight.form.shape)
+    if storage == INT4 or isinstance(weight, BlockWeight):
+        return storage == INT4 and isinstance(weight, BlockWeight) and weight.layout is Q4_0
+    return weight.storage == STORAGE[storage] and (weight.scale is not None) == casting.scaled
 
 
 def meant_by(casting: Casting, module: nn.Module, weights: Iterable[Weight]) -> list[Weight]:
@@ -165,10 +169,13 @@ def _cast_weight(weight: Weight, casting: Casting, compute: torch.dtype | None) 
         return PackedWeight(weight, original, compute)
     flat = weight.rest.flat if hasattr(weight.rest, "flat") else weight.rest.on_host()
     dim = 1 if isinstance(view.slot.owner, TRANSPOSED) else 0
-    numbers = view.of(flat).detach()
+    numbers, storage = view.of(flat).detach(), casting.storage_of(view.shape)
     in_int8 = casting.int8_matmul and can_pack(weight)
-    kind = Int8Weight if in_int8 else CastWeight
-    made = kind.of(weight, numbers, STORAGE[casting.storage], casting.scaled, dim, compute)
+    if storage == INT4:
+        made = BlockWeight.in_blocks(weight, numbers, Q4_0, compute)
+    else:
+        kind = Int8Weight if in_int8 else CastWeight
+        made = kind.of(weight, numbers, STORAGE[storage], casting.scaled, dim, compute)
     made.multiplies = in_int8 or (casting.fp8_matmul and can_multiply(made))
     if original is not None:
         made.keep_original(original, view)

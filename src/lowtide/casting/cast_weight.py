@@ -75,7 +75,7 @@ class CastWeight(Weight):
             raise ValueError(f"{self.name}: {error}") from error
         self._scale_fits = None
         self._has_nan = False if scaled else None  # a scale is of finite numbers, and leaves none out of range
-        self.rest = _rest(values)
+        self.rest = resting(values)
 
     # ---- what it is
 
@@ -159,9 +159,10 @@ class CastWeight(Weight):
         return self._dequantized(self.values())
 
     def _dequantized(self, values: torch.Tensor) -> torch.Tensor:
+        view = self.form
         with outside_inference_mode(), torch.no_grad():
-            out = torch.empty_strided(values.shape, values.stride(), dtype=self.dtype, device=values.device)
-            return self._fill(values, out).as_strided((self.nbytes,), (1,)).view(torch.uint8)
+            out = torch.empty_strided(view.shape, view.stride, dtype=self.dtype, device=values.device)
+            return self._fill(values, out).as_strided((out.numel(),), (1,)).view(torch.uint8)
 
     def rows(self, view: View, indices: torch.Tensor, *options: Any) -> torch.Tensor:
         """The rows of an embedding that `indices` name; only these are dequantized."""
@@ -242,20 +243,24 @@ class CastWeight(Weight):
         if now.dtype not in FLOATING:
             raise ValueError(f"{self.name} cannot compute in {now.dtype}; it rests in 8 bits already.")
         if not same_order(view.shape, view.stride, now.stride):
-            values = self._shaped(self.rest.on_host() if self.device.type == "cpu" else self._on_device())
-            with outside_inference_mode():
-                ordered = torch.empty_strided(view.shape, now.stride, dtype=values.dtype, device=values.device)
-            self.rest = _rest(ordered.copy_(values))
+            self._reorder(now.stride)
         self.views = [replace(view, stride=now.stride, dtype=now.dtype) for view in self.views]
         self.form = replace(view, stride=now.stride, dtype=now.dtype)
         if now.device != self.device:
-            self.rest = _rest(self.rest.on_host().to(now.device))
+            self.rest = resting(self.rest.on_host().to(now.device))
             self.given = now.device
         if self.original is not None:
             self.original = DiskRest(self.original.origin, now.dtype, (view.shape, now.stride))
         self._placeholders = {}
         self.move_to(now.device)
         self.lay_down()
+
+    def _reorder(self, stride: tuple[int, ...]) -> None:
+        """Rest in the order that these strides have."""
+        values = self._shaped(self.rest.on_host() if self.device.type == "cpu" else self._on_device())
+        with outside_inference_mode():
+            ordered = torch.empty_strided(values.shape, stride, dtype=values.dtype, device=values.device)
+        self.rest = resting(ordered.copy_(values))
 
 
 class Carried(Weight):
@@ -334,7 +339,7 @@ def small_of(tensor: torch.Tensor) -> CastWeight | None:
     return weight if isinstance(weight, CastWeight) else None
 
 
-def _rest(values: torch.Tensor) -> Rest:
+def resting(values: torch.Tensor) -> Rest:
     """Numbers as resting bytes, on the device where they are."""
     flat = values.as_strided((values.numel(),), (1,)).view(torch.uint8)
     return HostRest(flat) if flat.device.type == "cpu" else DeviceRest(flat)

@@ -15,6 +15,7 @@ class Allow(StrEnum):
 
     FP8 = "fp8"
     INT8 = "int8"
+    INT4 = "int4"
     BLENDED_TILING = "blended_tiling"
     PACKED = "packed"
 
@@ -55,7 +56,8 @@ def budget_from(
     if own_choice:
         raise InputError(
             f"{given} with {own_choice[0]}: give either a budget or your own choice. A budget chooses where weights "
-            "rest and how to decode by itself; --allow packed, fp8, int8 or blended_tiling lets it change the result."
+            "rest and how to decode by itself; --allow packed, fp8, int8, int4 or blended_tiling lets it change the "
+            "result."
         )
     return Budget(vram, ram, allow=tuple(dict.fromkeys(change.value for change in allow)))
 

@@ -40,7 +40,7 @@ def decode(
     ] = None,
     allow: Annotated[
         list[Allow] | None,
-        typer.Option(metavar="NAME", help="With a budget: packed, fp8, int8, blended_tiling; repeatable."),
+        typer.Option(metavar="NAME", help="With a budget: packed, fp8, int8, int4, blended_tiling; repeatable."),
     ] = None,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="LOWTIDE_DEBUG", help="Show tracebacks.", show_envvar=False)

@@ -129,7 +129,7 @@ def _advice(budget: str) -> str:
     """What to try when memory ran out: the `budget` that was not given, or less within the one that was."""
     if budget:
         return f"Try a smaller --size, a budget such as {budget} 4GB, or --dtype bfloat16, half the memory of float32."
-    return "Try a smaller --size, or let the plan change the result with --allow int8, fp8 or blended_tiling."
+    return "Try a smaller --size, or let the plan change the result with --allow int8, fp8, int4 or blended_tiling."
 
 
 def _way_on(error: BaseException, options: str = "") -> list[str]:

@@ -116,7 +116,10 @@ def generate(
     ] = Offload.NONE,
     casting: Annotated[
         Casting,
-        typer.Option(metavar="NAME", help="Keep weights in 8 bits: fp8 or int8, with a scale a channel; none."),
+        typer.Option(
+            metavar="NAME",
+            help="Keep weights in 8 bits (fp8, int8: a scale a channel) or 4 (int4: a scale for 32); none.",
+        ),
     ] = Casting.NONE,
     decode: Annotated[
         Decode,
@@ -133,7 +136,8 @@ def generate(
     allow: Annotated[
         list[Allow] | None,
         typer.Option(
-            metavar="NAME", help="With a budget: packed, fp8, int8, blended_tiling may change the result; repeatable."
+            metavar="NAME",
+            help="With a budget: packed, fp8, int8, int4, blended_tiling may change the result; repeatable.",
         ),
     ] = None,
     config: Config = None,

@@ -116,7 +116,7 @@ def check_own_options(given: Sequence[str], scheduler: str | None = None) -> Non
         raise InputError(
             f"{given[0]} is for models that Lowtide has a pipeline of its own for. With others a budget chooses where "
             "weights rest and how to decode: give --ram or --vram, such as --ram 8GB (without, it is what is free), "
-            "and --allow packed, fp8, int8 or blended_tiling to let it change the result."
+            "and --allow packed, fp8, int8, int4 or blended_tiling to let it change the result."
         )
     if scheduler is not None:
         raise InputError(

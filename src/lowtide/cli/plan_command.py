@@ -89,7 +89,9 @@ def plan(
     dtype: Annotated[DType, typer.Option(metavar="NAME", help=DTYPE_HELP)] = DType.AUTO,
     allow: Annotated[
         list[Allow] | None,
-        typer.Option(metavar="NAME", help="packed, fp8, int8, blended_tiling: may change the result. Repeatable."),
+        typer.Option(
+            metavar="NAME", help="packed, fp8, int8, int4, blended_tiling: may change the result. Repeatable."
+        ),
     ] = None,
     variant: Annotated[
         str | None, typer.Option(metavar="NAME", help="Weight files to take, such as fp16.", show_default=False)

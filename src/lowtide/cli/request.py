@@ -77,11 +77,12 @@ class Offload(StrEnum):
 
 
 class Casting(StrEnum):
-    """The 8-bit forms that `--casting` knows."""
+    """The forms in 8 and 4 bits that `--casting` knows."""
 
     NONE = "none"
     FP8 = "fp8"
     INT8 = "int8"
+    INT4 = "int4"
 
 
 @dataclass(frozen=True)

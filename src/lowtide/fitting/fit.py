@@ -35,7 +35,7 @@ def fit(
     `vram` is what may be in use on the GPU, `ram` the memory of the whole process (on a machine without a GPU, where
     weights stay on disk until they are needed, it is all there is), `disk` what temporary files may take. Each is a
     number of bytes, text such as "4GB", a share of what there is ("80%"), "auto" for what is free less a tenth, or
-    "-1GB" for what is free less 1 GB; None is "auto". `allow` names what may change the result: "fp8", "int8",
+    "-1GB" for what is free less 1 GB; None is "auto". `allow` names what may change the result: "fp8", "int8", "int4",
     "blended_tiling"; without it every plan gives the plain run's result, bit for bit, or up to rounding where pictures
     are decoded row by row or one by one. `size` says what will be asked for (`height`, `width`, `pictures`, `steps`,
     `frames`); calls of another size are planned anew before they begin. Budgets may be changed between calls by calling
@@ -121,10 +121,10 @@ def _meta(pipe: Subject, device: torch.device) -> MetaSubject:
 
 
 def check_not_cast(modules: Mapping[str, nn.Module]) -> None:
-    """Raise `ValueError` for networks that rest in 8 bits by hand."""
+    """Raise `ValueError` for networks that rest in 8 or 4 bits by hand."""
     cast = [name for name, module in modules.items() if is_cast(module)]
     if cast:
         raise ValueError(
-            f"{', '.join(cast)} rest in 8 bits already. Call disable_layerwise_casting on them first, and let the plan "
-            "choose: fit(..., allow=('fp8',)) or ('int8',)."
+            f"{', '.join(cast)} rest in 4 or 8 bits already. Call disable_layerwise_casting on them first, and let the "
+            "plan choose: fit(..., allow=('fp8',)) or ('int8',)."
         )

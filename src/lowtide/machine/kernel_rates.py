@@ -15,6 +15,8 @@ import torch.nn.functional as F
 
 from lowtide.machine.accelerators import accelerator
 from lowtide.machine.heap import steady_malloc
+from lowtide.ops.block_layout import Q4_0
+from lowtide.ops.block_quantization import dequantize_blocks, quantize_blocks
 from lowtide.ops.int8_products import (
     COMPUTED,
     has_int8_products,
@@ -222,6 +224,12 @@ class Computing:
                 yield weight.nbytes, partial(dequantize, values, scale, torch.empty_like(weight))
 
         return self._rate(cases())
+
+    def dequantized_from_4(self) -> float:
+        """Bytes of working numbers a second made of 4-bit ones."""
+        weight = self._some(1280, 1280)
+        blocks = quantize_blocks(weight, Q4_0)
+        return self._rate([(weight.nbytes, partial(dequantize_blocks, blocks, torch.empty_like(weight)))])
 
     def _some(self, *shape: int) -> torch.Tensor:
         """Numbers that are quickly made: kernels take as long for any."""

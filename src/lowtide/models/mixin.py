@@ -96,11 +96,11 @@ class ModelMixin(PeerNames, nn.Module):
 
         `dtype` (or `torch_dtype`, the older name) is the dtype to compute in, float32 if None, the file's own if
         "auto". Where it is the file's, the weights are views of the mapped file, not copies of it.
-        With `offload` ("model", "block", "leaf" or "sequential") no weights are read now: they rest where they are,
-        and come to `offload_device` (a GPU if there is one, else the CPU) when they are called.
-        With `casting` ("fp8", "int8" or a `lowtide.Casting`) they rest in 8 bits, cast one by one as they are read.
-        A checkpoint that was saved in 8 bits is loaded in 8 bits. `device_map` ("cuda", "cpu", "balanced") moves the
-        model there once it is loaded; `low_cpu_mem_usage` has no effect: it is always loaded in little memory.
+        With `offload` ("model", "block", "leaf" or "sequential") no weights are read now: they rest where they are, and
+        come to `offload_device` (a GPU if there is one, else the CPU) when they are called. With `casting` ("fp8",
+        "int8", "int4" or a `lowtide.Casting`) they rest in so few bits, cast one by one as they are read. A checkpoint
+        that was saved so is loaded so. `device_map` ("cuda", "cpu", "balanced") moves the model there once it is
+        loaded; `low_cpu_mem_usage` has no effect: it is always loaded in little memory.
         Raises `FileNotFoundError` for a missing model or variant, `CheckpointError` for files that are malformed or do
         not match the model, `ValueError` for configurations that are not supported.
         """
@@ -168,7 +168,8 @@ class ModelMixin(PeerNames, nn.Module):
     ) -> None:
         """Write `config.json` and the weights, all or nothing: a killed save leaves what was there before.
 
-        Weights that rest in 8 bits are written so, each with its scale as `NAME_scale`.
+        Weights that rest in 8 bits are written so, each with its scale as `NAME_scale`; in 4 bits scales are among
+        them.
         """
         with atomic_folder(Path(folder)) as target:
             self.write_to(target, variant=variant, max_shard_size=max_shard_size)
@@ -224,7 +225,7 @@ class ModelMixin(PeerNames, nn.Module):
         scaled: bool = False,
         fp8_matmul: bool = False,
     ) -> None:
-        """Let the weights rest in 8 bits; see `lowtide.hooks.apply_layerwise_casting`.
+        """Let the weights rest in 8 or 4 bits; see `lowtide.hooks.apply_layerwise_casting`.
 
         `compute_dtype` is the model's dtype if None. The model's own patterns of modules that are never cast are added
         to `skip_modules_pattern`, which is `NEVER_CAST` if None.

@@ -110,7 +110,7 @@ class DiffusionPipeline(PeerNames, RunningCall, MemorySettings):
         effect: weights are always loaded in little memory, and a checkpoint's code is never run.
         With `offload` ("model", "block", "leaf" or "sequential") no weights are read now: they rest where they are,
         and come to `offload_device` (a GPU if there is one, else the CPU) when they are called.
-        With `casting` ("fp8", "int8" or a `lowtide.Casting`) the weights of every network rest in 8 bits.
+        With `casting` ("fp8", "int8", "int4" or a `lowtide.Casting`) the weights of every network rest in so few bits.
         With a budget (`vram`, `ram`, `disk`; see `lowtide.fit`, also for `allow`) the memory of loading and of every
         call stays within it; the plan is made before any weights are read, for calls of this `size` (as for
         `lowtide.fit`) or the model's usual one, and computes on `offload_device`.

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lowtide.planning.explain import at_least, in_words
-from lowtide.planning.plan import LOSSY, BudgetError, Budgets, Plan
+from lowtide.planning.plan import BudgetError, Budgets, Plan
 from lowtide.sizes import format_decimal
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lowtide.planning.rates import Rates
     from lowtide.planning.workload import Workload
 
+_USUAL_CHANGES = ("fp8", "int8", "blended_tiling")
+"""What is proposed to be allowed where nothing else fits; int4 loses ten times what int8 does."""
 LEAST_GAIN = 0.002
 """A faster plan is shown only if it saves at least this share of the run's time."""
 
@@ -105,7 +107,7 @@ def look(workload: Workload, rates: Rates, budgets: Budgets, allow: tuple[str, .
         curve=tuple(thinned(planner.curve(budgets))),
         assumed=rates.assumed,
         refusal=refusal,
-        minimum_if_changed=None if plan else Planner(workload, rates, LOSSY).minimum(budgets),
+        minimum_if_changed=None if plan else Planner(workload, rates, _USUAL_CHANGES).minimum(budgets),
     )
 
 

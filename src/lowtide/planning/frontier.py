@@ -17,7 +17,7 @@ from itertools import product
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from lowtide.casting.casting import INT8_DYNAMIC, PACKED
+from lowtide.casting.casting import INT4, INT8_DYNAMIC, PACKED
 from lowtide.planning.options import Option, component_options, less_on_host
 from lowtide.planning.pace import Pace, Timing, exceeds_cache, shares_of
 from lowtide.planning.plan import ALLOWED, LOSSY
@@ -29,7 +29,8 @@ PRECISION = 1e-3
 """Share of a run's computing time. Plans count as equally fast if no component's time differs by more."""
 _TICK = 1 << 24
 """A cost is one number, since sums of costs are compared very often: ticks of time from bit 24 on; for plans that are
-equally fast, the count of choices that lose exactness from bit 16 on; and below that how complex the plan is."""
+equally fast, the count of choices that lose exactness (int4 twice) from bit 16 on; and below that how complex the plan
+is."""
 _LOSS = 1 << 16
 _ORDER = itemgetter(0, 1, 2)
 
@@ -269,7 +270,8 @@ def _choice(
     calls = [(stage, stage.ways[way]) for stage, way, _ in ways]
     over = max((beside_weights(stage, call, rates) + stage.withheld for stage, call in calls), default=base(rates))
     ticks = round(sum(pace.seconds for *_, pace in ways) / tick)
-    losses = (option.plan.casting not in (None, PACKED)) + sum(way == BLENDED for _, way, _ in ways)
+    casting = option.plan.casting
+    losses = (casting not in (None, PACKED)) + (casting == INT4) + sum(way == BLENDED for _, way, _ in ways)
     simple = option.complexity + sum(WAYS.index(way) for _, way, _ in ways)
     return Choice(
         option,

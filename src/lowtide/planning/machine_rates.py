@@ -175,6 +175,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Ra
         slack=1.0 if on_cpu else 0.1,
         slack_most=SLACK_ON_CPU if on_cpu else 2**62,
         dequantized=computing.dequantized(),
+        dequantized_from_4=computing.dequantized_from_4(),
         contention=_contention() if on_cpu else 0.0,
         channels_last=REACHED * computing.channels_last(),
         unified=kind is not None and kind.shares_host_memory(device),

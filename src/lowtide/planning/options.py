@@ -4,8 +4,8 @@ Weights can be resident; come as a whole for a stage (model offload); come block
 every number that `spread` can choose; or come leaf by leaf. Blocks and leaves come with one unit loaded ahead, or with
 none. Beside an accelerator with memory of its own, blocks also come with as many ahead as find room in so many bytes,
 and with those resident that keep copies and computing in step. On a CPU weights rest in their files. On a GPU they rest
-in host memory or, where that is limited, partly or wholly in files. 8-bit weights are in no file, so on a CPU they stay
-in memory.
+in host memory or, where that is limited, partly or wholly in files. Weights in 8 or 4 bits are in no file, so on a CPU
+they stay in memory.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def less_on_host(option: Option, rates: Rates) -> Iterator[Option]:
 
 
 def units_of(component: Component, level: Level, casting: str | None) -> tuple[UnitSize, ...]:
-    """The units of a component at a level, with weights in the 8-bit form called `casting`, or in their own (None)."""
+    """The units of a component at a level, with weights in the form called `casting`, or in their own (None)."""
     return (component.units if casting is None else component.castings[casting])[level]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lowtide.casting.casting import LAZILY_PACKED
+from lowtide.casting.casting import INT4, LAZILY_PACKED
 from lowtide.memory.bounds import depth, places
 from lowtide.memory.rule import Level
 from lowtide.planning.copy_queue import Turn, behind_by_place, behind_in_ring, step_seconds
@@ -115,8 +115,11 @@ class Timing:
         return _Load(link, disk, max(link, disk))
 
     def _dequantizing(self) -> float:
-        option = self.option
-        return option.component.nbytes / self.rates.dequantized if option.plan.casting not in MULTIPLIED else 0.0
+        casting, rates = self.option.plan.casting, self.rates
+        if casting in MULTIPLIED:
+            return 0.0
+        rate = rates.dequantized_from_4 if casting == INT4 and rates.dequantized_from_4 else rates.dequantized
+        return self.option.component.nbytes / rate
 
     def _packing(self) -> float:
         """Weights are packed in the first call."""

@@ -17,7 +17,7 @@ from lowtide.planning.explain import describe
 from lowtide.planning.workload import BLENDED, WAYS, WHOLE
 from lowtide.sizes import format_decimal
 
-LOSSY = ("fp8", "int8", "blended_tiling")
+LOSSY = ("fp8", "int8", "int4", "blended_tiling")
 """Forms of weights and ways that change the result by more than rounding."""
 ALLOWED = (*LOSSY, PACKED)
 """What `allow` may hold. Packed weights change the result by rounding, and take no less memory: they are faster."""
@@ -55,8 +55,9 @@ class Budgets:
 class ComponentPlan:
     """How a component's weights rest and come to work: without a `rule` all of them stay on the device.
 
-    `casting` names the form in which weights rest, if it is another: 8 bits, or packed. Of the component's `nbytes`,
-    `kept` bytes stay on the device between calls: `kept_units` of the `units` into which the rule splits the weights.
+    `casting` names the form in which weights rest, if it is another: 8 or 4 bits, or packed. Of the component's
+    `nbytes`, `kept` bytes stay on the device between calls: `kept_units` of the `units` into which the rule splits the
+    weights.
     """
 
     rule: Rule | None = None

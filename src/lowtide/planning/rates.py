@@ -19,11 +19,11 @@ class Rates:
     layout, 0 where they are as fast as others; `packed_convolution` and `packed_product` with packed weights, 0 where
     there are none. Bytes a second: `touched` by all other kernels; `frugal_touched`, the same where freed memory goes
     back to the system at once with hardly any slack, 0 where that cannot be chosen; `dequantized`, bytes in the
-    computing dtype that are made of 8-bit weights; `packing`, bytes of weights that are packed, and `arranging`, bytes
-    of weights that convolutions bring to their own order in each call while they are not, 0 where `convolution` has
-    that time in it. `int8_convolution` and `int8_product` are operations a second with weights and inputs in int8, 0
-    where there are no instructions for it; `product_attention` with attention computed as our own models do where
-    oneDNN multiplies, else 0.
+    computing dtype that are made of 8-bit weights, and `dequantized_from_4` of 4-bit ones, 0 where that is as fast;
+    `packing`, bytes of weights that are packed, and `arranging`, bytes of weights that convolutions bring to their own
+    order in each call while they are not, 0 where `convolution` has that time in it. `int8_convolution` and
+    `int8_product` are operations a second with weights and inputs in int8, 0 where there are no instructions for it;
+    `product_attention` with attention computed as our own models do where oneDNN multiplies, else 0.
     Bytes that reach the device a second: over the `link` from host memory (on a CPU: by mapping pages that are in
     memory), `converted` where the dtype changes or bytes are copied, and from the `disk`. A `kernel` takes so many
     seconds to begin.
@@ -52,6 +52,7 @@ class Rates:
     slack_most: int = 2**62
     frugal_touched: float = 0.0
     dequantized: float = 1e10
+    dequantized_from_4: float = 0.0
     contention: float = 0.0
     channels_last: float = 0.0
     unified: bool = False
@@ -158,6 +159,7 @@ _COMPUTED = (
     "touched",
     "frugal_touched",
     "dequantized",
+    "dequantized_from_4",
     "packed_convolution",
     "packed_product",
     "packing",

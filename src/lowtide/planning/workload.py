@@ -110,7 +110,7 @@ class UnitSize:
 class Component:
     """A network's weights, split into units at each level, in the order in which they are called.
 
-    `castings` holds the units of weights that rest in 8 bits, by the casting's name. `in_file` tells whether the
+    `castings` holds the units of weights that rest in 8 or 4 bits, by the casting's name. `in_file` tells whether the
     weights can be read again from files, `movable` whether they can be moved at all.
     """
 

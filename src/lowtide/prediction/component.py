@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lowtide.casting.cast_module import meant_by
-from lowtide.casting.casting import NAMED_CASTINGS, Casting
+from lowtide.casting.casting import INT4, NAMED_CASTINGS, Casting
 from lowtide.casting.lazily_packed import can_pack
 from lowtide.memory.blocks import Part, split, with_atomic
 from lowtide.memory.bounds import aligned
@@ -119,8 +119,10 @@ class _Survey:
         return {id(weight) for weight in meant_by(casting, self.module, self.weights)}
 
     def _unit(self, part: Part, meant: set[int], casting: Casting | None, work: Work) -> UnitSize:
-        resting = sum(self._resting(weight, id(weight) in meant) for weight in part.weights)
-        sizes = {id(weight): aligned(_working(weight, id(weight) in meant)) for weight in part.weights}
+        small = {id(weight): casting.nbytes(weight.views[0].shape) for weight in part.weights} if casting else {}
+        small = {key: nbytes for key, nbytes in small.items() if key in meant}
+        resting = sum(small.get(id(weight), self._resting(weight)) for weight in part.weights)
+        sizes = {id(weight): aligned(small.get(id(weight), weight.nbytes)) for weight in part.weights}
         return UnitSize(
             f"{type(self.module).__name__}.{part.weights[0].name}",
             sum(sizes.values()),
@@ -148,7 +150,8 @@ class _Survey:
         """The scales of channels stay on the device whatever the weights do."""
         if casting is None or not casting.scaled or not meant:
             return []
-        nbytes = sum(4 * weight.views[0].shape[0] for weight in self.weights if id(weight) in meant)
+        shapes = [weight.views[0].shape for weight in self.weights if id(weight) in meant]
+        nbytes = sum(4 * shape[0] for shape in shapes if casting.storage_of(shape) != INT4)
         return [UnitSize(f"{type(self.module).__name__}: scales", nbytes, 0, nbytes, aside=True)]
 
     def _largest_leaf(self, part: Part, casting: Casting | None) -> int:
@@ -157,13 +160,13 @@ class _Survey:
         sums: dict[int, int] = {}
         for weight in part.weights:
             home = self.homes[id(weight.views[0].slot.owner)]
-            sums[home] = sums.get(home, 0) + aligned(_working(weight, is_cast=as_they_are and can_pack(weight)))
+            numbers = weight.nbytes // weight.views[0].dtype.itemsize
+            sums[home] = sums.get(home, 0) + aligned(numbers if as_they_are and can_pack(weight) else weight.nbytes)
         return max(sums.values(), default=0)
 
-    def _resting(self, weight: Weight, is_cast: bool) -> int:
+    def _resting(self, weight: Weight) -> int:
         own, entry = weight.views[0].dtype, self._in_file(weight)
-        size = 1 if is_cast else (own if entry is None else entry.dtype).itemsize
-        return weight.nbytes // own.itemsize * size
+        return weight.nbytes // own.itemsize * (own if entry is None else entry.dtype).itemsize
 
     def _works_in_place(self, weight: Weight) -> bool:
         view, entry = weight.views[0], self._in_file(weight)
@@ -173,10 +176,6 @@ class _Survey:
         """How a weight lies in the file; None where it is as it works, or in none."""
         names = (view.slot.name for view in weight.views)
         return next((self.lying[name] for name in names if name in self.lying), None)
-
-
-def _working(weight: Weight, is_cast: bool) -> int:
-    return weight.nbytes // weight.views[0].dtype.itemsize if is_cast else weight.nbytes
 
 
 def _works(parts: list[Part], traced: Traced | None, root: nn.Module) -> dict[int, tuple[int, Work]]:

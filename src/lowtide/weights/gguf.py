@@ -7,15 +7,17 @@ every claim in it is checked.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from lowtide.ops.block_layout import LAYOUTS
 from lowtide.weights.index import MAX_DIMENSIONS, MOST_TENSORS, CheckpointError, CheckpointIndex, TensorEntry
 
 MAX_HEADER_BYTES = 16_000_000
@@ -44,6 +46,7 @@ KINDS = {
 }  # fmt: skip
 """The kinds that diffusers computes with, by their number in files."""
 _PLAIN = {0: torch.float32, 1: torch.float16}
+_BFLOAT16 = 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +78,35 @@ def read_gguf_index(file: Path) -> GgufIndex:
         raise CheckpointError(f"{file}: a name of a tensor occurs twice.")
     kinds = {claim.name: claim.kind for claim in claims if claim.kind not in _PLAIN}
     return GgufIndex(entries, (file,), {}, kinds)
+
+
+def resting_index(index: GgufIndex) -> CheckpointIndex:
+    """The same tensors as a checkpoint of ours has them, for `lowtide.models.put_weights`: nothing is read.
+
+    Q4_0 and Q8_0 stay in blocks, uint8 `[rows, blocks of a row, bytes of a block]`; F32, F16 and BF16 are numbers.
+    Names are those of the file: see `lowtide.weights.names.apply_names` to have others. Raises `CheckpointError` for a
+    tensor of another kind.
+    """
+    entries = {name: _resting(name, entry, index.kinds.get(name)) for name, entry in index.items()}
+    return CheckpointIndex(entries, index.files, index.metadata)
+
+
+def _resting(name: str, entry: TensorEntry, number: int | None) -> TensorEntry:
+    if number is None:
+        return entry
+    *outer, width = entry.shape
+    if number == _BFLOAT16:
+        return replace(entry, dtype=torch.bfloat16, shape=(*outer, width // 2))
+    kind = KINDS[number]
+    if kind.name not in {layout.name for layout in LAYOUTS.values()}:
+        possible = ", ".join(layout.name for layout in LAYOUTS.values())
+        raise CheckpointError(
+            f"{entry.file}: tensor {name[:200]!r} is {kind.name}, in which models of Lowtide's own cannot rest. "
+            f"Take a file of {possible}, F16, BF16 or F32, or have diffusers compute it: "
+            "lowtide.load(MODEL, NETWORK='FILE.gguf')."
+        )
+    rows, inner = (outer[0], math.prod(outer[1:])) if outer else (1, 1)
+    return replace(entry, shape=(rows, inner * width // kind.nbytes, kind.nbytes))
 
 
 class _Claim(NamedTuple):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -54,6 +54,11 @@ class GgufIndex(CheckpointIndex):
     """
 
     kinds: Mapping[str, int]
+
+    def renamed(self, entries: Mapping[str, TensorEntry], names: Mapping[str, str]) -> Self:
+        """The index with these entries by new names, each of the kind of the tensor called `names[new]`."""
+        kinds = {new: self.kinds[old] for new, old in names.items() if old in self.kinds}
+        return replace(self, entries=entries, kinds=kinds)
 
 
 def read_gguf_index(file: Path) -> GgufIndex:

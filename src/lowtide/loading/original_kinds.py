@@ -1,0 +1,130 @@
+"""What a file of weights holds, told by names and shapes: nothing but its header is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import translate
+
+from lowtide.weights.gguf import KINDS, GgufIndex
+from lowtide.weights.index import CheckpointError, CheckpointIndex
+
+CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+_CONTEXT = re.compile(r"model\.diffusion_model\..*\.attn2\.to_k\.weight$")
+PIECES: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("a LoRA", ("lora_unet_*", "lora_te*", "*.lora_down.weight", "*.lora_A.weight", "*.lora.down.weight", "*.hada_w1_a"),
+     "It changes a model: give that as the model. --lora adds it to a model of diffusers' pipelines."),
+    ("a ControlNet", ("control_model.*", "controlnet_cond_embedding.*", "input_hint_block.*"),
+     "It steers a model: load it with diffusers and give it to a pipeline of its, lowtide.load(..., controlnet=...)."),
+    ("a textual inversion", ("emb_params", "string_to_param*", "<*>"), "It is one word, and no model."),
+)  # fmt: skip
+"""What no pipeline can be made of: what it is, patterns of its names, and what to do with it."""
+_WHOLE = "Give the file of the whole model, or the folder or Hub id of the pipeline that it is a part of."
+NETWORKS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("a VAE alone", ("first_stage_model.*", "vae.*", "encoder.*", "decoder.*", "*quant_conv.*", "loss.*", "model_ema.*"),
+     "Give it beside a model: vae=FILE (--vae FILE)."),
+    ("a U-Net alone", ("input_blocks.*", "middle_block.*", "output_blocks.*", "out.*", "time_embed.*", "label_emb.*"),
+     _WHOLE),
+    ("a U-Net alone", ("down_blocks.*", "mid_block.*", "up_blocks.*", "conv_*", "time_embedding.*", "add_embedding.*"),
+     _WHOLE),
+    ("a text encoder alone", ("text_model.*", "cond_stage_model.*", "text_projection*", "logit_scale", "ln_final.*",
+     "transformer.resblocks.*", "token_embedding.*", "positional_embedding", "visual.*"), _WHOLE),
+)  # fmt: skip
+"""Networks without the others: what it is, patterns of all its names, and what to do with it."""
+OTHERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("an SDXL model", ("conditioner.embedders.1.*",)),
+    ("an SDXL refiner", ("conditioner.embedders.0.model.*",)),
+    ("a Stable Diffusion 3 model", ("*joint_blocks.0.context_block.*",)),
+    ("a FLUX.2 model", ("*single_stream_modulation.lin.weight",)),
+    ("a FLUX model", ("*double_blocks.0.img_attn.*",)),
+    ("a Wan model", ("*head.modulation",)),
+    ("an LTX model", ("*patchify_proj.weight",)),
+)
+"""Models that only pipelines of diffusers run, by patterns of names."""
+BESIDE = {
+    9: ("an inpainting model", "it reads a mask and a masked picture beside the latents"),
+    8: ("a model that edits pictures (InstructPix2Pix)", "it reads a picture beside the latents"),
+    5: ("a depth-to-picture model", "it reads a map of depths beside the latents"),
+    7: ("an upscaling model", "it reads a small picture beside the latents"),
+}
+"""What a U-Net of so many channels is for."""
+GENERATIONS = {768: "stable_diffusion_1", 1024: "stable_diffusion_2"}
+"""The folder of published configurations, by the width of the text encoder's states."""
+EPSILON = {"stable_diffusion_2": "stable_diffusion_2_base"}
+"""The folder of those models that were trained to predict noise where the usual ones predict velocity."""
+
+
+@dataclass(frozen=True)
+class OriginalKind:
+    """What a file holds, in words.
+
+    `is_ours` where a pipeline of ours makes pictures with it; `configs` is the folder of configurations that were
+    published for such a model, None where its sizes are of no model that was published.
+    """
+
+    name: str
+    is_ours: bool = False
+    configs: str | None = None
+
+
+def kind_of(index: CheckpointIndex, prediction_type: str | None = None) -> OriginalKind:
+    """What a file holds.
+
+    What a model predicts no shape tells: it is `prediction_type`, or what the file's metadata say, or what the best
+    known model of such shapes does. Raises `CheckpointError`, which says what to do, for what is no whole model.
+    """
+    file = index.files[0]
+    for name, patterns, advice in PIECES:
+        if _has(index, patterns):
+            raise CheckpointError(f"{file} is {name}, and no model. {advice}")
+    if CONV_IN not in index:
+        other = next((name for name, patterns in OTHERS if _has(index, patterns)), None)
+        alone = next(((name, advice) for name, patterns, advice in NETWORKS if _has_only(index, patterns)), None)
+        if other is None and alone is not None:
+            raise CheckpointError(f"{file} is {alone[0]}, and no whole model. {alone[1]}")
+        return OriginalKind(other or "a model that Lowtide does not know")
+    other = next((name for name, patterns in OTHERS if _has(index, patterns)), None)
+    channels = index[CONV_IN].shape[1] if len(index[CONV_IN].shape) > 1 else 0
+    if other is not None or _has(index, ("model.diffusion_model.label_emb.*",)):
+        return OriginalKind(other or "an SDXL model")
+    width = _context_width(index)
+    generation = GENERATIONS.get(width)
+    is_second = generation == GENERATIONS[1024] or _has(index, ("cond_stage_model.model.*",))
+    name = f"a Stable Diffusion {'2' if is_second else '1'}.x model"
+    if channels in BESIDE:
+        return OriginalKind(f"{BESIDE[channels][0]} ({name.removeprefix('a ')}): {BESIDE[channels][1]}")
+    predicts = prediction_type or _predicts(index.metadata)
+    if generation is not None and predicts == "epsilon":
+        generation = EPSILON.get(generation, generation)
+    return OriginalKind(name, is_ours=True, configs=generation)
+
+
+def _predicts(metadata: Mapping[str, str]) -> str | None:
+    """What a model predicts by its file's metadata, as training scripts write them."""
+    return {"epsilon": "epsilon", "v": "v_prediction"}.get(metadata.get("modelspec.prediction_type", ""))
+
+
+def _context_width(index: CheckpointIndex) -> int:
+    """How wide the states of the text encoder are that a U-Net reads."""
+    name = next((name for name in index if _CONTEXT.match(name)), None)
+    if name is None:
+        return 0
+    width = index[name].shape[-1]
+    if not isinstance(index, GgufIndex) or name not in index.kinds:
+        return width
+    kind = KINDS[index.kinds[name]]
+    return width * index[name].dtype.itemsize // kind.nbytes * kind.numbers
+
+
+def _has(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    return any(map(_matching(patterns).match, names))
+
+
+def _has_only(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    return all(map(_matching(patterns).match, names))
+
+
+def _matching(patterns: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(translate, patterns)))

@@ -32,8 +32,9 @@ def components_on_meta(
 ) -> tuple[dict[str, Any], InFiles]:
     """The components of a checkpoint's folder, which need not hold any weights, and how weights lie in its files.
 
-    Those of networks may be `elsewhere`. Networks are on meta, schedulers are complete. Tokenizers and image processors are empty objects, since tracing does
-    not use them. Raises what loading raises for configurations that are missing or malformed, and for such weights.
+    Networks may be `elsewhere`. They are on meta, schedulers are complete. Tokenizers and image processors are empty
+    objects, since tracing does not use them. Raises what loading raises for configurations that are missing or
+    malformed, and for such weights.
     """
     parts: dict[str, Any] = {}
     in_files: InFiles = {}

@@ -11,13 +11,12 @@ from typing import Any
 from lowtide.configs import CheckpointError
 from lowtide.hub import Source, local_path
 from lowtide.loading.components import MODELS
-from lowtide.loading.elsewhere import Elsewhere, open_weights
+from lowtide.loading.elsewhere import Elsewhere, check_not_packed, open_weights
 from lowtide.loading.model_index import MODEL_INDEX, ComponentSpec, component_folder, read_model_index
 from lowtide.loading.original_kinds import PREDICTIONS, OriginalKind, kind_of
 from lowtide.loading.original_weights import check_all_known, held_in, prefix_and_names
 from lowtide.models.tokenizers import CLIPTokenizer, load_tokenizer
 from lowtide.schedulers import SCHEDULERS
-from lowtide.weights.gguf import KINDS, GgufIndex
 from lowtide.weights.index import CheckpointIndex
 
 NOT_IN_FILES = ("safety_checker", "feature_extractor")
@@ -102,33 +101,34 @@ class OriginalFile:
                 raise CheckpointError(f"{self.index.files[0]} holds no {_NAMES[name]}: {_advice(name)}.")
         check_all_known(self.index, held)
         for network in found.values():
-            _check_not_packed(network.weights)
+            check_not_packed(network.weights)
         return found
 
     def small_parts(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """What is used beside the networks, but for what is `given`: the tokenizer and scheduler of such models."""
-        assert self.configs is not None
         parts: dict[str, Any] = {name: None for name in NOT_IN_FILES if name not in given}
         if self.options.config is None and "tokenizer" not in given:
             parts["tokenizer"] = load_tokenizer(self._folder() / "tokenizer", CLIPTokenizer.__name__, _assets(WORDS))
         if self.options.prediction_type is not None and "scheduler" not in given:
             spec = read_model_index(self._folder())[1].get("scheduler")
             if spec is not None and spec.class_name in SCHEDULERS:
-                scheduler = SCHEDULERS[spec.class_name].from_pretrained(self.configs.fetch(["scheduler/*.json"]) / "scheduler")
+                scheduler = SCHEDULERS[spec.class_name].from_pretrained(self._folder() / "scheduler")
                 changed = scheduler.config.changed({"prediction_type": self.options.prediction_type})
                 parts["scheduler"] = type(scheduler).from_config(changed)
         return parts
 
-    def refuse(self, wanted: str) -> ValueError:
-        """The error for a model that no pipeline of ours, or not the one `wanted`, makes anything with."""
-        return ValueError(
-            f"{self.index.files[0]} is {self.kind.name}, and {wanted}. lowtide.load(FILE) and --model FILE run it by a "
-            "pipeline of diffusers, if that has one for it."
-        )
+    def own_configs(self) -> Source:
+        """Where its configurations are. Raises `ValueError`, which says what it is, for what is no model of ours."""
+        if self.configs is None:
+            raise ValueError(
+                f"{self.index.files[0]} is {self.kind.name}. Lowtide's own pipelines read files of Stable Diffusion "
+                "1.x and 2.x that make pictures from text alone; lowtide.load(FILE) and --model FILE run others by "
+                "those of diffusers."
+            )
+        return self.configs
 
     def _folder(self) -> Path:
-        assert self.configs is not None
-        return self.configs.fetch([MODEL_INDEX, "*/*.json", "*/*.txt"])
+        return self.own_configs().fetch([MODEL_INDEX, "*/*.json", "*/*.txt"])
 
 
 def configs_of(source: Source, options: FileOptions) -> Source:
@@ -137,12 +137,10 @@ def configs_of(source: Source, options: FileOptions) -> Source:
     Raises `ValueError` for options of a file where it is none, and for a file that holds no model of ours.
     """
     original = OriginalFile.at(source, options)
-    if original is None:
-        check_no_options(source, options)
-        return source
-    if original.configs is None:
-        raise original.refuse("no pipeline of Lowtide's own is for it")
-    return original.configs
+    if original is not None:
+        return original.own_configs()
+    check_no_options(source, options)
+    return source
 
 
 def check_no_options(source: Source, options: FileOptions) -> None:
@@ -166,12 +164,3 @@ def _advice(component: str) -> str:
     if component == "vae":
         return "give one, vae=FILE (--vae FILE), or its folder or Hub id"
     return f"give one, {component}=, or take the file of the whole model"
-
-
-def _check_not_packed(weights: CheckpointIndex) -> None:
-    if isinstance(weights, GgufIndex) and weights.kinds:
-        kinds = sorted({KINDS[kind].name for kind in weights.kinds.values()})
-        raise CheckpointError(
-            f"{weights.files[0]}: its weights are packed ({', '.join(kinds)}), which pipelines of Lowtide's own cannot "
-            "compute with. Take the .safetensors file."
-        )

@@ -14,8 +14,8 @@ CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _CONTEXT = re.compile(r"model\.diffusion_model\..*\.attn2\.to_k\.weight$")
 PIECES: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("a LoRA", ("lora_unet_*", "lora_te*", "*.lora_down.weight", "*.lora_A.weight", "*.lora.down.weight", "*.hada_w1_a"),
-     "It changes a model: give that as the model. --lora adds it to a model of diffusers' pipelines."),
+    ("a LoRA", ("lora_unet_*", "lora_te*", "*.lora_down.weight", "*.lora_A.weight", "*.lora.down.weight",
+     "*.hada_w1_a"), "It changes a model: give that as the model. --lora adds it to a model of diffusers' pipelines."),
     ("a ControlNet", ("control_model.*", "controlnet_cond_embedding.*", "input_hint_block.*"),
      "It steers a model: load it with diffusers and give it to a pipeline of its, lowtide.load(..., controlnet=...)."),
     ("a textual inversion", ("emb_params", "string_to_param*", "<*>"), "It is one word, and no model."),
@@ -23,8 +23,8 @@ PIECES: tuple[tuple[str, tuple[str, ...], str], ...] = (
 """What no pipeline can be made of: what it is, patterns of its names, and what to do with it."""
 _WHOLE = "Give the file of the whole model, or the folder or Hub id of the pipeline that it is a part of."
 NETWORKS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("a VAE alone", ("first_stage_model.*", "vae.*", "encoder.*", "decoder.*", "*quant_conv.*", "loss.*", "model_ema.*"),
-     "Give it beside a model: vae=FILE (--vae FILE)."),
+    ("a VAE alone", ("first_stage_model.*", "vae.*", "encoder.*", "decoder.*", "*quant_conv.*", "loss.*",
+     "model_ema.*"), "Give it beside a model: vae=FILE (--vae FILE)."),
     ("a U-Net alone", ("input_blocks.*", "middle_block.*", "output_blocks.*", "out.*", "time_embed.*", "label_emb.*"),
      _WHOLE),
     ("a U-Net alone", ("down_blocks.*", "mid_block.*", "up_blocks.*", "conv_*", "time_embedding.*", "add_embedding.*"),

@@ -18,7 +18,8 @@ RESNET_OF_UNET = {
     "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
 }  # fmt: skip
 LAYERS_OF_VAE = {
-    "conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+    "conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
+    "to_out.0": "proj_out",
 }  # fmt: skip
 LAYER_OF_OPEN_CLIP = {
     "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",

@@ -63,7 +63,8 @@ class T5Tokenizer(_Loaded):
 def load_tokenizer(folder: Path, class_name: str, vocabulary: Path | None = None) -> Any:
     """Read a tokenizer from `tokenizer.json`, or else from the older files of its class.
 
-    Where these are not in the folder itself, they are in that of its `vocabulary`. Raises `FileNotFoundError` if there is no vocabulary, and `CheckpointError` for malformed files.
+    Where these are not in the folder itself, they are in that of its `vocabulary`. Raises `FileNotFoundError` if there
+    is no vocabulary, and `CheckpointError` for malformed files.
     """
     words = vocabulary or folder
     for each in {folder, words}:

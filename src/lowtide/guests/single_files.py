@@ -54,7 +54,7 @@ def opened(file: str | os.PathLike[str]) -> CheckpointIndex:
     if scaled is not None:
         raise CheckpointError(
             f"{index.files[0]}: its {scaled} is a scale of weights in 8 bits, which diffusers reads with a "
-            "quantization_config alone. Load the component with diffusers and pass it in, or take a file without scales."
+            "quantization_config alone. Load the component with diffusers and give it, or take a file without scales."
         )
     return index
 

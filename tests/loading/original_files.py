@@ -1,6 +1,6 @@
 """Tiny Stable Diffusion 1 and 2 in one file under their original names, and files of published sizes without numbers.
 
-The names are made by `tests.guests.original_names`, which undoes the conversions of diffusers and knows nothing of ours.
+The names are made by `tests.guests.original_names`, which undoes the conversions of diffusers and knows none of ours.
 """
 
 import functools

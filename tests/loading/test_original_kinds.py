@@ -63,7 +63,10 @@ def test_other_models_are_named_and_are_not_ours(said, names):
 @pytest.mark.parametrize(
     ("said", "names"),
     [
-        ("is a LoRA, and no model. It changes a model", ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight",)),
+        (
+            "is a LoRA, and no model. It changes a model",
+            ("lora_unet_mid_block_proj_in.lora_up.weight",),
+        ),
         ("is a LoRA", ("unet.down_blocks.0.attn1.to_q.lora_A.weight",)),
         ("is a ControlNet", ("control_model.time_embed.0.weight",)),
         ("is a textual inversion", ("emb_params",)),

@@ -76,7 +76,7 @@ class Source:
         if folder.exists():
             raise FileNotFoundError(
                 f"{self.name} is a file. Give the folder of a checkpoint, the one that holds its model_index.json or "
-                "config.json. A .safetensors file of a whole pipeline is loaded by lowtide.load."
+                "config.json. A .safetensors file of a whole pipeline is loaded by lowtide.load, or from_single_file."
             )
         if not HUB_ID.fullmatch(self.name):
             raise FileNotFoundError(

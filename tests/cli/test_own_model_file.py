@@ -122,7 +122,7 @@ def test_what_is_refused(written, tmp_path):
         ("is a LoRA, and no model", "plan", lora),
         ("is a VAE alone, and no whole model. Give it beside a model: vae=FILE (--vae FILE)", "plan", vae),
         ("holds no VAE: give one, vae=FILE (--vae FILE)", "plan", no_vae, "--ram", "4GB"),
-        ("read states of another width" if False else "reads states of another width", "plan", written.file),
+        ("reads states of another width", "plan", written.file),
         ("there is no such file", "plan", written.file, *own, "--vae", "nothing.safetensors"),
         ("no such folder", "plan", written.file, "--config", "nowhere"),
         ("prediction_type='noise'", "plan", written.file, *own, "--prediction", "noise"),

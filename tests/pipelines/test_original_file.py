@@ -165,6 +165,48 @@ def test_every_door_takes_a_file(written):
         assert torch.equal(make(pipe), expected)
 
 
+def test_older_names_of_the_text_encoder(first, tmp_path):
+    older = "cond_stage_model.transformer."
+    state = {name.replace(older + "text_model.", older): x for name, x in load_file(first.file).items()}
+    pipe = from_file(first, save(state, tmp_path / "older.safetensors"))
+    assert torch.equal(make(pipe), make(from_folder(first)))
+
+
+def test_gguf_of_plain_numbers_is_read_and_packed_ones_are_refused(first, tmp_path):
+    """As stable-diffusion.cpp writes them: original names, matrices packed where they can be."""
+    gguf = pytest.importorskip("gguf")
+    for kind in (gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.Q8_0):
+        writer = gguf.GGUFWriter(tmp_path / f"{kind.name}.gguf", "sd")
+        for name, x in load_file(first.file).items():
+            numbers = x.float().half().numpy() if x.ndim else x.float().reshape(1).numpy()
+            is_packed = kind.name == "Q8_0" and x.ndim == 2 and x.shape[-1] % 32 == 0 and name.startswith("model.")
+            packed = gguf.quants.quantize(numbers.astype("float32"), kind) if is_packed else numbers
+            writer.add_tensor(name, packed, raw_dtype=kind if is_packed else None)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    pipe = from_file(first, tmp_path / "F16.gguf")
+    expected = {name: x.half().float() for name, x in from_folder(first).unet.state_dict().items()}
+    assert all(torch.equal(x, expected[name]) for name, x in pipe.unet.state_dict().items())
+    with pytest.raises(
+        CheckpointError, match=r"its weights are packed \(Q8_0\), which pipelines of Lowtide's own cannot"
+    ):
+        from_file(first, tmp_path / "Q8_0.gguf")
+
+
+@pytest.mark.parity
+def test_diffusers_reads_the_same_from_the_file(written):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.StableDiffusionPipeline.from_single_file(str(written.file), config=str(written.folder))
+    ours = from_file(written)
+    for name in NETWORKS:
+        state = {key.removeprefix("text_model."): x for key, x in getattr(theirs, name).state_dict().items()}
+        own = getattr(ours, name).state_dict()
+        assert own.keys() == state.keys()
+        assert all(torch.equal(own[key], x) for key, x in state.items())
+
+
 # ---- what a file does not say
 
 

@@ -145,10 +145,10 @@ def _class_in_file(file: str, beside: Beside) -> str | None:
         return None
     where = Source(beside.config or file)
     if beside.config is None:
-        from lowtide.guests.single_files import configurations as found_by_library
-        from lowtide.guests.single_files import opened
+        from lowtide.guests import single_files
 
-        where = found_by_library(where, opened(file), None)
+        single_files.file_of(file)  # raises for what holds one component
+        where = single_files.configurations(where, single_files.opened(file), None)
     return read_model_index(where.fetch([MODEL_INDEX]))[0]
 
 

@@ -24,7 +24,7 @@ CLIP = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transforme
 VAE = ("first_stage_model.", "vae.")
 """What names of each network's weights begin with, in a file that holds several."""
 STRAY = (
-    "model_ema.*", "*alphas_cumprod*", "betas", "log_one_minus_*", "posterior_*", "sqrt_*", "lvlb_weights", "logvar",
+    "*model_ema.*", "*alphas_cumprod*", "betas", "log_one_minus_*", "posterior_*", "sqrt_*", "lvlb_weights", "logvar",
     "scale_factor", "global_step", "v_pred", "ztsnr", "denoiser.*", "embedding_manager.*", "*first_stage_model.loss.*",
     "*embeddings.position_ids", "cond_stage_model.*logit_scale", "cond_stage_model.*text_projection*",
     "cond_stage_model.*attn_mask",

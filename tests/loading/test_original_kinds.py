@@ -26,6 +26,8 @@ def test_what_a_model_predicts_is_told_by_who_asks_or_else_by_the_files_metadata
     assert kind_of(said).configs == "stable_diffusion_2_base"
     assert kind_of(said, "v_prediction").configs == "stable_diffusion_2"
     assert kind_of(changed("sd1"), "v_prediction").configs == "stable_diffusion_1"
+    assert kind_of(changed("sd1")).predicts is None
+    assert kind_of(changed("sd1", v_pred=())).predicts == "v_prediction"
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,15 @@ def test_the_words_are_those_of_transformers(tmp_path):
         assert pipe.tokenizer(text).input_ids == theirs(text).input_ids == saved(text).input_ids
 
 
+def test_what_the_file_says_that_it_predicts(tmp_path):
+    file = write_sparse({**published_shapes("sd1"), "v_pred": (0,)}, tmp_path / "model.safetensors")
+    for told, predicts in ((None, "v_prediction"), ("epsilon", "epsilon")):
+        pipe = StableDiffusionPipeline.from_single_file(
+            file, prediction_type=told, offload="sequential", offload_device="cpu"
+        )
+        assert pipe.scheduler.config.prediction_type == predicts
+
+
 def test_a_scheduler_and_a_tokenizer_that_are_given_are_used(first):
     scheduler = tiny.scheduler("EulerDiscreteScheduler")
     pipe = from_file(first, scheduler=scheduler, tokenizer=first.folder / "tokenizer", prediction_type="v_prediction")

@@ -150,7 +150,7 @@ def request_from(saved: Mapping[str, Any]) -> Request:
         "decode": Decode(saved["decode"]),
         "casting": Casting(saved["casting"]),
         "video": video and Video(**video),
-        "beside": Beside(**saved["beside"]),
+        "beside": Beside(**saved.get("beside", {})),
         "budget": budget and Budget(**{**budget, "allow": tuple(budget["allow"])}),
     }
     return Request(**{**saved, **changed})

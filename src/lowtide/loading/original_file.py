@@ -19,13 +19,18 @@ from lowtide.models.tokenizers import CLIPTokenizer, load_tokenizer
 from lowtide.schedulers import SCHEDULERS
 from lowtide.weights.index import CheckpointIndex
 
-NOT_IN_FILES = ("safety_checker", "feature_extractor")
+LEFT_OUT = ("safety_checker", "feature_extractor")
 """Components that nobody expects in one file: they are left out, as diffusers leaves them out."""
 CLASSES_OF_PICTURES = ("StableDiffusionPipeline",)
 """The pipelines of ours that such files are for."""
 WORDS = "clip_vocabulary"
 """The folder of the vocabulary that all these models share."""
-_NAMES = {"unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder"}
+_NETWORKS = {
+    "unet": ("UNet2DConditionModel", "U-Net"),
+    "vae": ("AutoencoderKL", "VAE"),
+    "text_encoder": ("CLIPTextModel", "text encoder"),
+}
+"""The networks of such files: their classes, and what they are called in words."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class OriginalFile:
         found: dict[str, Elsewhere] = {}
         held = []
         for name, spec in specs.items():
-            if spec is None or name not in _NAMES or name in given:
+            own_class, in_words = _NETWORKS.get(name, (None, ""))
+            if spec is None or spec.class_name != own_class or name in given:
                 continue
             folder, cls = component_folder(self._folder(), name), MODELS[spec.class_name]
             config = cls.read_config(folder)
@@ -98,7 +104,7 @@ class OriginalFile:
                 held.append(held_in(self.index, cls.on_meta(folder, config, self.index), *place))
                 found[name] = Elsewhere(folder, held[-1].weights)
             elif self.options.config is None:
-                raise CheckpointError(f"{self.index.files[0]} holds no {_NAMES[name]}: {_advice(name)}.")
+                raise CheckpointError(f"{self.index.files[0]} holds no {in_words}: {_advice(name)}.")
         check_all_known(self.index, held)
         for network in found.values():
             check_not_packed(network.weights)
@@ -106,15 +112,14 @@ class OriginalFile:
 
     def small_parts(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """What is used beside the networks, but for what is `given`: the tokenizer and scheduler of such models."""
-        parts: dict[str, Any] = {name: None for name in NOT_IN_FILES if name not in given}
+        parts: dict[str, Any] = {name: None for name in LEFT_OUT if name not in given}
         if self.options.config is None and "tokenizer" not in given:
             parts["tokenizer"] = load_tokenizer(self._folder() / "tokenizer", CLIPTokenizer.__name__, _assets(WORDS))
-        if self.options.prediction_type is not None and "scheduler" not in given:
-            spec = read_model_index(self._folder())[1].get("scheduler")
-            if spec is not None and spec.class_name in SCHEDULERS:
-                scheduler = SCHEDULERS[spec.class_name].from_pretrained(self._folder() / "scheduler")
-                changed = scheduler.config.changed({"prediction_type": self.options.prediction_type})
-                parts["scheduler"] = type(scheduler).from_config(changed)
+        told = self.options.prediction_type or (self.kind.predicts if self.options.config is None else None)
+        spec = read_model_index(self._folder())[1].get("scheduler")
+        if told is not None and "scheduler" not in given and spec is not None and spec.class_name in SCHEDULERS:
+            scheduler = SCHEDULERS[spec.class_name].from_pretrained(self._folder() / "scheduler")
+            parts["scheduler"] = type(scheduler).from_config(scheduler.config.changed({"prediction_type": told}))
         return parts
 
     def own_configs(self) -> Source:

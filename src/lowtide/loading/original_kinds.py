@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import translate
 
@@ -61,12 +61,14 @@ class OriginalKind:
     """What a file holds, in words.
 
     `is_ours` where a pipeline of ours makes pictures with it; `configs` is the folder of configurations that were
-    published for such a model, None where its sizes are of no model that was published.
+    published for such a model, None where its sizes are of no model that was published; `predicts` is what the file
+    says that it predicts, None where it says nothing.
     """
 
     name: str
     is_ours: bool = False
     configs: str | None = None
+    predicts: str | None = None
 
 
 def kind_of(index: CheckpointIndex, prediction_type: str | None = None) -> OriginalKind:
@@ -75,35 +77,38 @@ def kind_of(index: CheckpointIndex, prediction_type: str | None = None) -> Origi
     What a model predicts no shape tells: it is `prediction_type`, or what the file's metadata say, or what the best
     known model of such shapes does. Raises `CheckpointError`, which says what to do, for what is no whole model.
     """
-    file = index.files[0]
-    for name, patterns, advice in PIECES:
-        if _has(index, patterns):
-            raise CheckpointError(f"{file} is {name}, and no model. {advice}")
-    if CONV_IN not in index:
-        other = next((name for name, patterns in OTHERS if _has(index, patterns)), None)
-        alone = next(((name, advice) for name, patterns, advice in NETWORKS if _has_only(index, patterns)), None)
-        if other is None and alone is not None:
-            raise CheckpointError(f"{file} is {alone[0]}, and no whole model. {alone[1]}")
-        return OriginalKind(other or "a model that Lowtide does not know")
     other = next((name for name, patterns in OTHERS if _has(index, patterns)), None)
-    channels = index[CONV_IN].shape[1] if len(index[CONV_IN].shape) > 1 else 0
+    _check_whole(index, known=other is not None)
+    if CONV_IN not in index:
+        return OriginalKind(other or "a model that Lowtide does not know")
     if other is not None or _has(index, ("model.diffusion_model.label_emb.*",)):
         return OriginalKind(other or "an SDXL model")
-    width = _context_width(index)
-    generation = GENERATIONS.get(width)
-    is_second = generation == GENERATIONS[1024] or _has(index, ("cond_stage_model.model.*",))
-    name = f"a Stable Diffusion {'2' if is_second else '1'}.x model"
+    configs = GENERATIONS.get(_context_width(index))
+    is_second = configs == GENERATIONS[1024] or _has(index, ("cond_stage_model.model.*",))
+    name = f"Stable Diffusion {'2' if is_second else '1'}.x model"
+    channels = index[CONV_IN].shape[1] if len(index[CONV_IN].shape) > 1 else 0
     if channels in BESIDE:
-        return OriginalKind(f"{BESIDE[channels][0]} ({name.removeprefix('a ')}): {BESIDE[channels][1]}")
-    predicts = prediction_type or _predicts(index.metadata)
-    if generation is not None and predicts == "epsilon":
-        generation = EPSILON.get(generation, generation)
-    return OriginalKind(name, is_ours=True, configs=generation)
+        return OriginalKind(f"{BESIDE[channels][0]} ({name}): {BESIDE[channels][1]}")
+    predicts = _predicts(index)
+    if configs is not None and (prediction_type or predicts) == "epsilon":
+        configs = EPSILON.get(configs, configs)
+    return OriginalKind(f"a {name}", is_ours=True, configs=configs, predicts=predicts)
 
 
-def _predicts(metadata: Mapping[str, str]) -> str | None:
-    """What a model predicts by its file's metadata, as training scripts write them."""
-    return {"epsilon": "epsilon", "v": "v_prediction"}.get(metadata.get("modelspec.prediction_type", ""))
+def _check_whole(index: CheckpointIndex, *, known: bool) -> None:
+    """Raise `CheckpointError` for what is no model, and for one of its networks, unless it is `known` otherwise."""
+    for name, patterns, advice in PIECES:
+        if _has(index, patterns):
+            raise CheckpointError(f"{index.files[0]} is {name}, and no model. {advice}")
+    for name, patterns, advice in () if known else NETWORKS:
+        if _has_only(index, patterns):
+            raise CheckpointError(f"{index.files[0]} is {name}, and no whole model. {advice}")
+
+
+def _predicts(index: CheckpointIndex) -> str | None:
+    """What a model predicts by its file's metadata, as training scripts write them, or a mark among its weights."""
+    said = index.metadata.get("modelspec.prediction_type", "v" if "v_pred" in index else "")
+    return {"epsilon": "epsilon", "v": "v_prediction"}.get(said)
 
 
 def _context_width(index: CheckpointIndex) -> int:
@@ -122,8 +127,8 @@ def _has(names: Iterable[str], patterns: Iterable[str]) -> bool:
     return any(map(_matching(patterns).match, names))
 
 
-def _has_only(names: Iterable[str], patterns: Iterable[str]) -> bool:
-    return all(map(_matching(patterns).match, names))
+def _has_only(names: Collection[str], patterns: Iterable[str]) -> bool:
+    return len(names) > 0 and all(map(_matching(patterns).match, names))
 
 
 def _matching(patterns: Iterable[str]) -> re.Pattern[str]:

@@ -45,34 +45,23 @@ def open_checkpoint(
     `FileNotFoundError` where there is none, and `ValueError` for another class than the checkpoint's, for components
     that the class does not have, and for missing ones.
     """
-    options_of_file = file_options or FileOptions()
-    original = OriginalFile.at(source, options_of_file)
-    if original is None:
-        check_no_options(source, options_of_file)
-    elif options.variant is not None:
-        raise ValueError(f"variant={options.variant!r} is for folders: {source.name} is the file that is read.")
+    original = _original(source, file_options or FileOptions(), options.variant)
     name, source = source.name, source if original is None else original.own_configs()
     own, specs, _ = read_model_index(source.fetch([MODEL_INDEX]))
-    paths = {key: value for key, value in (given or {}).items() if key in BY_PATH and isinstance(value, _PATHS)}
-    given = {key: value for key, value in (given or {}).items() if key not in paths}
+    asked = None if pipeline_class is None else _kind_of(pipeline_class)
+    class_name = class_to_load(name, own, asked)
+    chosen = pipeline_class or getattr(importlib.import_module(KINDS[class_name].module), class_name)
+    given = dict(given or {})
+    _check_names(chosen, given, dtypes or {})
+    unused = [name for name, spec in specs.items() if spec is not None and name not in chosen.component_names]
+    paths = {name: given.pop(name) for name in BY_PATH if isinstance(given.get(name), _PATHS)}
     if original is not None:
         given |= original.small_parts({**given, **paths})
     if "tokenizer" in paths:
         given["tokenizer"] = tokenizer_from(paths["tokenizer"], specs.get("tokenizer"), source)
-    asked = None if pipeline_class is None else _kind_of(pipeline_class)
-    class_name = class_to_load(name, own, asked)
-    chosen = pipeline_class or getattr(importlib.import_module(KINDS[class_name].module), class_name)
-    possible = chosen.component_names
-    unknown = sorted(set(given) - {*possible, *chosen.setting_names})
-    if unknown:
-        raise ValueError(f"{chosen.__name__} takes no {unknown}; its components are {', '.join(possible)}.")
-    strange = sorted(set(dtypes or {}) - set(possible))
-    if strange:
-        raise ValueError(f"dtype has {strange}; the components are {', '.join(possible)}, or 'default'.")
-    unused = [name for name, spec in specs.items() if spec is not None and name not in possible]
     if "vae" in paths:
-        specs = {"vae": ComponentSpec("vae", "diffusers", "AutoencoderKL"), **specs}
-    to_load = specs_to_load(own, possible, chosen.optional_components, specs, given)
+        specs = {**specs, "vae": specs.get("vae") or ComponentSpec("vae", "diffusers", "AutoencoderKL")}
+    to_load = specs_to_load(own, chosen.component_names, chosen.optional_components, specs, given)
     elsewhere = {"vae": vae_from(paths["vae"], to_load["vae"], source)} if "vae" in paths else {}
     if original is not None:
         elsewhere |= original.networks(to_load, elsewhere)
@@ -80,6 +69,27 @@ def open_checkpoint(
     if unused:
         warnings.warn(f"{chosen.__name__} has no use for the checkpoint's {', '.join(unused)}.", stacklevel=3)
     return Checkpoint(chosen, source, to_load, options, given, dtypes or {}, elsewhere)
+
+
+def _original(source: Source, options: FileOptions, variant: str | None) -> OriginalFile | None:
+    """The file of all weights that a source is, if it is one; raises `ValueError` for what does not go with it."""
+    original = OriginalFile.at(source, options)
+    if original is None:
+        check_no_options(source, options)
+    elif variant is not None:
+        raise ValueError(f"variant={variant!r} is for folders: {source.name} is the file that is read.")
+    return original
+
+
+def _check_names(cls: Any, given: Mapping[str, Any], dtypes: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for components, and dtypes of components, that a class does not have."""
+    possible = cls.component_names
+    unknown = sorted(set(given) - {*possible, *cls.setting_names})
+    if unknown:
+        raise ValueError(f"{cls.__name__} takes no {unknown}; its components are {', '.join(possible)}.")
+    strange = sorted(set(dtypes) - set(possible))
+    if strange:
+        raise ValueError(f"dtype has {strange}; the components are {', '.join(possible)}, or 'default'.")
 
 
 def prepare_checkpoint(

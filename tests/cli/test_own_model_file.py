@@ -75,7 +75,6 @@ def test_what_is_planned(written, tmp_path):
     assert "it lacks encoder.conv_in.weight" in result.output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "size"), [("sd1", "512x512"), ("sd2", "768x768")])
 def test_published_sizes_are_planned_from_a_header_alone(tmp_path, kind, size):
     file = write_sparse(published_shapes(kind), tmp_path / "model.safetensors")

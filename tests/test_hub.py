@@ -213,7 +213,7 @@ def test_ids_that_the_hub_itself_refuses(name, tmp_path):
 def test_a_file_is_no_checkpoint_folder(tmp_path):
     (tmp_path / "sd.safetensors").touch()
     with pytest.raises(FileNotFoundError, match=r"is a file. Give the folder of a checkpoint"):
-        DiffusionPipeline.from_pretrained(tmp_path / "sd.safetensors")
+        UNet2DConditionModel.from_pretrained(tmp_path / "sd.safetensors")
 
 
 def test_a_folder_is_taken_as_it_is(remote, tmp_path, monkeypatch):

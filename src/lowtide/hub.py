@@ -7,12 +7,14 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowtide.killed_saves import complete_saves
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+_LINK = re.compile(r"(?:https://)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/(?:(?:blob|resolve)/([^/]+)/)?(.+)")
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -74,7 +76,7 @@ class Source:
         if folder.exists():
             raise FileNotFoundError(
                 f"{self.name} is a file. Give the folder of a checkpoint, the one that holds its model_index.json or "
-                "config.json. A .safetensors file of a whole pipeline is loaded by lowtide.load."
+                "config.json. A .safetensors file of a whole pipeline is loaded by lowtide.load, or from_single_file."
             )
         if not HUB_ID.fullmatch(self.name):
             raise FileNotFoundError(
@@ -126,6 +128,23 @@ class Source:
                 "a private or gated model log in with `hf auth login` or pass token=."
             ) from error
         return Path(folder)
+
+
+def file_of_link(source: Source) -> Path:
+    """The file that a path or a link to the Hub stands for, fetched where it is not in the cache.
+
+    Raises `FileNotFoundError` where there is none.
+    """
+    path = local_path(source.name)
+    link = _LINK.fullmatch(source.name)
+    if path.exists() or link is None:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{source.name} is no file. Give a .safetensors file of a whole pipeline, or a link to one on the Hub: "
+                "https://huggingface.co/OWNER/NAME/blob/main/FILE. A folder or Hub id is loaded with from_pretrained."
+            )
+        return path
+    return replace(source, name=link[1], revision=source.revision or link[2]).fetch([link[3]]) / link[3]
 
 
 def weight_patterns(base_name: str, variant: str | None) -> list[str]:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from lowtide.cli import generate as command
 from lowtide.cli import request as requests
 from lowtide.cli.app import app
+from lowtide.cli.file_options import NOTHING
 from lowtide.media.png import PngWriter
 from lowtide.pipelines import own_dtype
 from lowtide.stages import Stages
@@ -61,7 +62,7 @@ def pipe(monkeypatch, tmp_path):
     """The stand-in, loaded whatever the model; the test runs in an empty folder."""
     fake = FakePipeline()
     monkeypatch.setattr(command, "load_pipeline", lambda request, device, dtype: fake)
-    monkeypatch.setattr(command, "check_kind", lambda model, *, video: None)
+    monkeypatch.setattr(command, "check_kind", lambda model, **_: None)
     monkeypatch.setattr(own_dtype, "_class_name", lambda source: "CogVideoXPipeline")
     monkeypatch.setattr(requests, "shipped_model", lambda: tmp_path)
     folder = tmp_path / "here"
@@ -297,13 +298,13 @@ def test_float16_on_a_cpu_is_warned_of(pipe):
     )
 
 
-PLAIN = {"model": "m", "variant": None, "video": None}
+PLAIN = {"model": "m", "variant": None, "video": None, "beside": NOTHING}
 
 
 @pytest.fixture
 def any_kind(monkeypatch):
     """No model is looked at before it is loaded."""
-    monkeypatch.setattr(command, "check_kind", lambda model, *, video: None)
+    monkeypatch.setattr(command, "check_kind", lambda model, **_: None)
 
 
 @pytest.mark.usefixtures("any_kind")

@@ -133,7 +133,7 @@ def _of_unet(name: str, layers: int, network: Any) -> str:
     if kind == "downsamplers":
         return f"input_blocks.{(block + 1) * layers}.0.op.{rest.removeprefix('conv.')}"
     if kind == "upsamplers":
-        has_attention = hasattr(network.up_blocks[block], "attentions")
+        has_attention = getattr(network.up_blocks[block], "attentions", None) is not None
         return f"output_blocks.{block * layers + layers - 1}.{2 if has_attention else 1}.{rest}"
     place = 1 + block * layers + number if side == "down" else block * layers + number
     return f"{'input' if side == 'down' else 'output'}_blocks.{place}.{0 if kind == 'resnets' else 1}.{inner}"

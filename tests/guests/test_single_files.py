@@ -34,7 +34,7 @@ def single(request, tmp_path_factory):
     """A pipeline in a file, and the least budget for it, which is found without reading a weight."""
     case = made_from(tmp_path_factory.mktemp("single"), request.param)
     with reading_no_weights():
-        return case, least(case.file, case.family.call, config=case.config)
+        return case, least(case.file, case.family.call, config=case.config, native=False)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,9 @@ def sd3(tmp_path_factory):
 
 
 def loaded(case, file=None, **options):
-    pipe = lowtide.load(file or case.file, config=case.config, **{"ram": "16GB", **options}, **case.family.call)
+    pipe = lowtide.load(
+        file or case.file, config=case.config, native=False, **{"ram": "16GB", **options}, **case.family.call
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

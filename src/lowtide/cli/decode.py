@@ -57,7 +57,7 @@ def decode(
         request = replace(
             request,
             out=request.out if out is None else out,
-            model=request.model if model is None else resolve_model(model),
+            model=request.model if model is None else resolve_model(model, files=True),
             device=request.device if device is None else device,
         )
         request = under(request, how, vram, ram, allow or ())

@@ -11,6 +11,7 @@ from lowtide.cli.request import DType
 if TYPE_CHECKING:
     import torch
 
+    from lowtide.hub import Source
     from lowtide.planning.computing_dtype import Kind
 
 _OF_FILES = "the dtype of the files"
@@ -29,17 +30,16 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def dtypes_to_try(name: DType, model: str, device: str) -> tuple[Kind, tuple[str, ...]]:
+def dtypes_to_try(name: DType, configs: Source, device: str) -> tuple[Kind, tuple[str, ...]]:
     """The dtypes in which a model of ours may compute on a kind of device, the best first, and what it computes.
 
-    One that was asked for is alone; where it is slow here, that is told.
+    Its configurations are in `configs`. One that was asked for is alone; where it is slow here, that is told.
     """
-    from lowtide.hub import Source
     from lowtide.pipelines.own_dtype import own_dtypes, own_kind
 
-    kind = own_kind(Source(model))
+    kind = own_kind(configs)
     if name is DType.AUTO:
-        return kind, own_dtypes(Source(model), device)
+        return kind, own_dtypes(configs, device)
     tell_if_slow(kind, name.value, device)
     return kind, (name.value,)
 

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import lowtide
 from lowtide.cli.budget_options import Allow, Budget, budget_from
 from lowtide.cli.device_and_dtype import DTYPE_HELP, dtypes_to_try, resolve_device, tell_chosen
+from lowtide.cli.draw_pictures import make_pictures
 from lowtide.cli.errors import reported, tell
+from lowtide.cli.file_options import Beside, Config, Prediction, Vae, Words, configurations, guest_class
 from lowtide.cli.fitted import FittedRun, budget_options, write_timeline
 from lowtide.cli.guest_options import (
-    Config,
     Images,
     Loras,
     Settings,
     check_none_for_ours,
     check_own_options,
-    guest_class,
     images_and_settings,
     loras_from,
 )
@@ -42,24 +41,17 @@ from lowtide.cli.request import (
     model_name,
     parse_size,
     resolve_model,
-    saved_form,
     seeds_from,
     seeds_in_words,
     video_from,
 )
-from lowtide.cli.video import check_kind, make_videos, set_decoding
-from lowtide.media.png import PictureFile
+from lowtide.cli.video import check_kind, make_videos
 from lowtide.stages import Stages
 
 if TYPE_CHECKING:
     import torch
 
     from lowtide.pipelines.base import DiffusionPipeline
-    from lowtide.pipelines.pipeline_outputs import StableDiffusionPipelineOutput
-    from lowtide.pipelines.stable_diffusion import StableDiffusionPipeline
-
-WHOLE_UP_TO = 512 * 512
-"""Pixels of a picture that is decoded whole where nothing else is asked for."""
 
 
 def generate(
@@ -141,6 +133,9 @@ def generate(
         ),
     ] = None,
     config: Config = None,
+    vae: Vae = None,
+    tokenizer: Words = None,
+    prediction: Prediction = None,
     images: Images = None,
     loras: Loras = None,
     settings: Settings = None,
@@ -161,8 +156,9 @@ def generate(
     within a budget. They decide what is left out, and whether videos are made. Several are made at once.
     """
     with reported(debug=debug):
+        beside = Beside(vae, tokenizer, config, prediction)
         folder = resolve_model(model, video=video, files=True)
-        guest = guest_class(folder, config)
+        guest = guest_class(folder, beside)
     if guest is not None:
         with reported(debug=debug, has_budget=True):
             check_own_options(own_choice(offload, casting, decode), scheduler)
@@ -213,6 +209,7 @@ def generate(
             decode=decode,
             casting=casting,
             model=folder,
+            beside=beside,
             video=video_from(video, frames, fps, sheet),
             budget=budget_from(vram, ram, allow or (), own_choice(offload, casting, decode)),
             timeline=timeline,
@@ -224,7 +221,7 @@ def generate(
 def run(request: Request) -> None:
     """Load the model and make the pictures or videos, each written as it is decoded; then say what it took."""
     paths = output_paths(request.out, request.prompt, request.seeds, ".png" if request.video is None else ".mp4")
-    check_kind(request.model, video=request.video is not None)
+    check_kind(request.model, video=request.video is not None, beside=request.beside)
     from rich.console import Console
 
     from lowtide.memory import Meter, steady_malloc
@@ -236,7 +233,7 @@ def run(request: Request) -> None:
     tell(_headline(request))
     steady_malloc(mmap_threshold=8 * 2**20, trim_threshold=64 * 2**20)
     device = resolve_device(request.device)
-    kind, dtypes = dtypes_to_try(request.dtype, request.model, device.type)
+    kind, dtypes = dtypes_to_try(request.dtype, configurations(request.model, request.beside), device.type)
     meter = Meter(timeline=request.timeline is not None)
     before = Stages((ProgressBar(), meter))
     with before.stage("load"):
@@ -260,14 +257,6 @@ def run(request: Request) -> None:
         write_timeline(meter, None if fitted is None else fitted.plan, request.timeline)
 
 
-def make_pictures(pipe: Any, request: Request, paths: Sequence[Path]) -> None:
-    """Make the pictures with a pipeline of Stable Diffusion."""
-    width, height = request.size or pipe.image_size(None, None)[::-1]
-    if request.budget is None:
-        set_decoding(pipe, request.decode, exact=width * height > WHOLE_UP_TO)
-    draw(pipe, request, paths, {**_settings(request, pipe), "size": f"{width}x{height}"})
-
-
 def load_pipeline(request: Request, device: torch.device, dtype: str) -> DiffusionPipeline:
     """The pipeline that `request` asks for, on `device`, computing in `dtype`, with the scheduler asked for."""
     offload = None if request.offload is Offload.NONE else request.offload.value
@@ -281,61 +270,12 @@ def load_pipeline(request: Request, device: torch.device, dtype: str) -> Diffusi
         offload=offload,
         offload_device=device,
         casting=None if request.casting is Casting.NONE else request.casting.value,
+        **request.beside.arguments(),
         **budget,
     )
     if request.scheduler is not None:
         pipe.scheduler = getattr(lowtide, SCHEDULERS[request.scheduler]).from_config(pipe.scheduler.config)
     return pipe.to(device) if offload is None and request.budget is None else pipe
-
-
-def draw(pipe: StableDiffusionPipeline, request: Request, paths: Sequence[Path], settings: Mapping[str, str]) -> None:
-    """Draw one picture for each seed, and say its path as soon as it is there.
-
-    The noise is drawn on the CPU, so it is the same on every device. A picture may be larger than memory: its rows go
-    to the file as they are decoded.
-    """
-    import torch
-
-    from lowtide.pipelines.latents import telling_latents
-
-    width, height = request.size or (None, None)
-    for seed, path in zip(request.seeds, paths, strict=True):
-        file = PictureFile(path, {**settings, "seed": str(seed)})
-        with telling_latents(saved_form(request, seed, path)):
-            result = (
-                pipe.decode_saved(request.latents, "file", file)
-                if request.latents is not None
-                else pipe(
-                    prompt=[request.prompt],
-                    negative_prompt=[request.negative],
-                    width=width,
-                    height=height,
-                    num_inference_steps=request.steps,
-                    guidance_scale=request.guidance,
-                    generator=[torch.Generator("cpu").manual_seed(seed)],
-                    output_type="file",
-                    output_path=file,
-                )
-            )
-        output = cast("StableDiffusionPipelineOutput", result)
-        if output.nsfw_content_detected and output.nsfw_content_detected[0]:
-            tell(f"The model's safety checker blacked out the picture of seed {seed}. Another --seed may pass.")
-        typer.echo(path)
-
-
-def _settings(request: Request, pipe: StableDiffusionPipeline) -> dict[str, str]:
-    """The PNG metadata that all pictures of one call share."""
-    return {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative,
-        "steps": str(request.steps),
-        "guidance_scale": str(request.guidance),
-        "scheduler": type(pipe.scheduler).__name__,
-        "dtype": request.dtype.value,
-        "casting": request.casting.value,
-        "model": model_name(request.model),
-        "Software": f"lowtide {lowtide.__version__}",
-    }
 
 
 def _headline(request: Request) -> str:

@@ -1,4 +1,4 @@
-"""Options for pipelines of diffusers: `--set`, `--image` and `--lora`, read and checked, and whether one is meant."""
+"""Options for pipelines of diffusers: `--set`, `--image` and `--lora`, read and checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 
 from lowtide.cli.errors import InputError
-from lowtide.configs import CheckpointError
 
 _PANEL = "Models that pipelines of diffusers run"
 Images = Annotated[
@@ -42,16 +41,6 @@ Loras = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
-Config = Annotated[
-    str | None,
-    typer.Option(
-        "--config",
-        metavar="DIR_OR_ID",
-        help="For a .safetensors file: where its configurations are.",
-        show_default="found on the Hub",
-        rich_help_panel=_PANEL,
-    ),
-]
 _NAME = re.compile(r"([A-Za-z_]\w*)=(.*)", re.ASCII | re.DOTALL)
 _FORMS = ("pil", "np", "pt")
 
@@ -62,40 +51,6 @@ class Lora:
 
     file: Path
     strength: float = 1.0
-
-
-def guest_class(model: str, config: str | None = None) -> str | None:
-    """The class of a pipeline of diffusers that a folder or Hub id holds; None for ours, and where it cannot be read.
-
-    What cannot be read is told of where a model of ours is loaded. Nothing heavy is imported, but for files of weights
-    without a `config`.
-    """
-    from lowtide.hub import Source
-    from lowtide.loading.model_index import MODEL_INDEX, read_model_index
-    from lowtide.pipelines.parts import KINDS
-
-    if Path(model).is_file():
-        return _class_of_file(model, config)
-    if config is not None:
-        raise InputError(f"--config {config} is for a .safetensors file of a whole pipeline; {model} has its own.")
-    try:
-        own = read_model_index(Source(model).fetch([MODEL_INDEX]))[0]
-    except (FileNotFoundError, CheckpointError):
-        return None
-    return None if own in KINDS else own or None
-
-
-def _class_of_file(file: str, config: str | None) -> str:
-    """The class of the pipeline in a file. Raises as loading it does."""
-    from lowtide.hub import Source
-    from lowtide.loading.model_index import MODEL_INDEX, read_model_index
-
-    where = Source(config or file)
-    if config is None:
-        from lowtide.guests.single_files import configurations, opened
-
-        where = configurations(where, opened(file), None)
-    return read_model_index(where.fetch([MODEL_INDEX]))[0]
 
 
 def check_none_for_ours(

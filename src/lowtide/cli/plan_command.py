@@ -13,12 +13,11 @@ import typer
 from lowtide.cli.budget_options import Allow, Budget
 from lowtide.cli.device_and_dtype import DTYPE_HELP, dtypes_to_try, tell_chosen
 from lowtide.cli.errors import BAD_INPUT, InputError, reported, tell
+from lowtide.cli.file_options import Beside, Config, Prediction, Vae, Words, configurations, guest_class
 from lowtide.cli.guest_options import (
-    Config,
     Images,
     Settings,
     check_none_for_ours,
-    guest_class,
     images_and_settings,
 )
 from lowtide.cli.guest_plan import GuestAsked, first_with_plan, guest_options, look_at_guest
@@ -36,6 +35,7 @@ class Asked:
     """
 
     model: str
+    beside: Beside
     is_video: bool
     device: str
     dtype: str
@@ -98,6 +98,9 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
     config: Config = None,
+    vae: Vae = None,
+    tokenizer: Words = None,
+    prediction: Prediction = None,
     images: Images = None,
     settings: Settings = None,
     plot: Annotated[
@@ -117,7 +120,8 @@ def plan(
         budget = Budget(vram, ram, disk, tuple(dict.fromkeys(change.value for change in allow or ())))
         folder = resolve_model(model, files=True)
         check_plot(plot)
-        guest = guest_class(folder, config)
+        beside = Beside(vae, tokenizer, config, prediction)
+        guest = guest_class(folder, beside)
         if guest is not None:
             options = guest_options(batch, steps, size, frames, guidance)
             image, values, _ = images_and_settings(images, settings)
@@ -128,11 +132,13 @@ def plan(
             show(look_at_guest(own_asked, budget), folder, as_json=as_json, plot=plot)
             return
         check_none_for_ours(folder, images, settings)
-        video = made_by(folder) == VIDEO_PIPELINE
+        configs = configurations(folder, beside)
+        video = made_by(configs) == VIDEO_PIPELINE
         where = _device(device, budget)
-        kind, dtypes = dtypes_to_try(dtype, folder, where)
+        kind, dtypes = dtypes_to_try(dtype, configs, where)
         asked = Asked(
             model=folder,
+            beside=beside,
             is_video=video,
             device=where,
             dtype=dtypes[0],
@@ -181,6 +187,8 @@ def look_at(asked: Asked, budget: Budget) -> Outlook:
         dtype=getattr(torch, asked.dtype),
         variant=asked.variant,
         allow=budget.allow,
+        given=asked.beside.components(),
+        file_options=asked.beside.file_options(),
         **asked.run_size(),
     )
     return look(fit.workload, fit.rates, fit.budgets, fit.allow)

@@ -13,6 +13,7 @@ from typing import Any
 
 from lowtide.cli.budget_options import Budget
 from lowtide.cli.errors import InputError
+from lowtide.cli.file_options import NOTHING, Beside
 from lowtide.hub import local_path
 from lowtide.machine.device_names import DEVICE_NAMES, is_device_name
 from lowtide.pipelines import number_checks
@@ -20,6 +21,7 @@ from lowtide.pipelines import number_checks
 SHIPPED_MODEL = "seascapes"
 VIDEO_SIZE_STEP = 16  # eight pixels a latent, two latents a patch
 _LARGEST_SIDE = 16384
+_WEIGHTS, _PICKLED = (".safetensors", ".gguf"), (".ckpt", ".pt", ".pth")
 _LARGEST_SEED = 2**64 - 1
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
@@ -116,6 +118,7 @@ class Request:
     video: Video | None = None
     budget: Budget | None = None
     timeline: Path | None = None
+    beside: Beside = NOTHING
     latents: Path | None = None
     """Decode those of this file, instead of making them."""
 
@@ -129,8 +132,9 @@ class Request:
 
 def saved_form(request: Request, seed: int, out: Path) -> dict[str, Any]:
     """One picture or video of a request, as JSON can hold it, to be made from anywhere; `request_from` reads it."""
-    model = str(Path(request.model).absolute()) if Path(request.model).is_dir() else request.model
-    alone = replace(request, seeds=(seed,), model=model, out=None, timeline=None, latents=None)
+    model = str(Path(request.model).absolute()) if Path(request.model).exists() else request.model
+    beside = request.beside.placed()
+    alone = replace(request, seeds=(seed,), model=model, beside=beside, out=None, timeline=None, latents=None)
     return {**asdict(alone), "out": str(out.absolute())}
 
 
@@ -147,6 +151,7 @@ def request_from(saved: Mapping[str, Any]) -> Request:
         "decode": Decode(saved["decode"]),
         "casting": Casting(saved["casting"]),
         "video": video and Video(**video),
+        "beside": Beside(**saved.get("beside", {})),
         "budget": budget and Budget(**{**budget, "allow": tuple(budget["allow"])}),
     }
     return Request(**{**saved, **changed})
@@ -227,7 +232,7 @@ def video_from(video: bool, frames: int | None, fps: float | None, sheet: bool) 
 def resolve_model(model: str | None, *, video: bool = False, files: bool = False) -> str:
     """The folder or Hub id to load: the shipped model where none is given. It makes pictures.
 
-    With `files`, .safetensors files of whole pipelines as well.
+    With `files`, .safetensors files of whole pipelines as well; what a file holds is looked at later.
     """
     if model is None and video:
         raise InputError("--video: no video model is shipped. Give --model, such as THUDM/CogVideoX-2b.")
@@ -238,7 +243,7 @@ def resolve_model(model: str | None, *, video: bool = False, files: bool = False
     folder = local_path(model)
     if folder.is_dir():
         return str(folder)
-    if folder.is_file() and not (files and folder.suffix.lower() == ".safetensors"):
+    if folder.is_file() and not (files and folder.suffix.lower() in (*_WEIGHTS, *_PICKLED)):
         also = ", or a .safetensors file of a whole pipeline" if files else ""
         raise InputError(
             f"--model {model}: this is a file. Give the folder that holds model_index.json, or a Hub id{also}."

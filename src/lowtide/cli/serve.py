@@ -14,6 +14,7 @@ import typer
 
 from lowtide.cli.budget_options import Budget
 from lowtide.cli.errors import InputError, in_one_line, reported, tell
+from lowtide.cli.file_options import NOTHING, configurations
 from lowtide.cli.request import SHIPPED_MODEL, DType, shipped_model
 from lowtide.sizes import parse_bytes
 
@@ -110,7 +111,6 @@ def _serve(settings: dict[str, Any], operation: _Operation) -> None:
         from lowtide.serve.application import make_app
     except ImportError as error:
         raise InputError(f"{_EXTRA} ({error})") from error
-    from lowtide.hub import Source
     from lowtide.loading.model_index import MODEL_INDEX, read_model_index
     from lowtide.serve.dispatcher import Dispatcher
     from lowtide.serve.draining import DrainingServer
@@ -125,7 +125,7 @@ def _serve(settings: dict[str, Any], operation: _Operation) -> None:
 
     models: dict[str, str] = settings["models"]
     for model in models.values():  # one that is not there is refused at once, and not when torch is imported
-        read_model_index(Source(model).fetch([MODEL_INDEX]))
+        read_model_index(configurations(model, NOTHING).fetch([MODEL_INDEX]))
     keys = () if operation.api_key_file is None else keys_in(operation.api_key_file)
     configure(as_json=operation.log is LogForm.JSON, level=operation.log_level.value)
     observer = Observer(spans_from_environment())

@@ -10,7 +10,9 @@ from typing import Any
 import typer
 
 from lowtide.cli.errors import InputError
+from lowtide.cli.file_options import NOTHING, Beside, configurations
 from lowtide.cli.request import Decode, Request, saved_form
+from lowtide.hub import Source
 from lowtide.media.png import fresh_path
 from lowtide.media.unfinished import whole_or_not
 from lowtide.stages import Stage
@@ -99,31 +101,30 @@ def set_decoding(pipe: Any, decode: Decode, *, exact: bool) -> None:
         pipe.enable_vae_tiling()
 
 
-def made_by(model: str, class_name: str | None = None) -> str:
+def made_by(configs: Source, class_name: str | None = None) -> str:
     """The class of pipeline that a model's index names, once its configurations were read and fit; free of torch.
 
     `class_name` is the class that it is to be loaded as, None for its own.
     """
-    from lowtide.hub import Source
     from lowtide.pipelines.parts import check_checkpoint
 
-    return check_checkpoint(Source(model), class_name)
+    return check_checkpoint(configs, class_name)
 
 
-def check_kind(model: str, *, video: bool) -> None:
+def check_kind(model: str, *, video: bool, beside: Beside = NOTHING) -> None:
     """Raise for a model that cannot be loaded or makes the other kind of thing, before any of its weights are fetched.
 
-    Nothing heavy is imported for it.
+    Nothing heavy is imported for it, but for a file.
     """
-    from lowtide.hub import Source
     from lowtide.loading.model_index import MODEL_INDEX, read_model_index
 
-    own = read_model_index(Source(model).fetch([MODEL_INDEX]))[0]
+    configs = configurations(model, beside)
+    own = read_model_index(configs.fetch([MODEL_INDEX]))[0]
     if own == VIDEO_PIPELINE and not video:
         raise InputError(f"--model {model} makes videos: add --video.")
     if own == PICTURE_PIPELINE and video:
         raise InputError(f"--model {model} makes pictures: leave out --video, or give a model such as CogVideoX.")
-    made_by(model, VIDEO_PIPELINE if video else PICTURE_PIPELINE)
+    made_by(configs, VIDEO_PIPELINE if video else PICTURE_PIPELINE)
 
 
 def _counted(frames: Iterable[Any], stage: Stage) -> Iterator[Any]:

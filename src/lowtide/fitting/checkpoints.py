@@ -19,6 +19,7 @@ from lowtide.fitting.prepare import prepare
 from lowtide.hub import Source
 from lowtide.loading.blueprint import components_on_meta
 from lowtide.loading.components import LoadOptions, load_components
+from lowtide.loading.elsewhere import ByComponent
 from lowtide.loading.model_index import ComponentSpec, config_patterns
 from lowtide.memory.presets import stream_for
 from lowtide.models.put_weights import Offload
@@ -32,7 +33,7 @@ class Checkpoint:
     """A checkpoint that is not loaded yet: where it is, the class of its pipeline, and how it is to be loaded.
 
     `specs` are the components to load, `given` those that are used as they are in place of its own, `dtypes` those of
-    some components, by name, in place of the options'.
+    some components, by name, in place of the options', and `elsewhere` networks whose files are not its own.
     """
 
     pipeline_class: type[Any]
@@ -41,6 +42,7 @@ class Checkpoint:
     options: LoadOptions
     given: Mapping[str, Any] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype | None] = field(default_factory=dict)
+    elsewhere: ByComponent = field(default_factory=dict)
 
     @property
     def given_networks(self) -> dict[str, nn.Module]:
@@ -50,12 +52,13 @@ class Checkpoint:
     def load(self, own_options: Mapping[str, LoadOptions] | None = None) -> Any:
         """The pipeline; `own_options` are those of some components, by name. Raises as `load_components` does."""
         own = own_options or {name: replace(self.options, dtype=dtype) for name, dtype in self.dtypes.items()}
-        return self.pipeline_class(**self.given, **load_components(self.source, self.specs, self.options, own))
+        parts = load_components(self.source, self.specs, self.options, own, self.elsewhere)
+        return self.pipeline_class(**self.given, **parts)
 
     def on_meta(self, device: torch.device) -> MetaSubject:
         """The pipeline on meta, from configurations alone; raises as loading does for those."""
         folder = self.source.fetch(config_patterns(self.specs))
-        parts, in_files = components_on_meta(folder, self.specs, self.options)
+        parts, in_files = components_on_meta(folder, self.specs, self.options, self.elsewhere)
         with quiet():
             pipe = self.pipeline_class(**{**self.given, **parts})
             given = {name: weights_in_files(network) for name, network in self.given_networks.items()}
@@ -69,7 +72,9 @@ class Checkpoint:
         folder = self.source.fetch(config_patterns(self.specs))
         about = (self.pipeline_class, self.specs, meta.device.type, meta.subject.dtype, meta.in_files)
         digest = hashlib.sha256(repr(about).encode())
-        for file in sorted(path for pattern in config_patterns(self.specs) for path in folder.glob(pattern)):
+        files = {path for pattern in config_patterns(self.specs) for path in folder.glob(pattern)}
+        files |= {path for place in self.elsewhere.values() for path in place.folder.glob("*.json")}
+        for file in sorted(files):
             digest.update(file.read_bytes())
         return digest.hexdigest()
 

@@ -14,11 +14,11 @@ import torch
 from lowtide.configs import CheckpointError
 from lowtide.guests.library import diffusers
 from lowtide.hub import Source, local_path
+from lowtide.loading.elsewhere import check_suffix, open_weights
 from lowtide.loading.model_index import MODEL_INDEX
-from lowtide.weights.gguf import read_gguf_index
-from lowtide.weights.index import PICKLED_SUFFIXES, CheckpointIndex, UnsafeWeightsError, read_index
+from lowtide.weights.gguf import GgufIndex
+from lowtide.weights.index import CheckpointIndex
 
-SUFFIXES = (".safetensors", ".gguf")
 NOT_IN_FILES = ("safety_checker",)
 """Components that nobody expects in one file: they are left out, as diffusers leaves them out."""
 _SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale")
@@ -37,7 +37,7 @@ def file_of(model: str | os.PathLike[str]) -> Path | None:
             f"{file}: a GGUF file holds one component. Give the folder or Hub id of the pipeline, and the file for the "
             "component: lowtide.load(model, transformer='FILE.gguf')."
         )
-    _check_suffix(file)
+    check_suffix(file)
     return file
 
 
@@ -47,18 +47,14 @@ def opened(file: str | os.PathLike[str]) -> CheckpointIndex:
     Raises `FileNotFoundError`, `UnsafeWeightsError` for pickled files, and `CheckpointError` for malformed ones and
     those that diffusers would not read rightly.
     """
-    path = local_path(file)
-    _check_suffix(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file.")
-    if path.suffix.lower() == ".gguf":
-        return read_gguf_index(path)
-    index = read_index(path)
+    index = open_weights(file)
+    if isinstance(index, GgufIndex):
+        return index
     scaled = next((name for name in index if name.endswith(_SCALES) or name == "scaled_fp8"), None)
     if scaled is not None:
         raise CheckpointError(
-            f"{path}: its {scaled} is a scale of weights in 8 bits, which diffusers reads with a quantization_config "
-            "alone. Load the component with diffusers and pass it in, or take a file without scales, or GGUF."
+            f"{index.files[0]}: its {scaled} is a scale of weights in 8 bits, which diffusers reads with a "
+            "quantization_config alone. Load the component with diffusers and give it, or take a file without scales."
         )
     return index
 
@@ -95,13 +91,3 @@ def _published(index: CheckpointIndex) -> str:
             f"folder or Hub id with the {MODEL_INDEX} and the configurations that belong to it."
         )
     return utils.fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
-
-
-def _check_suffix(file: Path) -> None:
-    suffix = file.suffix.lower()
-    if suffix in PICKLED_SUFFIXES:
-        raise UnsafeWeightsError(
-            f"{file} is pickled, and unpickling a file can run code hidden in it. Take its .safetensors file."
-        )
-    if suffix not in SUFFIXES:
-        raise CheckpointError(f"{file}: weights are read from {' and '.join(SUFFIXES)} files.")

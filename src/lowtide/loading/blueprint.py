@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lowtide.loading.components import MODELS, LoadOptions, weights_name, without_variant
+from lowtide.loading.elsewhere import ByComponent
 from lowtide.loading.model_index import ComponentSpec, component_folder
 from lowtide.quiet import quiet
 from lowtide.schedulers import SCHEDULERS
@@ -24,22 +25,31 @@ InFiles = dict[str, Mapping[str, InFile] | None]
 
 
 def components_on_meta(
-    folder: Path, specs: Mapping[str, ComponentSpec | None], options: LoadOptions
+    folder: Path,
+    specs: Mapping[str, ComponentSpec | None],
+    options: LoadOptions,
+    elsewhere: ByComponent | None = None,
 ) -> tuple[dict[str, Any], InFiles]:
     """The components of a checkpoint's folder, which need not hold any weights, and how weights lie in its files.
 
-    Networks are on meta, schedulers are complete. Tokenizers and image processors are empty objects, since tracing does
-    not use them. Raises what loading raises for configurations that are missing or malformed, and for such weights.
+    Networks may be `elsewhere`. They are on meta, schedulers are complete. Tokenizers and image processors are empty
+    objects, since tracing does not use them. Raises what loading raises for configurations that are missing or
+    malformed, and for such weights.
     """
     parts: dict[str, Any] = {}
     in_files: InFiles = {}
-    plain = without_variant(folder, specs, options.variant)
+    elsewhere = elsewhere or {}
+    plain = without_variant(
+        folder, {name: spec for name, spec in specs.items() if name not in elsewhere}, options.variant
+    )
     for name, spec in specs.items():
         if spec is None:
             parts[name] = None
             continue
-        own = component_folder(folder, name)
-        weights = _weights(own, spec.class_name, None if name in plain else options.variant)
+        place = elsewhere.get(name)
+        own = component_folder(folder, name) if place is None else place.folder
+        variant = None if name in plain else options.variant
+        weights = _weights(own, spec.class_name, variant) if place is None else place.weights
         parts[name] = _part(own, spec, weights)
         if isinstance(parts[name], nn.Module):
             in_files[name] = _fit_dtypes(parts[name], weights, spec.class_name, options)

@@ -12,6 +12,7 @@ import torch
 
 from lowtide.casting.casting import Casting
 from lowtide.hub import Source, weight_patterns
+from lowtide.loading.elsewhere import ByComponent, Elsewhere
 from lowtide.loading.model_index import ComponentSpec, check_class, component_folder
 from lowtide.models.clip_text import CLIPTextModel
 from lowtide.models.foreign import is_of_transformers, save_foreign
@@ -86,15 +87,19 @@ def load_components(
     specs: Mapping[str, ComponentSpec | None],
     options: LoadOptions,
     own_options: Mapping[str, LoadOptions] | None = None,
+    elsewhere: ByComponent | None = None,
 ) -> dict[str, Any]:
     """Load every component that has a spec; networks are built on meta and filled from the mapped files.
 
-    `own_options` replaces `options` for some components, by name. Raises `ValueError` for a class that Lowtide does not
-    have, before anything is read; otherwise raises as `ModelMixin.from_pretrained` does.
+    `own_options` replaces `options` for some components, by name; those named in `elsewhere` are loaded from there.
+    Raises `ValueError` for a class that Lowtide does not have, before anything is read; otherwise raises as
+    `ModelMixin.from_pretrained` does.
     """
-    loaders = {name: None if spec is None else _loader(spec) for name, spec in specs.items()}
+    elsewhere = elsewhere or {}
+    loaders = {name: None if spec is None else _loader(spec, elsewhere.get(name)) for name, spec in specs.items()}
+    specs = {name: spec for name, spec in specs.items() if name not in elsewhere}
     folder = source.fetch(component_patterns(specs, options.variant))
-    for name in (name for name, loader in loaders.items() if loader is not None):
+    for name in (name for name, spec in specs.items() if spec is not None):
         component_folder(folder, name)
     chosen = {name: (own_options or {}).get(name, options) for name in loaders}
     plain = without_variant(folder, specs, options.variant)
@@ -132,10 +137,12 @@ def spec_of(name: str, component: Any) -> ComponentSpec:
     return ComponentSpec(name, library, cls.__name__.removesuffix("Pil"))
 
 
-def _loader(spec: ComponentSpec) -> Callable[[Path, LoadOptions], Any]:
-    """The function that loads a component's folder."""
+def _loader(spec: ComponentSpec, place: Elsewhere | None) -> Callable[[Path, LoadOptions], Any]:
+    """The function that loads a component's folder, or what is in another `place`."""
     check_class(spec)
     name = spec.class_name
+    if place is not None:
+        return lambda _, options: MODELS[name].from_folder(place.folder, weights=place.weights, **vars(options))
     if name in MODELS:
         return lambda folder, options: MODELS[name].from_folder(folder, **vars(options))
     if name in SCHEDULERS:

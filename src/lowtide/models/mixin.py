@@ -128,10 +128,14 @@ class ModelMixin(PeerNames, nn.Module):
         variant: str | None = None,
         offload: Offload | None = None,
         casting: Casting | None = None,
+        weights: CheckpointIndex | None = None,
     ) -> Self:
-        """Load from a local folder; `dtype` None keeps the file's. Raises as `from_pretrained`."""
+        """Load from a local folder, or with its configuration from `weights` that are elsewhere.
+
+        `dtype` None keeps the file's. Raises as `from_pretrained`.
+        """
         config = cls.read_config(folder)
-        weights = find_weights(folder, cls.weights_name, variant)
+        weights = find_weights(folder, cls.weights_name, variant) if weights is None else weights
         model = cls.on_meta(folder, config, weights)
         index = apply_names(weights, cls.names, state_names(model))
         put_weights(

@@ -60,22 +60,25 @@ class T5Tokenizer(_Loaded):
     usual: ClassVar[Mapping[str, str]] = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
-def load_tokenizer(folder: Path, class_name: str) -> Any:
+def load_tokenizer(folder: Path, class_name: str, vocabulary: Path | None = None) -> Any:
     """Read a tokenizer from `tokenizer.json`, or else from the older files of its class.
 
-    Raises `FileNotFoundError` if there is no vocabulary, and `CheckpointError` for malformed files.
+    Where these are not in the folder itself, they are in that of its `vocabulary`. Raises `FileNotFoundError` if there
+    is no vocabulary, and `CheckpointError` for malformed files.
     """
-    check_vocabulary(folder)
+    words = vocabulary or folder
+    for each in {folder, words}:
+        check_vocabulary(each)
     older = TOKENIZERS[class_name]
-    has_older = all((folder / name).is_file() for name in older)
-    if not (folder / "tokenizer.json").is_file() and not has_older:
-        raise FileNotFoundError(f"{folder} has neither tokenizer.json nor {' and '.join(older)}: no vocabulary.")
+    has_older = all((words / name).is_file() for name in older)
+    if not (words / "tokenizer.json").is_file() and not has_older:
+        raise FileNotFoundError(f"{words} has neither tokenizer.json nor {' and '.join(older)}: no vocabulary.")
     cls: type[TextTokenizer] = T5Tokenizer if older == PIECES else CLIPTokenizer
     with reading(folder, class_name):
         from lowtide.models.tokenizer_files import read_backend, read_entries
 
         entries = read_entries(folder, cls.usual)
-        tokenizer = cls(read_backend(folder, entries, pieces=older == PIECES), entries.config, entries.special)
+        tokenizer = cls(read_backend(words, entries, pieces=older == PIECES), entries.config, entries.special)
         tokenizer(PROBE)
     _check_length(folder, tokenizer, bounded=older == BYTE_PAIRS)
     return tokenizer

@@ -23,8 +23,9 @@ from lowtide.fitting.observers import Tidy
 from lowtide.fitting.resuming import resumed
 from lowtide.fitting.run_report import RunReport
 from lowtide.fitting.subject import TracedStage
-from lowtide.hub import Source
+from lowtide.hub import Source, file_of_link
 from lowtide.loading.components import LoadOptions
+from lowtide.loading.original_file import FileOptions
 from lowtide.machine.heap import trim_heap
 from lowtide.memory.presets import execution_device
 from lowtide.models.load_arguments import AskedDtypes, check_not_pickled, chosen_dtypes, mapped_device
@@ -98,6 +99,7 @@ class DiffusionPipeline(PeerNames, RunningCall, MemorySettings):
         disk: Asked = None,
         allow: Collection[str] = (),
         size: Mapping[str, Any] | None = None,
+        file_options: FileOptions | None = None,
         **components: Any,
     ) -> Self:
         """Load from a folder with a `model_index.json`, or a Hub id, of which only the files needed are fetched.
@@ -105,7 +107,9 @@ class DiffusionPipeline(PeerNames, RunningCall, MemorySettings):
         `dtype` (or `torch_dtype`, the older name) is the dtype to compute in: float32 if None, the files' own if
         "auto"; a dict has one for each component by name, and the others' as "default". `variant` takes the weights
         called so, such as "fp16", and the plain ones of components without. A component given by name is used instead
-        of the checkpoint's; None leaves an optional one out. `device_map` moves all networks to "cuda" or "cpu" once
+        of the checkpoint's; None leaves an optional one out; `vae` and `tokenizer` may be where theirs are: a folder, a
+        Hub id, or a file of a VAE. `file_options` are for a file in place of the folder; see `from_single_file`.
+        `device_map` moves all networks to "cuda" or "cpu" once
         they are loaded; "balanced" is the GPU if there is one. `low_cpu_mem_usage` and `trust_remote_code` have no
         effect: weights are always loaded in little memory, and a checkpoint's code is never run.
         With `offload` ("model", "block", "leaf" or "sequential") no weights are read now: they rest where they are,
@@ -125,7 +129,8 @@ class DiffusionPipeline(PeerNames, RunningCall, MemorySettings):
         options = LoadOptions(default, variant, offload_named(offload, offload_device), named_casting(casting))
         cache = None if cache_dir is None else Path(cache_dir)
         source = Source(os.fspath(pretrained), revision, cache, token, local_files_only, force_download)
-        checkpoint = open_checkpoint(source, options, None if cls is DiffusionPipeline else cls, own, dtypes)
+        own_class = None if cls is DiffusionPipeline else cls
+        checkpoint = open_checkpoint(source, options, own_class, own, dtypes, file_options)
         check_allowed(allow)
         if (vram, ram, disk) != (None, None, None):
             check_only_budget(offload, casting, dtypes)
@@ -137,6 +142,29 @@ class DiffusionPipeline(PeerNames, RunningCall, MemorySettings):
         loaded = checkpoint.load()
         trim_heap()
         return loaded if target is None else loaded.to(target)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        file: str | os.PathLike[str],
+        *,
+        config: str | os.PathLike[str] | None = None,
+        prediction_type: str | None = None,
+        **arguments: Any,
+    ) -> Self:
+        """Load Stable Diffusion 1.x or 2.x from one `.safetensors` file of original names, or its link on the Hub.
+
+        The weights stay where they are in the file. What it lacks, configurations, scheduler and tokenizer, are those
+        that were published for such models, or in the folder or Hub id `config`; the safety checker is left out. A
+        model of the second kind is taken to predict velocity at 768 pixels, unless the file's metadata or
+        `prediction_type` ("epsilon", "v_prediction") say another. `vae` is one to use in place of the file's, or where
+        that is: a file, a folder or a Hub id. All other arguments are those of `from_pretrained`, and it raises the
+        same, and `CheckpointError` for files of other models, which says what they hold.
+        """
+        options = FileOptions(None if config is None else os.fspath(config), prediction_type)
+        names = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+        asked = {name: arguments[name] for name in names if name in arguments}
+        return cls.from_pretrained(file_of_link(Source(os.fspath(file), **asked)), file_options=options, **arguments)
 
     @classmethod
     def from_pipe(cls, pipeline: Any, *, torch_dtype: Any = None, dtype: Any = None, **components: Any) -> Self:

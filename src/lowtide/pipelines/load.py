@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +16,17 @@ from lowtide.fitting.checkpoints import Checkpoint
 from lowtide.fitting.prepare import Fit, prepare
 from lowtide.hub import Source
 from lowtide.loading.components import LoadOptions, save_component, spec_of
-from lowtide.loading.model_index import MODEL_INDEX, read_model_index
+from lowtide.loading.elsewhere import tokenizer_from, vae_from
+from lowtide.loading.model_index import MODEL_INDEX, ComponentSpec, read_model_index
+from lowtide.loading.original_file import FileOptions, OriginalFile, check_no_options
 from lowtide.models.mixin import PEER_VERSION
 from lowtide.pipelines.parts import KINDS, check_folder, class_to_load, specs_to_load
 from lowtide.planning.plan import Budgets
 from lowtide.weights.save import atomic_folder
+
+BY_PATH = ("vae", "tokenizer")
+"""Components that may be given by where they are."""
+_PATHS = (str, os.PathLike)
 
 
 def open_checkpoint(
@@ -28,31 +35,61 @@ def open_checkpoint(
     pipeline_class: type[Any] | None = None,
     given: Mapping[str, Any] | None = None,
     dtypes: Mapping[str, torch.dtype | None] | None = None,
+    file_options: FileOptions | None = None,
 ) -> Checkpoint:
     """A checkpoint, its index read; `pipeline_class` None takes the checkpoint's own.
 
-    `given` are components, and settings of the class, that are used instead of the checkpoint's; `dtypes` those of some
-    components by name. Raises `FileNotFoundError` where there is none, and `ValueError` for another class than the
-    checkpoint's, for components that the class does not have, and for missing ones.
+    `given` are components, and settings of the class, that are used instead of the checkpoint's; a VAE and a tokenizer
+    may be the paths or Hub ids of theirs. `dtypes` are those of some components by name. The source may be a file of
+    all weights under their original names, of which `file_options` tell what it does not say. Raises
+    `FileNotFoundError` where there is none, and `ValueError` for another class than the checkpoint's, for components
+    that the class does not have, and for missing ones.
     """
+    original = _original(source, file_options or FileOptions(), options.variant)
+    name, source = source.name, source if original is None else original.own_configs()
     own, specs, _ = read_model_index(source.fetch([MODEL_INDEX]))
-    given = given or {}
     asked = None if pipeline_class is None else _kind_of(pipeline_class)
-    class_name = class_to_load(source.name, own, asked)
+    class_name = class_to_load(name, own, asked)
     chosen = pipeline_class or getattr(importlib.import_module(KINDS[class_name].module), class_name)
-    possible = chosen.component_names
-    unknown = sorted(set(given) - {*possible, *chosen.setting_names})
-    if unknown:
-        raise ValueError(f"{chosen.__name__} takes no {unknown}; its components are {', '.join(possible)}.")
-    strange = sorted(set(dtypes or {}) - set(possible))
-    if strange:
-        raise ValueError(f"dtype has {strange}; the components are {', '.join(possible)}, or 'default'.")
-    unused = [name for name, spec in specs.items() if spec is not None and name not in possible]
-    to_load = specs_to_load(own, possible, chosen.optional_components, specs, given)
-    check_folder(class_name, source, to_load, given)
+    given = dict(given or {})
+    _check_names(chosen, given, dtypes or {})
+    unused = [name for name, spec in specs.items() if spec is not None and name not in chosen.component_names]
+    paths = {name: given.pop(name) for name in BY_PATH if isinstance(given.get(name), _PATHS)}
+    if original is not None:
+        given |= original.small_parts({**given, **paths})
+    if "tokenizer" in paths:
+        given["tokenizer"] = tokenizer_from(paths["tokenizer"], specs.get("tokenizer"), source)
+    if "vae" in paths:
+        specs = {**specs, "vae": specs.get("vae") or ComponentSpec("vae", "diffusers", "AutoencoderKL")}
+    to_load = specs_to_load(own, chosen.component_names, chosen.optional_components, specs, given)
+    elsewhere = {"vae": vae_from(paths["vae"], to_load["vae"], source)} if "vae" in paths else {}
+    if original is not None:
+        elsewhere |= original.networks(to_load, elsewhere)
+    check_folder(class_name, source, to_load, given, {name: place.folder for name, place in elsewhere.items()})
     if unused:
         warnings.warn(f"{chosen.__name__} has no use for the checkpoint's {', '.join(unused)}.", stacklevel=3)
-    return Checkpoint(chosen, source, to_load, options, given, dtypes or {})
+    return Checkpoint(chosen, source, to_load, options, given, dtypes or {}, elsewhere)
+
+
+def _original(source: Source, options: FileOptions, variant: str | None) -> OriginalFile | None:
+    """The file of all weights that a source is, if it is one; raises `ValueError` for what does not go with it."""
+    original = OriginalFile.at(source, options)
+    if original is None:
+        check_no_options(source, options)
+    elif variant is not None:
+        raise ValueError(f"variant={variant!r} is for folders: {source.name} is the file that is read.")
+    return original
+
+
+def _check_names(cls: Any, given: Mapping[str, Any], dtypes: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for components, and dtypes of components, that a class does not have."""
+    possible = cls.component_names
+    unknown = sorted(set(given) - {*possible, *cls.setting_names})
+    if unknown:
+        raise ValueError(f"{cls.__name__} takes no {unknown}; its components are {', '.join(possible)}.")
+    strange = sorted(set(dtypes) - set(possible))
+    if strange:
+        raise ValueError(f"dtype has {strange}; the components are {', '.join(possible)}, or 'default'.")
 
 
 def prepare_checkpoint(
@@ -63,14 +100,19 @@ def prepare_checkpoint(
     dtype: torch.dtype | None = None,
     variant: str | None = None,
     allow: tuple[str, ...] = (),
+    given: Mapping[str, Any] | None = None,
+    file_options: FileOptions | None = None,
     **size: Any,
 ) -> Fit:
     """All that plans for a checkpoint are made from: its configurations are read, and none of its weights.
 
+    See `open_checkpoint` for what is `given`, and for `file_options`.
     A `device` that is not here gets usual rates. Raises as loading does, and `ValueError` for a size that the model
     cannot make.
     """
-    meta = open_checkpoint(Source(pretrained), LoadOptions(dtype, variant)).on_meta(device)
+    options = LoadOptions(dtype, variant)
+    checkpoint = open_checkpoint(Source(pretrained), options, given=given, file_options=file_options)
+    meta = checkpoint.on_meta(device)
     return prepare(meta, budgets, meta.subject.usual_size(**size), allow=allow)
 
 

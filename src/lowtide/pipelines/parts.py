@@ -137,9 +137,16 @@ def specs_to_load(
 
 
 def check_folder(
-    class_name: str, source: Source, specs: Mapping[str, ComponentSpec | None], given: Mapping[str, Any]
+    class_name: str,
+    source: Source,
+    specs: Mapping[str, ComponentSpec | None],
+    given: Mapping[str, Any],
+    elsewhere: Mapping[str, Path] | None = None,
 ) -> None:
-    """Read the configurations of the components that have a spec, and raise unless all fit, the given ones too."""
+    """Read the configurations of the components that have a spec, and raise unless all fit, the given ones too.
+
+    Those of components named in `elsewhere` are in these folders.
+    """
     for spec in specs.values():
         if spec is not None:
             check_class(spec)
@@ -147,7 +154,8 @@ def check_folder(
     parts: dict[str, Any] = {name: getattr(part, "config", None) for name, part in given.items()}
     for name, spec in specs.items():
         if spec is not None:
-            parts[name] = _configuration(component_folder(folder, name), spec)
+            place = (elsewhere or {}).get(name)
+            parts[name] = _configuration(place or component_folder(folder, name), spec)
     try:
         check_parts(class_name, parts)
     except UnfitPartsError as error:

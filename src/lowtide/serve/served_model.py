@@ -20,6 +20,7 @@ from lowtide.guests.library import pipeline_class
 from lowtide.hub import Source
 from lowtide.loading.components import LoadOptions
 from lowtide.loading.model_index import MODEL_INDEX, read_model_index
+from lowtide.loading.original_file import FileOptions, configs_of
 from lowtide.memory.presets import execution_device
 from lowtide.pipelines.load import open_checkpoint
 from lowtide.pipelines.own_dtype import own_dtypes
@@ -55,7 +56,7 @@ class ServedModel:
     ) -> None:
         self.source, self._device, self._asked = source, device, dtype
         self._notes, self._name = notes, name
-        self.class_name = read_model_index(Source(source).fetch([MODEL_INDEX]))[0]
+        self.class_name = read_model_index(self._configs().fetch([MODEL_INDEX]))[0]
         if not self.is_ours:
             pipeline_class(self.class_name)  # its library takes memory, which plans are to see
         self._own_scheduler: Any = None
@@ -71,10 +72,14 @@ class ServedModel:
 
     def _fastest(self) -> str | None:
         if self.is_ours:
-            return own_dtypes(Source(self.source), self._device.type)[0]
+            return own_dtypes(self._configs(), self._device.type)[0]
         checkpoint = GuestCheckpoint.opened(Source(self.source), {})
         chosen = guest_dtypes(checkpoint, checkpoint.parts(), self._device)[0]
         return None if chosen is None else dtype_name(chosen)
+
+    def _configs(self) -> Source:
+        """Where its configurations are: a file of weights has those that were published for such models."""
+        return configs_of(Source(self.source), FileOptions())
 
     @property
     def is_ours(self) -> bool:

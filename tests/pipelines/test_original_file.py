@@ -19,6 +19,8 @@ from tests.loading.original_files import (
 )
 
 import lowtide
+from lowtide.casting.block_weight import BlockWeight
+from lowtide.casting.cast_weight import small_of
 from lowtide.hub import Source
 from lowtide.loading.components import LoadOptions
 from lowtide.loading.original_file import FileOptions
@@ -171,27 +173,69 @@ def test_older_names_of_the_text_encoder(first, tmp_path):
     assert torch.equal(make(pipe), make(from_folder(first)))
 
 
-def test_gguf_of_plain_numbers_is_read_and_packed_ones_are_refused(first, tmp_path):
-    """As stable-diffusion.cpp writes them: original names, matrices packed where they can be."""
+def write_gguf(state, file, kind):
+    """A GGUF file as stable-diffusion.cpp writes them: original names, matrices in blocks where they can be."""
     gguf = pytest.importorskip("gguf")
-    for kind in (gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.Q8_0):
-        writer = gguf.GGUFWriter(tmp_path / f"{kind.name}.gguf", "sd")
-        for name, x in load_file(first.file).items():
-            numbers = x.float().half().numpy() if x.ndim else x.float().reshape(1).numpy()
-            is_packed = kind.name == "Q8_0" and x.ndim == 2 and x.shape[-1] % 32 == 0 and name.startswith("model.")
-            packed = gguf.quants.quantize(numbers.astype("float32"), kind) if is_packed else numbers
-            writer.add_tensor(name, packed, raw_dtype=kind if is_packed else None)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    kind, packed = gguf.GGMLQuantizationType[kind], 0
+    writer = gguf.GGUFWriter(file, "sd")
+    for name, x in state.items():
+        numbers = x.float().half().numpy() if x.ndim else x.float().reshape(1).numpy()
+        in_blocks = kind.name != "F16" and x.ndim == 2 and x.shape[-1] % 32 == 0
+        numbers = gguf.quants.quantize(numbers.astype("float32"), kind) if in_blocks else numbers
+        writer.add_tensor(name, numbers, raw_dtype=kind if in_blocks else None)
+        packed += in_blocks
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return packed
+
+
+def test_gguf_of_plain_numbers(first, tmp_path):
+    write_gguf(load_file(first.file), tmp_path / "F16.gguf", "F16")
     pipe = from_file(first, tmp_path / "F16.gguf")
     expected = {name: x.half().float() for name, x in from_folder(first).unet.state_dict().items()}
     assert all(torch.equal(x, expected[name]) for name, x in pipe.unet.state_dict().items())
-    with pytest.raises(
-        CheckpointError, match=r"its weights are packed \(Q8_0\), which pipelines of Lowtide's own cannot"
-    ):
-        from_file(first, tmp_path / "Q8_0.gguf")
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_gguf_in_blocks(written, tmp_path, kind):
+    """They rest in the file, and results are those of their numbers, under a budget too."""
+    gguf = pytest.importorskip("gguf")
+    file = tmp_path / f"{kind}.gguf"
+    assert write_gguf(load_file(written.file), file, kind) > 10
+    pipe = from_file(written, file)
+    in_blocks = {
+        name: small
+        for network in NETWORKS
+        for name, x in getattr(pipe, network).named_parameters()
+        if isinstance(small := small_of(x), BlockWeight)
+    }
+    assert len(in_blocks) > 10
+    assert all(isinstance(small.rest, DiskRest) for small in in_blocks.values())
+    plain = from_folder(written)
+    for network in NETWORKS:
+        for name, x in getattr(plain, network).state_dict().items():
+            now = getattr(pipe, network).state_dict()[name]
+            expected = x.half().float()
+            if name in in_blocks:
+                quantization = gguf.GGMLQuantizationType[kind]
+                rounded = gguf.quants.quantize(expected.reshape(len(x), -1).numpy(), quantization)
+                expected = torch.from_numpy(gguf.quants.dequantize(rounded, quantization)).view(x.shape)
+            assert torch.equal(now, expected), name
+        getattr(plain, network).load_state_dict(getattr(pipe, network).state_dict())
+    expected = make(pipe)
+    assert torch.equal(make(plain), expected)
+    planned = lowtide.load(file, config=written.folder, ram="8GB", height=32, width=32, num_inference_steps=2)
+    planned.set_progress_bar_config(disable=True)
+    assert torch.equal(make(planned), expected)
+    assert any(isinstance(small_of(x), BlockWeight) for x in planned.unet.parameters())
+
+
+def test_gguf_of_other_blocks_is_refused(first, tmp_path):
+    write_gguf(load_file(first.file), tmp_path / "Q5_0.gguf", "Q5_0")
+    with pytest.raises(CheckpointError, match=r"is Q5_0, in which models of Lowtide's own cannot rest"):
+        from_file(first, tmp_path / "Q5_0.gguf")
 
 
 @pytest.mark.parity

@@ -9,7 +9,7 @@ was saved: its weights stay in so few bits, in the mapped file.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -24,7 +24,7 @@ from lowtide.memory.store import DiskRest
 from lowtide.memory.weight import View
 from lowtide.ops.block_layout import BLOCK, LAYOUTS, in_whole_blocks
 from lowtide.ops.quantization import STORAGE
-from lowtide.weights.files import Origin, WeightFile
+from lowtide.weights.files import InFile, Origin, WeightFile
 from lowtide.weights.fill import WeightsMismatchError, dtype_by_name, load_tensors
 from lowtide.weights.index import CheckpointIndex, TensorEntry
 from lowtide.weights.layout import contiguous_stride
@@ -123,6 +123,12 @@ def _resting(views: list[View], rest: DiskRest, entry: TensorEntry, *, int8_matm
     return weight
 
 
+def in_file_of(entry: TensorEntry) -> InFile:
+    """How a tensor of a checkpoint lies there for a network of ours, in which small numbers stay small."""
+    lying = InFile.at(entry.offset, entry.dtype)
+    return replace(lying, small=entry.nbytes) if entry.dtype in (*STORAGE.values(), torch.uint8) else lying
+
+
 def computing_dtype(index: CheckpointIndex, but: Collection[str] = ()) -> torch.dtype:
     """The dtype that a checkpoint with weights in 8 or 4 bits was computed in: that of the others, else float32.
 
@@ -156,9 +162,14 @@ def _check(name: str, slot: Slot, values: TensorEntry, scale: TensorEntry | None
             )
 
 
+def holds_in_blocks(entry: TensorEntry, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a weight of this shape in blocks."""
+    fits = in_whole_blocks(shape) and any(layout.shape(shape) == entry.shape for layout in LAYOUTS.values())
+    return entry.dtype == torch.uint8 and fits
+
+
 def _check_blocks(name: str, shape: tuple[int, ...], values: TensorEntry) -> None:
-    layouts = [layout for layout in LAYOUTS.values() if in_whole_blocks(shape) and layout.shape(shape) == values.shape]
-    if not layouts:
+    if not holds_in_blocks(values, shape):
         raise WeightsMismatchError(
             f"{name}: {list(shape)} in the model, uint8 {list(values.shape)} in {values.file}. Weights in blocks are "
             f"[rows, numbers of a row / {BLOCK}, 18 or 34 bytes]."

@@ -110,7 +110,7 @@ def generate(
         Casting,
         typer.Option(
             metavar="NAME",
-            help="Keep weights in 8 bits (fp8, int8: a scale a channel) or 4 (int4: a scale for 32); none.",
+            help="Keep weights in 8 bits (fp8, int8; int8_dynamic multiplies in them on a CPU) or in 4 (int4); none.",
         ),
     ] = Casting.NONE,
     decode: Annotated[

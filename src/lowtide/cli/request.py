@@ -84,6 +84,7 @@ class Casting(StrEnum):
     NONE = "none"
     FP8 = "fp8"
     INT8 = "int8"
+    INT8_DYNAMIC = "int8_dynamic"
     INT4 = "int4"
 
 

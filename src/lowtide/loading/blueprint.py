@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowtide.casting.cast_files import in_file_of
 from lowtide.loading.components import MODELS, LoadOptions, weights_name, without_variant
 from lowtide.loading.elsewhere import ByComponent
 from lowtide.loading.model_index import ComponentSpec, component_folder
@@ -70,7 +71,7 @@ def _fit_dtypes(
 ) -> Mapping[str, InFile] | None:
     """Give a network on meta the dtypes that it would be loaded in, and return how its weights lie in files."""
     index = None if weights is None else apply_names(weights, MODELS[class_name].names, state_names(module))
-    in_file = None if index is None else {name: InFile.at(entry.offset, entry.dtype) for name, entry in index.items()}
+    in_file = None if index is None else {name: in_file_of(entry) for name, entry in index.items()}
     dtypes = [] if in_file is None else [weight.dtype for weight in in_file.values()]
     floating = next((dtype for dtype in dtypes if dtype.is_floating_point), None)
     dtype = options.dtype or floating or torch.float32

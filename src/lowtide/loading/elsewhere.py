@@ -15,7 +15,7 @@ from lowtide.loading.original_weights import VAE, held_in, prefix_and_names
 from lowtide.models.mixin import CONFIG_NAME
 from lowtide.models.tokenizers import CLIPTokenizer, load_tokenizer
 from lowtide.models.vae import AutoencoderKL
-from lowtide.weights.gguf import KINDS, GgufIndex, read_gguf_index
+from lowtide.weights.gguf import GgufIndex, read_gguf_index, resting_index
 from lowtide.weights.index import PICKLED_SUFFIXES, CheckpointIndex, UnsafeWeightsError, find_weights, read_index
 
 
@@ -58,14 +58,12 @@ def check_suffix(path: Path) -> None:
         raise CheckpointError(f"{path}: weights are read from {' and '.join(WEIGHTS)} files.")
 
 
-def check_not_packed(weights: CheckpointIndex) -> None:
-    """Raise `CheckpointError` for weights that only pipelines of diffusers compute with."""
-    if isinstance(weights, GgufIndex) and weights.kinds:
-        kinds = sorted({KINDS[kind].name for kind in weights.kinds.values()})
-        raise CheckpointError(
-            f"{weights.files[0]}: its weights are packed ({', '.join(kinds)}), which pipelines of Lowtide's own cannot "
-            "compute with. Take the .safetensors file."
-        )
+def as_it_rests(weights: CheckpointIndex) -> CheckpointIndex:
+    """Weights as networks of ours hold them: those of a GGUF file in its blocks.
+
+    Raises `CheckpointError` for blocks of other kinds than ours.
+    """
+    return resting_index(weights) if isinstance(weights, GgufIndex) else weights
 
 
 def vae_from(given: str | os.PathLike[str], spec: ComponentSpec | None, source: Source) -> Elsewhere:
@@ -80,9 +78,7 @@ def vae_from(given: str | os.PathLike[str], spec: ComponentSpec | None, source: 
     path = local_path(given)
     if path.suffix.lower() in (*WEIGHTS, *PICKLED_SUFFIXES) and not path.is_dir():
         folder = component_folder(source.fetch([f"{spec.name}/*.json"]), spec.name)
-        weights = _vae_in(open_weights(path), folder)
-        check_not_packed(weights)
-        return Elsewhere(folder, weights)
+        return Elsewhere(folder, _vae_in(as_it_rests(open_weights(path)), folder))
     files = [CONFIG_NAME, *weight_patterns(AutoencoderKL.weights_name, None)]
     fetched = replace(source, name=os.fspath(given), revision=None).fetch(
         prefix + file for prefix in ("", f"{spec.name}/") for file in files

@@ -11,7 +11,7 @@ from typing import Any
 from lowtide.configs import CheckpointError
 from lowtide.hub import Source, local_path
 from lowtide.loading.components import MODELS
-from lowtide.loading.elsewhere import Elsewhere, check_not_packed, open_weights
+from lowtide.loading.elsewhere import Elsewhere, as_it_rests, open_weights
 from lowtide.loading.model_index import MODEL_INDEX, ComponentSpec, component_folder, read_model_index
 from lowtide.loading.original_kinds import PREDICTIONS, OriginalKind, kind_of
 from lowtide.loading.original_weights import check_all_known, held_in, prefix_and_names
@@ -74,6 +74,8 @@ class OriginalFile:
             return None
         index = open_weights(path)
         kind = kind_of(index, options.prediction_type)
+        if kind.is_ours:
+            index = as_it_rests(index)
         if options.config is not None:
             configs = replace(source, name=options.config, revision=None)
             is_ours = kind.is_ours and read_model_index(configs.fetch([MODEL_INDEX]))[0] in CLASSES_OF_PICTURES
@@ -106,8 +108,6 @@ class OriginalFile:
             elif self.options.config is None:
                 raise CheckpointError(f"{self.index.files[0]} holds no {in_words}: {_advice(name)}.")
         check_all_known(self.index, held)
-        for network in found.values():
-            check_not_packed(network.weights)
         return found
 
     def small_parts(self, given: Mapping[str, Any]) -> dict[str, Any]:

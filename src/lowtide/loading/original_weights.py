@@ -7,14 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import translate
 
+import torch
 from torch import nn
 
+from lowtide.casting.cast_files import holds_in_blocks
 from lowtide.configs import Config
 from lowtide.loading.original_names import CLIP_NAMES, OriginalNames, Place, open_clip_names, unet_names, vae_names
 from lowtide.models.encoder_configs import CLIPTextEntries
 from lowtide.models.unet_config import UNet2DConditionConfig
 from lowtide.models.vae_config import AutoencoderKLConfig
-from lowtide.weights.gguf import GgufIndex
 from lowtide.weights.index import CheckpointError, CheckpointIndex, TensorEntry
 from lowtide.weights.slots import slots
 
@@ -71,11 +72,10 @@ def held_in(index: CheckpointIndex, network: nn.Module, prefix: str, names: Orig
         raise _unfit(index, network, f"it lacks {_some(missing)}")
     for name, place in places.items():
         entries[name] = _in_form(_rows(index[prefix + place.name], place), len(shapes[name]))
-    packed = index.kinds if isinstance(index, GgufIndex) else ()
     differing = [
         f"{prefix}{place.name} is {list(index[prefix + place.name].shape)}"
         for name, place in places.items()
-        if entries[name].shape != shapes[name] and prefix + place.name not in packed
+        if entries[name].shape != shapes[name] and not holds_in_blocks(entries[name], shapes[name])
     ]
     if differing:
         raise _unfit(index, network, f"its {_some(differing)}, which do not fit")
@@ -115,6 +115,8 @@ def _rows(entry: TensorEntry, place: Place) -> TensorEntry:
 
 def _in_form(entry: TensorEntry, dimensions: int) -> TensorEntry:
     """The weight of a 1x1 convolution [O, I, 1, 1] as that of a linear layer [O, I], and the reverse."""
+    if entry.dtype == torch.uint8:  # in blocks, rows of whatever form
+        return entry
     if dimensions == 2 and len(entry.shape) > 2 and set(entry.shape[2:]) == {1}:
         return replace(entry, shape=entry.shape[:2])
     return replace(entry, shape=(*entry.shape, 1, 1)) if dimensions == 4 and len(entry.shape) == 2 else entry

@@ -128,7 +128,7 @@ def units_of(component: Component, level: Level, casting: str | None) -> tuple[U
 def _resident(component: Component, rates: Rates, casting: str | None) -> Option:
     units = units_of(component, Level.LEAF, casting)
     kept = summed(_resident_size(unit, rates, _copied_to_stay(component, unit, rates)) for unit in units)
-    leaf = _leaf(units, casting)
+    leaf = _leaf(component, units, casting)
     plan = ComponentPlan(None, casting, kept.used, kept.used, len(units), len(units))
     return Option(component, plan, units, (), kept, kept + Sizes(leaf), leaf)
 
@@ -203,7 +203,7 @@ def under_rule(component: Component, rates: Rates, rule: Rule, casting: str | No
     ring = [_size(units[stream.place], stream.copied, rates) for stream in streamed if not units[stream.place].aside]
     aside = [_size(units[stream.place], stream.copied, rates) for stream in streamed if units[stream.place].aside]
     several = any(units[stream.place].modules > 1 for stream in streamed if not units[stream.place].aside)
-    leaf = _leaf(units, casting)
+    leaf = _leaf(component, units, casting)
     if rule.prefetch_bytes is None:
         working = bound([kept], ring, aside, depth(rule.prefetch, several=several)) + Sizes(leaf)
     else:
@@ -265,5 +265,6 @@ def _resident_size(unit: UnitSize, rates: Rates, copied: int) -> Sizes:
     return replace(size, window=0) if unit.by_rows or not unit.called else size
 
 
-def _leaf(units: Sequence[UnitSize], casting: str | None) -> int:
-    return 0 if casting is None else max((unit.leaf for unit in units), default=0)
+def _leaf(component: Component, units: Sequence[UnitSize], casting: str | None) -> int:
+    is_small = casting is not None or component.in_few_bits
+    return max((unit.leaf for unit in units), default=0) if is_small else 0

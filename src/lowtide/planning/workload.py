@@ -111,7 +111,8 @@ class Component:
     """A network's weights, split into units at each level, in the order in which they are called.
 
     `castings` holds the units of weights that rest in 8 or 4 bits, by the casting's name. `in_file` tells whether the
-    weights can be read again from files, `movable` whether they can be moved at all.
+    weights can be read again from files, `movable` whether they can be moved at all, and `in_few_bits` whether some
+    rest in 8 bits or fewer without a casting, as they do in files.
     """
 
     name: str
@@ -119,10 +120,11 @@ class Component:
     castings: Mapping[str, Mapping[Level, tuple[UnitSize, ...]]] = field(default_factory=dict)
     in_file: bool = True
     movable: bool = True
+    in_few_bits: bool = False
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights as they are computed with."""
+        """Bytes of all weights, as they work or as they rest in few bits."""
         return sum(unit.nbytes for unit in self.units[Level.WHOLE])
 
 

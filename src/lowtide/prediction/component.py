@@ -59,7 +59,8 @@ def component(
     """
     survey = _Survey(module, device, lying or {}, traced)
     castings = _Castings(survey, tuple(never_cast) or tuple(getattr(module, "never_cast", ())))
-    return Component(name, survey.levels(None), castings, in_file)
+    in_few_bits = any(entry.small is not None for entry in survey.lying.values())
+    return Component(name, survey.levels(None), castings, in_file, in_few_bits=in_few_bits)
 
 
 class _Castings(Mapping[str, Mapping[Level, tuple[UnitSize, ...]]]):
@@ -119,8 +120,7 @@ class _Survey:
         return {id(weight) for weight in meant_by(casting, self.module, self.weights)}
 
     def _unit(self, part: Part, meant: set[int], casting: Casting | None, work: Work) -> UnitSize:
-        small = {id(weight): casting.nbytes(weight.views[0].shape) for weight in part.weights} if casting else {}
-        small = {key: nbytes for key, nbytes in small.items() if key in meant}
+        small = self._small(part, meant, casting)
         resting = sum(small.get(id(weight), self._resting(weight)) for weight in part.weights)
         sizes = {id(weight): aligned(small.get(id(weight), weight.nbytes)) for weight in part.weights}
         return UnitSize(
@@ -136,11 +136,23 @@ class _Survey:
             read_by_rows(part.modules),
         )
 
+    def _small(self, part: Part, meant: set[int], casting: Casting | None) -> dict[int, int]:
+        """Bytes of the weights that rest in few bits: by a casting, or because they lie so in their file."""
+        lying = {
+            id(weight): self._in_file(weight) for weight in part.weights if weight.views[0].dtype.is_floating_point
+        }
+        small = {key: entry.small for key, entry in lying.items() if entry is not None and entry.small is not None}
+        if casting is not None:
+            cast = (weight for weight in part.weights if id(weight) in meant and id(weight) not in small)
+            small |= {id(weight): casting.nbytes(weight.views[0].shape) for weight in cast}
+        return small
+
     def _is_copied(self, weight: Weight, part: Part, casting: Casting | None) -> bool:
         """Whether a weight takes memory beside the file, even on a CPU: what is packed does so once it is called."""
         if casting is not None and (casting.loses or self._is_called(part)):
             return True
-        return not self._works_in_place(weight)
+        entry = self._in_file(weight)
+        return not self._works_in_place(weight) and (entry is None or entry.small is None)
 
     def _is_called(self, part: Part) -> bool:
         owners = (view.slot.owner for weight in part.weights for view in weight.views)

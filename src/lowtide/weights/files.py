@@ -152,10 +152,14 @@ def _products_mind_places() -> bool:
 
 @dataclass(frozen=True)
 class InFile:
-    """How a weight lies in a file: its dtype there, and whether it may be computed with where it lies."""
+    """How a weight lies in a file: its dtype there, and whether it may be computed with where it lies.
+
+    `small` are its bytes where it rests in 8 bits or fewer, from which numbers are made around each call.
+    """
 
     dtype: torch.dtype
     in_place: bool = True
+    small: int | None = None
 
     @classmethod
     def at(cls, offset: int, dtype: torch.dtype) -> InFile:

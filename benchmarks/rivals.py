@@ -1,14 +1,15 @@
-"""A step of Stable Diffusion 1.5 on a processor, beside what people would use instead: OpenVINO and diffusers.
+"""A step of Stable Diffusion 1.5 on a processor, beside OpenVINO, stable-diffusion.cpp and diffusers.
 
-    pip install openvino
+    pip install openvino stable-diffusion-cpp-python
     python benchmarks/rivals.py [--sizes 256 512] [--rounds 3] [--out benchmarks/results]
 
 Each run is a process of its own; rounds alternate. A step is one call of the U-Net with guidance, two threads, random
 weights of the true shapes (`make_sd15.py`, also with `--variant bf16`). Seconds are the median of a process's steps but
 for the first, which is named apart: of the clock, and of the processor. The peak is the most resident memory that was
 seen from outside in the whole run. OpenVINO runs the U-Net alone, in float32 from a file in float16, as its own
-converter writes it; all others have the text encoder and the autoencoder too. Times in seconds, sizes in bytes. Linux
-only.
+converter writes it; all others have the text encoder and the autoencoder too. stable-diffusion.cpp reads one file in
+float16 and rounds its weights as it is told. A rival that is not installed is left out. Times in seconds, sizes in
+bytes. Linux only.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from outside import run_watched
 
 THREADS = 2
 STEPS = 5
-PACKAGES = ("openvino", "diffusers")
+PACKAGES = ("openvino", "stable_diffusion_cpp_python", "diffusers")
+MODULES = {"stable_diffusion_cpp_python": "stable_diffusion_cpp"}
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
 Took = list[tuple[float, float]]
 """Seconds of each step, by the clock and of the processor."""
@@ -83,6 +85,51 @@ def openvino(model: Path, size: int) -> Took:
     return took
 
 
+def cpp(model: Path, size: int, kind: str) -> Took:
+    """stable-diffusion.cpp, weights of a kind; the first step is from the call on, the encoder's part among it."""
+    from stable_diffusion_cpp import StableDiffusion
+
+    network = StableDiffusion(model_path=str(original(model)), n_threads=THREADS, wtype=kind, verbose=False)
+    marks = [now()]
+    network.generate_image(
+        "a red sailboat",
+        width=size,
+        height=size,
+        sample_steps=STEPS,
+        sample_method="euler",
+        progress_callback=lambda *_: marks.append(now()),
+    )
+    return [(end[0] - begin[0], end[1] - begin[1]) for begin, end in zip(marks[1:], marks[2:], strict=False)]
+
+
+def original(model: Path) -> Path:
+    """The whole model in one file, for stable-diffusion.cpp."""
+    return model / "original-f16.safetensors"
+
+
+def write_original(model: Path) -> None:
+    """Write it, in float16 under the names of the first published file."""
+    import torch
+    from safetensors.torch import save_file
+
+    from lowtide import StableDiffusionPipeline
+    from lowtide.loading.original_names import CLIP_NAMES, unet_names, vae_names
+    from lowtide.loading.original_weights import CLIP, UNET, VAE
+
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    parts = (
+        (pipe.unet, UNET, unet_names(pipe.unet.config)),
+        (pipe.vae, VAE[0], vae_names(pipe.vae.config)),
+        (pipe.text_encoder, CLIP[0], CLIP_NAMES),
+    )
+    state: dict[str, torch.Tensor] = {}
+    for network, begin, names in parts:
+        for name, tensor in network.state_dict().items():
+            as_there = tensor[..., None, None] if network is pipe.vae and tensor.dim() == 2 else tensor
+            state[begin + names.place(name).name] = as_there.half().contiguous()
+    save_file(state, original(model))
+
+
 def converted(model: Path, size: int) -> Path:
     """Where OpenVINO's file for this size is."""
     return model / "openvino" / f"unet-{size}.xml"
@@ -124,9 +171,13 @@ RIVALS: dict[str, Callable[[Path, int], Took]] = {
     "Lowtide": lambda model, size: ours(model, size, ram="8GB"),
     "Lowtide, packed": lambda model, size: ours(model, size, ram="8GB", allow=("packed",)),
     "Lowtide, bf16 files, 1.1 GB": lambda model, size: ours(model, size, ram="1.1GB", variant="bf16"),
-    "Lowtide, int8, 1.6 GB": lambda model, size: ours(model, size, ram="1.6GB", allow=("int8",)),
+    "Lowtide, int8, 1.7 GB": lambda model, size: ours(model, size, ram="1.7GB", allow=("int8",)),
+    "Lowtide, int4, 1.2 GB": lambda model, size: ours(model, size, ram="1.2GB", allow=("int4",)),
     "diffusers": peer,
     "OpenVINO": openvino,
+    "stable-diffusion.cpp, f16": lambda model, size: cpp(model, size, "f16"),
+    "stable-diffusion.cpp, q8_0": lambda model, size: cpp(model, size, "q8_0"),
+    "stable-diffusion.cpp, q4_0": lambda model, size: cpp(model, size, "q4_0"),
 }
 
 
@@ -134,6 +185,9 @@ def run_one(options: argparse.Namespace) -> None:
     """In a process of its own: one rival at one size."""
     if options.rival == "convert":
         convert(options.model, options.sizes[0])
+        return
+    if options.rival == "original":
+        write_original(options.model)
         return
     took = RIVALS[options.rival](options.model, options.sizes[0])
     first, others = took[0], took[1:]
@@ -155,8 +209,9 @@ def compare(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]
     """Medians by size and rival."""
     table: dict[str, dict[str, dict[str, float]]] = {}
     for size in options.sizes:
-        if not converted(options.model, size).exists():
-            in_a_process(options, "convert", size)
+        for name, file in (("convert", converted(options.model, size)), ("original", original(options.model))):
+            if not file.exists():
+                in_a_process(options, name, size)
         runs: dict[str, list[dict[str, float]]] = {rival: [] for rival in RIVALS}
         for _ in range(options.rounds):
             for rival, kept in runs.items():
@@ -172,7 +227,7 @@ def compare(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]
 def place() -> str:
     """The command, the machine, its instructions and the versions."""
     flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    rivals = [f"{package} {version(package)}" for package in PACKAGES if find_spec(package) is not None]
+    rivals = [f"{package} {version(package)}" for package in PACKAGES if find_spec(MODULES.get(package, package))]
     instructions = ", ".join(flag for flag in FLAGS if flag in flags)
     return f"{machine_in_words()} {instructions}; {THREADS} threads; {', '.join(rivals)}."
 

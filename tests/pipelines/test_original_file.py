@@ -180,7 +180,8 @@ def write_gguf(state, file, kind):
     writer = gguf.GGUFWriter(file, "sd")
     for name, x in state.items():
         numbers = x.float().half().numpy() if x.ndim else x.float().reshape(1).numpy()
-        in_blocks = kind.name != "F16" and x.ndim == 2 and x.shape[-1] % 32 == 0
+        is_norm = name.startswith(VAE) and x.ndim == 1  # which it packs too
+        in_blocks = kind.name != "F16" and (x.ndim == 2 or is_norm) and x.shape[-1] % 32 == 0
         numbers = gguf.quants.quantize(numbers.astype("float32"), kind) if in_blocks else numbers
         writer.add_tensor(name, numbers, raw_dtype=kind if in_blocks else None)
         packed += in_blocks
@@ -220,7 +221,8 @@ def test_gguf_in_blocks(written, tmp_path, kind):
             expected = x.half().float()
             if name in in_blocks:
                 quantization = gguf.GGMLQuantizationType[kind]
-                rounded = gguf.quants.quantize(expected.reshape(len(x), -1).numpy(), quantization)
+                rows = expected.reshape(len(x), -1) if x.ndim > 1 else expected[None]
+                rounded = gguf.quants.quantize(rows.numpy(), quantization)
                 expected = torch.from_numpy(gguf.quants.dequantize(rounded, quantization)).view(x.shape)
             assert torch.equal(now, expected), name
         getattr(plain, network).load_state_dict(getattr(pipe, network).state_dict())

@@ -42,7 +42,7 @@ class BlockWeight(CastWeight):
         dtype = None if numbers.dtype == self.dtype else self.dtype
         try:
             with outside_inference_mode(), torch.no_grad():
-                self.rest = resting(quantize_blocks(numbers, self.layout, dtype))
+                self.rest = resting(quantize_blocks(_in_rows(numbers), self.layout, dtype))
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
@@ -55,7 +55,8 @@ class BlockWeight(CastWeight):
         return flat.view(self.layout.shape(self.form.shape))
 
     def _fill(self, values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return dequantize_blocks(values, out)
+        dequantize_blocks(values, _in_rows(out))
+        return out
 
     def rows(self, view: View, indices: torch.Tensor, *options: Any) -> torch.Tensor:
         """The rows of an embedding that `indices` name; only these are dequantized."""
@@ -67,3 +68,7 @@ class BlockWeight(CastWeight):
 
     def _reorder(self, stride: tuple[int, ...]) -> None:
         """Nothing: blocks keep the order of the dimensions."""
+
+
+def _in_rows(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers if numbers.dim() > 1 else numbers[None]

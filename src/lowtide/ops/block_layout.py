@@ -1,7 +1,7 @@
 """How numbers lie in blocks of 32, as GGUF files have them: a float16 scale, then the codes.
 
 A block is 32 consecutive numbers of a row. The row is everything after the first dimension, flattened in the order of
-the dimensions, whatever order the numbers have in memory.
+the dimensions, whatever order the numbers have in memory. A tensor of one dimension is one row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class BlockLayout(NamedTuple):
 
     def shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """Rows, blocks of a row and bytes of a block for a weight of this shape."""
-        return shape[0], prod(shape[1:]) // BLOCK, self.nbytes
+        rows, inner = _rows(shape)
+        return rows, inner // BLOCK, self.nbytes
 
     def size(self, shape: Sequence[int]) -> int:
         """Bytes of a weight of this shape."""
@@ -38,4 +39,8 @@ LAYOUTS = {layout.nbytes: layout for layout in (Q4_0, Q8_0)}
 
 def in_whole_blocks(shape: Sequence[int]) -> bool:
     """Whether the rows of a weight of this shape are whole blocks."""
-    return len(shape) > 1 and prod(shape[1:]) % BLOCK == 0
+    return len(shape) > 0 and _rows(shape)[1] % BLOCK == 0
+
+
+def _rows(shape: Sequence[int]) -> tuple[int, int]:
+    return (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, shape[0])

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -99,7 +100,7 @@ def cpp(model: Path, size: int, kind: str) -> Took:
         sample_method="euler",
         progress_callback=lambda *_: marks.append(now()),
     )
-    return [(end[0] - begin[0], end[1] - begin[1]) for begin, end in zip(marks[1:], marks[2:], strict=False)]
+    return [(end[0] - begin[0], end[1] - begin[1]) for begin, end in pairwise(marks[1:])]
 
 
 def original(model: Path) -> Path:
@@ -172,7 +173,6 @@ RIVALS: dict[str, Callable[[Path, int], Took]] = {
     "Lowtide, packed": lambda model, size: ours(model, size, ram="8GB", allow=("packed",)),
     "Lowtide, bf16 files, 1.1 GB": lambda model, size: ours(model, size, ram="1.1GB", variant="bf16"),
     "Lowtide, int8, 1.7 GB": lambda model, size: ours(model, size, ram="1.7GB", allow=("int8",)),
-    "Lowtide, int4, 1.2 GB": lambda model, size: ours(model, size, ram="1.2GB", allow=("int4",)),
     "diffusers": peer,
     "OpenVINO": openvino,
     "stable-diffusion.cpp, f16": lambda model, size: cpp(model, size, "f16"),

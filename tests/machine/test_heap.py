@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lowtide.fitting.observers import KEPT, Heap
+from lowtide.fitting.observers import KEPT, KEPT_BESIDE_STREAMS, Heap
 from lowtide.machine import heap
 
 
@@ -25,8 +25,22 @@ def settings(monkeypatch):
 
 def fast():
     """The observer of a run whose plan keeps freed memory."""
-    stage = SimpleNamespace(frugal=False)
-    return Heap(lambda: SimpleNamespace(stage=lambda name: stage))
+    return observer(rule=None)
+
+
+def observer(rule):
+    stage, part = SimpleNamespace(frugal=False, component="unet"), SimpleNamespace(rule=rule)
+    return Heap(lambda: SimpleNamespace(stage=lambda name: stage, components={"unet": part}))
+
+
+def test_where_weights_come_and_go_the_heap_holds_smaller_blocks(settings):
+    run = observer(rule="blocks")
+    run.stage_started("denoise", 3)
+    assert settings[-1] == heap.FRUGAL
+    run.step_done("denoise", 1)
+    assert settings[-1] == KEPT_BESIDE_STREAMS
+    run.stage_finished("denoise")
+    assert settings[-1] == heap.FRUGAL
 
 
 def test_the_most_frugal_wish_of_those_present_holds(settings):

@@ -35,8 +35,8 @@ USUAL_DISK = 5e8
 _USUAL_MAPPED, _USUAL_AGAIN = 2e9, 3e9
 
 SLACK_ON_CPU = 72 * 2**20
-"""Bytes that glibc's heap keeps at most beside those in use, ends of large pages among them; up to 64 MiB were measured,
-in a U-Net."""
+"""Bytes that glibc's heap keeps at most beside those in use, with the ends of large pages; up to 64 MiB were measured, in
+a U-Net."""
 REACHED = 0.85
 """Share of its rate alone that a kernel reaches inside a network: 0.6 to 1.2 in runs of three pipelines."""
 MODULE = 6e-5

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from lowtide.planning.workload import Stage, Work, Workload
 
 HOLES, HOLES_MOST = 0.1, 96 * 2**20
-"""Holes between blocks in a CPU's heap that gives freed memory back at once, and the ends of its large pages that nobody
-asked for: a share of the bytes in use, and the most bytes. Up to 75 MiB were measured, in a decoder; 16 without large
-pages."""
+"""Holes between blocks in a CPU's heap that gives freed memory back at once, and what of its large pages nobody asked for:
+a share of the bytes in use, and the most bytes. Up to 75 MiB were measured, in a decoder; 16 without large pages."""
 
 
 @dataclass(frozen=True)

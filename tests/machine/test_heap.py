@@ -19,6 +19,7 @@ def settings(monkeypatch):
     """What glibc would be told, in order."""
     told = []
     monkeypatch.setattr(heap, "_set_thresholds", lambda thresholds: told.append(thresholds) or True)
+    heap.steady_malloc()
     yield told
     heap.steady_malloc()
 

@@ -35,8 +35,8 @@ USUAL_DISK = 5e8
 _USUAL_MAPPED, _USUAL_AGAIN = 2e9, 3e9
 
 SLACK_ON_CPU = 72 * 2**20
-"""Bytes that glibc's heap keeps at most beside those in use, with the ends of large pages; up to 64 MiB were measured, in
-a U-Net."""
+"""Bytes that glibc's heap keeps at most beside those in use, with the ends of large pages: in a U-Net up to 64 MiB were
+measured."""
 REACHED = 0.85
 """Share of its rate alone that a kernel reaches inside a network: 0.6 to 1.2 in runs of three pipelines."""
 MODULE = 6e-5
@@ -159,14 +159,14 @@ def assumed_rates(dtype: str = "float16") -> Rates:
 def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Rates:
     """Measure the rates now, in this process."""
     disk, computing, kind = _disk(folder), Computing(device, dtype), accelerator(device)
-    on_cpu, touched = device.type == "cpu", REACHED * computing.touched()
-    rates = Rates(
+    on_cpu = device.type == "cpu"
+    rates = Rates(  # in this order: what a process computes first takes longer, which convolutions are warmed up for
         device=device.type,
         convolution=REACHED * computing.convolution(),
         product=REACHED * computing.product(),
         attention=REACHED * computing.attention(),
         product_attention=REACHED * computing.product_attention(),
-        touched=touched,
+        touched=REACHED * computing.touched(),
         kernel=computing.kernel() + MODULE,
         link=(disk.mapped or _USUAL_MAPPED) if on_cpu else link_rates(device)[0],
         converted=disk.again or _USUAL_AGAIN,
@@ -187,7 +187,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, folder: Path) -> Ra
         int8_convolution=REACHED * computing.int8_convolution(),
         int8_product=REACHED * computing.int8_product(),
     )
-    return replace(rates, frugal_touched=1 / (1 / touched + computing.renewing())) if on_cpu else rates
+    return replace(rates, frugal_touched=1 / (1 / rates.touched + computing.renewing())) if on_cpu else rates
 
 
 def _measured_elsewhere(device: torch.device, dtype: torch.dtype, folder: Path) -> tuple[Rates, Share]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from lowtide.planning.workload import Stage, Work, Workload
 
 HOLES, HOLES_MOST = 0.1, 96 * 2**20
-"""Holes between blocks in a CPU's heap that gives freed memory back at once, and what of its large pages nobody asked for:
-a share of the bytes in use, and the most bytes. Up to 75 MiB were measured, in a decoder; 16 without large pages."""
+"""Holes between blocks in a CPU's heap that gives freed memory back at once, and what of its large pages is not asked
+for: a share of the bytes in use, and the most bytes. In a decoder up to 75 MiB were measured, 16 without large pages."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Rates:
     `packing`, bytes of weights that are packed, and `arranging`, bytes of weights that convolutions bring to their own
     order in each call while they are not, 0 where `convolution` has that time in it. `int8_convolution` and
     `int8_product` are operations a second with weights and inputs in int8, 0 where there are no instructions for it;
-    `product_attention` with attention computed as our own models do where oneDNN multiplies, else 0.
+    `product_attention` with attention computed as our own models do where oneDNN multiplies, else 0. Of the bytes of
+    weights in the computing dtype the share `weights_read` is read where they multiply.
     Bytes that reach the device a second: over the `link` from host memory (on a CPU: by mapping pages that are in
     memory), `converted` where the dtype changes or bytes are copied, and from the `disk`. A `kernel` takes so many
     seconds to begin.
@@ -65,6 +66,7 @@ class Rates:
     int8_convolution: float = 0.0
     int8_product: float = 0.0
     product_attention: float = 0.0
+    weights_read: float = 1.0
     arranging: float = 0.0
 
     @property
@@ -121,7 +123,8 @@ class Rates:
 
     def with_int8(self) -> Rates:
         """The rates with weights and inputs in int8; these same ones where nothing is gained."""
-        return self._multiplying(self.int8_convolution, self.int8_product)
+        faster = self._multiplying(self.int8_convolution, self.int8_product)
+        return faster if faster is self else replace(faster, weights_read=0.25)
 
     def _multiplying(self, convolution: float, product: float) -> Rates:
         if convolution <= self.convolution and product <= self.product:
@@ -143,7 +146,7 @@ class Rates:
             + work.product / self.product
         )
         return (
-            max(weighted, work.weights / self.touched)
+            max(weighted, work.weights * self.weights_read / self.touched)
             + work.attention / self.attention
             + work.touched / self.touched
             + work.kernels * self.kernel

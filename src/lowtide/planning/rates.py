@@ -8,7 +8,7 @@ from lowtide.planning.workload import Stage, Work, Workload
 
 HOLES, HOLES_MOST = 0.1, 96 * 2**20
 """Holes between blocks in a CPU's heap that gives freed memory back at once, and what of its large pages is not asked
-for: a share of the bytes in use, and the most bytes. In a decoder up to 75 MiB were measured, 16 without large pages."""
+for: a share of the bytes in use, and the most bytes. In a decoder up to 75 MiB were measured; 16 without these."""
 
 
 @dataclass(frozen=True)

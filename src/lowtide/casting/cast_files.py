@@ -31,6 +31,9 @@ from lowtide.weights.layout import contiguous_stride
 from lowtide.weights.names import SCALE_SUFFIX
 from lowtide.weights.slots import Slot, slots
 
+SMALL = (*STORAGE.values(), torch.uint8)
+"""Dtypes of weights in 8 bits, and in blocks."""
+
 
 def resting_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """What `module.state_dict()` gives, but weights in 8 or 4 bits as they rest, each followed by its scale."""
@@ -69,7 +72,7 @@ def saved_weights(module: nn.Module, index: CheckpointIndex) -> tuple[list[Saved
     for group in groups.values():
         names = [slot.name for slot in group]
         name = next((candidate for candidate in names if candidate in index), None)
-        if name is None or index[name].dtype not in (*STORAGE.values(), torch.uint8):
+        if name is None or index[name].dtype not in SMALL:
             continue
         scales = [] if index[name].dtype == torch.uint8 else [name + SCALE_SUFFIX for name in names]
         scale = next((index[scale] for scale in scales if scale in index), None)
@@ -117,16 +120,14 @@ def _resting(views: list[View], rest: DiskRest, entry: TensorEntry, *, int8_matm
     if entry.dtype == torch.uint8:
         return BlockWeight(views, rest, cpu, LAYOUTS[entry.shape[-1]])
     weight = CastWeight(views, rest, cpu, entry.dtype)
-    if int8_matmul and entry.dtype == torch.int8 and can_pack(weight):
-        weight = Int8Weight(views, rest, cpu, entry.dtype)
-        weight.multiplies = True
-    return weight
+    multiplies = int8_matmul and entry.dtype == torch.int8 and can_pack(weight)
+    return Int8Weight(views, rest, cpu, entry.dtype) if multiplies else weight
 
 
 def in_file_of(entry: TensorEntry) -> InFile:
     """How a tensor of a checkpoint lies there for a network of ours, in which small numbers stay small."""
     lying = InFile.at(entry.offset, entry.dtype)
-    return replace(lying, small=entry.nbytes) if entry.dtype in (*STORAGE.values(), torch.uint8) else lying
+    return replace(lying, small=entry.nbytes) if entry.dtype in SMALL else lying
 
 
 def computing_dtype(index: CheckpointIndex, but: Collection[str] = ()) -> torch.dtype:

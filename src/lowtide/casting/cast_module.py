@@ -170,13 +170,12 @@ def _cast_weight(weight: Weight, casting: Casting, compute: torch.dtype | None) 
     flat = weight.rest.flat if hasattr(weight.rest, "flat") else weight.rest.on_host()
     dim = 1 if isinstance(view.slot.owner, TRANSPOSED) else 0
     numbers, storage = view.of(flat).detach(), casting.storage_of(view.shape)
-    in_int8 = casting.int8_matmul and can_pack(weight)
     if storage == INT4:
         made = BlockWeight.in_blocks(weight, numbers, Q4_0, compute)
     else:
-        kind = Int8Weight if in_int8 else CastWeight
+        kind = Int8Weight if casting.int8_matmul and can_pack(weight) else CastWeight
         made = kind.of(weight, numbers, STORAGE[storage], casting.scaled, dim, compute)
-    made.multiplies = in_int8 or (casting.fp8_matmul and can_multiply(made))
+    made.multiplies |= casting.fp8_matmul and can_multiply(made)
     if original is not None:
         made.keep_original(original, view)
     let_go_of_file(numbers)

@@ -19,7 +19,7 @@ from lowtide.machine.heap import trim_heap
 from lowtide.memory.rule import Tier
 from lowtide.memory.store import HostRest, Rest
 from lowtide.memory.weight import View, Weight
-from lowtide.ops.modes import outside_inference_mode
+from lowtide.ops.modes import outside_inference_mode, take_gradients
 from lowtide.ops.packed import Geometry
 from lowtide.weights.provenance import let_go_of_file
 
@@ -32,6 +32,7 @@ class LazilyPacked(CastWeight):
 
     def __init__(self, views: Sequence[View], rest: Rest, device: torch.device, storage: torch.dtype) -> None:
         super().__init__(views, rest, device, storage)
+        self.multiplies = True
         self._made: tuple[Rest, torch.Tensor] | None = None
         """Packed numbers, and the resting bytes that have the same numbers."""
         self._packing = new_lock()
@@ -64,8 +65,7 @@ class LazilyPacked(CastWeight):
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             weight: Any = layer.weight
-            has_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-            is_usual = x.dtype == self.dtype and x.device.type == "cpu" and not has_gradient
+            is_usual = x.dtype == self.dtype and x.device.type == "cpu" and not take_gradients(x, weight)
             if not is_usual or small_of(weight) is not self or not self.can_multiply():
                 return own(layer, x)
             return self.multiply(x, self._packed_for(layer, x), layer)

@@ -30,7 +30,6 @@ class PackedWeight(LazilyPacked):
         views = [replace(each.without_given(), offset=0, dtype=dtype) for each in weight.views]
         super().__init__(views, on_disk or weight.rest, weight.given, dtype)
         self.nbytes *= dtype.itemsize
-        self.multiplies = True
         if on_disk is not None:
             self.keep_original(on_disk, view)
         if self.original is not None:

@@ -10,7 +10,7 @@ import typer
 
 import lowtide
 from lowtide.cli.errors import tell
-from lowtide.cli.request import Request, model_name, saved_form
+from lowtide.cli.request import Request, call_arguments, model_name, saved_form
 from lowtide.cli.video import set_decoding
 from lowtide.media.png import PictureFile
 
@@ -33,31 +33,17 @@ def make_pictures(pipe: Any, request: Request, paths: Sequence[Path]) -> None:
 def draw(pipe: StableDiffusionPipeline, request: Request, paths: Sequence[Path], settings: Mapping[str, str]) -> None:
     """Draw one picture for each seed, and say its path as soon as it is there.
 
-    The noise is drawn on the CPU, so it is the same on every device. A picture may be larger than memory: its rows go
-    to the file as they are decoded.
+    A picture may be larger than memory: its rows go to the file as they are decoded.
     """
-    import torch
-
     from lowtide.pipelines.latents import telling_latents
 
-    width, height = request.size or (None, None)
     for seed, path in zip(request.seeds, paths, strict=True):
         file = PictureFile(path, {**settings, "seed": str(seed)})
         with telling_latents(saved_form(request, seed, path)):
             result = (
                 pipe.decode_saved(request.latents, "file", file)
                 if request.latents is not None
-                else pipe(
-                    prompt=[request.prompt],
-                    negative_prompt=[request.negative],
-                    width=width,
-                    height=height,
-                    num_inference_steps=request.steps,
-                    guidance_scale=request.guidance,
-                    generator=[torch.Generator("cpu").manual_seed(seed)],
-                    output_type="file",
-                    output_path=file,
-                )
+                else pipe(**call_arguments(request, seed), output_type="file", output_path=file)
             )
         output = cast("StableDiffusionPipelineOutput", result)
         if output.nsfw_content_detected and output.nsfw_content_detected[0]:

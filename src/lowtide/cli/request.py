@@ -131,6 +131,25 @@ class Request:
         check_device(self.device)
 
 
+def call_arguments(request: Request, seed: int) -> dict[str, Any]:
+    """What a call of a pipeline for one seed is given, of pictures and of videos alike.
+
+    The noise is drawn on the CPU, so it is the same on every device.
+    """
+    import torch
+
+    width, height = request.size or (None, None)
+    return {
+        "prompt": [request.prompt],
+        "negative_prompt": [request.negative],
+        "width": width,
+        "height": height,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+        "generator": [torch.Generator("cpu").manual_seed(seed)],
+    }
+
+
 def saved_form(request: Request, seed: int, out: Path) -> dict[str, Any]:
     """One picture or video of a request, as JSON can hold it, to be made from anywhere; `request_from` reads it."""
     model = str(Path(request.model).absolute()) if Path(request.model).exists() else request.model

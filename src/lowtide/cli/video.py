@@ -11,7 +11,7 @@ import typer
 
 from lowtide.cli.errors import InputError
 from lowtide.cli.file_options import NOTHING, Beside, configurations
-from lowtide.cli.request import Decode, Request, saved_form
+from lowtide.cli.request import Decode, Request, call_arguments, saved_form
 from lowtide.hub import Source
 from lowtide.media.png import fresh_path
 from lowtide.media.unfinished import whole_or_not
@@ -47,28 +47,16 @@ def make_videos(pipe: Any, request: Request, paths: Sequence[Path]) -> None:
 
 def make_video(pipe: Any, request: Request, seed: int, path: Path, sheet: Path | None) -> None:
     """Make one video, and its sheet where there is a path for it."""
-    import torch
-
     from lowtide.media.video_file import contact_sheet
     from lowtide.pipelines.latents import telling_latents
     from lowtide.utils import export_to_video
 
     assert request.video is not None
-    width, height = request.size or (None, None)
     with telling_latents(saved_form(request, seed, path)):
         made = (
             pipe.decode_saved(request.latents)
             if request.latents is not None
-            else pipe(
-                prompt=[request.prompt],
-                negative_prompt=[request.negative],
-                width=width,
-                height=height,
-                num_frames=request.video.frames,
-                num_inference_steps=request.steps,
-                guidance_scale=request.guidance,
-                generator=[torch.Generator("cpu").manual_seed(seed)],
-            )
+            else pipe(**call_arguments(request, seed), num_frames=request.video.frames)
         )
     frames = made.frames[0]
     fps = request.video.fps

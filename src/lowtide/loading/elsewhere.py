@@ -105,8 +105,8 @@ def _vae_in(index: CheckpointIndex, configs: Path) -> CheckpointIndex:
     """The weights of an autoencoder in a file, by our names or those of older diffusers."""
     begin = next((prefix for prefix in (*VAE, "") if prefix + _OF_DIFFUSERS in index), None)
     if begin is not None:
-        names = {name.removeprefix(begin): name for name in index if name.startswith(begin)}
-        return index.renamed({new: index[old] for new, old in names.items()}, names)
+        entries = {name.removeprefix(begin): entry for name, entry in index.items() if name.startswith(begin)}
+        return replace(index, entries=entries)
     config = AutoencoderKL.read_config(configs)
     found = prefix_and_names(config, index)
     if found is None:

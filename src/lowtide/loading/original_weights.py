@@ -79,8 +79,7 @@ def held_in(index: CheckpointIndex, network: nn.Module, prefix: str, names: Orig
     ]
     if differing:
         raise _unfit(index, network, f"its {_some(differing)}, which do not fit")
-    old_names = {name: prefix + place.name for name, place in places.items()}
-    return Held(index.renamed(entries, old_names), frozenset(old_names.values()), prefix)
+    return Held(replace(index, entries=entries), frozenset(prefix + place.name for place in places.values()), prefix)
 
 
 def check_all_known(index: CheckpointIndex, held: Iterable[Held]) -> None:

@@ -25,7 +25,7 @@ from lowtide.ops.int8_products import (
     pack_int8_convolution,
     pack_int8_product,
 )
-from lowtide.ops.packed import has_packed, pack_convolution, pack_product, packed_convolution, packed_product
+from lowtide.ops.packed import Geometry, has_packed, pack_convolution, pack_product, packed_convolution, packed_product
 from lowtide.ops.product_attention import is_by_products, product_attention
 from lowtide.ops.quantization import dequantize, quantize
 
@@ -37,6 +37,8 @@ PRODUCTS = ((8192, 320, 320), (128, 1280, 10240), (512, 1280, 10240), (2048, 640
 """Rows, and features in and out: of feed-forward and projection layers."""
 ATTENTIONS = ((1024, 8, 80), (4096, 8, 40))
 """Tokens, heads, and features of a head."""
+AROUND: Geometry = ((1, 1), (1, 1), (1, 1), 1)
+"""Of these convolutions: maps keep their sides."""
 _REPEATS = 5
 _ENOUGH = 0.06
 """Seconds after which a kernel is not repeated, but once."""
@@ -61,25 +63,36 @@ class Computing:
         return self._convolved(CHANNELS_LAST, torch.channels_last)
 
     def _convolved(self, shapes: tuple[tuple[int, int, int], ...], layout: torch.memory_format) -> float:
-        return self._rate(self._convolutions(shapes, layout))
-
-    def _convolutions(
-        self, shapes: tuple[tuple[int, int, int], ...], layout: torch.memory_format
-    ) -> Iterator[tuple[int, Action]]:
-        for count, channels, side in shapes:
-            x = self._some(count, channels, side, side).contiguous(memory_format=layout)
-            weight = self._some(channels, channels, 3, 3)
-            yield 2 * 9 * count * channels**2 * side**2, partial(F.conv2d, x, weight, padding=1)
+        return self._rate(self._convolutions(self._plain, shapes, layout))
 
     def packed_convolution(self) -> float:
         """Operations a second with packed weights; 0 where there are none."""
-        return self._rate(self._packed_convolutions()) if self._packs else 0.0
+        return self._rate(self._convolutions(self._packed, CONVOLUTIONS)) if self._packs else 0.0
 
-    def _packed_convolutions(self) -> Iterator[tuple[int, Action]]:
-        for count, channels, side in CONVOLUTIONS:
-            x, geometry = self._some(count, channels, side, side), ((1, 1), (1, 1), (1, 1), 1)
-            packed = pack_convolution(self._some(channels, channels, 3, 3), geometry, x.shape)
-            yield 2 * 9 * count * channels**2 * side**2, partial(packed_convolution, x, packed, None, geometry)
+    def int8_convolution(self) -> float:
+        """Operations a second with weights and inputs in int8; 0 where there are no instructions for it."""
+        return self._rate(self._convolutions(_in_int8, CONVOLUTIONS)) if self._multiplies_in_int8 else 0.0
+
+    def _convolutions(
+        self,
+        convolution: Callable[[torch.Tensor], Action],
+        shapes: tuple[tuple[int, int, int], ...],
+        layout: torch.memory_format = torch.contiguous_format,
+    ) -> Iterator[tuple[int, Action]]:
+        """Operations, and what `convolution` makes of a map, with as many channels out as in."""
+        for count, channels, side in shapes:
+            x = self._some(count, channels, side, side).contiguous(memory_format=layout)
+            yield 2 * 9 * count * channels**2 * side**2, convolution(x)
+
+    def _plain(self, x: torch.Tensor) -> Action:
+        return partial(F.conv2d, x, self._weight_for(x), padding=1)
+
+    def _packed(self, x: torch.Tensor) -> Action:
+        packed = pack_convolution(self._weight_for(x), AROUND, x.shape)
+        return partial(packed_convolution, x, packed, None, AROUND)
+
+    def _weight_for(self, x: torch.Tensor) -> torch.Tensor:
+        return self._some(x.shape[1], x.shape[1], 3, 3)
 
     def arranging(self) -> float:
         """Bytes of weights a second that convolutions bring to their own order in each call; 0 where that is nothing.
@@ -89,10 +102,8 @@ class Computing:
         if not self._packs:
             return 0.0
         saved, nbytes = 0.0, 0
-        plain = self._convolutions(CONVOLUTIONS, torch.contiguous_format)
-        for (_, channels, _), (_, one), (_, other) in zip(
-            CONVOLUTIONS, plain, self._packed_convolutions(), strict=True
-        ):
+        both = self._convolutions(self._plain, CONVOLUTIONS), self._convolutions(self._packed, CONVOLUTIONS)
+        for (_, channels, _), (_, one), (_, other) in zip(CONVOLUTIONS, *both, strict=True):
             taken = self._seconds(one)
             saved += taken - self._seconds(other)
             nbytes += 9 * channels**2 * self.dtype.itemsize
@@ -102,45 +113,33 @@ class Computing:
 
     def packed_product(self) -> float:
         """Operations a second with packed weights; 0 where there are none."""
-        if not self._packs:
-            return 0.0
 
-        def cases() -> Iterator[tuple[int, Action]]:
-            for rows, before, after in PRODUCTS:
-                x, packed = self._some(rows, before), pack_product(self._some(after, before), rows)
-                yield 2 * rows * before * after, partial(packed_product, x, packed, None)
+        def multiplied(x: torch.Tensor, after: int) -> Action:
+            return partial(packed_product, x, pack_product(self._some(after, x.shape[1]), len(x)), None)
 
-        return self._rate(cases())
+        return self._rate(self._products(multiplied)) if self._packs else 0.0
+
+    def int8_product(self) -> float:
+        """Operations a second with weights and inputs in int8; 0 where there are no instructions for it."""
+
+        def multiplied(x: torch.Tensor, after: int) -> Action:
+            packed = pack_int8_product(_eights(after, x.shape[1]), len(x))
+            return partial(int8_product, x, packed, torch.ones(after), None)
+
+        return self._rate(self._products(multiplied)) if self._multiplies_in_int8 else 0.0
+
+    def _products(self, product: Callable[[torch.Tensor, int], Action]) -> Iterator[tuple[int, Action]]:
+        """Operations, and what `product` makes of rows and the number of features after it."""
+        for rows, before, after in PRODUCTS:
+            yield 2 * rows * before * after, product(self._some(rows, before), after)
 
     def packing(self) -> float:
         """Bytes of weights that are packed a second; 1 where none are."""
         if not self._packs:
             return 1.0
         weight, size = self._some(1280, 1280, 3, 3), torch.Size((2, 1280, 16, 16))
-        action = partial(pack_convolution, weight, ((1, 1), (1, 1), (1, 1), 1), size)
+        action = partial(pack_convolution, weight, AROUND, size)
         return self._rate([(weight.nbytes, action)])
-
-    def int8_convolution(self) -> float:
-        """Operations a second with weights and inputs in int8; 0 where there are no instructions for it."""
-
-        def cases() -> Iterator[tuple[int, Action]]:
-            for count, channels, side in CONVOLUTIONS:
-                x, geometry = self._some(count, channels, side, side), ((1, 1), (1, 1), (1, 1), 1)
-                packed = pack_int8_convolution(_eights(channels, channels, 3, 3), geometry, x.shape)
-                action = partial(int8_convolution, x, packed, torch.ones(channels), None, geometry)
-                yield 2 * 9 * count * channels**2 * side**2, action
-
-        return self._rate(cases()) if self._multiplies_in_int8 else 0.0
-
-    def int8_product(self) -> float:
-        """Operations a second with weights and inputs in int8; 0 where there are no instructions for it."""
-
-        def cases() -> Iterator[tuple[int, Action]]:
-            for rows, before, after in PRODUCTS:
-                x, packed = self._some(rows, before), pack_int8_product(_eights(after, before), rows)
-                yield 2 * rows * before * after, partial(int8_product, x, packed, torch.ones(after), None)
-
-        return self._rate(cases()) if self._multiplies_in_int8 else 0.0
 
     @property
     def _multiplies_in_int8(self) -> bool:
@@ -152,13 +151,7 @@ class Computing:
 
     def product(self) -> float:
         """Operations a second."""
-
-        def cases() -> Iterator[tuple[int, Action]]:
-            for rows, before, after in PRODUCTS:
-                x, weight = self._some(rows, before), self._some(after, before)
-                yield 2 * rows * before * after, partial(F.linear, x, weight)
-
-        return self._rate(cases())
+        return self._rate(self._products(lambda x, after: partial(F.linear, x, self._some(after, x.shape[1]))))
 
     def attention(self) -> float:
         """Operations a second."""
@@ -270,6 +263,12 @@ class Computing:
         kind = accelerator(self.device)
         if kind is not None:
             kind.synchronize(self.device)
+
+
+def _in_int8(x: torch.Tensor) -> Action:
+    channels = x.shape[1]
+    packed = pack_int8_convolution(_eights(channels, channels, 3, 3), AROUND, x.shape)
+    return partial(int8_convolution, x, packed, torch.ones(channels), None, AROUND)
 
 
 def _eights(*shape: int) -> torch.Tensor:

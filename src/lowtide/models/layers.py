@@ -13,6 +13,7 @@ from torch import nn
 from lowtide.ops.attention import DEFAULT, AttentionBackend, attention
 from lowtide.ops.convolution import conv2d
 from lowtide.ops.gating import gated_gelu
+from lowtide.ops.modes import is_traced
 from lowtide.ops.product import linear
 
 
@@ -31,8 +32,7 @@ def timestep_embedding(
 
 def silu_of_fresh(x: torch.Tensor) -> torch.Tensor:
     """SiLU of a tensor that nobody else holds: in place, which spares a whole map, but for gradients and traces."""
-    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return F.silu(x, inplace=not (tracing or torch.is_grad_enabled()))
+    return F.silu(x, inplace=not (is_traced() or torch.is_grad_enabled()))
 
 
 class TimestepEmbedding(nn.Module):

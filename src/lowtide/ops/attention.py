@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from lowtide.ops.meta_device import device_type
+from lowtide.ops.modes import is_traced, take_gradients
 from lowtide.ops.product_attention import is_by_products, product_attention
 
 CHUNK_BYTES = 64 * 2**20
@@ -86,7 +87,7 @@ class Inputs:
     @property
     def need_gradients(self) -> bool:
         """Whether a backward pass may come."""
-        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
+        return take_gradients(self.q, self.k, self.v)
 
     def output(self) -> torch.Tensor:
         """Room for the result."""
@@ -169,8 +170,7 @@ def _by_pytorch(inputs: Inputs) -> torch.Tensor:
 
 
 def _is_large(inputs: Inputs, backend: AttentionBackend) -> bool:
-    tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()  # pyright: ignore[reportPrivateImportUsage]
-    if tracing or device_type(inputs.q) == "meta":
+    if is_traced() or torch.compiler.is_compiling() or device_type(inputs.q) == "meta":
         return False
     return inputs.q.shape[:-1].numel() * inputs.k.shape[-2] * 4 > backend.chunk_bytes
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lowtide.ops.meta_device import device_type
+from lowtide.ops.modes import is_traced, take_gradients
 
 AT_ONCE = 2**20
 """Numbers of a gate that are held between two steps on a CPU: few, which stay in its cache."""
@@ -14,9 +15,8 @@ AT_ONCE = 2**20
 def gated_gelu(wide: torch.Tensor) -> torch.Tensor:
     """The first half of the features times GELU of the second (Shazeer 2020, eq. 6): `[..., 2 C]` to `[..., C]`."""
     value, gate = wide.chunk(2, dim=-1)
-    has_gradient = torch.is_grad_enabled() and wide.requires_grad
-    is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    if has_gradient or is_traced or device_type(wide) != "cpu" or not wide.is_contiguous():
+    is_elsewhere = device_type(wide) != "cpu" or not wide.is_contiguous()
+    if is_elsewhere or is_traced() or take_gradients(wide):
         return value * F.gelu(gate)
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
     step = max(1, AT_ONCE // max(1, gate.shape[-1]))

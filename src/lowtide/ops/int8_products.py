@@ -15,11 +15,9 @@ from typing import Any
 
 import torch
 
-from lowtide.ops.packed import Geometry
+from lowtide.ops.packed import NOT_FUSED, Geometry
 
 _KERNELS: Any = torch.ops.onednn
-_FUSED = "none", [], ""
-"""Nothing is fused with the kernel."""
 COMPUTED = (torch.float32, torch.bfloat16)
 """The dtypes that inputs and results may have."""
 CHUNK = 2**18
@@ -37,7 +35,7 @@ def has_int8_products() -> bool:
     try:
         packed = pack_int8_product(largest_w, 1)
         sums = _KERNELS.qlinear_pointwise(
-            largest_x, 1.0, 0, packed, torch.ones(1), _zeros(1), None, 1.0, 0, torch.float32, *_FUSED
+            largest_x, 1.0, 0, packed, torch.ones(1), _zeros(1), None, 1.0, 0, torch.float32, *NOT_FUSED
         )
     except (RuntimeError, AttributeError):  # a build, or a version, without these kernels
         return False
@@ -67,7 +65,7 @@ def int8_convolution(
     made = [
         _KERNELS.qconv_pointwise(
             *_rounded_map(x_CHW), packed, scale_O, zeros, bias, stride, padding, dilation, groups, 1.0, 0, x_BCHW.dtype,
-            *_FUSED,
+            *NOT_FUSED,
         )
         for x_CHW in x_BCHW
     ]  # fmt: skip
@@ -82,7 +80,7 @@ def int8_product(
     small_RI, scale_R1 = _rounded_rows(rows_RI)
     zeros = _zeros(len(scale_O))
     out = _KERNELS.qlinear_pointwise(
-        small_RI, 1.0, MIDDLE, packed, scale_O, zeros, None, 1.0, 0, torch.float32, *_FUSED
+        small_RI, 1.0, MIDDLE, packed, scale_O, zeros, None, 1.0, 0, torch.float32, *NOT_FUSED
     )
     del small_RI
     out = out.mul_(scale_R1) if bias_O is None else torch.addcmul(bias_O.float(), out, scale_R1, out=out)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 _KERNELS: Any = torch.ops.mkldnn
-_PLAIN = "none", [], ""
+NOT_FUSED = "none", [], ""
 """Nothing is fused with the kernel: no function, without parameters, in no special way."""
 Geometry = tuple[Any, Any, Any, int]
 """Of a convolution: padding, stride, dilation and groups."""
@@ -35,7 +35,7 @@ def packed_convolution(
     x_BCHW: torch.Tensor, packed: torch.Tensor, bias_O: torch.Tensor | None, geometry: Geometry
 ) -> torch.Tensor:
     """Convolve `[B, C, H, W]` to `[B, O, h, w]`, with its channels last."""
-    return _KERNELS._convolution_pointwise(x_BCHW, packed, bias_O, *geometry, *_PLAIN)
+    return _KERNELS._convolution_pointwise(x_BCHW, packed, bias_O, *geometry, *NOT_FUSED)
 
 
 def pack_product(weight: torch.Tensor, rows: int) -> torch.Tensor:
@@ -45,4 +45,4 @@ def pack_product(weight: torch.Tensor, rows: int) -> torch.Tensor:
 
 def packed_product(x: torch.Tensor, packed: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
     """Multiply `[..., I]` to `[..., O]`."""
-    return _KERNELS._linear_pointwise(x, packed, bias_O, *_PLAIN)
+    return _KERNELS._linear_pointwise(x, packed, bias_O, *NOT_FUSED)

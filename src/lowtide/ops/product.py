@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from lowtide.ops.meta_device import device_type
+from lowtide.ops.modes import is_traced, take_gradients
 from lowtide.ops.packed import packed_product
 
 WIDE = 64
@@ -28,10 +29,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias_O: torch.Tensor | None = 
     Where gradients are taken, where a trace is made (which is to load without us), and for every dtype but float32,
     PyTorch chooses.
     """
-    has_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     is_usual = x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and weight.is_contiguous()
-    is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    if has_gradient or not is_usual or device_type(x) != "cpu" or is_traced or not BY_ONEDNN:
+    is_here = BY_ONEDNN and device_type(x) == "cpu"
+    if not is_usual or not is_here or is_traced() or take_gradients(x, weight):
         return F.linear(x, weight, bias_O)
     if x.is_meta:
         room = x.new_empty(scratchpad(x.shape[-1]))

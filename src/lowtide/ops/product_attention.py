@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lowtide.ops.meta_device import device_type
+from lowtide.ops.modes import is_traced
 from lowtide.ops.packed import packed_product
 from lowtide.ops.product import BY_ONEDNN, scratchpad
 
@@ -24,8 +25,7 @@ def is_by_products(q_BNLH: torch.Tensor, k_BNSH: torch.Tensor, v_BNSH: torch.Ten
     """Whether attention without a mask and without gradients is computed here, on meta as where it is run."""
     is_usual = q_BNLH.dtype == k_BNSH.dtype == v_BNSH.dtype == torch.float32
     is_here = BY_ONEDNN and device_type(q_BNLH) == "cpu"
-    is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return is_usual and is_here and not is_traced and q_BNLH.shape[-2] * k_BNSH.shape[-2] >= MANY_SCORES
+    return is_usual and is_here and not is_traced() and q_BNLH.shape[-2] * k_BNSH.shape[-2] >= MANY_SCORES
 
 
 def product_attention(

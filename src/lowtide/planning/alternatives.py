@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from lowtide.casting.casting import INT4
 from lowtide.planning.explain import at_least, in_words
-from lowtide.planning.plan import BudgetError, Budgets, Plan
+from lowtide.planning.plan import LOSSY, BudgetError, Budgets, Plan
 from lowtide.sizes import format_decimal
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from lowtide.planning.rates import Rates
     from lowtide.planning.workload import Workload
 
-_USUAL_CHANGES = ("fp8", "int8", "blended_tiling")
+_USUAL_CHANGES = tuple(name for name in LOSSY if name != INT4)
 """What is proposed to be allowed where nothing else fits; int4 loses ten times what int8 does."""
 LEAST_GAIN = 0.002
 """A faster plan is shown only if it saves at least this share of the run's time."""

@@ -220,8 +220,10 @@ def choices(
     ways_of = [(stage, _ways(stage, rates, allowed)) for stage in stages]
     cold = exceeds_cache(workload, rates)
     shares: dict[int, tuple[list[float], dict[Any, Any]]] = {}
-    of_form = {PACKED: rates.with_packed(), INT8_DYNAMIC: rates.with_int8()}
-    ways_in = {form: [(stage, _ways(stage, of, allowed)) for stage in stages] for form, of in of_form.items()}
+    forms = {option.plan.casting for option in options}
+    of_form = {PACKED: rates.with_packed, INT8_DYNAMIC: rates.with_int8}
+    rates_in = {form: faster() for form, faster in of_form.items() if form in forms}
+    ways_in = {form: [(stage, _ways(stage, of, allowed)) for stage in stages] for form, of in rates_in.items()}
     all_choices: list[Choice] = []
     for option in options:
         if id(option.units) not in shares:  # options of one level have the same units

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 
@@ -57,11 +57,6 @@ class GgufIndex(CheckpointIndex):
     """
 
     kinds: Mapping[str, int]
-
-    def renamed(self, entries: Mapping[str, TensorEntry], names: Mapping[str, str]) -> Self:
-        """The index with these entries by new names, each of the kind of the tensor called `names[new]`."""
-        kinds = {new: self.kinds[old] for new, old in names.items() if old in self.kinds}
-        return replace(self, entries=entries, kinds=kinds)
 
 
 def read_gguf_index(file: Path) -> GgufIndex:

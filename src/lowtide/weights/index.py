@@ -10,9 +10,9 @@ import json
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -83,11 +83,6 @@ class CheckpointIndex(Mapping[str, TensorEntry]):
     def total_bytes(self) -> int:
         """Bytes of all the tensors, as they lie in the files."""
         return sum(entry.nbytes for entry in self.entries.values())
-
-    def renamed(self, entries: Mapping[str, TensorEntry], names: Mapping[str, str]) -> Self:
-        """The index with these entries by new names; each is the tensor, or rows of it, that is called `names[new]`."""
-        del names  # kinds of indexes that know more of their tensors hand it on
-        return replace(self, entries=entries)
 
     def __getitem__(self, name: str) -> TensorEntry:
         return self.entries[name]

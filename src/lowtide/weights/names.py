@@ -78,7 +78,6 @@ def apply_names(index: CheckpointIndex, table: NameTable, expected: Collection[s
     """
     expected = {*expected, *(name + SCALE_SUFFIX for name in expected)}
     entries = {name: entry for name, entry in index.items() if name in expected}
-    old_names = {name: name for name in entries}
     for name, entry in index.items():
         if name in entries:
             continue
@@ -86,8 +85,8 @@ def apply_names(index: CheckpointIndex, table: NameTable, expected: Collection[s
         if new_name in entries:
             new_name, new_entry = name, entry
         if new_name in expected or not any(fnmatchcase(name, pattern) for pattern in table.stray):
-            entries[new_name], old_names[new_name] = new_entry, name
-    return index.renamed(entries, old_names)
+            entries[new_name] = new_entry
+    return CheckpointIndex(entries, index.files, index.metadata)
 
 
 def _renamed(name: str, entry: TensorEntry, table: NameTable, expected: Collection[str]) -> tuple[str, TensorEntry]:
